@@ -1,0 +1,135 @@
+"""What several test modules need: running a command, made pictures, small option files."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+
+# A network that builds, trains and evaluates in milliseconds and still has every part.
+SMALL_NETWORK = {
+    "type": "DLGSANet",
+    "dim": 12,
+    "groups": 1,
+    "blocks": 1,
+    "buildblock_type": "sparseedge",
+    "window_size": 3,
+    "idynamic_num_heads": 6,
+    "restormer_num_heads": 6,
+    "tlc_kernel": 8,
+    "upscale": 2,
+    "upsampler": "pixelshuffledirect",
+}
+
+
+def run(
+    arguments: Sequence[object],
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with `arguments` in `cwd`; stdout and stderr come back as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def write_pairs(folder: Path, count: int, hr_size: tuple[int, int] = (48, 64), scale: int = 2):
+    """Write `count` PNG pairs of smooth made pictures to folder/HR and folder/LR, equal names.
+
+    HR is hr_size (height, width), LR is HR averaged over scale x scale pixels.
+    """
+    height, width = hr_size
+    rng = np.random.default_rng(0)
+    for part in ("HR", "LR"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        coarse = rng.uniform(0, 255, (6, 8, 3)).astype(np.float32)
+        hr = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+        lr = hr.reshape(height // scale, scale, width // scale, scale, 3).mean((1, 3))
+        for part, picture in (("HR", hr), ("LR", lr)):
+            name = str(folder / part / f"picture{index}.png")
+            assert cv2.imwrite(name, picture.clip(0, 255).round().astype(np.uint8)), name
+
+
+def small_train_options(data: Path, **changes: Any) -> dict[str, Any]:
+    """A complete option file for a 4-iteration CPU run on write_pairs' folders under `data`."""
+    pairs = {
+        "type": "PairedImageDataset",
+        "dataroot_gt": str(data / "HR"),
+        "dataroot_lq": str(data / "LR"),
+        "io_backend": {"type": "disk"},
+    }
+    options = {
+        "name": "small",
+        "model_type": "SRModel",
+        "scale": 2,
+        "num_gpu": "auto",
+        "manual_seed": 0,
+        "datasets": {
+            "train": {
+                "name": "made",
+                **pairs,
+                "gt_size": 32,
+                "use_hflip": True,
+                "use_rot": True,
+                "num_worker_per_gpu": 0,
+                "batch_size_per_gpu": 2,
+                "dataset_enlarge_ratio": 1,
+                "prefetch_mode": None,
+            },
+            "val": {"name": "made_val", **pairs},
+        },
+        "network_g": dict(SMALL_NETWORK),
+        "path": {"pretrain_network_g": None, "strict_load_g": True, "resume_state": None},
+        "train": {
+            "ema_decay": 0.999,
+            "optim_g": {"type": "Adam", "lr": 1e-3, "weight_decay": 0, "betas": [0.9, 0.99]},
+            "scheduler": {"type": "MultiStepLR", "milestones": [3], "gamma": 0.5},
+            "total_iter": 4,
+            "warmup_iter": -1,
+            "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+        },
+        "val": {
+            "val_freq": 2,
+            "save_img": False,
+            "metrics": {
+                "psnr": {"type": "calculate_psnr", "crop_border": 2, "test_y_channel": True}
+            },
+        },
+        "logger": {"print_freq": 1, "save_checkpoint_freq": 2, "use_tb_logger": False},
+    }
+    return {**options, **changes}
+
+
+def small_test_options(data: Path, weights: Path, **changes: Any) -> dict[str, Any]:
+    """A complete option file that tests `weights` on write_pairs' folders under `data`."""
+    training = small_train_options(data)
+    options = {
+        **{key: training[key] for key in ("name", "model_type", "scale", "num_gpu", "network_g")},
+        "manual_seed": 0,
+        "datasets": {"test_1": training["datasets"]["val"]},
+        "path": {
+            "pretrain_network_g": str(weights),
+            "strict_load_g": True,
+            "param_key_g": "params_ema",
+        },
+        "val": {"save_img": True, "suffix": None, "metrics": training["val"]["metrics"]},
+    }
+    return {**options, **changes}
+
+
+def write_options(path: Path, options: Mapping[str, Any]) -> Path:
+    """Write an option file and return its path."""
+    path.write_text(yaml.safe_dump(dict(options), sort_keys=False))
+    return path
