@@ -1,0 +1,125 @@
+"""Windows of the test-time local converter (TLC), as DLGSANet uses it.
+
+A map is cut into windows of a fixed side, each is worked on by itself, and overlapping results
+are averaged. Along an axis of length L with k = min(L, side): n = ceil(L / k) windows would do;
+they start at 0, step, 2·step, … with step = ceil((L - k) / (n - 1)), the last at exactly L - k.
+All windows are cut into one batch and merged by index arithmetic: no loop over windows, no state,
+and a fixed order of summation, so results repeat bit for bit on every device.
+
+Source: Chu et al., "Improving Image Restoration by Revisiting Global Information Aggregation",
+ECCV 2022, in the variant of the published DLGSANet.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Axis(NamedTuple):
+    """How one axis is cut: `count` windows of `side`, `step` apart, the last ending the axis."""
+
+    length: int
+    side: int
+    step: int
+    count: int
+
+    @classmethod
+    def plan(cls, length: int, side: int) -> "_Axis":
+        side = min(length, side)
+        least = (length - 1) // side + 1
+        if least == 1:
+            return cls(length, side, side, 1)
+        step = -(-(length - side) // (least - 1))
+        return cls(length, side, step, -(-(length - side) // step) + 1)
+
+    def starts(self, device: torch.device) -> Tensor:
+        return (torch.arange(self.count, device=device) * self.step).clamp(
+            max=self.length - self.side
+        )
+
+    def positions(self, device: torch.device) -> Tensor:
+        """List the positions within each window: (count, side)."""
+        return self.starts(device)[:, None] + torch.arange(self.side, device=device)
+
+    def _covering(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Find the first and the last window over each position: (length,) each."""
+        position = torch.arange(self.length, device=device)
+        last = torch.where(
+            position >= self.length - self.side,
+            self.count - 1,
+            (position // self.step).clamp(max=max(self.count - 2, 0)),
+        )
+        first = ((position - self.side) // self.step + 1).clamp(min=0, max=self.count - 1)
+        return first, last
+
+    def cover(self, device: torch.device) -> Tensor:
+        """Count the windows over each position: (length,)."""
+        first, last = self._covering(device)
+        return last - first + 1
+
+    def layers(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield, for each layer of overlap, where each position lies in the windows.
+
+        Yields:
+            (length,) each: the window's number, the offset in it, and whether there is such a
+            window at all; where there is none, number and offset are those of another window.
+        """
+        position = torch.arange(self.length, device=device)
+        first, last = self._covering(device)
+        starts = self.starts(device)
+        for layer in range(self._deepest_overlap()):
+            window = torch.minimum(first + layer, last)
+            yield window, position - starts[window], first + layer <= last
+
+    def _deepest_overlap(self) -> int:
+        starts = [min(i * self.step, self.length - self.side) for i in range(self.count)]
+        return max(sum(s - self.side < other <= s for other in starts) for s in starts)
+
+
+class Windows:
+    """The windows of an H x W map, for maps as rows of pixels: (B, H·W, C).
+
+    Pixels are moved as whole rows of C values.
+
+    Args:
+        size: (H, W) of the map.
+        side: Largest side of a window, in pixels; 1 or more.
+    """
+
+    def __init__(self, size: tuple[int, int], side: int) -> None:
+        self._rows = _Axis.plan(size[0], side)
+        self._columns = _Axis.plan(size[1], side)
+
+    def __len__(self) -> int:
+        return self._rows.count * self._columns.count
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Cut (B, H·W, C) into (B · len(self), N, C), the windows of an item one after another."""
+        rows, columns = self._rows, self._columns
+        row = rows.positions(pixels.device)[:, None, :, None]
+        column = columns.positions(pixels.device)[None, :, None, :]
+        index = row * columns.length + column
+        cut = pixels.index_select(1, index.flatten())
+        return cut.unflatten(1, (len(self), -1)).flatten(0, 1)
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """Average (B · len(self), N, C) where windows overlap, giving (B, H·W, C)."""
+        rows, columns = self._rows, self._columns
+        pixels = windows.unflatten(0, (-1, len(self))).flatten(1, 2)
+        total = None
+        for row_window, row_offset, row_valid in rows.layers(windows.device):
+            for column_window, column_offset, column_valid in columns.layers(windows.device):
+                window = row_window[:, None] * columns.count + column_window
+                offset = row_offset[:, None] * columns.side + column_offset
+                part = pixels.index_select(
+                    1, (window * rows.side * columns.side + offset).flatten()
+                )
+                if total is None:  # every pixel has a first window
+                    total = part
+                else:
+                    valid = (row_valid[:, None] & column_valid).flatten()[:, None]
+                    total = total + torch.where(valid, part, 0)
+        count = rows.cover(windows.device)[:, None] * columns.cover(windows.device)
+        return total / count.flatten()[:, None].to(total.dtype)

@@ -1,0 +1,355 @@
+"""The network against its float64 definition, and what PyTorch is expected to do with it."""
+
+import inspect
+import itertools
+import shutil
+
+import definition
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.network import channel_attention
+
+BASE = {
+    "dim": 12,
+    "groups": 1,
+    "blocks": 1,
+    "buildblock_type": "sparseedge",
+    "window_size": 3,
+    "idynamic_num_heads": 6,
+    "restormer_num_heads": 6,
+    "tlc_kernel": 6,
+    "upscale": 2,
+    "upsampler": "pixelshuffledirect",
+}
+VARIANTS = {
+    "paper": {},
+    "two groups of two blocks": {"groups": 2, "blocks": 2},
+    "windows with softmax": {"buildblock_type": "edge"},
+    "softmax only": {"buildblock_type": "restormer", "blocks": 2},
+    "local only": {"buildblock_type": "idynamic", "blocks": 2},
+    "static depthwise": {"idynamic": False},
+    "one channel a filter": {"idynamic_num_heads": 1, "restormer_num_heads": 12},
+    "one filter for all": {"idynamic_num_heads": 12, "restormer_num_heads": 1},
+    "heads unequal": {"idynamic_num_heads": 3, "restormer_num_heads": 4},
+    "kernel 1": {"window_size": 1},
+    "kernel 9": {"window_size": 9},
+    "gelu": {"activation": "gelu"},
+    "sigmoid": {"activation": "sigmoid"},
+    "no windows": {"tlc_flag": False},
+    "narrow GDFN": {
+        "idynamic_ffn_expansion_factor": 0.5,
+        "restormer_ffn_expansion_factor": 2.66,
+    },
+    "plain feed-forward": {
+        "idynamic_ffn_type": "BaseFFN",
+        "restormer_ffn_type": "BaseFFN",
+        "idynamic_ffn_expansion_factor": 1.5,
+    },
+    "body_norm": {"body_norm": True},
+    "gray": {"in_chans": 1, "img_range": 255.0},
+    "two channels": {"in_chans": 2},
+    "x1 direct": {"upscale": 1},
+    "x3 direct": {"upscale": 3},
+    "pixelshuffle x2": {"upsampler": "pixelshuffle"},
+    "pixelshuffle x3": {"upsampler": "pixelshuffle", "upscale": 3},
+    "pixelshuffle x4": {"upsampler": "pixelshuffle", "upscale": 4},
+    "no upsampler": {"upsampler": "", "upscale": 5},
+}
+TINY = {"dim": 48, "groups": 3, "blocks": 3, "window_size": 7, "tlc_kernel": 48, "upscale": 4}
+
+
+def build(options: dict, dtype: torch.dtype = torch.float64) -> DLGSANet:
+    """Build a network whose norms and temperatures matter: defaults are ones and zeros."""
+    net = DLGSANet(**{**BASE, **options}).to(dtype)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() in (1, 3):
+                parameter += 0.3 * torch.randn_like(parameter)
+    return net
+
+
+def defined(net: DLGSANet, x: torch.Tensor, options: dict, training: bool) -> torch.Tensor:
+    parameters = {key: value.double().numpy() for key, value in net.state_dict().items()}
+    return torch.from_numpy(
+        definition.network(x.double().numpy(), parameters, {**BASE, **options}, training=training)
+    )
+
+
+def pictures(net: DLGSANet, batch: int, size: tuple[int, int]) -> torch.Tensor:
+    return torch.rand(batch, net.in_chans, *size, dtype=net.mean.dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().std())
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_option_equals_the_definition(options):
+    net = build(options)
+    x = pictures(net, 2, (9, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(net.train()(x), defined(net, x, options, training=True))
+        torch.testing.assert_close(net.eval()(x), defined(net, x, options, training=False))
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [(1, (1, 1)), (2, (1, 2)), (3, (5, 1)), (1, (6, 6)), (3, (7, 20)), (2, (13, 6))],
+)
+def test_any_size_and_batch(batch, size):
+    net = build({}).eval()
+    x = pictures(net, batch, size)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), defined(net, x, {}, training=False))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_precision(dtype, tolerance):
+    net = build({}, dtype).eval()
+    x = pictures(net, 2, (13, 9))
+    with torch.no_grad():
+        out = net(x)
+    assert out.dtype == dtype
+    assert relative_error(out, defined(net, x, {}, training=False)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-10),
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 0.15),
+        (torch.float16, 0.02),
+    ],
+)
+def test_precision_on_cuda(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    net = build({}, dtype).eval()
+    x = pictures(net, 2, (13, 9))
+    expected = defined(net, x, {}, training=False)
+    net, x = net.cuda(), x.cuda()
+    with torch.no_grad():
+        assert relative_error(net(x).cpu(), expected) < tolerance
+        first = net(x)
+        assert all(torch.equal(net(x), first) for _ in range(3))  # no atomic adds
+    net.train()(x).float().abs().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_autocast_trains():
+    net = build({}, torch.float32)
+    x = pictures(net, 2, (8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x)
+    out.float().abs().mean().backward()
+    assert relative_error(out.detach(), net(x).detach()) < 0.15
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_has_a_gradient(options):
+    net = build(options)
+    net(pictures(net, 1, (6, 5))).square().mean().backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_gradients_in_eval_mode_go_through_the_windows():
+    net = build({"dim": 4, "idynamic_num_heads": 2, "restormer_num_heads": 2, "tlc_kernel": 3})
+    net.eval()
+    x = pictures(net, 1, (4, 3)).requires_grad_()
+    assert torch.autograd.gradcheck(net, x, fast_mode=True)
+
+
+def test_attention_survives_half_precision_on_a_whole_picture():
+    # Σ q·k over 57,600 pixels is far beyond float16's largest value.
+    q, k, v = torch.full((3, 1, 1, 4, 180 * 320), 4.0, dtype=torch.float16)
+    temperature = torch.ones(1, 1, 1, dtype=torch.float16)
+    out = channel_attention(q, k, v, temperature, torch.relu)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, torch.full_like(out, 16.0))  # four similarities of 1 · 4
+
+
+def test_attention_of_a_black_map_is_zero_not_nan():
+    q = torch.zeros(1, 1, 4, 10)
+    out = channel_attention(q, q, torch.ones_like(q), torch.ones(1, 1, 1), torch.relu)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_batch_items_do_not_meet():
+    net = build({}).eval()
+    x = pictures(net, 3, (13, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), torch.cat([net(item[None]) for item in x]))
+
+
+def test_eval_twice_gives_the_same_bits_and_keeps_no_state():
+    net = build({}, torch.float32).eval()
+    before = set(net.__dict__)
+    x = pictures(net, 2, (13, 9))
+    with torch.no_grad():
+        assert torch.equal(net(x), net(x))
+    assert set(net.__dict__) == before
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(backend, training):
+    torch.compiler.reset()
+    net = build({}).train(training)
+    x = pictures(net, 2, (8, 7))
+    out = torch.compile(net, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(out, net(x))
+    gradients = torch.autograd.grad(out.abs().mean(), list(net.parameters()))
+    expected = torch.autograd.grad(net(x).abs().mean(), list(net.parameters()))
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiles_with_inductor():
+    torch.compiler.reset()
+    net = build({}, torch.float32).eval()
+    x = pictures(net, 2, (8, 7))
+    with torch.no_grad():
+        out = torch.compile(net, fullgraph=True)(x)
+        torch.testing.assert_close(out, net(x), rtol=1e-4, atol=1e-5)
+
+
+def exported_operators(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+def test_exports_with_dynamic_sizes_to_plain_operators():
+    net = build({"tlc_flag": False}, torch.float32).eval()
+    batch, height, width = (torch.export.Dim(name, min=1, max=512) for name in "bhw")
+    program = torch.export.export(
+        net, (pictures(net, 2, (8, 7)),), dynamic_shapes=[{0: batch, 2: height, 3: width}]
+    )
+    assert not any("dlgsanet" in name for name in exported_operators(program))
+    for size in ((1, (13, 5)), (3, (6, 9))):
+        x = pictures(net, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_exports_with_windows_at_a_fixed_size():
+    net = build({}, torch.float32).eval()
+    x = pictures(net, 2, (13, 9))
+    program = torch.export.export(net, (x,))
+    assert not any("dlgsanet" in name for name in exported_operators(program))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_of_tiny_are_those_of_the_formulas():
+    with torch.device("meta"):
+        net = DLGSANet(**{**BASE, **TINY}).train()
+        x = torch.empty(1, 3, 180, 320)
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert round(counter.get_total_flops() / 1e9, 3) == 69.337
+
+
+@pytest.mark.parametrize(
+    ("scale", "variant", "parameters"),
+    [
+        (scale, variant, count)
+        for variant, counts in {
+            (48, 3, 3): (565_710, 572_205, 581_298),
+            (48, 4, 3): (745_188, 751_683, 760_776),
+            (90, 6, 4): (4_733_724, 4_745_889, 4_762_920),
+        }.items()
+        for scale, count in zip((2, 3, 4), counts, strict=True)
+    ],
+)
+def test_published_parameter_counts(scale, variant, parameters):
+    names = dict(zip(("dim", "groups", "blocks"), variant, strict=True))
+    with torch.device("meta"):
+        net = DLGSANet(**{**BASE, **TINY, **names, "upscale": scale})
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_mean_follows_device_and_dtype_and_is_no_entry_of_a_checkpoint():
+    net = build({}).to(torch.bfloat16)
+    assert net.mean.dtype == torch.bfloat16
+    assert net.to("meta").mean.is_meta
+    assert not any("mean" in key for key in net.state_dict())
+
+
+def test_defaults_are_the_published_ones():
+    parameters = inspect.signature(DLGSANet).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert defaults == {**definition.DEFAULTS, "input_resolution": None}
+    with torch.device("meta"):
+        DLGSANet()
+        DLGSANet(**BASE, input_resolution=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(
+            (
+                "in_chans",
+                "dim",
+                "groups",
+                "blocks",
+                "window_size",
+                "idynamic_num_heads",
+                "restormer_num_heads",
+                "tlc_kernel",
+                "upscale",
+            ),
+            (0, -1, 2.5, "3", True, None),
+        ),
+        *itertools.product(
+            ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"),
+            (0, -1.0, 0.01, float("nan"), float("inf")),
+        ),
+        *itertools.product(("img_range",), (0, -1.0, float("nan"), float("inf"))),
+        *itertools.product(("buildblock_type", "activation"), ("softmax", "", None)),
+        *itertools.product(("idynamic_ffn_type", "restormer_ffn_type"), ("gdfn", "", None)),
+        *itertools.product(("idynamic", "tlc_flag", "body_norm"), ("false", None, 2)),
+        ("upsampler", "nearest+conv"),
+        ("dim", 13),
+        ("dim", 2),
+        ("window_size", 4),
+        ("idynamic_num_heads", 5),
+        ("restormer_num_heads", 8),
+    ],
+)
+def test_a_value_that_cannot_be_built_is_named(name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        DLGSANet(**{**BASE, name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("upscale", [1, 5, 6, 12])
+def test_pixelshuffle_makes_powers_of_two_and_three_only(upscale):
+    with pytest.raises(ValueError, match=f"upscale.*{upscale}"):
+        DLGSANet(**{**BASE, "upsampler": "pixelshuffle", "upscale": upscale})
+
+
+def test_heads_that_a_block_type_does_not_use_need_not_divide():
+    DLGSANet(**{**BASE, "buildblock_type": "idynamic", "restormer_num_heads": 5})
+    DLGSANet(**{**BASE, "buildblock_type": "restormer", "idynamic_num_heads": 5})
+    DLGSANet(**{**BASE, "dim": np.int64(12)})
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("tlc_kernal", "tlc_kernel"), ("window", "window_size"), ("dims", "dim")]
+)
+def test_an_unknown_argument_names_the_nearest(name, near):
+    with pytest.raises(TypeError, match=f"{name!r}.*{near!r}"):
+        DLGSANet(**BASE, **{name: 1})
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8), (8, 8, 3)])
+def test_pictures_of_other_channels_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        build({}, torch.float32)(torch.rand(shape))
