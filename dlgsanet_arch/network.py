@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import dynamic_dwconv
-from .tlc import Windows
+from dlgsanet_arch.ops import dynamic_dwconv
+from dlgsanet_arch.tlc import Windows
 
 BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
 FeedForwardType = Literal["GDFN", "BaseFFN"]

@@ -5,6 +5,6 @@
 operator.
 """
 
-from .operator import dynamic_dwconv
+from dlgsanet_arch.ops.operator import dynamic_dwconv
 
 __all__ = ["dynamic_dwconv"]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import shifted_taps
-from .plain import dynamic_dwconv_plain
+from dlgsanet_arch.ops import shifted_taps
+from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 
 
 @torch.library.custom_op("dlgsanet::dynamic_dwconv", mutates_args=())
