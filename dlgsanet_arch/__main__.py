@@ -1,0 +1,7 @@
+"""`python -m dlgsanet_arch <verb>`: the command line where no `dlgsanet` script is installed."""
+
+import sys
+
+from dlgsanet_arch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,231 @@
+"""Each repair of BasicSR: its fault shows without it, does not with it, and decides about it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run
+
+from dlgsanet_arch import compat
+
+# Applies all repairs but those named in the arguments, then says of each fault whether it shows.
+SYMPTOMS = """
+import json, os, sys, tempfile
+
+sys.modules["basicsr"] = None  # hidden while the package is imported, which repairs nothing then
+from dlgsanet_arch import compat
+del sys.modules["basicsr"]
+compat.REPAIRS = tuple(repair for repair in compat.REPAIRS if repair.name not in sys.argv[1:])
+compat.repair()
+
+def imports():
+    import basicsr
+
+def resumes():
+    import torch
+    from basicsr.train import load_resume_state
+    states = os.path.join(os.getcwd(), "root", "training_states")
+    os.makedirs(states)
+    torch.save({"iter": 7}, os.path.join(states, "7.state"))
+    opt = {"auto_resume": True, "name": "run", "network_g": {},
+           "path": {"training_states": states, "models": "models", "resume_state": None}}
+    assert load_resume_state(opt)["iter"] == 7
+    opt["auto_resume"] = False
+    assert load_resume_state(opt)["iter"] == 7
+
+def shares_lmdb():
+    import multiprocessing
+    import lmdb
+    from basicsr.utils import FileClient
+    folder = tempfile.mkdtemp()
+    with lmdb.open(folder) as env, env.begin(write=True) as transaction:
+        transaction.put(b"key", b"value")
+    def read(place):
+        client = FileClient("lmdb", db_paths=[place, place], client_keys=["gt", "lq"])
+        assert client.get("key", "gt") == client.get("key", "lq") == b"value"
+        return client
+    clients = [read(folder), read(folder + "/../" + os.path.basename(folder))]
+    worker = multiprocessing.get_context("fork").Process(target=read, args=(folder,))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    clients.clear()
+    lmdb.open(folder).close()  # the last reader gone, it can be opened for writing
+
+def compresses():
+    import numpy as np
+    from basicsr.data.degradations import random_add_jpg_compression
+    random_add_jpg_compression(np.zeros((8, 8, 3), np.float32), (80.5, 90.5))
+
+def runs_as_a_script():  # a repaired module's loader still serves `python -m`
+    import runpy
+    runpy.run_module("basicsr.train", run_name="copy")
+
+found = {}
+for check in (imports, resumes, shares_lmdb, compresses, runs_as_a_script):
+    try:
+        check()
+        found[check.__name__] = None
+    except Exception as error:
+        found[check.__name__] = f"{type(error).__name__}: {error}"
+found["active"] = [repair.name for repair in compat.REPAIRS if repair.active()]
+print(json.dumps(found))
+"""
+
+# A torchvision whose C++ half does not load: its import asks for operators that nobody defined.
+TORCHVISION = """
+import torch
+from torchvision import extension
+torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
+torch.library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
+"""
+EXTENSION = "_has_ops = lambda: False"
+# One whose C++ half does: a second definition of the same operator would fail.
+LOADED_EXTENSION = """
+import torch
+schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+for name in ("nms", "qnms"):
+    torch.library.define("torchvision::" + name, schema)
+_has_ops = lambda: True
+"""
+IMPORT_TORCHVISION = """
+import sys
+sys.modules["basicsr"] = None
+from dlgsanet_arch import compat
+assert "torchvision" not in sys.modules  # nobody needs it where BasicSR is absent
+compat.REPAIRS = tuple(repair for repair in compat.REPAIRS if repair.name not in sys.argv[1:])
+compat.repair()
+compat.repair()
+print([repair.name for repair in compat.REPAIRS if repair.active()])
+import torchvision
+"""
+
+
+def _run(script: str, *arguments: str, folder: Path, repository: Path):
+    path = [str(folder), str(repository), os.environ.get("PYTHONPATH", "")]
+    return run(["-c", script, *arguments], folder, {"PYTHONPATH": os.pathsep.join(path)})
+
+
+@pytest.fixture
+def symptoms(tmp_path, repository):
+    """Call it with the names of repairs to leave out; it says which faults show."""
+
+    def found(*without: str) -> dict:
+        result = _run(SYMPTOMS, *without, folder=tmp_path, repository=repository)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return found
+
+
+def test_no_fault_shows_once_repaired(symptoms):
+    found = symptoms()
+    active = found.pop("active")
+    assert not any(found.values()), found
+    # Whether torchvision's operators need a repair depends on the torch beside it.
+    assert set(active) | {"torchvision operators"} == {repair.name for repair in compat.REPAIRS}
+
+
+def test_faults_in_basicsr_show_without_their_repairs(symptoms):
+    found = symptoms("resume", "shared LMDB", "JPEG quality")
+    assert found["imports"] is None
+    # On a CPU it asks for CUDA; with CUDA it finds nothing, for it looks in the current folder.
+    assert "CUDA" in found["resumes"] or "NVIDIA" in found["resumes"] or "None" in found["resumes"]
+    assert "already open in this process" in found["shares_lmdb"]
+    assert "imencode" in found["compresses"]
+    assert set(found["active"]) <= {"torchvision operators", "functional_tensor"}
+
+
+def test_basicsr_does_not_import_without_functional_tensor(symptoms):
+    assert "torchvision.transforms.functional_tensor" in symptoms("functional_tensor")["imports"]
+
+
+@pytest.fixture
+def torchvision(tmp_path):
+    """A folder with a made torchvision whose C++ half does not load."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(TORCHVISION)
+    (package / "extension.py").write_text(EXTENSION)
+    return package
+
+
+def test_torchvision_without_its_operators_imports_once_repaired(torchvision, repository):
+    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[0] == "['torchvision operators']"
+
+
+def test_torchvision_without_its_operators_fails_unrepaired(torchvision, repository):
+    result = _run(
+        IMPORT_TORCHVISION,
+        "torchvision operators",
+        folder=torchvision.parent,
+        repository=repository,
+    )
+    assert "operator torchvision::nms does not exist" in result.stderr
+
+
+def test_torchvision_with_its_operators_is_left_alone(torchvision, repository):
+    (torchvision / "extension.py").write_text(LOADED_EXTENSION)
+    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[0] == "[]"
+
+
+def test_another_fault_of_torchvision_stays_visible(torchvision, repository):
+    (torchvision / "__init__.py").write_text("raise RuntimeError('CUDA 12 and CUDA 13')")
+    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
+    assert result.stdout.split("\n")[0] == "[]"
+    assert "RuntimeError: CUDA 12 and CUDA 13" in result.stderr
+
+
+def _resume_options(folder: Path, **changes) -> dict:
+    paths = {"training_states": str(folder), "models": "/models", "resume_state": None}
+    return {"auto_resume": True, "name": "run", "network_g": {}, "path": {**paths, **changes}}
+
+
+def test_resumes_from_the_highest_iteration(tmp_path):
+    for name in ("9.state", "10.state", "latest.state", "11.state.tmp", "12.pth"):
+        torch.save({"iter": name, "weight": torch.ones(2)}, tmp_path / name)
+    opt = _resume_options(tmp_path)
+    state = compat._load_resume_state(opt)
+    assert state["iter"] == "10.state"
+    assert state["weight"].device.type == "cpu"
+    assert opt["path"]["resume_state"] == str(tmp_path / "10.state")
+    # BasicSR's own part: the networks saved with the state are the ones to load.
+    assert opt["path"]["pretrain_network_g"] == "/models/net_g_10.state.pth"
+
+
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_nothing_to_resume_from_is_a_new_run(tmp_path, folder):
+    opt = _resume_options(tmp_path / folder)
+    assert compat._load_resume_state(opt) is None
+    assert compat._load_resume_state({**opt, "auto_resume": False}) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+def test_a_damaged_state_is_named(tmp_path, content):
+    torch.save({"iter": 1}, tmp_path / "1.state")
+    if content is None:
+        torch.save({"params": {}}, tmp_path / "2.state")
+    else:
+        (tmp_path / "2.state").write_bytes(content)
+    with pytest.raises(compat.ResumeError, match=r"2\.state"):
+        compat._load_resume_state(_resume_options(tmp_path))
+
+
+def test_a_named_state_that_is_absent_is_named(tmp_path):
+    opt = _resume_options(tmp_path, resume_state=str(tmp_path / "3.state"))
+    with pytest.raises(compat.ResumeError, match=r"3\.state"):
+        compat._load_resume_state({**opt, "auto_resume": False})
+
+
+def test_a_function_without_the_fault_is_left_alone():
+    def load_resume_state(opt):
+        return torch.load(opt["path"]["resume_state"], map_location="cpu")
+
+    assert compat._resume_anywhere(load_resume_state) is None
+    assert compat._share_environments(load_resume_state) is None
