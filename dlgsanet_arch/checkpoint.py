@@ -1,0 +1,351 @@
+"""Weights in: which key of a file holds them, and which configuration they are."""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.network import DLGSANet
+
+_TRAINED_KEYS = ("params_ema", "params")  # where BasicSR keeps weights; the averaged ones first
+_PARALLEL_PREFIX = "module."  # put before names by DataParallel and DistributedDataParallel
+_ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
+
+_DEEP = "deep_feature_extraction"
+_TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # published, by scale
+
+# What the three published networks share, and their (dim, groups, blocks).
+_PUBLISHED = {
+    "in_chans": 3,
+    "buildblock_type": "sparseedge",
+    "window_size": 7,
+    "idynamic_num_heads": 6,
+    "idynamic_ffn_type": "GDFN",
+    "idynamic_ffn_expansion_factor": 2.0,
+    "idynamic": True,
+    "restormer_num_heads": 6,
+    "restormer_ffn_type": "GDFN",
+    "restormer_ffn_expansion_factor": 2.0,
+    "upsampler": "pixelshuffledirect",
+    "body_norm": False,
+}
+_VARIANTS = {(48, 3, 3): "Tiny", (48, 4, 3): "Light", (90, 6, 4): "Large"}
+
+_LOCAL_ARGUMENTS = frozenset(name for name in _PUBLISHED if name.startswith("idynamic"))
+_LOCAL_ARGUMENTS |= {"window_size"}
+_GLOBAL_ARGUMENTS = frozenset(name for name in _PUBLISHED if name.startswith("restormer"))
+
+
+class CheckpointError(UserError):
+    """A file of weights that cannot be used; the message says why and what would help."""
+
+
+def _load(path: Path) -> Any:
+    """Unpickle a checkpoint on the CPU without running code that it may hold."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP_MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"the weights {path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty: writing it was cut off; use an earlier checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has a dozen ways to fail on bytes that are not its own
+        text = str(error)
+        refused = re.search(r"GLOBAL ([\w.]+)", text)
+        if refused:
+            raise CheckpointError(
+                f"{path} holds a Python object ({refused[1]}) beside tensors; such files can run "
+                "code when loaded and are refused; save the state dict alone and use that file"
+            ) from error
+        if "TorchScript" in text:
+            raise CheckpointError(
+                f"{path} is a TorchScript program, no checkpoint; use the .pth it was made from"
+            ) from error
+        if start == _ZIP_MAGIC or isinstance(error, EOFError) or "EOF" in text:
+            raise CheckpointError(
+                f"{path} is truncated or damaged; get it again, or use an earlier checkpoint"
+            ) from error
+        raise CheckpointError(
+            f"{path} is no checkpoint of PyTorch's; weights are files such as "
+            "experiments/<name>/models/net_g_latest.pth"
+        ) from error
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(key, str) for key in content)
+        and all(isinstance(value, Tensor) for value in content.values())
+    )
+
+
+def _contents(content: Mapping[Any, Any]) -> str:
+    """Describe a checkpoint's top level in a few words."""
+    keys = [str(key) for key in content]
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return f"it has the keys {', '.join(keys[:6])}{more}" if keys else "it has no keys"
+
+
+def read_weights(path: Path, param_key: str | None = None) -> dict[str, Tensor]:
+    """Read a network's state dict from a checkpoint file.
+
+    Args:
+        path: A file of torch.save: a dict with state dicts under `params_ema` or `params`, as
+            BasicSR writes it, or a bare state dict.
+        param_key: The key that holds the weights. None takes `params_ema`, else `params`, else
+            the file as a bare state dict.
+
+    Returns:
+        The state dict, its tensors on the CPU, its names without a leading "module.".
+
+    Raises:
+        CheckpointError: If the file cannot be read, is truncated or no checkpoint, holds objects
+            other than tensors, or has no weights under `param_key` (the keys there are listed).
+    """
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, no network's weights (a state dict)"
+        )
+    if param_key is None:
+        param_key = next((key for key in _TRAINED_KEYS if key in content), None)
+    elif param_key not in content:
+        if _is_state_dict(content):
+            raise CheckpointError(
+                f"{path} has no {param_key!r}: it is a bare state dict; write `param_key_g: ~`"
+            )
+        raise CheckpointError(f"{path} has no {param_key!r}: {_contents(content)}")
+    weights = content if param_key is None else content[param_key]
+    if not _is_state_dict(weights):
+        where = f"{path} has no weights" + (f" under {param_key!r}" if param_key else "")
+        if "optimizers" in content:
+            raise CheckpointError(
+                f"{where}: it is a training state; the weights are beside it in models/"
+            )
+        raise CheckpointError(f"{where}: {_contents(content)}")
+    return {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in weights.items()}
+
+
+class _Shapes:
+    """Sizes of a state dict's tensors; a tensor that must be there and is not is an error."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self._sizes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def size(self, name: str, axis: int) -> int:
+        """Return one size of the tensor `name`."""
+        sizes = self._sizes.get(name)
+        if sizes is None or len(sizes) <= axis:
+            found = "is absent" if sizes is None else f"has the shape {sizes}"
+            raise CheckpointError(f"these are no weights of a DLGSANet: {name} {found}")
+        return sizes[axis]
+
+    def count(self, prefix: str) -> int:
+        """Count the different entries that follow `prefix` in the names."""
+        names = (name for name in self._sizes if name.startswith(prefix))
+        return len({name.removeprefix(prefix).split(".")[0] for name in names})
+
+
+def _root(number: int) -> int:
+    """Return the side of a square of `number` things."""
+    side = math.isqrt(number)
+    if side * side != number:
+        raise CheckpointError(f"these are no weights of a DLGSANet: {number} is no square number")
+    return side
+
+
+def _expansion(dim: int, hidden: int) -> float:
+    """Return a factor with int(dim * factor) == hidden; the simplest, hidden / dim, may round."""
+    factor = hidden / dim
+    return factor if int(dim * factor) == hidden else (hidden + 0.5) / dim
+
+
+def _feed_forward(shapes: _Shapes, dim: int, layer: str, kind: str) -> dict[str, Any]:
+    """Read the type and the expansion of the feed-forward network at `layer`."""
+    if f"{layer}.body.0.weight" in shapes:
+        name, hidden = "BaseFFN", shapes.size(f"{layer}.body.0.weight", 0)
+    else:
+        name, hidden = "GDFN", shapes.size(f"{layer}.project_out.weight", 1)
+    return {
+        f"{kind}_ffn_type": name,
+        f"{kind}_ffn_expansion_factor": _expansion(dim, hidden),
+    }
+
+
+def _local_layer(shapes: _Shapes, dim: int, layer: str) -> dict[str, Any]:
+    """Read the arguments of a layer with MHDLSA."""
+    mixer = f"{layer}.IDynamicDWConv.conv"
+    dynamic = f"{mixer}.conv2.0.weight" in shapes
+    if dynamic:
+        window = shapes.size(f"{mixer}.conv1.1.weight", 3)
+        filters = shapes.size(f"{mixer}.conv2.0.weight", 0) // window**2
+        if not filters:
+            raise CheckpointError(f"these are no weights of a DLGSANet: {mixer} makes no filters")
+        shared = dim // filters
+    else:
+        window = shapes.size(f"{mixer}.weight", 3)
+        shared = math.gcd(dim, 6)  # not in the weights; it must divide dim, and is 6 as published
+    return {
+        "window_size": window,
+        "idynamic_num_heads": shared,
+        "idynamic": dynamic,
+        **_feed_forward(shapes, dim, f"{layer}.IDynamic_ffn", "idynamic"),
+    }
+
+
+def _global_layer(shapes: _Shapes, dim: int, layer: str) -> dict[str, Any]:
+    """Read the arguments of a layer with global attention."""
+    return {
+        "restormer_num_heads": shapes.size(f"{layer}.restormer_attn.temperature", 0),
+        **_feed_forward(shapes, dim, f"{layer}.restormer_ffn", "restormer"),
+    }
+
+
+def _reconstruction(shapes: _Shapes, in_chans: int) -> dict[str, Any]:
+    """Read the upsampler and its scale; without one, `upscale` is 1."""
+    if "conv_before_upsample.0.weight" in shapes:
+        rows, columns = (shapes.size("upsample.0.weight", axis) for axis in (0, 1))
+        stages = shapes.count("upsample.")  # pixel shuffles have no weights
+        return {"upsampler": "pixelshuffle", "upscale": _root(rows // columns) ** stages}
+    if "upsample.0.weight" in shapes:
+        upscale = _root(shapes.size("upsample.0.weight", 0) // in_chans)
+        return {"upsampler": "pixelshuffledirect", "upscale": upscale}
+    return {"upsampler": "", "upscale": 1}
+
+
+def infer_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tell the arguments of DLGSANet from its weights.
+
+    What is not in the weights is as published: `activation` relu, `img_range` 1, `tlc_flag` true,
+    `tlc_kernel` 96, 72 or 48 by scale (48 for other scales), and of "sparseedge" and "edge", which
+    have equal names and sizes, "sparseedge". So are arguments of layers that the network lacks.
+
+    Args:
+        state_dict: As `read_weights` returns it.
+
+    Returns:
+        The arguments, all but `input_resolution`: DLGSANet(**arguments) takes the weights.
+
+    Raises:
+        CheckpointError: If the weights are not of a DLGSANet; the message says by which tensor.
+    """
+    shapes = _Shapes(state_dict)
+    dim, in_chans = (shapes.size("overlap_embed.0.proj.weight", axis) for axis in (0, 1))
+    body_norm = f"{_DEEP}.0.body.weight" in shapes
+    first_group = f"{_DEEP}.{int(body_norm)}.body."
+    groups = shapes.count(f"{_DEEP}.") - 1 - 2 * body_norm
+    has_local = f"{first_group}0.IDynamicDWConv.conv0.weight" in shapes
+    first_global = f"{first_group}{int(has_local)}"
+    has_global = f"{first_global}.restormer_attn.temperature" in shapes
+    if not (has_local or has_global):
+        raise CheckpointError(f"these are no weights of a DLGSANet: no layer at {first_group}0")
+    config = {
+        **_PUBLISHED,
+        "in_chans": in_chans,
+        "dim": dim,
+        "groups": groups,
+        "blocks": (shapes.count(first_group) - 1) // (has_local + has_global),
+        "body_norm": body_norm,
+        "tlc_flag": True,
+        "activation": "relu",
+        "img_range": 1.0,
+    }
+    if has_local:
+        config |= _local_layer(shapes, dim, f"{first_group}0")
+    if has_global:
+        config |= _global_layer(shapes, dim, first_global)
+    if not (has_local and has_global):
+        config["buildblock_type"] = "idynamic" if has_local else "restormer"
+    config |= _reconstruction(shapes, in_chans)
+    config["tlc_kernel"] = _TLC_KERNELS.get(config["upscale"], 48)
+    return config
+
+
+def _told_by_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the arguments that a state dict's names and sizes depend on, in one form for each."""
+    dim = config["dim"]
+    told = {name: config[name] for name in (*_PUBLISHED, "dim", "groups", "blocks", "upscale")}
+    for name in ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"):
+        told[name] = int(dim * told[name]) / dim
+    if not told["idynamic"]:
+        del told["idynamic_num_heads"]
+    if not told["upsampler"]:
+        told["upscale"] = 1
+    absent = {"idynamic": _GLOBAL_ARGUMENTS, "restormer": _LOCAL_ARGUMENTS}
+    for name in absent.get(told["buildblock_type"], ()):
+        told.pop(name, None)
+    return told
+
+
+def _differing(told: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the arguments by which weights differ from what is wanted."""
+    names = [name for name in wanted if name in told and told[name] != wanted[name]]
+    if {told["buildblock_type"], wanted["buildblock_type"]} == {"sparseedge", "edge"}:
+        names.remove("buildblock_type")  # equal names and sizes
+    return names
+
+
+def _name(told: Mapping[str, Any]) -> str:
+    """Return "DLGSANet", with the variant and scale where it is a published one."""
+    variant = _VARIANTS.get((told["dim"], told["groups"], told["blocks"]))
+    if variant and all(told.get(name) == value for name, value in _PUBLISHED.items()):
+        return f"DLGSANet {variant} x{told['upscale']}"
+    return "DLGSANet"
+
+
+def _with(told: Mapping[str, Any], names: list[str]) -> str:
+    """Name a network, with some of its arguments as an option file has them."""
+    values = (told[name] for name in names)
+    texts = (f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for value in values)
+    arguments = ", ".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+    return f"{_name(told)} ({arguments})"
+
+
+def check_compatible(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse weights that a DLGSANet of `config` does not take with strict=True.
+
+    Args:
+        state_dict: As `read_weights` returns it.
+        config: Valid arguments of DLGSANet, as an option file's `network_g` has them; an entry
+            `type` is passed over.
+
+    Raises:
+        CheckpointError: If the weights are of another configuration: the message names both (the
+            published variant where it is one) by the arguments that differ. Or if they are of no
+            DLGSANet, or of none that this package can build.
+    """
+    parameters = inspect.signature(DLGSANet).parameters
+    asked = {name: entry.default for name, entry in parameters.items()}
+    asked |= {name: value for name, value in config.items() if name != "type"}
+    with torch.device("meta"):
+        network = DLGSANet(**asked)
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    if expected == found:
+        return
+    told, wanted = _told_by_weights(infer_config(state_dict)), _told_by_weights(asked)
+    differing = _differing(told, wanted)
+    if differing:
+        raise CheckpointError(
+            f"the weights are of another configuration: they are {_with(told, differing)}; "
+            f"asked for is {_with(wanted, differing)}"
+        )
+    names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise CheckpointError(
+        f"the weights do not fit {_name(wanted)}; absent, unknown or of another size: "
+        f"{', '.join(names[:3])}{more}"
+    )
