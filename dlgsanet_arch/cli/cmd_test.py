@@ -1,0 +1,22 @@
+"""`dlgsanet test`: also behind test.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlgsanet_arch import pipeline
+from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.pipeline import flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb."""
+    return flags.build_parser(train=False)
+
+
+@exit_status
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test weights; relative paths are below the current folder unless `argv` has ``--root``."""
+    pipeline.test(Path.cwd(), sys.argv[1:] if argv is None else argv)
+    return 0

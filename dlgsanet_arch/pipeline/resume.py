@@ -1,0 +1,91 @@
+"""Which saved state a training run goes on from, found and read before BasicSR starts."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlgsanet_arch.errors import UserError
+
+_STATE_NAME = re.compile(r"\d+\.state")
+
+
+class ResumeError(UserError):
+    """A run that cannot be gone on with; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at 0, or where a saved state left off.
+
+    Args:
+        epoch: Epoch to go on with.
+        iteration: Iterations done.
+        weights: The network's weights at that iteration, or None for a new run.
+    """
+
+    epoch: int = 0
+    iteration: int = 0
+    weights: Path | None = None
+
+
+def newest_state(folder: Path) -> Path | None:
+    """Return the `<iteration>.state` of the most iterations in `folder`, or None."""
+    states = folder.iterdir() if folder.is_dir() else ()
+    numbered = [path for path in states if _STATE_NAME.fullmatch(path.name)]
+    return max(numbered, key=lambda path: int(path.stem), default=None)
+
+
+def _saved_in(run: Path) -> list[Path]:
+    return [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]
+
+
+def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
+    """Find where BasicSR will start this run, and see that its files are there and readable.
+
+    Args:
+        options: The run's options, `name` as BasicSR will use it.
+        root: Folder that holds ``experiments/`` and that relative paths are below.
+        auto_resume: Whether to go on from the newest state of the run's own folder; else
+            ``path:resume_state`` names the state, if anything does.
+
+    Raises:
+        ResumeError: There is something to go on from, but no whole pair of state and weights.
+    """
+    run = root / "experiments" / options["name"]
+    named = options["path"].get("resume_state")
+    if auto_resume:
+        state_path = newest_state(run / "training_states")
+        if state_path is None and _saved_in(run):
+            raise ResumeError(
+                f"--auto_resume finds no state in {run / 'training_states'}, though {run} holds "
+                "saved models; BasicSR would rename that run and start again at 0. Drop the flag "
+                "to want just that, or set path:pretrain_network_g to start from those weights."
+            )
+        if state_path is None and named:
+            raise ResumeError(
+                f"--auto_resume finds no run {run} and ignores path:resume_state {named}. Drop "
+                "the flag to go on from that state."
+            )
+    else:
+        state_path = root / Path(named).expanduser() if named else None
+    if state_path is None:
+        return Start()
+    try:
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        epoch, iteration = int(state["epoch"]), int(state["iter"])
+    except Exception as error:  # torch.load fails in half a dozen ways on a damaged file
+        raise ResumeError(
+            f"{state_path} is no whole training state ({type(error).__name__}: {error}). Delete "
+            "it to go on from the state before it."
+        ) from error
+    weights = run / "models" / f"net_g_{iteration}.pth"
+    if not weights.is_file():
+        raise ResumeError(
+            f"{state_path} belongs to the weights {weights}, which are not there. Put them back, "
+            "or delete the state to go on from the one before it."
+        )
+    return Start(epoch, iteration, weights)

@@ -1,0 +1,365 @@
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import helpers
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dlgsanet_arch import DLGSANet, cli, pipeline
+from dlgsanet_arch.cli import cmd_train
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline import flags
+from dlgsanet_arch.pipeline.plan import Plan, check_length, count_samples
+from dlgsanet_arch.pipeline.weights import check_start_weights
+
+SAMPLES = 5
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def printed_psnr(text: str) -> list[str]:
+    return re.findall(r"# psnr: ([\d.]+)", text)
+
+
+def small_weights(**changes) -> dict:
+    arguments = {**helpers.SMALL_NETWORK, **changes}
+    del arguments["type"]
+    return DLGSANet(**arguments).state_dict()
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder with pictures, and a current folder that is another one."""
+    folder = tmp_path / "root"
+    helpers.write_pairs(folder / "data", SAMPLES)
+    return folder
+
+
+@pytest.fixture
+def options() -> dict:
+    return helpers.small_train_options(Path("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(repository, tmp_path_factory):
+    """Real runs of train.py and test.py, in a copy of the checkout, from another folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    checkout, elsewhere = folder / "checkout", folder / "elsewhere"
+    elsewhere.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(repository / "dlgsanet_arch", checkout / "dlgsanet_arch", ignore=ignored)
+    for door in ("train.py", "test.py"):
+        shutil.copy(repository / door, checkout)
+    helpers.write_pairs(checkout / "data", SAMPLES)
+    weights = Path("experiments/small/models/net_g_latest.pth")
+    data = Path("data")
+    helpers.write_options(elsewhere / "train.yml", helpers.small_train_options(data))
+    helpers.write_options(elsewhere / "test.yml", helpers.small_test_options(data, weights))
+
+    def run(door, *arguments):
+        result = helpers.run([checkout / door, *arguments], cwd=elsewhere)
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    halfway = run("train.py", "-opt", "train.yml", "--force_yml", "train:total_iter=2")
+    resumed = run("train.py", "-opt", "train.yml", "--auto_resume")
+    tested = run("test.py", "-opt", "test.yml")
+    return checkout, elsewhere, halfway, resumed, tested
+
+
+def test_resumes_where_it_stopped(runs):
+    checkout, _, halfway, resumed, _ = runs
+    assert "iter:       2," in halfway
+    assert "Resuming training from epoch: 0, iter: 2." in resumed
+    assert "iter:       3," in resumed
+    assert "iter:       2," not in resumed
+    state = torch.load(checkout / "experiments/small/training_states/4.state")
+    assert state["iter"] == 4
+
+
+def test_everything_is_below_the_folder_of_train_py(runs):
+    checkout, elsewhere, *_ = runs
+    assert listing(elsewhere) == ["test.yml", "train.yml"]
+    assert sorted(path.name for path in (checkout / "experiments").iterdir()) == ["small"]
+
+
+def test_the_figure_tested_is_the_figure_validated(runs):
+    checkout, _, _, resumed, tested = runs
+    assert printed_psnr(tested) == printed_psnr(resumed)[-1:]
+    pictures = list((checkout / "results/small/visualization/made_val").glob("*.png"))
+    assert len(pictures) == SAMPLES
+    assert cv2.imread(str(pictures[0])).shape == (48, 64, 3)
+
+
+def test_a_verb_trains_below_its_root_and_leaves_the_process_as_it_was(
+    root, options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    helpers.write_options(tmp_path / "train.yml", options)
+    arguments = list(sys.argv)
+    command = ["train", "-opt", "train.yml", "--root", "root", "--debug"]
+    assert cli.main([*command, "--force_yml", "train:warmup_iter=-1", "train:total_iter=2"]) == 0
+    assert (root / "experiments/debug_small/models/net_g_latest.pth").is_file()
+    assert (os.getcwd(), sys.argv) == (str(tmp_path), arguments)
+
+
+def test_a_run_that_ends_early_is_an_error(root, options, tmp_path, monkeypatch):
+    # BasicSR's loop: 5 samples in batches of 4 are planned as 2 batches an epoch, and give 1.
+    options["datasets"]["train"]["batch_size_per_gpu"] = 4
+    options["train"]["total_iter"] = 12
+    del options["val"]
+    argv = ["-opt", str(helpers.write_options(tmp_path / "train.yml", options))]
+    with pytest.raises(UserError, match=r"end this run at iteration 7 of .*ratio to 3\."):
+        pipeline.train(root, argv)
+    monkeypatch.setattr(pipeline, "check_length", lambda *arguments: None)
+    with pytest.raises(UserError, match="ended at iteration 7 of train:total_iter 12"):
+        pipeline.train(root, argv)
+
+
+def edit(path: str, value):
+    """Return a change of options: `path` (a:b) set to `value`, or taken out if that is None."""
+
+    def apply(options: dict) -> None:
+        *parents, last = path.split(":")
+        for key in parents:
+            options = options[key]
+        if value is None:
+            del options[last]
+        else:
+            options[last] = value
+
+    return apply
+
+
+TRAIN_FAULTS = {
+    "network argument": (edit("network_g:window_sise", 7), r"window_sise.*window_size"),
+    "network value": (edit("network_g:window_size", 4), r"window_size.*4"),
+    "missing folder": (
+        edit("datasets:train:dataroot_gt", "nowhere"),
+        r"(?s)dataroot_gt.*training set made.*nowhere",
+    ),
+    "empty folder": (edit("datasets:val:dataroot_lq", "empty"), r"validation set made_val.*empty"),
+    "required key": (edit("logger:print_freq", None), r"logger:print_freq"),
+    "model": (edit("model_type", "SRModle"), r"SRModle.*SRModel"),
+    "metric": (edit("val:metrics:psnr:type", "calculate_pnsr"), r"calculate_psnr"),
+    "GPUs": (edit("num_gpu", 64), r"num_gpu is 64.*num_gpu: auto"),
+    "no batch": (edit("datasets:train:batch_size_per_gpu", 6), r"0 iterations.*ratio to 3\."),
+    "other weights": (edit("path:pretrain_network_g", "other.pth"), r"(?s)dim: 24.*dim: 12"),
+    "cut weights": (edit("path:pretrain_network_g", "cut.pth"), r"cut\.pth is truncated"),
+    "no weights": (edit("path:pretrain_network_g", "text.pth"), r"text\.pth is no checkpoint"),
+    "bare weights": (edit("path:pretrain_network_g", "bare.pth"), r"neither the key params"),
+    "absent state": (edit("path:resume_state", "10.state"), r"10\.state"),
+    "damaged state": (edit("path:resume_state", "cut.pth"), r"cut\.pth is no whole training state"),
+}
+
+
+@pytest.fixture
+def bad_root(root):
+    """The root with an empty folder, and weights of all kinds that cannot be used."""
+    (root / "empty").mkdir()
+    torch.save({"params": small_weights(dim=24)}, root / "other.pth")
+    torch.save(small_weights(), root / "bare.pth")
+    whole = (root / "other.pth").read_bytes()
+    (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (root / "text.pth").write_text("not weights\n")
+    return root
+
+
+@pytest.mark.parametrize("fault", TRAIN_FAULTS)
+def test_training_refuses_before_anything_is_created(bad_root, options, tmp_path, fault):
+    change, message = TRAIN_FAULTS[fault]
+    change(options)
+    file = helpers.write_options(tmp_path / "train.yml", options)
+    before = listing(bad_root)
+    with pytest.raises(UserError, match=message):
+        pipeline.train(bad_root, ["-opt", str(file)])
+    assert listing(bad_root) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--force_yml", "train:total_itre=8"], "total_itre.*total_iter"),
+        (["--launcher", "pytorch"], "torchrun.*WORLD_SIZE"),
+        (["--root", "nowhere"], "no folder .*nowhere"),
+    ],
+)
+def test_training_refuses_wrong_flags(root, options, tmp_path, monkeypatch, argv, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    file = helpers.write_options(tmp_path / "train.yml", options)
+    with pytest.raises(UserError, match=message):
+        pipeline.train(root, ["-opt", str(file), *argv])
+    assert listing(root) == [path for path in listing(root) if path.startswith("data")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name: [unclosed", "no YAML"), (None, "no option file")],
+)
+def test_training_refuses_what_is_no_option_file(root, tmp_path, text, message):
+    file = tmp_path / "train.yml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        pipeline.train(root, ["-opt", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrain_network_g": None}, "path:pretrain_network_g"),
+        ({"param_key_g": "params_emma"}, "(?s)params_emma.*params"),
+        ({"pretrain_network_g": "cut.pth"}, "truncated"),
+        ({"param_key_g": "params", "strict_load_g": False}, "none of its .* tensors fits"),
+    ],
+)
+def test_testing_refuses_before_anything_is_created(bad_root, tmp_path, changes, message):
+    torch.save({"params": {"elsewhere": torch.zeros(1)}}, bad_root / "elsewhere.pth")
+    options = helpers.small_test_options(Path("data"), Path("elsewhere.pth"))
+    options["path"] |= changes
+    file = helpers.write_options(tmp_path / "test.yml", options)
+    before = listing(bad_root)
+    with pytest.raises(UserError, match=message):
+        pipeline.test(bad_root, ["-opt", str(file)])
+    assert listing(bad_root) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["models/net_g_2.pth"], "finds no state in .*training_states"),
+        (["training_states/2.state"], r"belongs to the weights .*net_g_2\.pth"),
+        (["training_states/2.state", "models/net_g_2.pth"], r"(?s)net_g_2\.pth.*dim: 24"),
+    ],
+)
+def test_auto_resume_never_starts_over_in_silence(root, options, tmp_path, files, message):
+    run = root / "experiments" / "small"
+    for name in files:
+        (run / name).parent.mkdir(parents=True)
+        content = {"epoch": 0, "iter": 2, "params": small_weights(dim=24)}
+        torch.save(content, run / name)
+    file = helpers.write_options(tmp_path / "train.yml", options)
+    before = listing(root)
+    with pytest.raises(UserError, match=message):
+        pipeline.train(root, ["-opt", str(file), "--auto_resume"])
+    assert listing(root) == before
+
+
+def test_a_refusal_is_a_message_and_an_exit_status(root, options, tmp_path, capsys, monkeypatch):
+    options["network_g"]["dimm"] = 24
+    file = helpers.write_options(tmp_path / "train.yml", options)
+    assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
+    assert "dimm" in capsys.readouterr().err
+    monkeypatch.setattr("dlgsanet_arch.plugin.basicsr_installed", lambda: False)
+    assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
+    assert "pip install --no-build-isolation --no-deps basicsr==1.4.2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize(("samples", "batch", "total"), [(15, 8, 40), (3, 2, 12), (4, 2, 9)])
+def test_the_plan_is_what_the_loop_runs(samples, batch, gpus, world, total):
+    from basicsr.data.data_sampler import EnlargedSampler
+
+    if world > 1:
+        gpus = 1
+
+    def loop(ratio):
+        sampler = EnlargedSampler(range(samples), world, 0, ratio)
+        batches = len(DataLoader(range(samples), batch * gpus, sampler=sampler, drop_last=True))
+        planned = -(-samples * ratio // (batch * world))
+        return min(total, (-(-total // planned) + 1) * batches)
+
+    plan = Plan(samples, batch, gpus, world, total)
+    assert [plan.reached(ratio) for ratio in range(1, 30)] == [loop(r) for r in range(1, 30)]
+    smallest = next(ratio for ratio in range(1, 1000) if loop(ratio) == total)
+    assert plan.smallest_ratio() == smallest
+    check_length(plan, smallest)
+    if smallest > 1:
+        with pytest.raises(UserError, match=f"dataset_enlarge_ratio to {smallest}"):
+            check_length(plan, 1)
+
+
+def test_a_resumed_run_is_planned_from_where_it_starts():
+    plan = Plan(samples=15, batch=8, gpus=1, world=1, total_iter=40)
+    assert plan.reached(1) == 21
+    assert plan.reached(1, epoch=10, iteration=30) == 40
+    assert plan.reached(1, epoch=20, iteration=21) == 22
+    assert plan.reached(1, epoch=25, iteration=41) == 41
+
+
+def test_samples_are_counted_as_basicsr_lists_them(tmp_path):
+    folder = tmp_path / "HR"
+    (folder / "below").mkdir(parents=True)
+    for name in ("a.png", "b.png", ".hidden.png", "below/c.png"):
+        (folder / name).touch()
+    (tmp_path / "lq.lmdb").mkdir()
+    (tmp_path / "lq.lmdb" / "meta_info.txt").write_text("a.png (4,4,3) 1\n" * 7)
+    (tmp_path / "meta.txt").write_text("a.png (4,4,3)\nb.png (4,4,3)\nc.png (4,4,3)")
+    base = {"type": "PairedImageDataset", "dataroot_gt": "HR", "dataroot_lq": "lq.lmdb"}
+    disk, lmdb = ({"io_backend": {"type": kind}} for kind in ("disk", "lmdb"))
+    assert count_samples({**base, **disk}, tmp_path) == 2
+    assert count_samples({**base, **disk, "meta_info_file": "meta.txt"}, tmp_path) == 3
+    assert count_samples({**base, **lmdb, "meta_info_file": "meta.txt"}, tmp_path) == 7
+    assert count_samples({**base, **disk, "type": "REDSDataset"}, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("train:warmup_iter=-1", -1),
+        ("a:lr = 1e-4", 1e-4),
+        ("a:b=200", 200),
+        ("a:b=[1, 2]", [1, 2]),
+        ("name=x2", "x2"),
+        ("a:b=~", None),
+    ],
+)
+def test_numbers_on_the_command_line_are_numbers(entry, value):
+    from basicsr.utils.options import _postprocess_yml_value as parse
+
+    text = flags.with_readable_numbers(entry, parse).split("=")[1].strip()
+    assert parse(text) == value
+    assert isinstance(parse(text), str) == isinstance(value, str)
+
+
+def test_the_key_of_the_weights_is_chosen_by_what_the_file_has(tmp_path):
+    weights = small_weights()
+    file = tmp_path / "weights.pth"
+    options = {
+        "network_g": dict(helpers.SMALL_NETWORK),
+        "path": {"pretrain_network_g": str(file)},
+        "train": {},
+    }
+
+    def chosen(content, *, train):
+        torch.save(content, file)
+        return check_start_weights(options, tmp_path, train=train)
+
+    both = {"params": weights, "params_ema": weights}
+    assert chosen(both, train=False) == ["path:param_key_g=params_ema"]
+    assert chosen(both, train=True) == ["path:param_key_g=params"]
+    assert chosen({"params": weights}, train=False) == ["path:param_key_g=params"]
+    assert chosen(weights, train=False) == ["path:param_key_g=none"]
+    options["path"]["param_key_g"] = "params"
+    assert chosen(both, train=False) == []
+
+
+def test_a_fixed_seed_repeats_a_run(root, options, tmp_path):
+    del options["val"]
+    file = helpers.write_options(tmp_path / "train.yml", options)
+    weights = []
+    for _ in range(2):
+        pipeline.train(root, ["-opt", str(file)])
+        weights.append(torch.load(root / "experiments/small/models/net_g_latest.pth")["params"])
+    archived = [path.name for path in (root / "experiments").iterdir()]
+    assert len(archived) == 2
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert all(tensor.isfinite().all() for tensor in weights[0].values())
