@@ -1,0 +1,48 @@
+# An active environment is used as it is (conda's base does not count: it is active in every
+# shell); else the checkout's own .venv, made on first use.
+ENVIRONMENT := .venv
+ifneq ($(CONDA_PREFIX),)
+ifneq ($(CONDA_DEFAULT_ENV),base)
+ENVIRONMENT := $(CONDA_PREFIX)
+endif
+endif
+ifneq ($(VIRTUAL_ENV),)
+ENVIRONMENT := $(VIRTUAL_ENV)
+endif
+
+RUN := "$(ENVIRONMENT)/bin/python"
+# A machine with a GPU may have no network: there, whatever has torch is used and nothing installed.
+GPU_RUN := $(or $(PYTHON),$(wildcard $(ENVIRONMENT)/bin/python),python3)
+export PYTHON
+
+.PHONY: help demo test lint gpu clean environment
+
+help:
+	@echo "make demo   train, resume and test a small network on real pictures, with the install at most 6 minutes"
+	@echo "make test   lint and the whole test suite"
+	@echo "make lint   ruff's rules and format"
+	@echo "make gpu    GPU tests and benchmarks, with PYTHON=python3 as it is: nothing is installed"
+	@echo "make clean  remove .venv, caches and build folders; data and results stay"
+	@echo "demo, test and lint install into the active environment, else into .venv; PYTHON=... makes .venv with that Python"
+
+demo: environment
+	$(RUN) scripts/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n auto --maxprocesses 8
+
+lint: environment
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+gpu:
+	@"$(GPU_RUN)" scripts/check_cuda.py
+	"$(GPU_RUN)" -m pytest -m gpu
+	"$(GPU_RUN)" benchmarks/network.py --device cuda
+
+clean:
+	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+environment:
+	@sh scripts/environment.sh "$(ENVIRONMENT)"

@@ -1,0 +1,188 @@
+"""The demo behind `make demo`: prepare data, train, stop, resume, test, compare with bicubic.
+
+Every step is the command that a user would type, run from the repository's root. The results are
+results/demo/table.md and results/demo/comparison.png.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+OPTIONS = "demo.yml"
+EXPERIMENT = ROOT / "experiments" / "demo"
+RESULTS = ROOT / "results" / "demo"
+VALIDATION = ROOT / "datasets" / "demo" / "val" / "X2"
+
+# What is shown of BasicSR's log; all of it is in the log files.
+SHOWN = re.compile(
+    r"epoch:.*iter:|# (psnr|ssim):|Validation|Saving models|Resuming|End of training"
+    r"|complete already|built$|interrupted"
+)
+TIMESTAMP = re.compile(r"^\S+ \S+ INFO: ")
+ITERATION = re.compile(r"epoch:.*iter: *([\d,]+)")
+LAST_LINES = 30
+INTERRUPTED = 130
+MOST_THREADS = 4  # small patches keep no more of them busy
+
+
+class StepFailed(Exception):
+    """A step of the demo did not do what it should."""
+
+
+def cores() -> int:
+    """Count the cores that this process may use: its affinity, and its control group's quota."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(allowed, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or the quota is "max"
+        return allowed
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Say what is done, and how long it took."""
+    print(f"\n== {title}", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"   took {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def run(
+    *arguments: str, stop_when: Callable[[str], bool] = lambda line: False, expect: int = 0
+) -> None:
+    """Run this Python with `arguments`, and show the lines of its output that tell progress.
+
+    Args:
+        arguments: A script below the root and its arguments.
+        stop_when: Told each line; when it first says yes, the command is interrupted as by
+            Ctrl-C.
+        expect: The exit status that is no failure.
+
+    Raises:
+        StepFailed: Another exit status; the last lines of the output were shown.
+    """
+    print(f"   $ python {' '.join(arguments)}", flush=True)
+    # Threads that wait for each other by spinning run many times slower where the cores are
+    # shared with other work.
+    threads = {
+        "OMP_NUM_THREADS": str(min(cores(), MOST_THREADS)),
+        "OMP_WAIT_POLICY": "passive",
+    }
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last_lines: deque[str] = deque(maxlen=LAST_LINES)
+    stopped = False
+    with process:
+        for line in process.stdout:
+            last_lines.append(line)
+            if SHOWN.search(line):
+                print(f"   {TIMESTAMP.sub('', line).rstrip()}", flush=True)
+            if not stopped and stop_when(line):
+                stopped = True
+                process.send_signal(signal.SIGINT)
+    if process.returncode != expect:
+        print("".join(last_lines), file=sys.stderr)
+        raise StepFailed(f"`python {' '.join(arguments)}` ended with status {process.returncode}")
+
+
+def past(iteration: int) -> Callable[[str], bool]:
+    """Tell lines of the log that show a later iteration than this."""
+
+    def is_past(line: str) -> bool:
+        found = ITERATION.search(line)
+        return found is not None and int(found[1].replace(",", "")) > iteration
+
+    return is_past
+
+
+def check_saved(iteration: int) -> None:
+    """See that the training's state at this iteration is there, and is of that iteration.
+
+    Raises:
+        StepFailed: It is not.
+    """
+    import torch
+
+    path = EXPERIMENT / "training_states" / f"{iteration}.state"
+    if not path.is_file():
+        raise StepFailed(f"training did not reach iteration {iteration}: there is no {path}")
+    reached = torch.load(path, map_location="cpu")["iter"]
+    if reached != iteration:
+        raise StepFailed(f"training reached iteration {reached}, not {iteration}: {path}")
+    print(f"   iteration reached and saved: {reached}", flush=True)
+
+
+def compare() -> str:
+    """Write the table and the picture; returns the table."""
+    import cv2
+
+    from dlgsanet_arch.data.comparison import Comparison, figure, table
+
+    comparisons = []
+    for hr_path in sorted((VALIDATION / "HR").glob("*.png")):
+        name = hr_path.stem
+        paths = (
+            VALIDATION / "LR" / hr_path.name,
+            RESULTS / "visualization" / "demo_val" / f"{name}_demo.png",
+            hr_path,
+        )
+        comparisons.append(Comparison.of(name, *(cv2.imread(str(path)) for path in paths)))
+    text = table(comparisons)
+    (RESULTS / "table.md").write_text(text)
+    cv2.imwrite(str(RESULTS / "comparison.png"), figure(comparisons))
+    return text
+
+
+def main() -> int:
+    """Run all steps; returns the exit status."""
+    from dlgsanet_arch import options
+
+    training = options.load(ROOT / "options" / "train" / OPTIONS)
+    total = training["train"]["total_iter"]
+    saved = training["logger"]["save_checkpoint_freq"]
+    train = ("train.py", "-opt", f"options/train/{OPTIONS}")
+    start = time.perf_counter()
+    try:
+        with step("Data: photographs of scikit-image's wheel, LR by MATLAB's bicubic"):
+            run("datasets/prepare.py", "demo")
+        with step(f"Training, interrupted after its checkpoint at iteration {saved} of {total}"):
+            run(*train, stop_when=past(saved), expect=INTERRUPTED)
+            check_saved(saved)
+        with step("Training goes on from the saved state"):
+            run(*train, "--auto_resume")
+            check_saved(total)
+        with step("Test on photographs that it was not trained on"):
+            run("test.py", "-opt", f"options/test/{OPTIONS}")
+        with step("Comparison with bicubic"):
+            print(f"\n{compare()}")
+            for name in ("table.md", "comparison.png"):
+                print(f"   {(RESULTS / name).relative_to(ROOT)}")
+    except StepFailed as failure:
+        print(f"demo: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"\ndemo: done in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
