@@ -1,0 +1,178 @@
+"""How super-resolved pictures compare with bicubic ones: figures, a table, a picture to look at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import cv2
+import numpy as np
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from numpy.typing import NDArray
+
+from dlgsanet_arch.data.demo import Picture, bicubic
+
+# Of the picture to look at, in pixels.
+CROP = 96
+ZOOM = 4
+MARGIN = 12
+CAPTION = 56
+FONT = cv2.FONT_HERSHEY_DUPLEX
+BACKGROUND = (255, 255, 255)
+INK = (40, 40, 40)
+MARK = (60, 60, 230)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is measured on the Y channel, a border of `scale` pixels cut off: dB, and SSIM."""
+
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One picture, enlarged in two ways.
+
+    Args:
+        name: The picture's name.
+        scale: HR side over LR side.
+        hr: (H, W, 3) in BGR, the original.
+        enlarged: (H, W, 3), LR enlarged by MATLAB's bicubic.
+        restored: (H, W, 3), LR enlarged by the network.
+    """
+
+    name: str
+    scale: int
+    hr: Picture
+    enlarged: Picture
+    restored: Picture
+
+    @classmethod
+    def of(cls, name: str, lr: Picture, restored: Picture, hr: Picture) -> "Comparison":
+        """Compare a restored picture with the bicubic enlargement of its LR picture.
+
+        Raises:
+            ValueError: The three pictures' sizes do not belong together.
+        """
+        scale = hr.shape[0] // lr.shape[0]
+        enlarged = bicubic(lr, scale)
+        if not enlarged.shape == restored.shape == hr.shape:
+            raise ValueError(
+                f"sizes of {name} do not fit: got {lr.shape=}, {restored.shape=}, {hr.shape=}"
+            )
+        return cls(name, scale, hr, enlarged, restored)
+
+    def scores(self, picture: Picture) -> Scores:
+        """Measure a picture of HR's size against HR, by BasicSR's metrics."""
+        measured = {"crop_border": self.scale, "test_y_channel": True}
+        return Scores(
+            calculate_psnr(picture, self.hr, **measured),
+            calculate_ssim(picture, self.hr, **measured),
+        )
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Write a Markdown table: one row a picture, and their mean."""
+    rows = [
+        (each.name, each.scores(each.enlarged), each.scores(each.restored)) for each in comparisons
+    ]
+    sides = [[row[side] for row in rows] for side in (1, 2)]
+    means = [Scores(fmean(s.psnr for s in side), fmean(s.ssim for s in side)) for side in sides]
+    lines = [
+        "| picture | bicubic PSNR | DLGSANet PSNR | gain | bicubic SSIM | DLGSANet SSIM |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, base, ours in [*rows, ("**mean**", *means)]:
+        gain = ours.psnr - base.psnr
+        lines.append(
+            f"| {name} | {base.psnr:.2f} dB | {ours.psnr:.2f} dB | {gain:+.2f} dB "
+            f"| {base.ssim:.4f} | {ours.ssim:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def telling_place(comparison: Comparison, side: int) -> tuple[int, int]:
+    """Find where bicubic loses most: what the network makes of it has no say in the choice.
+
+    Args:
+        comparison: A picture.
+        side: Side of the square to find, in HR pixels; at most the picture's.
+
+    Returns:
+        Top row and left column.
+    """
+    error = comparison.enlarged.astype(np.float64) - comparison.hr
+    sums = cv2.integral((error**2).sum(2))
+    within = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(np.argmax(within), within.shape)
+    return int(top), int(left)
+
+
+def _captioned(picture: Picture, *lines: str) -> Picture:
+    """Put lines of text under a picture."""
+    band = np.full((CAPTION, picture.shape[1], 3), BACKGROUND, np.uint8)
+    for number, line in enumerate(lines, start=1):
+        cv2.putText(band, line, (2, 24 * number - 4), FONT, 0.55, INK, 1, cv2.LINE_AA)
+    return np.vstack([picture, band])
+
+
+def _overview(comparison: Comparison, top: int, left: int, side: int) -> Picture:
+    """Shrink the original into a square of the crops' size, the place of the crop marked."""
+    height, width = comparison.hr.shape[:2]
+    ratio = side * ZOOM / max(height, width)
+    size = (round(width * ratio), round(height * ratio))
+    small = cv2.resize(comparison.hr, size, interpolation=cv2.INTER_AREA)
+    corners = [
+        (round(column * ratio), round(row * ratio))
+        for column, row in ((left, top), (left + side, top + side))
+    ]
+    cv2.rectangle(small, *corners, MARK, 2)
+    square = np.full((side * ZOOM, side * ZOOM, 3), BACKGROUND, np.uint8)
+    square[: size[1], : size[0]] = small
+    return square
+
+
+def _row(comparison: Comparison) -> Picture:
+    side = min(CROP, *comparison.hr.shape[:2])
+    top, left = telling_place(comparison, side)
+    place = (slice(top, top + side), slice(left, left + side))
+
+    def crop(picture: Picture) -> Picture:
+        return np.repeat(np.repeat(picture[place], ZOOM, axis=0), ZOOM, axis=1)
+
+    def figures(picture: Picture) -> str:
+        here = calculate_psnr(picture[place], comparison.hr[place], 0, test_y_channel=True)
+        return f"{comparison.scores(picture).psnr:.2f} dB (this crop {here:.2f})"
+
+    columns = [
+        _captioned(_overview(comparison, top, left, side), comparison.name, "crop marked"),
+        _captioned(
+            crop(comparison.enlarged),
+            f"LR, bicubic x{comparison.scale}",
+            figures(comparison.enlarged),
+        ),
+        _captioned(
+            crop(comparison.restored),
+            f"DLGSANet x{comparison.scale}",
+            figures(comparison.restored),
+        ),
+        _captioned(crop(comparison.hr), "HR, the original", "infinite dB"),
+    ]
+    gap = np.full((columns[0].shape[0], MARGIN, 3), BACKGROUND, np.uint8)
+    parts = [part for column in columns for part in (gap, column)]
+    return np.hstack([*parts, gap])
+
+
+def figure(comparisons: Sequence[Comparison]) -> NDArray[np.uint8]:
+    """Draw one row a picture: the whole, then bicubic, restored and original crops with PSNR.
+
+    Args:
+        comparisons: Pictures with sides of `CROP` or more, or all of one smaller size.
+
+    Returns:
+        A picture in BGR, to be written with OpenCV.
+    """
+    rows = [_row(comparison) for comparison in comparisons]
+    gap = np.full((MARGIN, rows[0].shape[1], 3), BACKGROUND, np.uint8)
+    return np.vstack([gap, *(part for row in rows for part in (row, gap))])
