@@ -143,7 +143,8 @@ def bootstrap_pip(base: str, python: Path) -> bool:
 
 def make_own() -> None:
     """Make the .venv from nothing, with pip in it and an empty stamp."""
-    base = sys._base_executable  # this Python may be the one inside the .venv that goes
+    # This Python may be the one in the .venv that goes: a link to the Python that outlives it.
+    base = os.path.realpath(sys.executable)
     say(f"Making .venv with Python {sys.version.split()[0]} ({base})")
     shutil.rmtree(OWN, ignore_errors=True)
     OWN.mkdir()
@@ -192,6 +193,11 @@ def prepare(environment: Path) -> None:
             sys.exit(
                 f"make: {environment} was not made by make and has no working Python 3.10 or "
                 "newer; remove or rename it, and make makes its own"
+            )
+        if importlib.util.find_spec("pip") is None:
+            sys.exit(
+                f"make: {environment} has no pip; add it ({sys.executable} -m ensurepip, or uv pip "
+                "install pip), or deactivate it or move it away, and make makes its own"
             )
         missing = importlib.util.find_spec("basicsr") is None
         install(Path(sys.executable), adapt(read_requirements()), basicsr=missing)

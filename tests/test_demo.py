@@ -10,7 +10,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from dlgsanet_arch import cli, options
+from dlgsanet_arch import cli, data, options
 from dlgsanet_arch.data import comparison, demo
 from dlgsanet_arch.data.comparison import Comparison
 from dlgsanet_arch.errors import UserError
@@ -155,7 +155,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, source):
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="Move it away"):
+    with pytest.raises(UserError, match="move it away"):
         prepare(folder, source)
     assert (folder / "thesis.txt").read_text() == "mine"
 
@@ -167,6 +167,13 @@ def test_the_verb_prepares_below_its_root(tmp_path, source, monkeypatch):
     assert cli.main(["data", "demo", "--root", str(tmp_path / "other")]) == 0
     for root in (tmp_path, tmp_path / "other"):
         assert json.loads((root / "datasets/demo/recipe.json").read_text())["sub_images"] == 11
+
+
+def test_the_verb_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.delattr(data, "demo")
+    monkeypatch.setitem(sys.modules, "dlgsanet_arch.data.demo", None)
+    assert cli.main(["data", "demo"]) == 1
+    assert "dlgsanet doctor" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -239,9 +246,9 @@ def driver(repository, monkeypatch, tmp_path):
 LOOP = """
 import time
 
-print("total_iter: 9000", flush=True)
+print("total_iter: 1500", flush=True)
 try:
-    for i in range(1000, 9000):
+    for i in range(1000, 1500):
         print(f"2026-01-01 00:00:00,000 INFO: [epoch:  0, iter:   {i:8,d}, lr]", flush=True)
         time.sleep(0.01)
 except KeyboardInterrupt:
@@ -251,7 +258,11 @@ except KeyboardInterrupt:
 
 def test_the_driver_interrupts_a_command_past_an_iteration(driver, tmp_path, capsys):
     (tmp_path / "loop.py").write_text(LOOP)
-    driver.run("loop.py", stop_when=driver.past(1010), expect=128 + signal.SIGINT)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job
+    try:
+        driver.run("loop.py", stop_when=driver.past(1010), expect=128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     shown = capsys.readouterr().out
     assert "   [epoch:  0, iter:      1,011, lr]" in shown
     assert "2026-01-01" not in shown

@@ -4,14 +4,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlgsanet_arch import plugin
 from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.errors import UserError
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from dlgsanet_arch.data import demo
-
+    try:
+        from dlgsanet_arch.data import demo
+    except ImportError as error:
+        raise UserError(
+            f"building data sets needs BasicSR's bicubic and LMDB writer, and their import fails "
+            f"({error}); `dlgsanet doctor` says what to do"
+        ) from error
     folder = arguments.root / "datasets" / "demo"
     built = demo.prepare(folder)
     print(f"{folder}: {'built' if built else 'complete already, nothing to do'}")
@@ -37,10 +41,5 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the data set that `argv` names."""
     arguments = build_parser().parse_args(argv)
-    if not plugin.basicsr_installed():
-        raise UserError(
-            "Building data sets needs BasicSR's bicubic and its LMDB writer; it is not installed. "
-            "`dlgsanet doctor` says how to install it."
-        )
     arguments.build(arguments)
     return 0

@@ -127,9 +127,10 @@ def _overview(comparison: Comparison, top: int, left: int, side: int) -> Picture
         (round(column * ratio), round(row * ratio))
         for column, row in ((left, top), (left + side, top + side))
     ]
+    cv2.rectangle(small, *corners, BACKGROUND, 6)
     cv2.rectangle(small, *corners, MARK, 2)
     square = np.full((side * ZOOM, side * ZOOM, 3), BACKGROUND, np.uint8)
-    square[: size[1], : size[0]] = small
+    square[-size[1] :, : size[0]] = small  # at the bottom, above its caption
     return square
 
 
@@ -146,7 +147,9 @@ def _row(comparison: Comparison) -> Picture:
         return f"{comparison.scores(picture).psnr:.2f} dB (this crop {here:.2f})"
 
     columns = [
-        _captioned(_overview(comparison, top, left, side), comparison.name, "crop marked"),
+        _captioned(
+            _overview(comparison, top, left, side), comparison.name, "PSNR of the Y channel"
+        ),
         _captioned(
             crop(comparison.enlarged),
             f"LR, bicubic x{comparison.scale}",

@@ -102,8 +102,8 @@ def pictures_folder() -> Path:
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "The demo's photographs come from scikit-image's wheel, which is not installed. "
-            "Run: pip install scikit-image"
+            "the demo's photographs come from scikit-image's wheel, which is not installed; "
+            "run: pip install scikit-image"
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> Picture:
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
         raise UserError(
-            f"Cannot read the photograph {path}. It is part of scikit-image's wheel: "
+            f"cannot read the photograph {path}; it is part of scikit-image's wheel: "
             "pip install --force-reinstall scikit-image"
         )
     return picture
@@ -236,8 +236,8 @@ def prepare(
         return False
     if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.json").is_file():
         raise UserError(
-            f"{folder} exists and was not made by this command: it has no recipe.json. "
-            "Move it away, then run the command again."
+            f"{folder} exists and was not made by this command: it has no recipe.json; "
+            "move it away, then run the command again"
         )
     source = pictures_folder() if source is None else source
     unfinished = folder.with_name(folder.name + ".unfinished")

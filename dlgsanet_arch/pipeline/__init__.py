@@ -28,23 +28,23 @@ from dlgsanet_arch.pipeline.weights import check_resumed_weights, check_start_we
 __all__ = ["test", "train"]
 
 INSTALL_BASICSR = (
-    "pip install --no-build-isolation --no-deps basicsr==1.4.2, and what it needs: pip install "
-    "addict future lmdb numpy opencv-python Pillow pyyaml requests scikit-image scipy tensorboard "
-    "torch torchvision tqdm yapf"
+    "pip install cython 'setuptools<81' wheel lmdb opencv-python requests scipy tensorboard "
+    "torchvision tqdm && pip install --no-build-isolation --no-deps basicsr==1.4.2"
 )
 
 
 def _import_basicsr(name: str) -> ModuleType:
     if not plugin.basicsr_installed():
         raise UserError(
-            f"Training and testing need BasicSR, which is not installed. Run: {INSTALL_BASICSR}"
+            f"training and testing need BasicSR, which is not installed; run: {INSTALL_BASICSR} "
+            "(`dlgsanet doctor` then names what is still missing)"
         )
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever another package's import may raise
         raise UserError(
-            f"BasicSR is installed but does not import ({type(error).__name__}: {error}). "
-            "`dlgsanet doctor` says what to do."
+            f"BasicSR is installed, but its import fails ({type(error).__name__}: {error}); "
+            "`dlgsanet doctor` says what to do"
         ) from error
 
 
@@ -64,7 +64,7 @@ def _processes(launcher: str) -> int:
         starter = "torchrun" if launcher == "pytorch" else "srun"
         raise UserError(
             f"--launcher {launcher} needs to be started by {starter}, which sets {variable}; it is "
-            "not set. For a single process leave the flag out."
+            "not set; for a single process leave the flag out"
         )
     return int(os.environ[variable])
 
@@ -75,8 +75,8 @@ def _gpus(options: Mapping[str, Any]) -> int:
         return there
     if asked > there:
         raise UserError(
-            f"num_gpu is {asked}, but PyTorch sees {there} CUDA devices here. Write num_gpu: auto, "
-            f"or add --force_yml num_gpu={there}."
+            f"num_gpu is {asked}, but PyTorch sees {there} CUDA devices here; write `num_gpu: "
+            f"auto`, or add --force_yml num_gpu={there}"
         )
     return asked
 
@@ -108,7 +108,7 @@ def _prepared(root: Path, argv: Sequence[str], *, train: bool) -> tuple[Path, li
     arguments = flags.build_parser(train=train).parse_args(argv)
     root = (arguments.root or root).expanduser().resolve()
     if not root.is_dir():
-        raise UserError(f"--root: there is no folder {root}.")
+        raise UserError(f"--root: there is no folder {root}")
     arguments.opt = arguments.opt.expanduser().resolve()
     parse = _import_basicsr("basicsr.utils.options")._postprocess_yml_value
     entries = [flags.with_readable_numbers(entry, parse) for entry in arguments.force_yml]
@@ -197,9 +197,9 @@ def train(root: Path, argv: Sequence[str]) -> None:
         basicsr_train.train_pipeline(str(root))
     if progress.iteration < total:
         raise UserError(
-            f"Training ended at iteration {progress.iteration} of train:total_iter {total}: "
-            "BasicSR's loop ran out of epochs. Raise datasets:train:dataset_enlarge_ratio and go "
-            "on with --auto_resume."
+            f"training ended at iteration {progress.iteration} of train:total_iter {total}: "
+            "BasicSR's loop ran out of epochs; raise datasets:train:dataset_enlarge_ratio and go "
+            "on with --auto_resume"
         )
 
 

@@ -1,9 +1,12 @@
 """The command line of training and testing: BasicSR's flags, and `--root`."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def build_parser(*, train: bool) -> argparse.ArgumentParser:
@@ -60,13 +63,10 @@ def with_readable_numbers(entry: str, parse: Callable[[str], Any]) -> str:
         parse: How BasicSR reads a value.
     """
     key, equals, value = entry.partition("=")
-    if not isinstance(parse(value.strip()), str):
-        return entry
-    try:
-        float(value)
-    except ValueError:
-        return entry
-    return f"{key}{equals}!!float {value.strip()}"
+    text = value.strip()
+    if isinstance(parse(text), str) and _NUMBER.fullmatch(text):
+        return f"{key}{equals}!!float {text}"
+    return entry
 
 
 def for_basicsr(arguments: argparse.Namespace) -> list[str]:

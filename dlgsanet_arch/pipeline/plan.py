@@ -92,7 +92,7 @@ def check_length(plan: Plan, ratio: float, epoch: int = 0, iteration: int = 0) -
         UserError: Naming the iteration and the smallest ratio that mends it.
     """
     if plan.samples == 0:
-        raise UserError("datasets:train holds no samples, so there is nothing to train on.")
+        raise UserError("datasets:train: there are no samples; fill its list, or correct the path")
     reached = plan.reached(ratio, epoch, iteration)
     if reached >= plan.total_iter:
         return
@@ -101,14 +101,14 @@ def check_length(plan: Plan, ratio: float, epoch: int = 0, iteration: int = 0) -
         what = (
             f"datasets:train has {plan.samples} samples x dataset_enlarge_ratio {ratio}, less than "
             f"one batch of {batch}: BasicSR would train 0 iterations and save the untrained "
-            "network as the result."
+            "network as the result"
         )
     else:
         what = (
             f"BasicSR would end this run at iteration {reached} of train:total_iter "
             f"{plan.total_iter}: it plans its epochs with the incomplete last batch of "
             f"{plan.samples} samples x dataset_enlarge_ratio {ratio} (batches of {batch}), and "
-            "drops that batch."
+            "drops that batch"
         )
     smallest = plan.smallest_ratio(epoch, iteration)
-    raise UserError(f"{what} Set datasets:train:dataset_enlarge_ratio to {smallest}.")
+    raise UserError(f"{what}; set datasets:train:dataset_enlarge_ratio to {smallest}")

@@ -8,13 +8,9 @@ from typing import Any
 
 import torch
 
-from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.compat import ResumeError
 
 _STATE_NAME = re.compile(r"\d+\.state")
-
-
-class ResumeError(UserError):
-    """A run that cannot be gone on with; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,13 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         if state_path is None and _saved_in(run):
             raise ResumeError(
                 f"--auto_resume finds no state in {run / 'training_states'}, though {run} holds "
-                "saved models; BasicSR would rename that run and start again at 0. Drop the flag "
-                "to want just that, or set path:pretrain_network_g to start from those weights."
+                "saved models; BasicSR would rename that run and start again at 0: drop the flag "
+                "if that is wanted, or set path:pretrain_network_g to start from those weights"
             )
         if state_path is None and named:
             raise ResumeError(
-                f"--auto_resume finds no run {run} and ignores path:resume_state {named}. Drop "
-                "the flag to go on from that state."
+                f"--auto_resume finds no run {run} and ignores path:resume_state {named}; drop "
+                "the flag to go on from that state"
             )
     else:
         state_path = root / Path(named).expanduser() if named else None
@@ -79,13 +75,13 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         epoch, iteration = int(state["epoch"]), int(state["iter"])
     except Exception as error:  # torch.load fails in half a dozen ways on a damaged file
         raise ResumeError(
-            f"{state_path} is no whole training state ({type(error).__name__}: {error}). Delete "
-            "it to go on from the state before it."
+            f"{state_path} is no whole training state ({type(error).__name__}: {error}); delete "
+            "it to go on from the state before it"
         ) from error
     weights = run / "models" / f"net_g_{iteration}.pth"
     if not weights.is_file():
         raise ResumeError(
-            f"{state_path} belongs to the weights {weights}, which are not there. Put them back, "
-            "or delete the state to go on from the one before it."
+            f"{state_path} belongs to the weights {weights}, which are not there; put them back, "
+            "or delete the state to go on from the one before it"
         )
     return Start(epoch, iteration, weights)
