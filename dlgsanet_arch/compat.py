@@ -195,11 +195,31 @@ def _functional_tensor_aliased() -> bool:
 _STATE_NAME = re.compile(r"\d+\.state")
 
 
-def _newest_state(folder: Path) -> Path | None:
-    """Return the `<iteration>.state` of the highest iteration; None where there is none."""
+def newest_state(folder: Path) -> Path | None:
+    """Return the `<iteration>.state` of the highest iteration in `folder`; None without one."""
     files = folder.iterdir() if folder.is_dir() else ()
     states = [path for path in files if _STATE_NAME.fullmatch(path.name)]
     return max(states, key=lambda path: int(path.stem), default=None)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a training state that BasicSR saved, its tensors on the CPU.
+
+    Returns:
+        At least `epoch` and `iter`, whole numbers.
+
+    Raises:
+        ResumeError: The file is missing, damaged or no training state.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        int(state["epoch"]), int(state["iter"])
+    except Exception as error:  # torch.load has half a dozen ways to fail on a damaged file
+        raise ResumeError(
+            f"{path} is no whole training state ({type(error).__name__}: {error}); delete it to "
+            "go on from the state before it"
+        ) from error
+    return state
 
 
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
@@ -219,22 +239,15 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     from basicsr.utils import check_resume
 
     if opt["auto_resume"]:
-        path = _newest_state(Path(opt["path"]["training_states"]))
+        path = newest_state(Path(opt["path"]["training_states"]))
         if path is not None:
             opt["path"]["resume_state"] = str(path)
     else:
         path = opt["path"].get("resume_state")
     if not path:
         return None
-    try:
-        state = torch.load(path, map_location="cpu")
-        iteration = state["iter"]
-    except Exception as error:  # torch.load has half a dozen ways to fail on a damaged file
-        raise ResumeError(
-            f"cannot resume from the training state {path} ({type(error).__name__}: {error}). "
-            "If it is damaged, delete it and resume from an older one"
-        ) from error
-    check_resume(opt, iteration)
+    state = read_state(path)
+    check_resume(opt, state["iter"])
     return state
 
 

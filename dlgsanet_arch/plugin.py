@@ -8,6 +8,12 @@ import warnings
 from dlgsanet_arch import compat
 from dlgsanet_arch.network import DLGSANet
 
+# Its setup.py looks for Cython; without the two options pip would fetch torch again and tb-nightly.
+INSTALL_BASICSR = (
+    "pip install cython 'setuptools<81' wheel && "
+    "pip install --no-build-isolation --no-deps basicsr==1.4.2"
+)
+
 
 def basicsr_installed() -> bool:
     """Return whether BasicSR can be found; it is not imported, so it may still be broken."""

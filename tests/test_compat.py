@@ -28,7 +28,7 @@ def resumes():
     from basicsr.train import load_resume_state
     states = os.path.join(os.getcwd(), "root", "training_states")
     os.makedirs(states)
-    torch.save({"iter": 7}, os.path.join(states, "7.state"))
+    torch.save({"epoch": 0, "iter": 7}, os.path.join(states, "7.state"))
     opt = {"auto_resume": True, "name": "run", "network_g": {},
            "path": {"training_states": states, "models": "models", "resume_state": None}}
     assert load_resume_state(opt)["iter"] == 7
@@ -188,15 +188,17 @@ def _resume_options(folder: Path, **changes) -> dict:
 
 
 def test_resumes_from_the_highest_iteration(tmp_path):
-    for name in ("9.state", "10.state", "latest.state", "11.state.tmp", "12.pth"):
-        torch.save({"iter": name, "weight": torch.ones(2)}, tmp_path / name)
+    names = ("9.state", "10.state", "latest.state", "11.state.tmp", "12.pth")
+    for name, iteration in zip(names, (9, 10, 11, 11, 12), strict=True):
+        state = {"epoch": 0, "iter": iteration, "weight": torch.ones(2)}
+        torch.save(state, tmp_path / name)
     opt = _resume_options(tmp_path)
     state = compat._load_resume_state(opt)
-    assert state["iter"] == "10.state"
+    assert state["iter"] == 10
     assert state["weight"].device.type == "cpu"
     assert opt["path"]["resume_state"] == str(tmp_path / "10.state")
     # BasicSR's own part: the networks saved with the state are the ones to load.
-    assert opt["path"]["pretrain_network_g"] == "/models/net_g_10.state.pth"
+    assert opt["path"]["pretrain_network_g"] == "/models/net_g_10.pth"
 
 
 @pytest.mark.parametrize("folder", ["", "absent"])
@@ -208,7 +210,7 @@ def test_nothing_to_resume_from_is_a_new_run(tmp_path, folder):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
 def test_a_damaged_state_is_named(tmp_path, content):
-    torch.save({"iter": 1}, tmp_path / "1.state")
+    torch.save({"epoch": 0, "iter": 1}, tmp_path / "1.state")
     if content is None:
         torch.save({"params": {}}, tmp_path / "2.state")
     else:

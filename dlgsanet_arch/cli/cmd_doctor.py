@@ -36,12 +36,7 @@ REQUIREMENTS = {
 # The same for what may turn out to be missing when BasicSR or one of those is imported.
 PIP_NAMES = {**REQUIREMENTS, "PIL": "pillow", "distutils": "setuptools"}
 
-# Its setup.py asks for Cython; without these options pip would also fetch another torch.
-INSTALL_BASICSR = (
-    "pip install cython setuptools wheel && "
-    f"pip install --no-build-isolation --no-deps basicsr=={TESTED_BASICSR}"
-)
-REINSTALL_BASICSR = INSTALL_BASICSR.replace("--no-build", "--force-reinstall --no-build")
+REINSTALL_BASICSR = plugin.INSTALL_BASICSR.replace("--no-build", "--force-reinstall --no-build")
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ def requirement_problems(packages: Sequence[Package]) -> Iterator[Problem]:
 def basicsr_problems(basicsr: Package) -> Iterator[Problem]:
     """Yield what is wrong with BasicSR itself, or with the name DLGSANet in its registry."""
     if basicsr.version is None:
-        install = INSTALL_BASICSR
+        install = plugin.INSTALL_BASICSR
         if sys.version_info >= (3, 13):
             install += "  (with Python 3.10 to 3.12: newer ones do not build it)"
         yield Problem("BasicSR is not installed", install)

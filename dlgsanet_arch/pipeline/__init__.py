@@ -27,17 +27,12 @@ from dlgsanet_arch.pipeline.weights import check_resumed_weights, check_start_we
 
 __all__ = ["test", "train"]
 
-INSTALL_BASICSR = (
-    "pip install cython 'setuptools<81' wheel lmdb opencv-python requests scipy tensorboard "
-    "torchvision tqdm && pip install --no-build-isolation --no-deps basicsr==1.4.2"
-)
-
 
 def _import_basicsr(name: str) -> ModuleType:
     if not plugin.basicsr_installed():
         raise UserError(
-            f"training and testing need BasicSR, which is not installed; run: {INSTALL_BASICSR} "
-            "(`dlgsanet doctor` then names what is still missing)"
+            "training and testing need BasicSR, which is not installed; run: "
+            f"{plugin.INSTALL_BASICSR} (`dlgsanet doctor` names what else is missing)"
         )
     try:
         return importlib.import_module(name)

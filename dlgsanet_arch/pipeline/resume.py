@@ -1,16 +1,11 @@
 """Which saved state a training run goes on from, found and read before BasicSR starts."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dlgsanet_arch.compat import ResumeError
-
-_STATE_NAME = re.compile(r"\d+\.state")
+from dlgsanet_arch.compat import ResumeError, newest_state, read_state
 
 
 @dataclass(frozen=True)
@@ -26,13 +21,6 @@ class Start:
     epoch: int = 0
     iteration: int = 0
     weights: Path | None = None
-
-
-def newest_state(folder: Path) -> Path | None:
-    """Return the `<iteration>.state` of the most iterations in `folder`, or None."""
-    states = folder.iterdir() if folder.is_dir() else ()
-    numbered = [path for path in states if _STATE_NAME.fullmatch(path.name)]
-    return max(numbered, key=lambda path: int(path.stem), default=None)
 
 
 def _saved_in(run: Path) -> list[Path]:
@@ -70,14 +58,8 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         state_path = root / Path(named).expanduser() if named else None
     if state_path is None:
         return Start()
-    try:
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
-        epoch, iteration = int(state["epoch"]), int(state["iter"])
-    except Exception as error:  # torch.load fails in half a dozen ways on a damaged file
-        raise ResumeError(
-            f"{state_path} is no whole training state ({type(error).__name__}: {error}); delete "
-            "it to go on from the state before it"
-        ) from error
+    state = read_state(state_path)
+    epoch, iteration = state["epoch"], state["iter"]
     weights = run / "models" / f"net_g_{iteration}.pth"
     if not weights.is_file():
         raise ResumeError(
