@@ -37,7 +37,7 @@ setup(
         "train": [
             "lmdb>=1.4",
             "requests>=2.28",
-            "scipy>=1.9",
+            "scipy>=1.9,<2",  # it imports scipy.ndimage.filters, which SciPy 2.0 removes
             "setuptools; python_version >= '3.12'",  # it imports distutils
             "tensorboard>=2.11",
             "torchvision>=0.19",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import BENCHMARKS, environment, save
+from reporting import BENCHMARKS, environment, save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

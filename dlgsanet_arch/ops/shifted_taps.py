@@ -16,8 +16,9 @@ CPU_STRIP_ELEMENTS = 1 << 19
 
 
 def _accumulable(values: Tensor) -> Tensor:
-    """Return `values` in the dtype that sums are kept in, with W as the fastest axis."""
-    return values.to(_sum_dtype(values)).contiguous()
+    """Return `values` in the dtype that sums are kept in, with neighbours in W side by side."""
+    values = values.to(_sum_dtype(values))
+    return values if values.stride(-1) == 1 else values.contiguous()
 
 
 def _sum_dtype(values: Tensor) -> torch.dtype:
