@@ -144,7 +144,7 @@ def main() -> int:
     """Measure, print the table, and write it to results/ and RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a network")
+    parser.add_argument("--rounds", type=int, default=2, help="processes a network")
     parser.add_argument("--runs", type=int, default=3, help="timed forwards a process")
     parser.add_argument("--only", choices=list(NETWORKS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
