@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlgsanet_arch.ops import dynamic_dwconv
+from dlgsanet_arch.ops import projected_dwconv
 from dlgsanet_arch.tlc import Windows
 
 BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
@@ -114,23 +114,29 @@ _FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"GDFN": GDFN, "Bas
 class FilterGenerator(nn.Module):
     """Predict a K x K filter for each pixel and each of G groups of channels (MHDLSA).
 
-    Maps (B, C, H, W) to (B, G, K, K, H, W) through C // 4 channels.
+    The filters are never in memory as a map: `convolve` makes and uses them in one operator.
+
+    Args:
+        channels: C; filters come from D = C // 4 hidden channels.
+        groups: G.
+        kernel: K, odd.
     """
 
     def __init__(self, channels: int, groups: int, kernel: int) -> None:
         super().__init__()
         hidden = channels // 4
-        self.groups = groups
         self.kernel = kernel
         self.conv1 = nn.Sequential(
             _pointwise(channels, hidden, bias=True), _depthwise(hidden, kernel, bias=True)
         )
         self.conv2 = nn.Sequential(_pointwise(hidden, groups * kernel**2, bias=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Filters in rows of W, as the taps read them, whatever the layout of x.
-        filters = self.conv2(self.conv1(x).contiguous())
-        return filters.unflatten(1, (self.groups, self.kernel, self.kernel))
+    def convolve(self, x: Tensor) -> Tensor:
+        """Filter `x` (B, C, H, W) with the filters predicted from it, to (B, C, H, W)."""
+        projection = self.conv2[0]
+        return projected_dwconv(
+            x, self.conv1(x), projection.weight.flatten(1), projection.bias, self.kernel
+        )
 
 
 class MHDLSA(nn.Module):
@@ -158,7 +164,7 @@ class MHDLSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv0(x)
-        y = dynamic_dwconv(y, self.conv(y)) if self.dynamic else self.conv(y)
+        y = self.conv.convolve(y) if self.dynamic else self.conv(y)
         return self.conv1(y)
 
 

@@ -1,10 +1,10 @@
-"""The dynamic depthwise convolution of MHDLSA (paper): one declared operator.
+"""The dynamic depthwise convolution of MHDLSA (paper), declared to PyTorch.
 
-`reference` is the definition, `shifted_taps` computes it with plain PyTorch on every device, and
-`operator` declares it to PyTorch, so that autograd, torch.compile and FlopCounterMode see one
-operator.
+Imports go downwards: `operator` declares it, so that autograd, torch.compile and FlopCounterMode
+see one operator; `backends` chooses what computes it, `triton_kernels` or `shifted_taps`; `plain`
+is its form in exported models. `reference` is the definition, used by tests and benchmarks alone.
 """
 
-from dlgsanet_arch.ops.operator import dynamic_dwconv
+from dlgsanet_arch.ops.operator import dynamic_dwconv, projected_dwconv
 
-__all__ = ["dynamic_dwconv"]
+__all__ = ["dynamic_dwconv", "projected_dwconv"]

@@ -1,5 +1,6 @@
 """The dynamic depthwise convolution as its formula says: the judge of every faster form."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,3 +24,25 @@ def dynamic_dwconv_reference(x: Tensor, weight: Tensor) -> Tensor:
     shifted = F.unfold(x, kernel, padding=kernel // 2)
     shifted = shifted.view(batch, groups, channels // groups, kernel, kernel, height, width)
     return (shifted * weight[:, :, None]).sum((3, 4)).view(batch, channels, height, width)
+
+
+def projected_dwconv_reference(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
+) -> Tensor:
+    """Convolve each pixel's neighbourhood with a filter projected from hidden features.
+
+    filter[b, g, i, j, y, x] = bias[o] + Σ_d weight[o, d] · hidden[b, d, y, x] with
+    o = (g·K + i)·K + j: the last 1x1 convolution of the filter generator, then the convolution.
+
+    Args:
+        x: (B, C, H, W).
+        hidden: (B, D, H, W).
+        weight: (G·K², D), K odd, C divisible by G.
+        bias: (G·K²,).
+        kernel: K.
+
+    Returns:
+        (B, C, H, W).
+    """
+    filters = torch.einsum("od,bdhw->bohw", weight, hidden) + bias[:, None, None]
+    return dynamic_dwconv_reference(x, filters.unflatten(1, (-1, kernel, kernel)))

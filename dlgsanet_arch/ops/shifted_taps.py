@@ -1,11 +1,13 @@
 """The dynamic depthwise convolution in plain PyTorch, as a sum over the K² shifted pictures.
 
 No K²-fold copy of the input is made. On a CPU the rows are taken in strips, so that a strip's
-accumulator stays in cache while all taps are added to it; only the filters stream from memory.
+accumulator stays in cache while all taps are added to it. Filters that are given stream from
+memory; filters that are projected are made for one strip at a time, in the forward and once more
+in the backward, and their whole map never exists.
 Sums are kept in float32 for half-precision inputs and have a fixed order: no atomic adds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,16 +15,20 @@ from torch import Tensor
 # Elements (B · C · rows · W) of a strip: its accumulator and the input under it, in float32,
 # together fill 4 MiB. Smaller strips cost more in calls, larger ones more in cache misses.
 CPU_STRIP_ELEMENTS = 1 << 19
+# The same where the filters of the strip are made on the spot: they want cache, too.
+CPU_PROJECTED_STRIP_ELEMENTS = 1 << 18
+# On a GPU strips bound memory alone: the filters of a strip fill 256 MiB in float32.
+GPU_FILTER_ELEMENTS = 1 << 26
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _accumulable(values: Tensor) -> Tensor:
     """Return `values` in the dtype that sums are kept in, with neighbours in W side by side."""
     values = values.to(_sum_dtype(values))
     return values if values.stride(-1) == 1 else values.contiguous()
-
-
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -41,13 +47,10 @@ def _padded(x: Tensor, groups: int, kernel: int) -> Tensor:
     return _grouped(padded, groups)
 
 
-def _strips(x: Tensor) -> Iterator[slice]:
-    """Yield the rows to work on at a time: all of them, except on a CPU."""
-    batch, channels, height, width = x.shape
-    step = height
-    if x.device.type == "cpu":
-        step = max(1, CPU_STRIP_ELEMENTS // max(1, batch * channels * width))
-    for start in range(0, height, max(1, step)):
+def _strips(height: int, row_elements: int, most_elements: int) -> Iterator[slice]:
+    """Yield slices of rows, each of at most `most_elements` and of a row at least."""
+    step = max(1, most_elements // max(1, row_elements))
+    for start in range(0, height, step):
         yield slice(start, min(start + step, height))
 
 
@@ -59,22 +62,69 @@ def _taps(padded: Tensor, kernel: int, rows: slice) -> Iterator[tuple[int, int, 
             yield i, j, padded[..., rows.start + i : rows.stop + i, j : j + width]
 
 
+def _convolve(padded: Tensor, filters: Tensor, rows: slice) -> Tensor:
+    """Convolve `rows` with their `filters` (B, G, K, K, rows, W) to (B, G, C // G, rows, W)."""
+    kernel = filters.shape[2]
+    total = None
+    for i, j, window in _taps(padded, kernel, rows):
+        tap = filters[:, :, None, i, j]
+        total = window * tap if total is None else total.addcmul_(window, tap)
+    return total
+
+
+def _spread(
+    grad: Tensor,
+    padded: Tensor,
+    filters: Tensor,
+    rows: slice,
+    padded_grad: Tensor,
+    grad_filters: Tensor,
+) -> None:
+    """Add to `padded_grad`, and write to `grad_filters`, what arrives at `rows`.
+
+    Args:
+        grad: (B, G, C // G, rows, W), of the output.
+        padded: The padded input.
+        filters: (B, G, K, K, rows, W).
+        rows: Where in the picture.
+        padded_grad: Of the padded input, in its shape.
+        grad_filters: Of the filters, in their shape.
+    """
+    kernel = filters.shape[2]
+    product = torch.empty_like(grad)
+    windows = zip(_taps(padded, kernel, rows), _taps(padded_grad, kernel, rows), strict=True)
+    for (i, j, window), (_, _, grad_window) in windows:
+        grad_window.addcmul_(grad, filters[:, :, None, i, j])
+        torch.mul(grad, window, out=product)
+        grad_filters[:, :, i, j] = product.sum(2)
+
+
+def _unpadded(padded: Tensor, like: Tensor, kernel: int) -> Tensor:
+    """Copy the padded picture without its border to a tensor like `like`."""
+    border = kernel // 2
+    height, width = like.shape[2:]
+    inner = padded[..., border : border + height, border : border + width]
+    return torch.empty_like(like).copy_(inner.flatten(1, 2))
+
+
+def _given_strips(x: Tensor) -> Iterator[slice]:
+    batch, channels, height, width = x.shape
+    most = CPU_STRIP_ELEMENTS if x.device.type == "cpu" else x.numel()
+    return _strips(height, batch * channels * width, most)
+
+
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """Compute the convolution; shapes as in `reference.dynamic_dwconv_reference`.
 
     Returns:
-        (B, C, H, W), contiguous, in the dtype of `x`.
+        (B, C, H, W) in the dtype and layout of `x`.
     """
     groups, kernel = weight.shape[1:3]
     padded = _padded(x, groups, kernel)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grouped_out = _grouped(out, groups)
-    for rows in _strips(x):
+    out = torch.empty_like(x)
+    for rows in _given_strips(x):
         filters = _accumulable(weight[..., rows, :])
-        total = torch.zeros_like(grouped_out[..., rows, :], dtype=padded.dtype)
-        for i, j, window in _taps(padded, kernel, rows):
-            total.addcmul_(window, filters[:, :, None, i, j])
-        grouped_out[..., rows, :] = total
+        out[:, :, rows] = _convolve(padded, filters, rows).flatten(1, 2)
     return out
 
 
@@ -82,27 +132,94 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients with respect to `x` and `weight` from `grad` (B, C, H, W).
 
     Returns:
-        (B, C, H, W) and (B, G, K, K, H, W), contiguous, in the dtypes of `x` and `weight`.
+        (B, C, H, W) and (B, G, K, K, H, W), in the dtypes and layouts of `x` and `weight`.
     """
     groups, kernel = weight.shape[1:3]
     padded = _padded(x, groups, kernel)
-    padded_grad_x = torch.zeros_like(padded)
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    grouped_grad = _grouped(grad, groups)
-    for rows in _strips(x):
+    padded_grad = torch.zeros_like(padded)
+    grad_weight = torch.empty_like(weight)
+    for rows in _given_strips(x):
         filters = _accumulable(weight[..., rows, :])
-        arriving = _accumulable(grouped_grad[..., rows, :])
-        product = torch.empty_like(arriving)
-        input_taps = _taps(padded, kernel, rows)
-        grad_taps = _taps(padded_grad_x, kernel, rows)
-        for (i, j, window), (_, _, grad_window) in zip(input_taps, grad_taps, strict=True):
-            grad_window.addcmul_(arriving, filters[:, :, None, i, j])
-            torch.mul(arriving, window, out=product)
-            grad_weight[:, :, i, j, rows] = product.sum(2)
-    border = kernel // 2
-    height, width = x.shape[2:]
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_x.copy_(
-        padded_grad_x[..., border : border + height, border : border + width].flatten(1, 2)
+        arriving = _accumulable(_grouped(grad[:, :, rows], groups))
+        _spread(arriving, padded, filters, rows, padded_grad, grad_weight[..., rows, :])
+    return _unpadded(padded_grad, x, kernel), grad_weight
+
+
+def _projected_strips(x: Tensor, filters: int) -> Iterator[slice]:
+    batch, channels, height, width = x.shape
+    if x.device.type == "cpu":
+        return _strips(height, batch * channels * width, CPU_PROJECTED_STRIP_ELEMENTS)
+    return _strips(height, batch * filters * width, GPU_FILTER_ELEMENTS)
+
+
+def _project(
+    hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
+) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    """Return what makes, for a slice of rows, their features and filters.
+
+    The features (B, D, rows · W) and the filters (B, G, K, K, rows, W) are in the dtype that sums
+    are kept in.
+    """
+    wide = _sum_dtype(hidden)
+    weight, bias = weight.to(wide), bias.to(wide)
+
+    def make(rows: slice) -> tuple[Tensor, Tensor]:
+        features = hidden[:, :, rows].to(wide).flatten(2)
+        filters = torch.baddbmm(
+            bias[None, :, None], weight.expand(hidden.shape[0], -1, -1), features
+        )
+        return features, filters.view(
+            hidden.shape[0], -1, kernel, kernel, rows.stop - rows.start, hidden.shape[3]
+        )
+
+    return make
+
+
+def projected_forward(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
+) -> Tensor:
+    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`.
+
+    Returns:
+        (B, C, H, W) in the dtype and layout of `x`.
+    """
+    padded = _padded(x, weight.shape[0] // kernel**2, kernel)
+    project = _project(hidden, weight, bias, kernel)
+    out = torch.empty_like(x)
+    for rows in _projected_strips(x, weight.shape[0]):
+        _, filters = project(rows)
+        out[:, :, rows] = _convolve(padded, filters, rows).flatten(1, 2)
+    return out
+
+
+def projected_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients with respect to `x`, `hidden`, `weight` and `bias`.
+
+    Returns:
+        Each in the shape, dtype and layout of what it is the gradient of.
+    """
+    groups = weight.shape[0] // kernel**2
+    padded = _padded(x, groups, kernel)
+    padded_grad = torch.zeros_like(padded)
+    project = _project(hidden, weight, bias, kernel)
+    wide_weight = weight.to(padded.dtype)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(wide_weight)
+    grad_bias = torch.zeros_like(bias, dtype=padded.dtype)
+    for rows in _projected_strips(x, weight.shape[0]):
+        features, filters = project(rows)
+        arriving = _accumulable(_grouped(grad[:, :, rows], groups))
+        grad_filters = torch.empty_like(filters)
+        _spread(arriving, padded, filters, rows, padded_grad, grad_filters)
+        grad_filters = grad_filters.flatten(4).flatten(1, 3)
+        grad_hidden[:, :, rows] = (wide_weight.mT @ grad_filters).view_as(grad_hidden[:, :, rows])
+        grad_weight += (grad_filters @ features.mT).sum(0)
+        grad_bias += grad_filters.sum((0, 2))
+    return (
+        _unpadded(padded_grad, x, kernel),
+        grad_hidden,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
     )
-    return grad_x, grad_weight
