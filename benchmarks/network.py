@@ -1,195 +1,576 @@
-"""Time and peak memory of Tiny x4 for a 1280x720 output, beside BasicSR's light networks.
+"""Time, memory and accuracy of the whole network, beside its plainer forms and light networks.
 
-Each network runs in a process of its own, so that its peak memory is its own; the processes take
-turns, so that a change in the machine's load meets all networks. Golden and operator tests run
-first: figures of a network that computes something else are not worth a table.
+Without a section: Tiny x4 for a 1280x720 output with all contestants, and on a GPU then all
+published configurations. Golden and operator tests run first: figures of a network that computes
+something else are not worth a table.
 """
 
 import argparse
+import functools
 import json
+import math
+import os
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import contestants
+import limits
+import measuring
+import reporting
 import torch
-from reporting import BENCHMARKS, environment, save
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from contestants import DEFINITION, EDSR, OURS, OURS_CHANNELS_LAST, OURS_CUDA_GRAPH, PUBLISHED
+from measuring import DTYPES, Cell, Record, Run, Section, Setting
+from torch import Tensor, nn
 
-from dlgsanet_arch import DLGSANet  # and its repairs, which BasicSR's imports below need
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.checkpoint import infer_config, read_weights
 
-HEIGHT, WIDTH = 180, 320  # of the input
-MIB = 2**20
-
-
-def dlgsanet_tiny() -> tuple[nn.Module, int]:
-    """Build DLGSANet Tiny x4, the published configuration."""
-    net = DLGSANet(
-        dim=48,
-        groups=3,
-        blocks=3,
-        buildblock_type="sparseedge",
-        upsampler="pixelshuffledirect",
-        upscale=4,
-        tlc_kernel=48,
-    )
-    return net, HEIGHT
+OUTPUT = (720, 1280)  # height and width
+CURVE_SIDES = (64, 128, 256, 512, 1024)
+CURVE_ONCE_SIDE = 512
+MEMORY_SIDE = 2048
+WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for pictures untouched
+QUICK_SIDE = 24
+ACCURACY_CROP = 96  # of the input that float64 is asked for: several windows
+# The dtype that ours is compared in.
+BASE_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 
 
-def swinir_light() -> tuple[nn.Module, int]:
-    """Build SwinIR's lightweight x4 configuration from BasicSR; it needs multiples of 8 rows."""
-    from basicsr.archs.swinir_arch import SwinIR
-
-    net = SwinIR(
-        img_size=64,
-        embed_dim=60,
-        depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6),
-        window_size=8,
-        mlp_ratio=2,
-        upscale=4,
-        img_range=1.0,
-        upsampler="pixelshuffledirect",
-    )
-    return net, -(-HEIGHT // 8) * 8
-
-
-def edsr_baseline() -> tuple[nn.Module, int]:
-    """Build EDSR's baseline x4 configuration from BasicSR: 16 blocks of 64 channels."""
-    from basicsr.archs.edsr_arch import EDSR
-
-    return EDSR(3, 3, num_feat=64, num_block=16, upscale=4, res_scale=1), HEIGHT
-
-
-NETWORKS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
-    "DLGSANet Tiny": dlgsanet_tiny,
-    "SwinIR-light": swinir_light,
-    "EDSR-baseline": edsr_baseline,
-}
-
-
-def cpu_memory(field: str) -> int:
-    """Read a memory figure of this process, in bytes: VmRSS is the present, VmHWM the peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure(name: str, device: str, runs: int) -> dict[str, Any]:
-    """Time `runs` forwards in seconds, and find the memory beyond the weights in bytes."""
-    net, height = NETWORKS[name]()
-    net = net.eval().to(device)
-    x = torch.rand(1, 3, height, WIDTH, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x)
-    seconds = []
-    with torch.no_grad():
-        if device == "cuda":
-            for _ in range(3):
-                net(x)
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = cpu_memory("VmRSS")
-        for _ in range(runs):
-            start = time.perf_counter()
-            net(x)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else cpu_memory("VmHWM")
+def _forward_cell(contestant: str, variant: str, scale: int, dtype: str, size: Any) -> Cell:
     return {
-        "seconds": seconds,
-        "memory": peak - before,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "flops": counter.get_total_flops(),
+        "measure": "network:forward",
+        "contestant": contestant,
+        "variant": variant,
+        "scale": scale,
+        "dtype": dtype,
+        "size": list(size),
     }
 
 
-def refuse_red_tests() -> None:
-    """Stop when the network does not compute what it should."""
-    tests = [str(BENCHMARKS.parent / "tests" / f"test_{name}.py") for name in ("golden", "ops")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *tests]
-    finished = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True)
-    if finished.returncode:
-        sys.exit(f"{finished.stdout}\nnothing is measured while tests fail")
+def _captured(net: nn.Module, x: Tensor) -> Run:
+    """Record a forward as a CUDA graph, and return what replays it."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(measuring.WARM_UPS["cuda"]):
+            net(x)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        net(x)
+    return graph.replay
 
 
-def measure_all(device: str, rounds: int, runs: int) -> dict[str, dict[str, Any]]:
-    """Let the networks take turns, each in a new process, and gather what they measured."""
-    results: dict[str, dict[str, Any]] = {}
-    for turn in range(rounds):
-        for name in NETWORKS:
-            print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            command = [sys.executable, __file__, "--device", device, "--runs", str(runs)]
-            child = subprocess.run(
-                [*command, "--only", name], stdout=subprocess.PIPE, text=True, check=True
-            )
-            measured = json.loads(child.stdout.splitlines()[-1])
-            known = results.setdefault(name, measured)
-            if known is not measured:
-                known["seconds"] += measured["seconds"]
-                known["memory"] = max(known["memory"], measured["memory"])
-    return results
+def forward(cell: Cell, setting: Setting) -> Record:
+    """Time forwards of one picture in eval mode, with random weights."""
+    contestant, device, dtype = cell["contestant"], setting.device, DTYPES[cell["dtype"]]
+    net = contestants.build(contestant, cell["variant"], cell["scale"]).eval()
+    # SwinIR adds float32 masks to its maps: in half precision it needs autocast.
+    cast = contestant == contestants.SWINIR and dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if cast else dtype
+    net = net.to(device, dtype)
+    height, width = cell["size"]
+    x = contestants.picture(contestant, 1, height, width, device, dtype)
+    autocast = torch.autocast(device, DTYPES[cell["dtype"]], enabled=cast)
+    with torch.no_grad(), measuring.numerics(cell["dtype"], device), autocast:
+        net(contestants.picture(contestant, 1, WARM_UP_SIDE, WARM_UP_SIDE, device, dtype))
+        once = cell.get("once", False)
+        if once:
+            setting = Setting(device, 1)
+        measured = measuring.measure(
+            lambda: _captured(net, x) if contestant == OURS_CUDA_GRAPH else lambda: net(x),
+            setting,
+            warm_ups={"cpu": 0, "cuda": 1}[device] if once else None,
+        )
+        if contestant == OURS_CUDA_GRAPH:
+            measured |= {"memory": None, "total_memory": None}  # a graph's own pool hides it
+    parameters = sum(each.numel() for each in net.parameters())
+    out = x.numel() * cell["scale"] ** 2
+    return {
+        **measured,
+        "parameters": parameters,
+        "operations": contestants.operations(
+            contestant, cell["variant"], cell["scale"], (1, height, width)
+        ),
+        "bytes": (parameters + x.numel() + out) * DTYPES[cell["dtype"]].itemsize,
+    }
 
 
-def main() -> int:
-    """Measure, print the table, and write it to results/ and RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a network")
-    parser.add_argument("--runs", type=int, default=3, help="timed forwards a process")
-    parser.add_argument("--only", choices=list(NETWORKS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    if arguments.only:
-        print(json.dumps(measure(arguments.only, arguments.device, arguments.runs)))
-        return 0
+_COLUMNS = [
+    "network",
+    "input",
+    "dtype",
+    "parameters",
+    "GMACs",
+    "ms",
+    "range",
+    "ratio",
+    "of limit",
+    "ms a block",
+    "MiB",
+]
 
-    refuse_red_tests()
-    results = measure_all(arguments.device, arguments.rounds, arguments.runs)
-    ours = statistics.median(results["DLGSANet Tiny"]["seconds"])
+
+def _title(cell: Cell) -> str:
+    if cell["contestant"] in contestants.PEERS:
+        return f"{cell['contestant']} x{cell['scale']}"
+    return f"{cell['variant'].capitalize()} x{cell['scale']}, {cell['contestant']}"
+
+
+def _rows(device: str, records: list[Record]) -> list[list[str]]:
+    machine = limits.Limits(records)
+    measured = [record for record in records if not limits.is_limit(record)]
+
+    def ours(cell: Cell) -> float:
+        wanted = {**cell, "contestant": OURS, "dtype": BASE_DTYPE[device]}
+        return measuring.median(next((r for r in measured if r["cell"] == wanted), None))
+
     rows = []
-    for name, result in results.items():
-        median = statistics.median(result["seconds"])
+    for record in measured:
+        cell, seconds = record["cell"], measuring.median(record)
+        operations = record.get("operations", math.nan)
+        least = machine.seconds(operations, record.get("bytes", math.nan), cell["dtype"])
+        blocks = contestants.blocks(cell["variant"], cell["scale"])
+        is_peer = cell["contestant"] in contestants.PEERS
         rows.append(
             [
-                name,
-                f"{result['parameters'] / 1e3:.0f} K",
-                f"{result['flops'] / 2e9:.1f}",
-                f"{median * 1e3:.0f}",
-                f"{min(result['seconds']) * 1e3:.0f} to {max(result['seconds']) * 1e3:.0f}",
-                f"{median / ours:.2f}",
-                f"{result['memory'] / MIB:.0f}",
+                _title(cell),
+                f"{cell['size'][1]}x{cell['size'][0]}",
+                cell["dtype"],
+                f"{record['parameters'] / 1e3:.0f} K" if "parameters" in record else "–",
+                measuring.times(operations / 2e9, ".1f"),
+                *measuring.milliseconds(record),
+                measuring.times(seconds / ours(cell)),
+                measuring.times(seconds / least),
+                "–" if is_peer else measuring.times(1e3 * seconds / blocks, ".3g"),
+                measuring.mebibytes(record),
             ]
         )
-    result = {
-        "title": f"Networks, x4 to 1280x720, float32, {arguments.device}",
-        "command": f"python benchmarks/network.py --device {arguments.device}",
-        "environment": environment(arguments.device),
-        "notes": [
-            f"One picture, {WIDTH}x{HEIGHT} in; SwinIR-light gets 4 rows more, since it needs",
-            "multiples of 8. Time is the median over all processes, memory the peak beyond weights",
-            "and input. GMACs are counted by PyTorch's FlopCounterMode, which does not see",
-            "convolutions' additions, norms or activations.",
+    return rows
+
+
+def _notes(device: str, records: list[Record], more: list[str]) -> list[str]:
+    asked = [PUBLISHED, *contestants.PEERS]
+    base = BASE_DTYPE[device]
+    if device == "cuda":
+        more = [
+            *more,
+            "Forwards follow each other; the GPU is waited for after each 20 ms of them.",
+        ]
+    return [
+        "One picture a forward. Times are medians over all processes; MiB is the peak beyond the",
+        "loaded process with weights and input.",
+        f"'ratio' is to ours in {base} of that configuration, for the light networks to Tiny's;",
+        "'of limit' to the larger of operations / product rate and bytes / bandwidth, with bytes",
+        "of weights, input and output. GMACs are counted by PyTorch's FlopCounterMode, windows'",
+        "overlap included, norms, activations and additions not; a block is a local and a global",
+        "layer. SwinIR-light gets rows and columns up to multiples of 8, and autocast in half",
+        "precision.",
+        *more,
+        limits.Limits(records).note(),
+        *contestants.absence_notes(device, asked),
+    ]
+
+
+def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
+    """Return contestants and dtypes: all of them, or those that are measured in each size."""
+    if device == "cpu":
+        every = [(OURS, "fp32")]
+        more = [(DEFINITION, "fp32"), (contestants.SWINIR, "fp32"), (EDSR, "fp32")]
+        return every if everywhere else [*more[:1], *every, *more[1:]]
+    every = [
+        *((OURS, dtype) for dtype in ("bf16", "fp16", "tf32", "fp32")),
+        (PUBLISHED, "tf32"),
+        (DEFINITION, "fp32"),
+    ]
+    if everywhere:
+        return every
+    return [
+        *every,
+        (PUBLISHED, "fp32"),
+        *((OURS_CUDA_GRAPH, dtype) for dtype in ("bf16", "fp16")),
+        *((OURS_CHANNELS_LAST, dtype) for dtype in ("bf16", "fp16")),
+        *((peer, dtype) for peer in contestants.PEERS for dtype in ("bf16", "tf32", "fp32")),
+    ]
+
+
+def _taking_part(device: str, asked: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    absent = contestants.absent(device)
+    return [(name, dtype) for name, dtype in asked if name not in absent]
+
+
+def _limit_cells(device: str, cells: list[Cell], quick: bool) -> list[Cell]:
+    return limits.cells(device, [cell["dtype"] for cell in cells], quick)
+
+
+def _group(cell: Cell) -> object:
+    return cell.get("variant"), cell.get("scale"), str(cell.get("size")), cell["measure"]
+
+
+def _input(scale: int, quick: bool) -> tuple[int, int]:
+    if quick:
+        return QUICK_SIDE, QUICK_SIDE + 8
+    return OUTPUT[0] // scale, OUTPUT[1] // scale
+
+
+def network_section(asked: argparse.Namespace) -> Section:
+    """Tiny x4 for a 1280x720 output, with all contestants."""
+    variant = contestants.QUICK if asked.quick else "tiny"
+    cells = [
+        _forward_cell(name, variant, 4, dtype, _input(4, asked.quick))
+        for name, dtype in _taking_part(asked.device, _contestants(asked.device, False))
+    ]
+    return Section(
+        name="network",
+        title="Tiny x4 and light networks to 1280x720",
+        cells=[*_limit_cells(asked.device, cells, asked.quick), *cells],
+        columns=_COLUMNS,
+        rows=functools.partial(_rows, asked.device),
+        notes=lambda records: _notes(asked.device, records, []),
+        group=_group,
+    )
+
+
+def configurations_section(asked: argparse.Namespace) -> Section:
+    """All published configurations for a 1280x720 output."""
+    variants = [contestants.QUICK] if asked.quick else contestants.VARIANTS
+    every = _taking_part(asked.device, _contestants(asked.device, True))
+    peers = [(peer, dtype) for peer in contestants.PEERS for dtype in ("bf16", "tf32")]
+    cells = []
+    for variant in variants:
+        for scale in reversed(contestants.SCALES):
+            names = list(every)
+            if asked.device == "cuda" and variant == variants[0]:
+                names += _taking_part(asked.device, peers)
+            for name, dtype in names:
+                cell = _forward_cell(name, variant, scale, dtype, _input(scale, asked.quick))
+                cells.append({**cell, "once": True} if asked.device == "cpu" else cell)
+    once = ["Each process times a single forward."] if asked.device == "cpu" else []
+    return Section(
+        name="configurations",
+        title="All configurations to 1280x720",
+        cells=[*_limit_cells(asked.device, cells, asked.quick), *cells],
+        columns=_COLUMNS,
+        rows=functools.partial(_rows, asked.device),
+        notes=lambda records: _notes(asked.device, records, once),
+        group=_group,
+        rounds=measuring.ROUNDS if asked.device == "cpu" else 1,
+    )
+
+
+def memory_section(asked: argparse.Namespace) -> Section:
+    """Peak memory of Tiny x2 for a large picture."""
+    variant, side = (contestants.QUICK, 64) if asked.quick else ("tiny", MEMORY_SIDE)
+    names = [(OURS, "fp32")]
+    if asked.device == "cuda":
+        names = [(OURS, "bf16"), (OURS, "fp32"), (PUBLISHED, "tf32"), (DEFINITION, "fp32")]
+    cells = [
+        {**_forward_cell(name, variant, 2, dtype, (side, side)), "once": True}
+        for name, dtype in _taking_part(asked.device, names)
+    ]
+
+    def rows(records: list[Record]) -> list[list[str]]:
+        return [
+            [
+                _title(record["cell"]),
+                f"{side}x{side}",
+                record["cell"]["dtype"],
+                measuring.milliseconds(record)[0],
+                measuring.mebibytes(record),
+                measuring.mebibytes(record, "total_memory"),
+            ]
+            for record in records
+        ]
+
+    return Section(
+        name="memory",
+        title=f"Peak memory, Tiny x2, {MEMORY_SIDE}x{MEMORY_SIDE} in",
+        cells=cells,
+        columns=["network", "input", "dtype", "ms", "MiB", "MiB in all"],
+        rows=rows,
+        notes=lambda _: [
+            "One forward. MiB is the peak beyond the loaded process with weights and input, 'MiB",
+            "in all' the peak of the process (CPU) or of PyTorch's allocator (GPU).",
+            *contestants.absence_notes(asked.device, [PUBLISHED]),
         ],
-        "columns": ["network", "parameters", "GMACs", "ms", "range", "ratio", "MiB"],
-        "rows": rows,
-        "raw": results,
-    }
-    path = save(f"network_{arguments.device}", result)
-    for row in [result["columns"], *rows]:
-        print("  ".join(f"{value:>14}" for value in row))
-    print(f"written: {path.relative_to(BENCHMARKS.parent)}, benchmarks/RESULTS.md")
-    return 0
+        group=_group,
+        rounds=1,
+    )
+
+
+def _draw_curve(records: list[Record], path: Path) -> bool:
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines: dict[str, list[Record]] = {}
+    for record in records:
+        if "seconds" in record:
+            cell = record["cell"]
+            lines.setdefault(f"{cell['contestant']}, {cell['dtype']}", []).append(record)
+    for name, line in lines.items():
+        pixels = [math.prod(record["cell"]["size"]) for record in line]
+        panels[0].plot(pixels, [1e3 * measuring.median(r) for r in line], "o-", label=name)
+        panels[1].plot(pixels, [r["memory"] / measuring.MIB for r in line], "o-", label=name)
+    for panel, quantity in zip(panels, ("ms", "MiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="pixels of the input", ylabel=quantity)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def curve_section(asked: argparse.Namespace) -> Section:
+    """Time and memory of Tiny x4 against the pixels of the input."""
+    variant = contestants.QUICK if asked.quick else "tiny"
+    sides = (16, 24) if asked.quick else CURVE_SIDES
+    names = [(OURS, "fp32")]
+    if asked.device == "cuda":
+        names = [(OURS, "bf16"), (OURS, "tf32"), (PUBLISHED, "tf32")]
+    cells = []
+    for name, dtype in _taking_part(asked.device, names):
+        for side in sides:
+            cell = _forward_cell(name, variant, 4, dtype, (side, side))
+            once = asked.device == "cpu" and side >= CURVE_ONCE_SIDE
+            cells.append({**cell, "once": True} if once else cell)
+
+    def rows(records: list[Record]) -> list[list[str]]:
+        made = []
+        for record in records:
+            pixels = math.prod(record["cell"]["size"])
+            memory = record.get("memory", math.nan)
+            made.append(
+                [
+                    record["cell"]["contestant"],
+                    record["cell"]["dtype"],
+                    "x".join(map(str, record["cell"]["size"])),
+                    measuring.milliseconds(record)[0],
+                    measuring.times(1e6 * measuring.median(record) / pixels, ".3f"),
+                    measuring.mebibytes(record),
+                    measuring.times(memory / pixels, ".0f"),
+                ]
+            )
+        return made
+
+    return Section(
+        name="curve",
+        title="Tiny x4 against the input's pixels",
+        cells=cells,
+        columns=["network", "dtype", "input", "ms", "µs a pixel", "MiB", "bytes a pixel"],
+        rows=rows,
+        notes=lambda _: [
+            "Medians of a few forwards; on a CPU, of the large inputs, one. Cost grows linearly",
+            "where the figures a pixel level off.",
+            *contestants.absence_notes(asked.device, [PUBLISHED]),
+        ],
+        group=_group,
+        draw=_draw_curve,
+        rounds=1,
+    )
+
+
+def _shared() -> Path:
+    return Path(os.environ.get("DLGSANET_SHARED", reporting.ROOT.parent / "shared"))
+
+
+def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the arguments and the weights of a DLGSANet: from a file, golden, or random."""
+    if named:
+        state = read_weights(reporting.ROOT / named)
+        return infer_config(state), state
+    golden = _shared() / "golden" / "tiny_x4.npz"
+    if golden.is_file() and not quick:
+        import numpy as np
+
+        stored = np.load(golden)
+        names = (name for name in stored if name.startswith("param/"))
+        state = {name[len("param/") :]: torch.from_numpy(stored[name]) for name in names}
+        return json.loads(str(stored["config"])), state
+    variant = contestants.QUICK if quick else "tiny"
+    return (
+        contestants.configuration(variant, 4),
+        contestants.build(OURS, variant, 4).state_dict(),
+    )
+
+
+def _pictures(scale: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield Set14 as pairs (3, H, W) in [0, 1]: reduced `scale` times, and as it is."""
+    import cv2
+
+    for path in sorted((_shared() / "data" / "Set14" / "HR").glob("*.png")):
+        picture = torch.from_numpy(cv2.imread(str(path))[..., ::-1].copy())
+        height, width = (side - side % scale for side in picture.shape[:2])
+        high = picture[:height, :width].permute(2, 0, 1).float() / 255
+        low = F.interpolate(
+            high[None], scale_factor=1 / scale, mode="bicubic", antialias=True
+        ).clamp(0, 1)
+        yield (255 * low[0]).round() / 255, high
+
+
+def luma(picture: Tensor) -> Tensor:
+    """Return Y of YCbCr (BT.601), in 16 to 235, of pictures (..., 3, H, W) in [0, 1]."""
+    factors = torch.tensor([65.481, 128.553, 24.966], dtype=picture.dtype)
+    return 16 + (picture * factors.to(picture.device)[:, None, None]).sum(-3)
+
+
+def psnr(a: Tensor, b: Tensor, border: int) -> float:
+    """Return the PSNR in dB of Y of two pictures, `border` pixels on each side left out."""
+    inner = (..., slice(border, -border), slice(border, -border))
+    error = (luma(a.double()) - luma(b.double()))[inner].square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _as_saved(picture: Tensor) -> Tensor:
+    return (255 * picture.float().clamp(0, 1)).round() / 255
+
+
+def accuracy(cell: Cell, setting: Setting) -> Record:
+    """Compare a dtype with float32 on real pictures, and with the definition in float64."""
+    device, dtype = setting.device, DTYPES[cell["dtype"]]
+    config, state = _weights(cell["weights"], cell["quick"])
+
+    def load(dtype: torch.dtype) -> DLGSANet:
+        net = DLGSANet(**config)
+        net.load_state_dict(state)
+        return net.eval().to(device, dtype)
+
+    tested, full = load(dtype), load(torch.float32)
+    judge = contestants.as_definition(load(torch.float64))
+    pairs = [] if cell["quick"] else list(_pictures(config["upscale"]))
+    side = QUICK_SIDE if cell["quick"] else ACCURACY_CROP
+    crop = pairs[0][0][:, :side, : side - 8] if pairs else torch.rand(3, side, side - 8)
+    with torch.no_grad():
+        x = crop[None].to(device)
+        expected = judge(x.double())
+        with measuring.numerics(cell["dtype"], device):
+            error = tested(x.to(dtype)).double() - expected
+        figures: Record = {
+            "relative": (error.norm() / expected.norm()).item(),
+            "worst": (error.abs().max() / expected.abs().max()).item(),
+            "pictures": [],
+        }
+        for low, high in pairs:
+            x, high = low[None].to(device), high.to(device)
+            with measuring.numerics("fp32", device):
+                wide = full(x)[0]
+            with measuring.numerics(cell["dtype"], device):
+                out = tested(x.to(dtype))[0].float()
+            border = config["upscale"]
+            figures["pictures"].append(
+                {
+                    "fp32": psnr(_as_saved(wide), high, border),
+                    "this": psnr(_as_saved(out), high, border),
+                    "between": psnr(out, wide, border),
+                }
+            )
+    return figures
+
+
+def accuracy_section(asked: argparse.Namespace) -> Section:
+    """What precision costs, with equal weights."""
+    weights = os.path.relpath(asked.weights.resolve(), reporting.ROOT) if asked.weights else None
+    cells = [
+        {"measure": "network:accuracy", "dtype": dtype, "weights": weights, "quick": asked.quick}
+        for dtype in limits.served_dtypes(asked.device)
+    ]
+
+    def rows(records: list[Record]) -> list[list[str]]:
+        made = []
+        for record in records:
+            dtype = record["cell"]["dtype"]
+            if "relative" not in record:
+                made.append([dtype, record["error"], *"–––––"])
+                continue
+            errors = [f"{record['relative']:.1e}", f"{record['worst']:.1e}"]
+            pictures = record["pictures"]
+            if not pictures:
+                made.append([dtype, *errors, *"––––"])
+                continue
+            ours = statistics.mean(each["this"] for each in pictures)
+            full = statistics.mean(each["fp32"] for each in pictures)
+            most = max((each["this"] - each["fp32"] for each in pictures), key=abs)
+            least = min(each["between"] for each in pictures)
+            made.append(
+                [
+                    dtype,
+                    *errors,
+                    f"{ours:.3f}",
+                    f"{ours - full:+.4f}",
+                    f"{most:+.4f}",
+                    "–" if math.isinf(least) else f"{least:.1f}",
+                ]
+            )
+        return made
+
+    if weights:
+        source = f"the checkpoint {Path(weights).name}"
+    elif (_shared() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
+        source = "the golden file's random weights of Tiny x4, so PSNR itself says nothing"
+    else:
+        source = "random weights, so PSNR itself says nothing"
+    return Section(
+        name="accuracy",
+        title="Accuracy by dtype",
+        cells=cells,
+        columns=[
+            "dtype",
+            "error, norms",
+            "error, largest",
+            "Y-PSNR",
+            "minus fp32's",
+            "on the worst picture",
+            "least Y-PSNR between the two",
+        ],
+        rows=rows,
+        notes=lambda records: [
+            f"With {source}. Errors are relative to the definition in float64 on a crop; PSNR in",
+            "dB is the mean over Set14, reduced by antialiased bicubic interpolation, results",
+            "rounded to 8 bits; 'between the two' compares outputs with fp32's, unrounded.",
+            *(
+                ["Set14 is not at hand: only the errors are measured."]
+                if records and not any(record.get("pictures") for record in records)
+                else []
+            ),
+        ],
+        group=lambda cell: "accuracy",
+        rounds=1,
+    )
+
+
+def _sections(asked: argparse.Namespace) -> list[Section]:
+    if asked.section:
+        return [asked.section(asked)]
+    if asked.device == "cuda" and not asked.only_tiny:
+        return [network_section(asked), configurations_section(asked)]
+    return [network_section(asked)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    for flag, section in (
+        ("--all", configurations_section),
+        ("--curve", curve_section),
+        ("--memory", memory_section),
+        ("--accuracy", accuracy_section),
+    ):
+        which.add_argument(
+            flag, dest="section", action="store_const", const=section, help=section.__doc__
+        )
+    which.add_argument("--only-tiny", action="store_true", help=network_section.__doc__)
+    parser.add_argument("--weights", type=Path, help="a checkpoint for --accuracy")
+    return measuring.run(_sections, parser, arguments)
 
 
 if __name__ == "__main__":

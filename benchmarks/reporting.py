@@ -1,14 +1,54 @@
-"""Where measurements go: one JSON a benchmark and device, and RESULTS.md written from them all."""
+"""Where measurements go: one JSON a section and device, and RESULTS.md written from them all.
 
+Run as a script, it writes RESULTS.md anew: after JSON came from another machine.
+"""
+
+import hashlib
+import importlib.metadata
 import json
+import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+RESULTS = BENCHMARKS / "results"
+
+# What there is to measure, and with which arguments of which Python: the most valuable first.
+# A section's results are results/<section>_<device>.json.
+SECTIONS = {
+    "tests": ("-m", "pytest", "-m", "gpu"),
+    "network": ("benchmarks/network.py", "--only-tiny"),
+    "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
+    "training_step": ("benchmarks/training_step.py",),
+    "accuracy": ("benchmarks/network.py", "--accuracy"),
+    "memory": ("benchmarks/network.py", "--memory"),
+    "curve": ("benchmarks/network.py", "--curve"),
+    "configurations": ("benchmarks/network.py", "--all"),
+    "limits": ("benchmarks/limits.py",),
+}
+TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
+LIMITS = "limits"  # measured within each of the others, too
+SOURCES = ("dlgsanet_arch/**/*.py", "benchmarks/*.py")
+TEST_SOURCES = (*SOURCES, "tests/*.py")
+
+
+def fingerprint(patterns: Iterable[str] = SOURCES) -> str:
+    """Return a hash of the code that results depend on.
+
+    A commit of results, of documentation or of tests leaves it as it is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode())
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:
@@ -19,55 +59,174 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=BENCHMARKS, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    try:
+        finished = subprocess.run(
+            ["git", *arguments], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return finished.stdout.strip()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Describe what was measured on: device, libraries, and the code's commit."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+def _commit() -> str:
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "--untracked-files=no"):
-        commit += " and uncommitted changes"
-    return {
-        "device": name,
+    changes = [
+        line
+        for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()
+        if not line.split()[-1].startswith(("benchmarks/results/", "benchmarks/RESULTS.md"))
+    ]
+    return f"{commit} and uncommitted changes" if changes else commit
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by the name they start with."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        for package in packages:
+            if re.fullmatch(rf"{package}(-cuda\d+x)?", name):
+                found[package] = distribution.version
+    return found
+
+
+def device_name(device: str) -> str:
+    """Return what `device` is, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def label(device: str) -> str:
+    """Return the short name of `device` that results are filed under: cpu, h200, ..."""
+    if device == "cpu":
+        return "cpu"
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+    return "_".join(word for word in words if word not in ("nvidia", "geforce"))
+
+
+def environment(device: str, sources: Iterable[str] = SOURCES) -> dict[str, Any]:
+    """Describe what is measured on: device, libraries, and the code."""
+    described = {
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
     }
+    if device == "cuda":
+        described |= {"CUDA": torch.version.cuda, **_versions("triton", "cupy")}
+    return {**described, "commit": _commit(), "source": fingerprint(sources)}
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write results/<name>.json and rewrite RESULTS.md.
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader or an interruption never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
-    `result` has `title`, `command`, `environment`, `notes` (sentences), `columns` (names) and
-    `rows` (lists of values, shown as they are).
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one result; one that is absent is empty."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_current(result: dict[str, Any], device: str) -> bool:
+    """Return whether a result is whole, and of this code on this device."""
+    if not result.get("complete"):
+        return False
+    known = result["environment"]
+    sources = TEST_SOURCES if result["section"] == TESTS else SOURCES
+    return known["source"] == fingerprint(sources) and known["device"] == device_name(device)
+
+
+def save(name: str, result: dict[str, Any], results: Path = RESULTS) -> Path:
+    """Write results/<name>.json and rewrite RESULTS.md beside the folder.
+
+    `result` has `section` (a key of SECTIONS), `kind` (cpu or cuda), `title`, `command`,
+    `environment`, `complete`, `notes` (sentences), `columns` (names), `rows` (lists of values,
+    shown as they are) and maybe `picture` (a file beside the JSON).
     """
-    path = BENCHMARKS / "results" / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    sections = [
-        _section(json.loads(file.read_text())) for file in sorted(path.parent.glob("*.json"))
-    ]
-    head = "# Measurements\n\nWritten by the commands named below from `results/*.json`.\n"
-    (BENCHMARKS / "RESULTS.md").write_text("\n".join([head, *sections]))
+    path = results / f"{name}.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    rewrite(results)
     return path
 
 
-def _section(result: dict[str, Any]) -> str:
-    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
-    lines = [
-        f"## {result['title']}",
-        "",
-        f"`{result['command']}` on {environment}.",
-        *result["notes"],
-        "",
-        f"| {' | '.join(result['columns'])} |",
-        f"| {' | '.join('---' for _ in result['columns'])} |",
-        *(f"| {' | '.join(map(str, row))} |" for row in result["rows"]),
+def rewrite(results: Path = RESULTS) -> None:
+    """Write RESULTS.md from all JSON in `results`."""
+    found = [read(path) for path in sorted(results.glob("*.json"))]
+    order = list(SECTIONS)
+    shown = [result for result in found if result.get("section") in order]
+    shown.sort(key=lambda result: (order.index(result["section"]), result["kind"] != "cpu"))
+    head = "# Measurements\n\nWritten by the commands named below from `results/*.json`.\n"
+    text = "\n".join([head, *map(_shown, shown), *_unmeasured(shown)])
+    write_text(results.parent / "RESULTS.md", text)
+
+
+def arguments(section: str, device: str) -> list[str]:
+    """Return the arguments of Python, at the repository's root, that measure a section."""
+    return [*SECTIONS[section], *([] if section == TESTS else ["--device", device])]
+
+
+def command(section: str, device: str) -> str:
+    """Return the command, as typed at the repository's root, that measures a section."""
+    return " ".join(["python", *arguments(section, device)])
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    columns = list(columns)
+    return [
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+
+
+def _shown(result: dict[str, Any]) -> str:
+    described = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    notes = list(result["notes"])
+    if not result["complete"]:
+        notes.append("**Incomplete: the run was cut off; the same command goes on.**")
+    picture = result.get("picture")
+    return "\n".join(
+        [
+            f"## {result['title']}",
+            "",
+            f"`{result['command']}` on {described}.",
+            *notes,
+            "",
+            *_table(result["columns"], result["rows"]),
+            *(["", f"![{result['title']}](results/{picture})"] if picture else []),
+            "",
+        ]
+    )
+
+
+def _unmeasured(shown: list[dict[str, Any]]) -> list[str]:
+    """List the sections that have no result on a CPU, and on any GPU."""
+    measured = {(result["section"], result["kind"]) for result in shown if result["complete"]}
+    missing = [
+        (section, kind)
+        for kind in ("cpu", "cuda")
+        for section in SECTIONS
+        if section != LIMITS
+        and (section, kind) != (TESTS, "cpu")
+        and (section, kind) not in measured
+    ]
+    if not missing:
+        return []
+    return [
+        "## Not measured yet\n\n"
+        "No figure for these is known or estimated. `make gpu` measures all that wants a GPU.\n",
+        *_table(
+            ("section", "device", "command"),
+            (
+                (section, "GPU" if kind == "cuda" else "CPU", f"`{command(section, kind)}`")
+                for section, kind in missing
+            ),
+        ),
         "",
     ]
-    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    rewrite()

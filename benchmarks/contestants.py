@@ -1,0 +1,288 @@
+"""The networks that are compared, and the plainer forms of ours that share its weights.
+
+`definition` is DLGSANet by its formulas, with the dynamic convolution through unfold.
+`published-style` does what the published code does: the filters' map in memory and one naive
+float32 kernel, norms on transposed copies, windows in a Python loop, the allocator's cache emptied
+in every attention. Both replace the forwards of a built DLGSANet, so that weights pass as they are.
+"""
+
+import functools
+import importlib.util
+import types
+from collections.abc import Callable
+from typing import Any
+
+import published_kernels
+import reporting
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlgsanet_arch import DLGSANet, network  # and its repairs, which BasicSR's imports below need
+from dlgsanet_arch.ops import reference
+
+DEFINITION = "definition"
+PUBLISHED = "published-style"
+OURS = "ours"
+OURS_CHANNELS_LAST = "ours, channels_last"
+OURS_CUDA_GRAPH = "ours, CUDA graph"
+SWINIR = "SwinIR-light"
+EDSR = "EDSR-baseline"
+PEERS = (SWINIR, EDSR)
+
+VARIANTS = ("tiny", "light", "large")
+SCALES = (2, 3, 4)
+QUICK = "quick"  # a variant that runs in milliseconds and has every part, to test scripts
+
+Dynamic = Callable[[Tensor, Tensor], Tensor]
+
+
+def configuration(variant: str, scale: int) -> dict[str, Any]:
+    """Return the arguments of a DLGSANet, as its option file has them."""
+    name = "tiny" if variant == QUICK else variant
+    path = reporting.ROOT / "options" / "train" / f"{name}_x{scale}.yml"
+    config = yaml.safe_load(path.read_text())["network_g"]
+    del config["type"]
+    if variant == QUICK:
+        config |= {"dim": 12, "groups": 1, "blocks": 1, "window_size": 3, "tlc_kernel": 8}
+    return config
+
+
+def blocks(variant: str, scale: int) -> int:
+    """Return how many blocks a DLGSANet has in all its groups."""
+    config = configuration(variant, scale)
+    return config["groups"] * config["blocks"]
+
+
+def absent(device: str) -> dict[str, str]:
+    """Return the contestants that cannot take part on `device`, each with the reason."""
+    reasons = {PUBLISHED: published_kernels.why_not(device)}
+    if importlib.util.find_spec("basicsr") is None:
+        reasons |= dict.fromkeys(PEERS, "BasicSR is not installed")
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def absence_notes(device: str, names: list[str]) -> list[str]:
+    """Say which of `names` are left out on `device`, and why."""
+    reasons = absent(device)
+    return [f"Left out: {name}, since {reasons[name]}." for name in names if name in reasons]
+
+
+def _window_starts(length: int, side: int) -> tuple[int, list[int]]:
+    """Return a window's side along an axis, and where the windows start (TLC)."""
+    side = min(length, side)
+    least = (length - 1) // side + 1
+    step = side if least == 1 else -(-(length - side) // (least - 1))
+    starts = [0]
+    while starts[-1] < length - side:
+        starts.append(min(starts[-1] + step, length - side))
+    return side, starts
+
+
+def _attend(self: network.SparseGSA, qkv: Tensor) -> Tensor:
+    """Attend over the channels of q, k and v (B, 3C, H, W), q and k normalised as maps."""
+    size = qkv.shape[2:]
+    q, k, v = (each.unflatten(1, (self.heads, -1)).flatten(3) for each in qkv.chunk(3, dim=1))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    attended = self.act(q @ k.transpose(-2, -1) * self.temperature) @ v
+    return attended.flatten(1, 2).unflatten(2, size)
+
+
+def _attention(self: network.SparseGSA, x: Tensor) -> Tensor:
+    qkv = self.qkv_dwconv(self.qkv(x))
+    if self.window is None or self.training:
+        return self.project_out(_attend(self, qkv))
+    height, rows = _window_starts(qkv.shape[2], self.window)
+    width, columns = _window_starts(qkv.shape[3], self.window)
+    places = [
+        (..., slice(top, top + height), slice(left, left + width))
+        for top in rows
+        for left in columns
+    ]
+    parts = [_attend(self, qkv[place]) for place in places]
+    total, count = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
+    for place, part in zip(places, parts, strict=True):
+        total[place] += part
+        count[place] += 1
+    return self.project_out(total / count)
+
+
+def _attention_emptying_cache(self: network.SparseGSA, x: Tensor) -> Tensor:
+    out = _attention(self, x)
+    if x.is_cuda:
+        torch.cuda.empty_cache()
+    return out
+
+
+def _norm(self: network.LayerNorm, x: Tensor) -> Tensor:
+    return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+def _norm_of_copies(self: network.LayerNorm, x: Tensor) -> Tensor:
+    pixels = x.flatten(2).transpose(1, 2).contiguous()
+    return self.body(pixels).transpose(1, 2).contiguous().view(x.shape)
+
+
+def _gated_feed_forward(self: network.GDFN, x: Tensor) -> Tensor:
+    a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+    return self.project_out(F.gelu(a) * b)
+
+
+def _local_attention(self: network.MHDLSA, x: Tensor, dynamic: Dynamic) -> Tensor:
+    y = self.conv0(x)
+    if self.dynamic:
+        kernel = self.conv.kernel
+        y = dynamic(y, self.conv.conv2(self.conv.conv1(y)).unflatten(1, (-1, kernel, kernel)))
+    else:
+        y = self.conv(y)
+    return self.conv1(y)
+
+
+def _local_layer(self: network.LocalLayer, x: Tensor) -> Tensor:
+    x = self.IDynamicDWConv(self.norm1(x)) + x
+    return self.IDynamic_ffn(self.norm2(x)) + x
+
+
+def _global_layer(self: network.GlobalLayer, x: Tensor) -> Tensor:
+    x = self.restormer_attn(self.norm3(x)) + x
+    return self.restormer_ffn(self.norm4(x)) + x
+
+
+def _group(self: network.RHDTG, x: Tensor) -> Tensor:
+    return self.body(x) + x
+
+
+def _whole(self: DLGSANet, x: Tensor) -> Tensor:
+    x = (x - self.mean) * self.img_range
+    x = self.overlap_embed(x)
+    x = self.deep_feature_extraction(x) + x
+    for stage in self.reconstruction:
+        x = getattr(self, stage)(x)
+    return x / self.img_range + self.mean
+
+
+_PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {
+    network.LayerNorm: _norm,
+    network.GDFN: _gated_feed_forward,
+    network.SparseGSA: _attention,
+    network.LocalLayer: _local_layer,
+    network.GlobalLayer: _global_layer,
+    network.RHDTG: _group,
+    DLGSANet: _whole,
+}
+
+
+def _replace_forwards(
+    net: DLGSANet, forwards: dict[type[nn.Module], Callable[..., Tensor]], dynamic: Dynamic
+) -> DLGSANet:
+    forwards = {**forwards, network.MHDLSA: functools.partial(_local_attention, dynamic=dynamic)}
+    for module in net.modules():
+        forward = forwards.get(type(module))
+        if forward:
+            module.forward = types.MethodType(forward, module)
+    return net
+
+
+def as_definition(net: DLGSANet) -> DLGSANet:
+    """Let a built DLGSANet compute by its formulas; it is changed and returned."""
+    return _replace_forwards(net, _PLAIN, reference.dynamic_dwconv_reference)
+
+
+def as_published(
+    net: DLGSANet, dynamic: Dynamic = published_kernels.dynamic_dwconv_naive
+) -> DLGSANet:
+    """Let a built DLGSANet compute as the published code does; it is changed and returned.
+
+    Args:
+        net: The network.
+        dynamic: The dynamic convolution of given filters; tests without a GPU put another here.
+    """
+    slower = {network.LayerNorm: _norm_of_copies, network.SparseGSA: _attention_emptying_cache}
+    return _replace_forwards(net, {**_PLAIN, **slower}, dynamic)
+
+
+def _swinir(scale: int) -> nn.Module:
+    from basicsr.archs.swinir_arch import SwinIR
+
+    return SwinIR(
+        img_size=64,
+        embed_dim=60,
+        depths=(6, 6, 6, 6),
+        num_heads=(6, 6, 6, 6),
+        window_size=8,
+        mlp_ratio=2,
+        upscale=scale,
+        img_range=1.0,
+        upsampler="pixelshuffledirect",
+    )
+
+
+def _edsr(scale: int) -> nn.Module:
+    from basicsr.archs.edsr_arch import EDSR
+
+    return EDSR(3, 3, num_feat=64, num_block=16, upscale=scale, res_scale=1)
+
+
+def build(contestant: str, variant: str, scale: int) -> nn.Module:
+    """Build a contestant with random weights, which are equal for all forms of DLGSANet."""
+    torch.manual_seed(0)
+    if contestant in PEERS:
+        return _swinir(scale) if contestant == SWINIR else _edsr(scale)
+    net = DLGSANet(**configuration(variant, scale))
+    if contestant == DEFINITION:
+        return as_definition(net)
+    if contestant == PUBLISHED:
+        return as_published(net)
+    if contestant == OURS_CHANNELS_LAST:
+        return net.to(memory_format=torch.channels_last)
+    return net
+
+
+def input_size(contestant: str, height: int, width: int) -> tuple[int, int]:
+    """Return what a contestant takes of a picture; SwinIR needs multiples of 8."""
+    if contestant == SWINIR:
+        return -(-height // 8) * 8, -(-width // 8) * 8
+    return height, width
+
+
+def picture(
+    contestant: str, batch: int, height: int, width: int, device: str, dtype: torch.dtype
+) -> Tensor:
+    """Make random pictures (batch, 3, H, W) in the layout that a contestant is given."""
+    x = torch.rand(batch, 3, *input_size(contestant, height, width), device=device).to(dtype)
+    if contestant == OURS_CHANNELS_LAST:
+        x = x.to(memory_format=torch.channels_last)
+    return x
+
+
+@functools.cache
+def operations(
+    contestant: str,
+    variant: str,
+    scale: int,
+    size: tuple[int, int, int],
+    training: bool = False,
+) -> int:
+    """Count floating-point operations by PyTorch's FlopCounterMode, without computing.
+
+    All forms of DLGSANet are counted as ours, where the counter sees the dynamic convolution.
+    Norms, activations, gates and additions are not counted.
+
+    Args:
+        contestant: Which.
+        variant: Of DLGSANet.
+        scale: Enlargement.
+        size: (B, H, W) of the input.
+        training: Count forward and backward in train mode, else a forward in eval mode.
+    """
+    if contestant not in PEERS:
+        contestant = OURS
+    net = build(contestant, variant, scale).train(training).to("meta")
+    x = torch.empty(size[0], 3, *input_size(contestant, *size[1:]), device="meta")
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+        out = net(x)
+        if training:
+            out.mean().backward()
+    return counter.get_total_flops()

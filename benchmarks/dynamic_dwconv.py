@@ -1,0 +1,240 @@
+"""Time and memory of the dynamic convolution alone, from hidden features to its output.
+
+All forms compute `ops.projected_dwconv`: by its definition through unfold, with the filters' map
+in memory and a naive kernel or the plain operator, and fused.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+import contestants
+import limits
+import measuring
+import published_kernels
+import torch
+import torch.nn.functional as F
+from contestants import DEFINITION, PUBLISHED
+from measuring import DTYPES, Cell, Record, Run, Section, Setting
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlgsanet_arch import ops
+from dlgsanet_arch.ops import reference
+
+MAP_IN_MEMORY = "map in memory"
+FUSED = "fused"
+GEOMETRIES = {"Tiny": (48, 8, 12, 7), "Large": (90, 15, 22, 7), "quick": (6, 2, 3, 3)}  # C G D K
+SIZES = ((1, 180, 320), (16, 48, 48), (16, 64, 64))  # batch, height, width
+WORKS = ("forward", "forward and backward")
+CPU_SECONDS = 2.0  # a cell and process: there are many
+CHANNELS_LAST = "channels_last"
+# A GPU's inputs are taken in turn from sets that together are larger than its L2 cache.
+ROTATED_BYTES = 256 * measuring.MIB
+MOST_SETS = 16
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _filters(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
+    """Make the filters' map (B, G, K, K, H, W), as the generator's last convolution does."""
+    made = F.conv2d(hidden, weight[:, :, None, None], bias)
+    return made.unflatten(1, (-1, kernel, kernel))
+
+
+def _map_in_memory(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
+    return ops.dynamic_dwconv(x, _filters(hidden, weight, bias, kernel))
+
+
+def _published(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
+    return published_kernels.dynamic_dwconv_naive(x, _filters(hidden, weight, bias, kernel))
+
+
+FORMS: dict[str, Form] = {
+    DEFINITION: reference.projected_dwconv_reference,
+    PUBLISHED: _published,
+    MAP_IN_MEMORY: _map_in_memory,
+    FUSED: ops.projected_dwconv,
+}
+
+
+def make_inputs(cell: Cell, device: str) -> tuple[Tensor, ...]:
+    """Make random x, hidden, weight and bias, which want gradients where the work has any."""
+    channels, groups, hidden, kernel = GEOMETRIES[cell["geometry"]]
+    batch, height, width = cell["size"]
+    made = []
+    for shape in (
+        (batch, channels, height, width),
+        (batch, hidden, height, width),
+        (groups * kernel**2, hidden),
+        (groups * kernel**2,),
+    ):
+        each = torch.randn(shape, device=device).to(DTYPES[cell["dtype"]])
+        if len(shape) == 4 and cell["layout"] == CHANNELS_LAST:
+            each = each.to(memory_format=torch.channels_last)
+        made.append(each.requires_grad_(cell["work"] != WORKS[0]))
+    return tuple(made)
+
+
+def _work(cell: Cell, inputs: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Tensor, ...]:
+    kernel = GEOMETRIES[cell["geometry"]][3]
+    if grad is None:
+        with torch.no_grad():
+            return (FORMS[cell["form"]](*inputs, kernel),)
+    out = FORMS[cell["form"]](*inputs, kernel)
+    return torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def operations(cell: Cell) -> int:
+    """Count floating-point operations of the fused form by FlopCounterMode, on no device."""
+    cell = {**cell, "form": FUSED}
+    inputs = make_inputs(cell, "meta")
+    grad = None if cell["work"] == WORKS[0] else torch.empty_like(inputs[0])
+    with FlopCounterMode(display=False) as counter:
+        _work(cell, inputs, grad)
+    return counter.get_total_flops()
+
+
+def least_bytes(cell: Cell) -> int:
+    """Return the bytes of inputs and outputs, each read or written once in a pass."""
+    inputs = make_inputs(cell, "meta")
+    size = inputs[0].element_size()
+    forward = sum(each.numel() for each in inputs) + inputs[0].numel()
+    backward = 2 * sum(each.numel() for each in inputs) + inputs[0].numel()
+    return size * (forward if cell["work"] == WORKS[0] else forward + backward)
+
+
+def convolve(cell: Cell, setting: Setting) -> Record:
+    """Time one form of the operator."""
+    device = setting.device
+    inputs = make_inputs(cell, device)
+    sets = 1
+    if device == "cuda":
+        size = sum(each.numel() * each.element_size() for each in inputs)
+        sets = min(MOST_SETS, max(1, ROTATED_BYTES // size))
+    many = [inputs, *(make_inputs(cell, device) for _ in range(sets - 1))]
+    grad = None if cell["work"] == WORKS[0] else torch.randn_like(inputs[0])
+    turn = 0
+
+    def run() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(many)
+        return _work(cell, many[turn], grad)
+
+    def prepare() -> Run:
+        return run
+
+    with measuring.numerics(cell["dtype"], device):
+        measured = measuring.measure(prepare, setting)
+    return {**measured, "operations": operations(cell), "bytes": least_bytes(cell)}
+
+
+def _rows(records: list[Record]) -> list[list[str]]:
+    """Put the two works of a form into one row."""
+    machine = limits.Limits(records)
+    joined: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if not limits.is_limit(record):
+            cell = {name: value for name, value in record["cell"].items() if name != "work"}
+            joined.setdefault(measuring.key(cell), {})[record["cell"]["work"]] = record
+    rows = []
+    for works in joined.values():
+        cell = next(iter(works.values()))["cell"]
+        row = [
+            cell["geometry"],
+            f"{cell['size'][0]}x{cell['size'][2]}x{cell['size'][1]}",
+            cell["form"],
+            cell["dtype"],
+            cell["layout"],
+        ]
+        for work in WORKS:
+            record = works.get(work, {})
+            least = machine.seconds(
+                record.get("operations", math.nan), record.get("bytes", math.nan), cell["dtype"]
+            )
+            row += [
+                *measuring.milliseconds(record),
+                measuring.times(measuring.median(record) / least, ".1f"),
+                measuring.mebibytes(record),
+            ]
+        rows.append(row)
+    return rows
+
+
+def _forms(device: str) -> list[tuple[str, str, str]]:
+    """Return forms with their dtypes and layouts."""
+    served = limits.served_dtypes(device)
+    forms = [(DEFINITION, "fp32", "NCHW")]
+    if PUBLISHED not in contestants.absent(device):
+        forms.append((PUBLISHED, "fp32", "NCHW"))
+    return forms + [
+        (form, dtype, layout)
+        for form in (MAP_IN_MEMORY, FUSED)
+        for dtype in served
+        for layout in ("NCHW", CHANNELS_LAST)
+    ]
+
+
+def _sections(asked: argparse.Namespace) -> list[Section]:
+    sizes = SIZES if asked.device == "cuda" or asked.all else SIZES[:2]
+    cells = [
+        {
+            "measure": "dynamic_dwconv:convolve",
+            "geometry": geometry,
+            "size": list(size),
+            "form": form,
+            "dtype": dtype,
+            "layout": layout,
+            "work": work,
+        }
+        for size in ([(2, 6, 9)] if asked.quick else sizes)
+        for geometry in (["quick"] if asked.quick else ["Tiny", "Large"])
+        for form, dtype, layout in _forms(asked.device)
+        for work in WORKS
+    ]
+    dtypes = [cell["dtype"] for cell in cells]
+    return [
+        Section(
+            name="dynamic_dwconv",
+            title="The dynamic convolution, from hidden features to its output",
+            cells=[*limits.cells(asked.device, dtypes, asked.quick), *cells],
+            columns=[
+                "geometry",
+                "input",
+                "form",
+                "dtype",
+                "layout",
+                "forward, ms",
+                "range",
+                "of limit",
+                "MiB",
+                "with backward, ms",
+                "range",
+                "of limit",
+                "MiB",
+            ],
+            rows=_rows,
+            notes=lambda records: [
+                "Filters 7x7; C, G and D are 48, 8 and 12 for Tiny, 90, 15 and 22 for Large. MiB",
+                "is the peak beyond the inputs, output included. 'of limit' is the time over the",
+                "larger of operations / product rate and bytes / bandwidth, with the fused",
+                "operator's operations, and bytes of inputs and outputs.",
+                limits.Limits(records).note(),
+                *contestants.absence_notes(asked.device, [PUBLISHED]),
+            ],
+            group=lambda cell: (cell.get("geometry"), str(cell.get("size")), cell["measure"]),
+            seconds=CPU_SECONDS if asked.device == "cpu" else math.inf,
+        )
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all forms."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="on a CPU, 16x64x64 patches as well")
+    return measuring.run(_sections, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

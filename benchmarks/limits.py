@@ -1,0 +1,135 @@
+"""This machine's own limits: how fast it multiplies matrices and copies memory.
+
+Every benchmark measures them in the same run and says how many times longer it took than the
+larger of operations / product rate and bytes / copy bandwidth.
+"""
+
+import argparse
+import math
+import sys
+
+import measuring
+import torch
+from measuring import DTYPES, Cell, Record, Section, Setting
+
+_PRODUCT_SIDES = {"cpu": 2048, "cuda": 8192}
+_COPY_MEBIBYTES = {"cpu": 512, "cuda": 4096}
+_LEAST_SAMPLES = 5  # products and copies are short beside what they are compared with
+
+
+def cells(device: str, dtypes: list[str], quick: bool = False) -> list[Cell]:
+    """Return what a section measures beside its contestants."""
+    side = 64 if quick else _PRODUCT_SIDES[device]
+    size = 1 if quick else _COPY_MEBIBYTES[device]
+    return [
+        *(
+            {"measure": "limits:product", "dtype": dtype, "side": side}
+            for dtype in dict.fromkeys(dtypes)
+        ),
+        {"measure": "limits:copy", "mebibytes": size},
+    ]
+
+
+def _longer(setting: Setting) -> Setting:
+    return Setting(setting.device, max(_LEAST_SAMPLES, setting.runs))
+
+
+def product(cell: Cell, setting: Setting) -> Record:
+    """Time a product of two random square matrices; `work` is its floating-point operations."""
+    side, dtype = cell["side"], DTYPES[cell["dtype"]]
+    a, b = (torch.randn(side, side, device=setting.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    with measuring.numerics(cell["dtype"], setting.device):
+        measured = measuring.measure(lambda: lambda: torch.mm(a, b, out=out), _longer(setting))
+    return {**measured, "work": 2 * side**3}
+
+
+def copy(cell: Cell, setting: Setting) -> Record:
+    """Time a copy of random memory; `work` is the bytes read and written."""
+    count = cell["mebibytes"] * measuring.MIB // 4
+    source = torch.randn(count, device=setting.device)
+    target = torch.empty_like(source)
+    measured = measuring.measure(lambda: lambda: target.copy_(source), _longer(setting))
+    return {**measured, "work": 2 * 4 * count}
+
+
+class Limits:
+    """What the records of a run tell of the machine: medians over all rounds."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self._rates: dict[str, float] = {}
+        self._bandwidth = math.nan
+        for record in records:
+            rate = record.get("work", math.nan) / measuring.median(record)
+            if record["cell"]["measure"] == "limits:product":
+                self._rates[record["cell"]["dtype"]] = rate
+            elif record["cell"]["measure"] == "limits:copy":
+                self._bandwidth = rate
+
+    def seconds(self, operations: float, size: float, dtype: str) -> float:
+        """Return the least time for `operations` in `dtype` and `size` bytes; NaN if unknown."""
+        by_rate = operations / self._rates.get(dtype, math.nan)
+        by_bandwidth = size / self._bandwidth
+        return max(by_rate, by_bandwidth) if by_rate == by_rate else math.nan
+
+    def note(self) -> str:
+        """Say what the limits are."""
+        rates = ", ".join(
+            f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in self._rates.items()
+        )
+        return (
+            f"The machine's limits in this run: matrix products {rates}; "
+            f"copies {self._bandwidth / 1e9:.4g} GB/s, read and written."
+        )
+
+
+def is_limit(record: Record) -> bool:
+    """Return whether a record is of the machine and not of a contestant."""
+    return record["cell"]["measure"].startswith("limits:")
+
+
+def _rows(records: list[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        cell = record["cell"]
+        is_product = cell["measure"] == "limits:product"
+        rate = record.get("work", math.nan) / measuring.median(record) / 1e9
+        spread = [record["work"] / s / 1e9 for s in record.get("seconds", [])]
+        rows.append(
+            [
+                f"product of {cell['side']}²" if is_product else f"copy of {cell['mebibytes']} MiB",
+                cell.get("dtype", "–"),
+                measuring.times(rate, ".4g"),
+                f"{min(spread):.4g} to {max(spread):.4g}" if spread else record["error"],
+                "GFLOP/s" if is_product else "GB/s",
+                str(len(spread)),
+            ]
+        )
+    return rows
+
+
+def served_dtypes(device: str) -> list[str]:
+    """Return the names of the dtypes that are measured on `device`."""
+    return ["fp32", "tf32", "bf16", "fp16"] if device == "cuda" else ["fp32", "bf16"]
+
+
+def _sections(asked: argparse.Namespace) -> list[Section]:
+    return [
+        Section(
+            name="limits",
+            title="The machine's limits",
+            cells=cells(asked.device, served_dtypes(asked.device), asked.quick),
+            columns=["what", "dtype", "rate", "range", "unit", "samples"],
+            rows=_rows,
+            notes=lambda _: ["Medians; copies count bytes read and written."],
+        )
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the limits by themselves."""
+    return measuring.run(_sections, argparse.ArgumentParser(description=__doc__), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

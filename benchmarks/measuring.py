@@ -1,0 +1,494 @@
+"""How everything here is measured: cells that take turns, in processes of their own.
+
+A cell is one thing to measure, as a dictionary that JSON can hold; its entry `measure` names the
+function, as "module:function", that measures it. On a CPU each cell runs in a process of its own,
+so that its peak memory is its own; on a GPU, where memory is counted exactly, the cells of a group
+share one. All cells are measured once a round, so that a change in the machine's load meets all.
+What is measured is saved at once, and a run that was cut off goes on where it was.
+"""
+
+import argparse
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import reporting
+import torch
+
+Cell = dict[str, Any]
+Record = dict[str, Any]  # {"cell": ..., "rounds": ..., and what was measured}
+Run = Callable[[], object]
+
+MIB = 2**20
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+WARM_UPS = {"cpu": 1, "cuda": 3}
+ROUNDS = 2
+RUNS = {"cpu": 3, "cuda": 10}
+# A GPU's sample is as many calls as take this long, so that neither the clock nor the one wait
+# at its end tells.
+GPU_SAMPLE_SECONDS = 0.02
+_MARK = "measured: "  # before each reply of a child; whatever else it prints is passed over
+_GATE = ("test_golden", "test_ops")  # the tests without which no figure means anything
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cell is measured.
+
+    Attributes:
+        device: cpu or cuda.
+        runs: Timed samples a process.
+        seconds: No sample is begun after this time, but for the first.
+    """
+
+    device: str
+    runs: int
+    seconds: float = math.inf
+
+
+@dataclass
+class Section:
+    """One table of RESULTS.md.
+
+    Attributes:
+        name: A key of reporting.SECTIONS.
+        title: Its heading, without the device.
+        cells: What is measured.
+        columns: Names.
+        rows: Makes the rows from the records of what is measured so far, in the cells' order.
+        notes: Makes the sentences above the table, likewise.
+        group: Tells which cells share a process on a GPU.
+        draw: Writes a picture of the records to a path; returns whether it could.
+        rounds: Times that each cell is measured.
+        runs: Timed samples a round, if not RUNS.
+        seconds: As in Setting.
+    """
+
+    name: str
+    title: str
+    cells: list[Cell]
+    columns: list[str]
+    rows: Callable[[list[Record]], list[list[str]]]
+    notes: Callable[[list[Record]], list[str]]
+    group: Callable[[Cell], object] = lambda cell: cell["measure"]
+    draw: Callable[[list[Record], Path], bool] | None = None
+    rounds: int = ROUNDS
+    runs: int | None = None
+    seconds: float = math.inf
+
+
+@contextmanager
+def numerics(dtype: str, device: str) -> Iterator[None]:
+    """Let float32 products on a GPU use TF32 for "tf32" alone, and cuDNN choose by trying."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    trying = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+        torch.backends.cudnn.benchmark = device == "cuda"
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+        torch.backends.cudnn.benchmark = trying
+
+
+def synchronize(device: str) -> None:
+    """Wait for all work given to `device`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _of_process(name: str) -> int:
+    """Read a memory figure of this process, in bytes: VmRSS is the present, VmHWM the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def _return_freed_memory() -> None:
+    """Let the C library give back what it keeps of freed memory: it would hide later use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class Memory:
+    """Peak memory from now on, beyond what is in use now, in bytes.
+
+    On a GPU it is that of PyTorch's allocator, through which all contestants take theirs.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            _return_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._before = _of_process("VmRSS")
+
+    def forget_peak(self) -> None:
+        """Leave out what a GPU needed so far: cuDNN's trials are no part of the work."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict[str, int]:
+        """Return `memory`, beyond what was in use, and `total_memory` with it."""
+        if self._device == "cuda":
+            total = torch.cuda.max_memory_allocated()
+        else:
+            total = _of_process("VmHWM")
+        return {"memory": total - self._before, "total_memory": total}
+
+
+def sample(run: Run, setting: Setting) -> list[float]:
+    """Time `run`, in seconds a call."""
+    calls = 1
+    if setting.device == "cuda":
+        synchronize("cuda")
+        start = time.perf_counter()
+        run()
+        synchronize("cuda")
+        calls = max(1, math.ceil(GPU_SAMPLE_SECONDS / (time.perf_counter() - start)))
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < setting.runs:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(setting.device)
+        seconds.append((time.perf_counter() - start) / calls)
+        if time.perf_counter() - begin > setting.seconds:
+            break
+    return seconds
+
+
+def measure(prepare: Callable[[], Run], setting: Setting, warm_ups: int | None = None) -> Record:
+    """Measure the time and the memory of what `prepare` returns.
+
+    What is in use when this is called (weights, inputs) is not counted as memory; what `prepare`
+    and the warm-up take and keep is.
+    """
+    memory = Memory(setting.device)
+    run = prepare()
+    for _ in range(WARM_UPS[setting.device] if warm_ups is None else warm_ups):
+        run()
+    memory.forget_peak()
+    return {"seconds": sample(run, setting), **memory.peak()}
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    module = importlib.import_module(name)
+    # Else each collection walks through all of the libraries, for a fifth of a second.
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries count on it when they say what has leaked
+    return module
+
+
+def _attempt(cell: Cell, setting: Setting) -> Record:
+    module, function = cell["measure"].split(":")
+    try:
+        return getattr(_module(module), function)(cell, setting)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200], "broken": True}
+    finally:
+        gc.collect()
+        if setting.device == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def answer() -> None:
+    """Measure the cells that stdin asks for, in a child of `take_turns`."""
+    request = json.load(sys.stdin)
+    for cell in request["cells"]:
+        reply = _attempt(cell, Setting(**request["setting"]))
+        print(_MARK + json.dumps(reply), flush=True)
+        if "broken" in reply:
+            return  # a GPU may be unusable after it; the others get a new process
+
+
+def in_child(cells: list[Cell], setting: Setting) -> Iterator[Record]:
+    """Measure `cells` in a new process; fewer replies than cells say that it ended early."""
+    path = os.pathsep.join(
+        [str(reporting.BENCHMARKS), str(reporting.ROOT), os.environ.get("PYTHONPATH", "")]
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import measuring; measuring.answer()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+        text=True,
+    )
+    try:
+        with suppress(BrokenPipeError):  # of a child that died at once; the caller sees no reply
+            child.stdin.write(json.dumps({"cells": cells, "setting": asdict(setting)}))
+            child.stdin.close()
+        for line in child.stdout:
+            if line.startswith(_MARK):
+                yield json.loads(line[len(_MARK) :])
+    finally:
+        if child.poll() is None:
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+        child.wait()
+
+
+def in_this_process(cells: list[Cell], setting: Setting) -> Iterator[Record]:
+    """Measure `cells` here."""
+    for cell in cells:
+        yield _attempt(cell, setting)
+
+
+def key(cell: Cell) -> str:
+    """Return a text that tells cells apart."""
+    return ", ".join(f"{name} {value}" for name, value in cell.items())
+
+
+@dataclass
+class Report:
+    """What is measured of a section so far, saved with each addition.
+
+    Attributes:
+        section: What is measured.
+        device: cpu or cuda.
+        results: The folder of the JSON.
+        records: By the cells' keys.
+    """
+
+    section: Section
+    device: str
+    results: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.section.name}_{reporting.label(self.device)}"
+        self._environment = reporting.environment(self.device)
+        stored = reporting.read(self.results / f"{self.name}.json")
+        known = stored.get("environment", {})
+        same = all(known.get(word) == self._environment[word] for word in ("source", "device"))
+        if same and not stored["complete"]:
+            self.records = stored["raw"]
+
+    def rounds(self, cell: Cell) -> int:
+        """Return how often `cell` was measured."""
+        return self.records.get(key(cell), {"rounds": 0})["rounds"]
+
+    def add(self, cell: Cell, reply: Record) -> None:
+        """Take in one more round of `cell`."""
+        record = self.records.setdefault(key(cell), {"cell": cell, "rounds": 0})
+        record["rounds"] += 1
+        if "seconds" in reply:
+            reply["seconds"] = record.get("seconds", []) + reply["seconds"]
+        for name in ("memory", "total_memory"):
+            if name in reply and name in record:
+                reply[name] = max(reply[name], record[name])
+        record |= reply
+        self.save()
+
+    def ordered(self) -> list[Record]:
+        """Return the records in the order of the section's cells."""
+        keys = map(key, self.section.cells)
+        return [self.records[each] for each in keys if each in self.records]
+
+    def complete(self) -> bool:
+        """Return whether each cell was measured in each round."""
+        return all(self.rounds(cell) >= self.section.rounds for cell in self.section.cells)
+
+    def save(self) -> Path:
+        """Write what there is, and the picture when all is there."""
+        records = self.ordered()
+        notes = self.section.notes(records)
+        picture = None
+        if self.section.draw and self.complete():
+            picture = f"{self.name}.png"
+            if not self.section.draw(records, self.results / picture):
+                picture = None
+                notes.append("No plot was drawn: matplotlib is not installed.")
+        result = {
+            "section": self.section.name,
+            "kind": self.device,
+            "title": f"{self.section.title}, {'GPU' if self.device == 'cuda' else 'CPU'}",
+            "command": reporting.command(self.section.name, self.device),
+            "environment": self._environment,
+            "complete": self.complete(),
+            "notes": notes,
+            "columns": self.section.columns,
+            "rows": self.section.rows(records),
+            "picture": picture,
+            "raw": self.records,
+        }
+        return reporting.save(self.name, result, self.results)
+
+
+def take_turns(
+    report: Report, setting: Setting, launch: Callable[[list[Cell], Setting], Iterator[Record]]
+) -> None:
+    """Measure what `report` lacks, round by round."""
+    section = report.section
+    groups: dict[object, list[Cell]] = {}
+    for cell in section.cells:
+        together = section.group(cell) if setting.device == "cuda" else key(cell)
+        groups.setdefault(together, []).append(cell)
+    for turn in range(section.rounds):
+        for group in groups.values():
+            waiting = [cell for cell in group if report.rounds(cell) <= turn]
+            while waiting:
+                answered = 0
+                for reply in launch(waiting, setting):
+                    cell = waiting[answered]
+                    answered += 1
+                    report.add(cell, reply)
+                    print(
+                        f"round {turn + 1} of {section.rounds}: {describe(cell)}: "
+                        f"{describe_reply(reply)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                if not answered:
+                    report.add(waiting[0], {"error": "its process died", "broken": True})
+                    answered = 1
+                waiting = waiting[answered:]
+
+
+def describe(cell: Cell) -> str:
+    """Return a cell in a few words, for progress."""
+    return " ".join(str(value) for name, value in cell.items() if name != "measure")
+
+
+def describe_reply(reply: Record) -> str:
+    """Return what was measured in a few words, for progress."""
+    if "error" in reply:
+        return reply["error"]
+    if "seconds" in reply:
+        return f"{statistics.median(reply['seconds']) * 1e3:.3g} ms"
+    return "done"
+
+
+def milliseconds(record: Record) -> list[str]:
+    """Return the median and the range of a record's times for a table, or what went wrong."""
+    if "seconds" not in record:
+        return [record.get("error", "–"), "–"]
+    times = sorted(1e3 * each for each in record["seconds"])
+    return [f"{statistics.median(times):.4g}", f"{times[0]:.4g} to {times[-1]:.4g}"]
+
+
+def mebibytes(record: Record, name: str = "memory") -> str:
+    """Return a record's peak memory for a table."""
+    return f"{record[name] / MIB:.0f}" if record.get(name) is not None else "–"
+
+
+def median(record: Record | None) -> float:
+    """Return a record's median time in seconds; NaN where it has none."""
+    return statistics.median(record["seconds"]) if record and "seconds" in record else math.nan
+
+
+def times(value: float, digits: str = ".2f") -> str:
+    """Return a ratio for a table; a dash where it is unknown."""
+    return format(value, digits) if math.isfinite(value) else "–"
+
+
+def gate_fault(device: str, results: Path = reporting.RESULTS) -> str:
+    """Say which test of network and operator fails, or return an empty text.
+
+    On a GPU the outcome that `make gpu` left is taken where it is of this very code.
+    """
+    files = [f"tests/{name}.py" for name in _GATE]
+    if device == "cuda":
+        stored = reporting.read(results / f"{reporting.TESTS}_{reporting.label(device)}.json")
+        if reporting.is_current(stored, device):
+            failed = stored["raw"]["failed"]
+            return "\n".join(name for name in failed if any(gate in name for gate in _GATE))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
+    command += ["-m", "gpu" if device == "cuda" else "not gpu"]
+    finished = subprocess.run(command, cwd=reporting.ROOT, capture_output=True, text=True)
+    return finished.stdout + finished.stderr if finished.returncode else ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a script what all have in common."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, help="times that each thing is measured")
+    parser.add_argument("--runs", type=int, help="timed runs each time")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the JSON; RESULTS.md is written beside it"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="made-up sizes in one process, to test this script"
+    )
+
+
+def run(
+    sections: Callable[[argparse.Namespace], list[Section]],
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None = None,
+) -> int:
+    """Measure the sections that the command line asks for, print the tables and save them.
+
+    Returns:
+        1 where something could not be measured for a reason other than memory, else 0.
+    """
+    add_arguments(parser)
+    asked = parser.parse_args(arguments)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    results = asked.results or reporting.RESULTS
+    if asked.quick:
+        if asked.results is None:
+            results = Path(tempfile.mkdtemp(prefix="quick-")) / "results"
+    else:
+        fault = gate_fault(asked.device, results)
+        if fault:
+            print(f"{fault}\nnothing is measured while tests fail", file=sys.stderr)
+            return 1
+    broken = False
+    for section in sections(asked):
+        section.rounds = 1 if asked.quick else asked.rounds or section.rounds
+        runs = 1 if asked.quick else asked.runs or section.runs or RUNS[asked.device]
+        report = Report(section, asked.device, results)
+        setting = Setting(asked.device, runs, section.seconds)
+        try:
+            take_turns(report, setting, in_this_process if asked.quick else in_child)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on", file=sys.stderr)
+            return 130
+        path = report.save()
+        for row in [section.columns, *section.rows(report.ordered())]:
+            print("  ".join(f"{value:>14}" for value in row))
+        print(f"written: {path}, {results.parent / 'RESULTS.md'}")
+        broken |= any("broken" in record for record in report.records.values())
+    return int(broken)

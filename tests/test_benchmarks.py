@@ -1,0 +1,507 @@
+"""The benchmarks: contestants compute the same, every script measures and writes its table."""
+
+import argparse
+import ctypes
+import importlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlgsanet_arch import network as our_network
+from dlgsanet_arch.ops.reference import dynamic_dwconv_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+contestants = importlib.import_module("contestants")
+dynamic_dwconv = importlib.import_module("dynamic_dwconv")
+limits = importlib.import_module("limits")
+measuring = importlib.import_module("measuring")
+network = importlib.import_module("network")
+published_kernels = importlib.import_module("published_kernels")
+reporting = importlib.import_module("reporting")
+training_step = importlib.import_module("training_step")
+
+_spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "scripts" / "gpu.py")
+gpu_script = importlib.util.module_from_spec(_spec)
+sys.modules["gpu_script"] = gpu_script  # dataclasses look their module up
+_spec.loader.exec_module(gpu_script)
+
+SCALE = 2
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+def written(results, section, label="cpu"):
+    return json.loads((results / f"{section}_{label}.json").read_text())
+
+
+def built(form, dtype=torch.float64):
+    net = contestants.build("ours", contestants.QUICK, SCALE)
+    plain = contestants.build("ours", contestants.QUICK, SCALE)
+    plain.load_state_dict(net.state_dict(), strict=True)
+    return net.to(dtype), form(plain).to(dtype)
+
+
+def published_by_reference(net):
+    return contestants.as_published(net, dynamic_dwconv_reference)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", [contestants.as_definition, published_by_reference])
+def test_plainer_forms_compute_the_same(form, training, monkeypatch):
+    net, plain = built(form)
+    x = torch.rand(2, 3, 13, 21, dtype=torch.float64)  # several windows of 8, unevenly apart
+    out = net.train(training)(x)
+
+    def must_not_run(*_):
+        raise AssertionError("the plainer form uses the operator that it is compared with")
+
+    monkeypatch.setattr(our_network, "projected_dwconv", must_not_run)
+    plain.train(training)
+    torch.testing.assert_close(plain(x), out)
+    with torch.no_grad():  # where ours may work otherwise
+        torch.testing.assert_close(plain(x), out)
+    plain(x).abs().mean().backward()
+    out.abs().mean().backward()
+    for ours, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, ours.grad)
+
+
+def test_definition_in_float32_without_gradients():
+    net, plain = built(contestants.as_definition, torch.float32)
+    x = torch.rand(1, 3, 30, 41)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(x), net.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def compile_kernels(tmp_path_factory):
+    """Compile the naive CUDA kernels for the CPU: a thread after the other."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler stands in for a GPU's")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def compiled(name, options):
+        source = folder / "kernels.cpp"
+        source.write_text(
+            "#define __global__\n"
+            "struct Place { unsigned x; };\n"
+            "static Place blockIdx, blockDim, threadIdx;\n"
+            f"{published_kernels.SOURCE}\n"
+            'extern "C" void run(const float* a, const float* b, float* out, unsigned blocks) {\n'
+            f"    blockDim.x = {published_kernels.THREADS};\n"
+            "    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)\n"
+            "        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)\n"
+            f"            {name}(a, b, out);\n"
+            "}\n"
+        )
+        library = folder / f"{name}{'_'.join(options)}.so"
+        command = [compiler, "-shared", "-fPIC", *options, str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(library)).run
+
+    return compiled
+
+
+@pytest.fixture
+def naive_on_cpu(compile_kernels, monkeypatch):
+    """Let what stands in for CuPy run the kernels on this CPU."""
+    cupy = types.ModuleType("cupy")
+
+    class Context:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+    class RawKernel:
+        def __init__(self, code, name, options):
+            assert code is published_kernels.SOURCE
+            self.run = compile_kernels(name, options)
+
+        def __call__(self, grid, block, pointers):
+            assert block == (published_kernels.THREADS,)
+            self.run(*map(ctypes.c_void_p, pointers), ctypes.c_uint(grid[0]))
+
+    cupy.cuda = types.SimpleNamespace(ExternalStream=Context, Device=Context)
+    cupy.RawKernel = RawKernel
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    published_kernels._kernel.cache_clear()
+    yield
+    published_kernels._kernel.cache_clear()
+
+
+def check_naive(device):
+    x = torch.randn(2, 6, 5, 9, device=device)
+    filters = torch.randn(2, 3, 5, 5, 5, 9, device=device)
+    grad = torch.randn_like(x)
+    outcomes = []
+    for function in (published_kernels.dynamic_dwconv_naive, dynamic_dwconv_reference):
+        inputs = x.clone().requires_grad_(), filters.clone().requires_grad_()
+        out = function(*inputs)
+        outcomes.append((out, *torch.autograd.grad(out, inputs, grad)))
+    torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-5, rtol=1e-5)
+
+
+def test_naive_kernels(naive_on_cpu):
+    check_naive("cpu")
+
+
+@pytest.mark.gpu
+def test_naive_kernels_on_cuda():
+    pytest.importorskip("cupy")
+    check_naive("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_published_style_on_cuda(training):
+    pytest.importorskip("cupy")
+    net = contestants.build("ours", "tiny", 4).train(training).cuda()
+    plain = contestants.build("published-style", "tiny", 4).train(training).cuda()
+    x = torch.rand(1, 3, 60, 70, device="cuda")
+    with torch.no_grad(), measuring.numerics("fp32", "cuda"):
+        torch.testing.assert_close(plain(x), net(x), atol=1e-4, rtol=1e-4)
+
+
+def test_naive_kernels_are_left_out_on_a_cpu():
+    assert "GPU" in contestants.absent("cpu")[contestants.PUBLISHED]
+    assert contestants.absence_notes("cpu", [contestants.PUBLISHED, contestants.OURS]) == [
+        "Left out: published-style, since its kernels are for GPUs."
+    ]
+
+
+def test_without_basicsr_its_networks_are_left_out(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "basicsr" else find_spec(name)
+    )
+    assert set(contestants.PEERS) <= set(contestants.absent("cpu"))
+
+
+def test_operations_are_the_published_count():
+    size = (1, 180, 320)
+    flops = contestants.operations("definition", "tiny", 4, size)
+    assert flops / 2e9 == pytest.approx(34.72, abs=0.005)
+    assert contestants.operations("ours", "tiny", 4, size, training=True) > 2.9 * flops
+    assert contestants.blocks("large", 3) == 24
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "section", "rows"),
+    [
+        (limits.main, [], "limits", 3),
+        (dynamic_dwconv.main, [], "dynamic_dwconv", 9),
+        (training_step.main, [], "training_step", 4),
+        (network.main, [], "network", 4),
+        (network.main, ["--all"], "configurations", 3),
+        (network.main, ["--curve"], "curve", 2),
+        (network.main, ["--memory"], "memory", 1),
+        (network.main, ["--accuracy"], "accuracy", 2),
+    ],
+)
+def test_scripts_measure_and_write_their_table(main, arguments, section, rows, results):
+    assert main(["--quick", "--results", str(results), *arguments]) == 0
+    result = written(results, section)
+    assert result["complete"]
+    assert len(result["rows"]) == rows
+    assert all(len(row) == len(result["columns"]) for row in result["rows"])
+    assert not any("error" in record for record in result["raw"].values())
+    assert "nan" not in json.dumps([result["rows"], result["notes"]])
+    assert result["environment"]["source"] == reporting.fingerprint()
+    report = (results.parent / "RESULTS.md").read_text()
+    assert f"`{reporting.command(section, 'cpu')}`" in report
+    unmeasured = report.split("## Not measured yet")[1]
+    assert "`python benchmarks/network.py --curve --device cuda`" in unmeasured
+    assert reporting.command(section, "cpu") not in unmeasured
+
+
+def test_unrounded_psnr():
+    from basicsr.metrics import calculate_psnr
+
+    a, b = torch.rand(2, 3, 20, 30)
+    a, b = ((255 * each).round() / 255 for each in (a, b))
+    pictures = ((255 * each.flip(0)).permute(1, 2, 0).numpy().astype("uint8") for each in (a, b))
+    expected = calculate_psnr(*pictures, crop_border=4, test_y_channel=True)
+    assert network.psnr(a, b, 4) == pytest.approx(expected, abs=1e-3)
+
+
+SQUARE = {"measure": "limits:product", "dtype": "fp32", "side": 8}
+
+
+def section_of(cells, **changes):
+    return measuring.Section(
+        name="limits",
+        title="Made",
+        cells=cells,
+        columns=["what"],
+        rows=lambda records: [[measuring.describe(record["cell"])] for record in records],
+        notes=lambda records: [],
+        **changes,
+    )
+
+
+def test_cells_run_in_processes_and_a_broken_one_is_named(results):
+    broken = {**SQUARE, "dtype": "fp1"}
+    section = section_of([broken, SQUARE], group=lambda cell: "one", rounds=1)
+    report = measuring.Report(section, "cpu", results)
+    measuring.take_turns(report, measuring.Setting("cpu", 2), measuring.in_child)
+    first, second = report.ordered()
+    assert "KeyError" in first["error"]
+    assert measuring.milliseconds(first)[0] == first["error"]
+    assert len(second["seconds"]) == 5
+    assert second["memory"] < second["total_memory"]
+    assert report.complete()
+
+
+def test_a_run_that_was_cut_off_goes_on(results):
+    cells = [{**SQUARE, "side": side} for side in (1, 2, 3)]
+    asked = []
+
+    def launch(cells, setting):
+        for cell in cells:
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            asked.append(cell["side"])
+            yield {"seconds": [1.0 * len(asked)], "memory": len(asked)}
+
+    section = section_of(cells)
+    report = measuring.Report(section, "cpu", results)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.take_turns(report, measuring.Setting("cpu", 1), launch)
+    assert asked == [1, 2, 3, 1]  # all in a round, then all again
+    assert "Incomplete" in (results.parent / "RESULTS.md").read_text()
+
+    asked.clear()
+    report = measuring.Report(section, "cpu", results)
+    measuring.take_turns(report, measuring.Setting("cpu", 1), launch)
+    assert asked == [2, 3]
+    assert [len(record["seconds"]) for record in report.ordered()] == [2, 2, 2]
+    assert written(results, "limits")["complete"]
+    assert measuring.Report(section, "cpu", results).records == {}  # asked anew: all anew
+
+
+def test_a_process_that_dies_costs_one_cell(results):
+    cells = [{**SQUARE, "side": side} for side in (1, 2)]
+
+    def launch(cells, setting):
+        if cells[0]["side"] != 1:
+            yield {"seconds": [1.0]}
+
+    report = measuring.Report(section_of(cells, rounds=1), "cpu", results)
+    measuring.take_turns(report, measuring.Setting("cpu", 1), launch)
+    assert [record.get("error") for record in report.ordered()] == ["its process died", None]
+
+
+def test_red_tests_stop_a_script(results, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "gate_fault", lambda *_: "test_ops is red")
+    assert limits.main(["--results", str(results)]) == 1
+    assert "test_ops is red" in capsys.readouterr().err
+    assert not results.exists()
+
+
+@pytest.fixture
+def made_gpu(monkeypatch):
+    """A GPU as far as names and memory figures go; what is computed is computed here."""
+    for name, value in {
+        "get_device_name": "NVIDIA H0 80GB",
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 2 * measuring.MIB,
+        "max_memory_allocated": 5 * measuring.MIB,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(published_kernels, "why_not", lambda device: "")
+
+
+def test_how_a_gpu_is_measured(made_gpu):
+    measured = measuring.measure(lambda: lambda: None, measuring.Setting("cuda", 4))
+    assert len(measured["seconds"]) == 4
+    assert measured["memory"] == 3 * measuring.MIB
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "names"),
+    [
+        (network, [], ["network", "configurations"]),
+        (network, ["--only-tiny"], ["network"]),
+        (network, ["--all"], ["configurations"]),
+        (network, ["--memory"], ["memory"]),
+        (network, ["--curve"], ["curve"]),
+        (network, ["--accuracy"], ["accuracy"]),
+        (dynamic_dwconv, [], ["dynamic_dwconv"]),
+        (training_step, [], ["training_step"]),
+        (limits, [], ["limits"]),
+    ],
+)
+def test_what_a_gpu_would_measure(module, arguments, names, made_gpu, results, monkeypatch):
+    def launch(cells, setting):
+        assert len({section.group(cell) for cell in cells}) == 1
+        for cell in cells:
+            reply = {"seconds": [0.001, 0.003], "memory": measuring.MIB, "work": 1, "bytes": 1}
+            if cell["measure"] == "network:accuracy":
+                figures = {"fp32": 30.0, "this": 30.1, "between": 60.0}
+                reply = {"relative": 1e-7, "worst": 1e-6, "pictures": [figures]}
+            yield reply | {"parameters": 1, "operations": 1, "total_memory": 2 * measuring.MIB}
+
+    parser_run = measuring.run
+    made = []
+    monkeypatch.setattr(
+        measuring, "run", lambda sections, parser, arguments: made.append((sections, parser)) or 0
+    )
+    module.main(arguments)
+    monkeypatch.setattr(measuring, "run", parser_run)
+    sections, parser = made[0]
+    measuring.add_arguments(parser)
+    asked = parser.parse_args([*arguments, "--device", "cuda"])
+    planned = sections(asked)
+    assert [section.name for section in planned] == names
+    for section in planned:
+        keys = [measuring.key(cell) for cell in section.cells]
+        assert len(set(keys)) == len(keys)
+        json.dumps(section.cells)
+        report = measuring.Report(section, "cuda", results)
+        section.rounds = 1
+        section.draw = None
+        report.save = lambda: None
+        measuring.take_turns(report, measuring.Setting("cuda", 1), launch)
+        del report.save
+        report.save()
+        result = written(results, section.name, "h0_80gb")
+        assert result["complete"]
+        assert all(len(row) == len(result["columns"]) for row in result["rows"])
+        assert reporting.is_current(result, "cuda")
+        if section.name in ("network", "configurations", "training_step", "dynamic_dwconv"):
+            text = json.dumps(result["rows"])
+            assert all(name in text for name in ("published-style", "bf16", "tf32"))
+    report = (results.parent / "RESULTS.md").read_text()
+    assert "nan" not in report
+
+
+def test_gpu_plan_of_the_goals(made_gpu):
+    asked = argparse.Namespace(device="cuda", quick=False)
+    tiny = [c for c in network.network_section(asked).cells if c["measure"] == "network:forward"]
+    assert {cell["contestant"] for cell in tiny} == {
+        "definition",
+        "published-style",
+        "ours",
+        "ours, CUDA graph",
+        "ours, channels_last",
+        "SwinIR-light",
+        "EDSR-baseline",
+    }
+    every = network.configurations_section(asked).cells
+    configurations = {(c["variant"], c["scale"]) for c in every if c.get("contestant") == "ours"}
+    assert len(configurations) == 9
+
+
+def test_tests_outcome_is_read(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase classname="tests.test_ops" name="test_a[1]"/>'
+        '<testcase classname="tests.test_ops" name="test_b"><failure/></testcase>'
+        '<testcase classname="tests.test_tlc" name="test_c"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    counts, failed = gpu_script.read_tests(report)
+    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
+    assert failed == ["tests.test_ops::test_b"]
+
+
+def store_tests(results, failed):
+    result = {
+        "section": "tests",
+        "kind": "cuda",
+        "title": "Tests, GPU",
+        "command": reporting.command("tests", "cuda"),
+        "environment": reporting.environment("cuda", reporting.TEST_SOURCES),
+        "complete": True,
+        "notes": [],
+        "columns": ["passed"],
+        "rows": [["1"]],
+        "raw": {"failed": failed},
+    }
+    reporting.save("tests_h0_80gb", result, results)
+
+
+def test_the_gate_takes_the_gpu_tests_outcome(made_gpu, results):
+    store_tests(results, ["tests.test_network::test_x", "tests.test_ops::test_y"])
+    assert measuring.gate_fault("cuda", results) == "tests.test_ops::test_y"
+    store_tests(results, ["tests.test_network::test_x"])
+    assert measuring.gate_fault("cuda", results) == ""
+
+
+def test_make_gpu_does_what_is_left(made_gpu, results, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    store_tests(results, [])
+    ran = []
+
+    def execute(arguments, seconds):
+        assert seconds <= gpu_script.LIMIT_SECONDS
+        ran.append(" ".join(arguments))
+        name = arguments[-1] and arguments[0]
+        stopped = "training_step" in name
+        section = measuring.Section(
+            name="training_step" if stopped else "limits",
+            title="Made",
+            cells=[SQUARE],
+            columns=["what"],
+            rows=lambda records: [],
+            notes=lambda records: [],
+            rounds=1,
+        )
+        for known, asked in reporting.SECTIONS.items():
+            if list(asked) == list(arguments[: len(asked)]):
+                section.name = known
+        report = measuring.Report(section, "cuda", results)
+        if not stopped:
+            report.add(SQUARE, {"seconds": [1.0]})
+        return gpu_script.Outcome(None if stopped else 0, 1.0)
+
+    monkeypatch.setattr(gpu_script, "execute", execute)
+    assert gpu_script.main(["--results", str(results)]) == 0
+    pieces = [name for name in reporting.SECTIONS if name not in ("tests", "limits")]
+    assert len(ran) == len(pieces)
+    assert ran[0] == f"benchmarks/network.py --only-tiny --device cuda --results {results}"
+    assert "left to do, by `make gpu` again: training_step" in capsys.readouterr().out
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert copied == {f"{name}_h0_80gb.json" for name in pieces if name != "training_step"}
+
+    ran.clear()
+    assert gpu_script.main(["--results", str(results)]) == 0
+    assert ["training_step" in each for each in ran] == [True]
+
+    store_tests(results, ["tests.test_ops::test_y"])
+    ran.clear()
+    assert gpu_script.main(["--results", str(results), "--list"]) == 1
+    assert "failed: tests.test_ops::test_y" in capsys.readouterr().out
+    assert gpu_script.main(["--results", str(results), "--minutes", "0"]) == 1
+    assert ran == []
+
+
+def test_a_piece_is_ended_at_its_limit_with_its_children():
+    sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', '{}'])"
+    outcome = gpu_script.execute(["-c", sleeper.format("import time; time.sleep(60)")], 0.5)
+    assert outcome.status is None
+    assert outcome.seconds < 10
+    assert gpu_script.execute(["-c", "raise SystemExit(3)"], 30).status == 3
