@@ -21,7 +21,8 @@ help:
 	@echo "make demo   train, resume and test a small network on real pictures, with the install at most 6 minutes"
 	@echo "make test   lint and the whole test suite"
 	@echo "make lint   ruff's rules and format"
-	@echo "make gpu    GPU tests and benchmarks, with PYTHON=python3 as it is: nothing is installed"
+	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
+	@echo "            with PYTHON=python3 as it is: nothing is installed"
 	@echo "make clean  remove .venv, caches and build folders; data and results stay"
 	@echo "demo, test and lint install into the active environment, else into .venv; PYTHON=... makes .venv with that Python"
 
@@ -37,8 +38,7 @@ lint: environment
 
 gpu:
 	@"$(GPU_RUN)" scripts/check_cuda.py
-	"$(GPU_RUN)" -m pytest -m gpu
-	"$(GPU_RUN)" benchmarks/network.py --device cuda
+	@"$(GPU_RUN)" scripts/gpu.py
 
 clean:
 	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build dist *.egg-info
