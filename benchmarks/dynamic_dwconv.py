@@ -225,6 +225,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             ],
             group=lambda cell: (cell.get("geometry"), str(cell.get("size")), cell["measure"]),
             seconds=CPU_SECONDS if asked.device == "cpu" else math.inf,
+            options=["--all"] if asked.all else [],
         )
     ]
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,6 +85,7 @@ class Section:
         rounds: Times that each cell is measured.
         runs: Timed samples a round, if not RUNS.
         seconds: As in Setting.
+        options: Of the command line beyond the section's own.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Section:
     rounds: int = ROUNDS
     runs: int | None = None
     seconds: float = math.inf
+    options: Sequence[str] = ()
 
 
 @contextmanager
@@ -343,7 +345,7 @@ class Report:
             "section": self.section.name,
             "kind": self.device,
             "title": f"{self.section.title}, {'GPU' if self.device == 'cuda' else 'CPU'}",
-            "command": reporting.command(self.section.name, self.device),
+            "command": reporting.command(self.section.name, self.device, self.section.options),
             "environment": self._environment,
             "complete": self.complete(),
             "notes": notes,

@@ -35,6 +35,7 @@ CURVE_ONCE_SIDE = 512
 MEMORY_SIDE = 2048
 WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for pictures untouched
 QUICK_SIDE = 24
+WEIGHTS = "DLGSANET_BENCHMARK_WEIGHTS"  # the variable that holds the path behind --weights
 ACCURACY_CROP = 96  # of the input that float64 is asked for: several windows
 # The dtype that ours is compared in.
 BASE_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
@@ -386,7 +387,7 @@ def _shared() -> Path:
 def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments and the weights of a DLGSANet: from a file, golden, or random."""
     if named:
-        state = read_weights(reporting.ROOT / named)
+        state = read_weights(Path(os.environ[WEIGHTS]))
         return infer_config(state), state
     golden = _shared() / "golden" / "tiny_x4.npz"
     if golden.is_file() and not quick:
@@ -478,7 +479,9 @@ def accuracy(cell: Cell, setting: Setting) -> Record:
 
 def accuracy_section(asked: argparse.Namespace) -> Section:
     """What precision costs, with equal weights."""
-    weights = os.path.relpath(asked.weights.resolve(), reporting.ROOT) if asked.weights else None
+    weights = asked.weights.name if asked.weights else None  # results name no one's folders
+    if asked.weights:
+        os.environ[WEIGHTS] = str(asked.weights.resolve())  # for the processes that measure
     cells = [
         {"measure": "network:accuracy", "dtype": dtype, "weights": weights, "quick": asked.quick}
         for dtype in limits.served_dtypes(asked.device)
@@ -513,7 +516,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
         return made
 
     if weights:
-        source = f"the checkpoint {Path(weights).name}"
+        source = f"the checkpoint {weights}"
     elif (_shared() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
         source = "the golden file's random weights of Tiny x4, so PSNR itself says nothing"
     else:
@@ -544,6 +547,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
         ],
         group=lambda cell: "accuracy",
         rounds=1,
+        options=["--weights", weights] if weights else [],
     )
 
 

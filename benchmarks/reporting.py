@@ -167,9 +167,9 @@ def arguments(section: str, device: str) -> list[str]:
     return [*SECTIONS[section], *([] if section == TESTS else ["--device", device])]
 
 
-def command(section: str, device: str) -> str:
+def command(section: str, device: str, options: Iterable[str] = ()) -> str:
     """Return the command, as typed at the repository's root, that measures a section."""
-    return " ".join(["python", *arguments(section, device)])
+    return " ".join(["python", *arguments(section, device), *options])
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

@@ -146,6 +146,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             ],
             group=lambda cell: (cell.get("variant"), cell.get("patch"), cell["measure"]),
             seconds=CPU_SECONDS if asked.device == "cpu" else math.inf,
+            options=["--all"] if asked.all else [],
         )
     ]
 

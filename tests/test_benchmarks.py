@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_pairs
 
 from dlgsanet_arch import network as our_network
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference
@@ -242,6 +243,28 @@ def test_unrounded_psnr():
     pictures = ((255 * each.flip(0)).permute(1, 2, 0).numpy().astype("uint8") for each in (a, b))
     expected = calculate_psnr(*pictures, crop_border=4, test_y_channel=True)
     assert network.psnr(a, b, 4) == pytest.approx(expected, abs=1e-3)
+
+
+def test_accuracy_with_weights_and_pictures(results, tmp_path, monkeypatch):
+    weights = tmp_path / "trained.pth"
+    net = contestants.build("ours", contestants.QUICK, 4)
+    torch.save({"params": net.state_dict()}, weights)
+    folder = tmp_path / "shared" / "data" / "Set14" / "HR"
+    write_pairs(folder.parent, 2, (102, 118))
+    monkeypatch.setenv("DLGSANET_SHARED", str(tmp_path / "shared"))
+    monkeypatch.setenv(network.WEIGHTS, "")  # and undone at the end
+    section = network.accuracy_section(
+        argparse.Namespace(device="cpu", quick=False, weights=weights)
+    )
+    report = measuring.Report(section, "cpu", results)
+    measuring.take_turns(report, measuring.Setting("cpu", 1), measuring.in_this_process)
+    result = written(results, "accuracy")
+    full, half = result["rows"]
+    assert full[4:6] == ["+0.0000", "+0.0000"]
+    assert float(half[1]) > float(full[1])
+    assert float(half[6]) > 40
+    assert result["command"].endswith("--accuracy --device cpu --weights trained.pth")
+    assert str(tmp_path) not in json.dumps(result)
 
 
 SQUARE = {"measure": "limits:product", "dtype": "fp32", "side": 8}
