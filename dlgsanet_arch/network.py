@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlgsanet_arch import strips
 from dlgsanet_arch.ops import projected_dwconv
 from dlgsanet_arch.tlc import Windows
 
@@ -79,33 +80,47 @@ class LayerNorm(nn.Module):
 class GDFN(nn.Module):
     """Gated depthwise feed-forward network: project_out(gelu(a) · b), exact GELU, no biases.
 
-    Maps (B, C, H, W) to (B, C, H, W) through `hidden` channels.
+    Maps (B, C, H, W) to (B, C, H, W) through `hidden` channels; given a slice of rows, to these
+    rows alone.
+
+    Attributes:
+        halo: Rows and columns on either side of a pixel that its output depends on.
+        widest: Channels of the widest map within.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
+        self.halo = 1
+        self.widest = 2 * hidden
         self.project_in = _pointwise(channels, 2 * hidden, bias=False)
         self.dwconv = _depthwise(2 * hidden, 3, bias=False)
         self.project_out = _pointwise(hidden, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        a, b = strips.depthwise(self.dwconv, self.project_in(x), rows).chunk(2, dim=1)
         return self.project_out(F.gelu(a) * b)
 
 
 class BaseFFN(nn.Module):
-    """Plain feed-forward: 1x1, GELU, 1x1, with biases. Maps (B, C, H, W) to (B, C, H, W)."""
+    """Plain feed-forward: 1x1, GELU, 1x1, with biases. Maps as GDFN does.
+
+    Attributes:
+        halo: As in GDFN.
+        widest: As in GDFN.
+    """
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
+        self.halo = 0
+        self.widest = hidden
         self.body = nn.Sequential(
             _pointwise(channels, hidden, bias=True),
             nn.GELU(),
             _pointwise(hidden, channels, bias=True),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        return self.body(x if rows is None else x[:, :, rows])
 
 
 _FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"GDFN": GDFN, "BaseFFN": BaseFFN}
@@ -142,7 +157,7 @@ class FilterGenerator(nn.Module):
 class MHDLSA(nn.Module):
     """Multi-head dynamic local self-attention: each pixel is filtered by a filter of its own.
 
-    Maps (B, C, H, W) to (B, C, H, W).
+    Maps as GDFN does.
 
     Args:
         channels: C.
@@ -150,10 +165,17 @@ class MHDLSA(nn.Module):
             the number of heads. There are G = C // channels_per_filter filters a pixel.
         kernel: K, odd.
         dynamic: If false, a plain depthwise convolution stands in place of the dynamic one.
+
+    Attributes:
+        halo: As in GDFN.
+        widest: A quarter of C: strips four times as tall, since the convolution within takes its
+            own and the rows around them, K // 2 on either side, are many.
     """
 
     def __init__(self, channels: int, channels_per_filter: int, kernel: int, dynamic: bool) -> None:
         super().__init__()
+        self.halo = kernel // 2
+        self.widest = channels // 4
         self.dynamic = dynamic
         self.conv0 = _pointwise(channels, channels, bias=False)
         self.conv1 = _pointwise(channels, channels, bias=False)
@@ -162,10 +184,10 @@ class MHDLSA(nn.Module):
         else:
             self.conv = _depthwise(channels, kernel, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         y = self.conv0(x)
         y = self.conv.convolve(y) if self.dynamic else self.conv(y)
-        return self.conv1(y)
+        return self.conv1(y if rows is None else y[:, :, rows])
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
@@ -175,13 +197,35 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def attention_weights(
+    product: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    temperature: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return act(q̂ k̂ᵀ · temperature), the norms dividing the small product and not the maps.
+
+    Args:
+        product: q kᵀ, (B, h, c, c).
+        q_norm: Length of each row of q, (B, h, c).
+        k_norm: Length of each row of k, (B, h, c).
+        temperature: (h, 1, 1).
+        act: What turns similarities into weights.
+
+    Returns:
+        (B, h, c, c) in the dtype of `product`.
+    """
+    lengths = q_norm.clamp_min(_NORM_FLOOR)[..., None] * k_norm.clamp_min(_NORM_FLOOR)[..., None, :]
+    return act(product / lengths * temperature.to(product.dtype))
+
+
 def channel_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Attend over channels: act(q̂ k̂ᵀ · temperature) v with q̂, k̂ of unit length over pixels.
 
-    Products and norms are kept in float32 or wider, since a picture's sums overflow float16; the
-    norms divide the small product instead of the maps.
+    Products and norms are kept in float32 or wider, since a picture's sums overflow float16.
 
     Args:
         q: (B, h, c, N); c channels a head over N pixels.
@@ -196,10 +240,8 @@ def channel_attention(
     with _full_precision(q.device.type):
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(wide), k.to(wide)
-        q_norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
-        k_norm = torch.linalg.vector_norm(k, dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
-        similarity = (q @ k.mT) / (q_norm * k_norm.mT)
-        weights = act(similarity * temperature.to(wide))
+        q_norm, k_norm = (torch.linalg.vector_norm(each, dim=-1) for each in (q, k))
+        weights = attention_weights(q @ k.mT, q_norm, k_norm, temperature, act)
         return weights.to(v.dtype) @ v
 
 
@@ -227,6 +269,9 @@ class SparseGSA(nn.Module):
         self.qkv_dwconv = _depthwise(3 * channels, 3, bias=False)
         self.project_out = _pointwise(channels, channels, bias=False)
 
+    def _qkv(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        return strips.depthwise(self.qkv_dwconv, self.qkv(x), rows)
+
     def _attend(self, qkv: Tensor) -> Tensor:
         """Map pixels of q, k and v (B, N, 3C) to the attended pixels of v (B, N, C)."""
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1)
@@ -234,7 +279,7 @@ class SparseGSA(nn.Module):
         return attended.permute(0, 3, 1, 2).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv_dwconv(self.qkv(x))
+        qkv = self._qkv(x)
         size = qkv.shape[2:]
         pixels = qkv.permute(0, 2, 3, 1).flatten(1, 2)
         if self.window is None or self.training or max(size) <= self.window:
@@ -243,6 +288,41 @@ class SparseGSA(nn.Module):
             windows = Windows(size, self.window)
             pixels = windows.merge(self._attend(windows.cut(pixels)))
         return self.project_out(pixels.unflatten(1, size).permute(0, 3, 1, 2))
+
+    def _matrices(self, product: Tensor, squares: Tensor) -> Tensor:
+        """Turn sums over windows into what acts on v, the projection included.
+
+        Args:
+            product: Σ q kᵀ over a window's pixels, (n, C, C).
+            squares: Σ q² and Σ k², (n, 2C).
+
+        Returns:
+            (n, C, C) in the dtype of the weights.
+        """
+        heads = self.heads
+        product = product.unflatten(1, (heads, -1)).unflatten(3, (heads, -1))
+        product = product.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        q_norm, k_norm = squares.sqrt().unflatten(1, (2, heads, -1)).unbind(1)
+        weights = attention_weights(product, q_norm, k_norm, self.temperature, self.act)
+        projection = self.project_out.weight.flatten(1)
+        weights = weights.to(projection.dtype)
+        return torch.einsum(
+            "ohc,nhcd->nohd", projection.unflatten(1, (heads, -1)), weights
+        ).flatten(2)
+
+    def add_in_strips(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Return x + self(norm(x)), for inference on a CPU."""
+        window = None if self.training else self.window
+        return strips.add_attention(
+            x, lambda seen, rows: self._qkv(norm(seen), rows), self._matrices, window
+        )
+
+
+def _add(x: Tensor, norm: nn.Module, mixer: nn.Module) -> Tensor:
+    """Return x + mixer(norm(x)), with a `mixer` that says what strips need of it."""
+    if strips.pay_for(x):
+        return strips.add(lambda seen, rows: mixer(norm(seen), rows), x, mixer.halo, mixer.widest)
+    return mixer(norm(x)) + x
 
 
 class LocalLayer(nn.Module):
@@ -256,8 +336,8 @@ class LocalLayer(nn.Module):
         self.IDynamic_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.IDynamicDWConv(self.norm1(x)) + x
-        return self.IDynamic_ffn(self.norm2(x)) + x
+        x = _add(x, self.norm1, self.IDynamicDWConv)
+        return _add(x, self.norm2, self.IDynamic_ffn)
 
 
 class GlobalLayer(nn.Module):
@@ -271,8 +351,11 @@ class GlobalLayer(nn.Module):
         self.restormer_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.restormer_attn(self.norm3(x)) + x
-        return self.restormer_ffn(self.norm4(x)) + x
+        if strips.pay_for(x):
+            x = self.restormer_attn.add_in_strips(x, self.norm3)
+        else:
+            x = self.restormer_attn(self.norm3(x)) + x
+        return _add(x, self.norm4, self.restormer_ffn)
 
 
 class RHDTG(nn.Module):
@@ -516,8 +599,10 @@ class DLGSANet(nn.Module):
                 f"DLGSANet takes pictures (B, {self.in_chans}, H, W); got {tuple(x.shape)}"
             )
         x = (x - self.mean) * self.img_range
+        # Norms and 1x1 convolutions then find a pixel's channels side by side.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.overlap_embed(x)
         x = self.deep_feature_extraction(x) + x
         for stage in self.reconstruction:
             x = getattr(self, stage)(x)
-        return x / self.img_range + self.mean
+        return (x / self.img_range + self.mean).contiguous()

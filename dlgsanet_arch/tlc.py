@@ -10,6 +10,7 @@ Source: Chu et al., "Improving Image Restoration by Revisiting Global Informatio
 ECCV 2022, in the variant of the published DLGSANet.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """How one axis is cut: `count` windows of `side`, `step` apart, the last ending the axis."""
 
     length: int
@@ -26,7 +27,8 @@ class _Axis(NamedTuple):
     count: int
 
     @classmethod
-    def plan(cls, length: int, side: int) -> "_Axis":
+    def plan(cls, length: int, side: int) -> "Axis":
+        """Cut an axis of `length` positions into windows of at most `side`."""
         side = min(length, side)
         least = (length - 1) // side + 1
         if least == 1:
@@ -35,6 +37,7 @@ class _Axis(NamedTuple):
         return cls(length, side, step, -(-(length - side) // step) + 1)
 
     def starts(self, device: torch.device) -> Tensor:
+        """List where the windows start: (count,)."""
         return (torch.arange(self.count, device=device) * self.step).clamp(
             max=self.length - self.side
         )
@@ -58,6 +61,32 @@ class _Axis(NamedTuple):
         """Count the windows over each position: (length,)."""
         first, last = self._covering(device)
         return last - first + 1
+
+    def slices(self) -> list[slice]:
+        """List the positions under each window."""
+        starts = self.starts(torch.device("cpu")).tolist()
+        return [slice(start, start + self.side) for start in starts]
+
+    def membership(self, dtype: torch.dtype) -> Tensor:
+        """Return which window lies over which position, as zeros and ones: (count, length)."""
+        membership = torch.zeros(self.count, self.length, dtype=dtype)
+        for window, positions in zip(membership, self.slices(), strict=True):
+            window[positions] = 1
+        return membership
+
+    def bands(self) -> list[tuple[slice, slice]]:
+        """Cut the axis where a window starts or ends.
+
+        Returns:
+            The longest slices of positions under the same windows, each with these windows.
+        """
+        slices = self.slices()
+        cuts = sorted({cut for each in slices for cut in (each.start, each.stop)})
+        bands = []
+        for start, stop in itertools.pairwise(cuts):
+            over = [i for i, each in enumerate(slices) if each.start <= start < each.stop]
+            bands.append((slice(start, stop), slice(over[0], over[-1] + 1)))
+        return bands
 
     def layers(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield, for each layer of overlap, where each position lies in the windows.
@@ -86,18 +115,22 @@ class Windows:
     Args:
         size: (H, W) of the map.
         side: Largest side of a window, in pixels; 1 or more.
+
+    Attributes:
+        rows: How the rows are cut.
+        columns: How the columns are cut.
     """
 
     def __init__(self, size: tuple[int, int], side: int) -> None:
-        self._rows = _Axis.plan(size[0], side)
-        self._columns = _Axis.plan(size[1], side)
+        self.rows = Axis.plan(size[0], side)
+        self.columns = Axis.plan(size[1], side)
 
     def __len__(self) -> int:
-        return self._rows.count * self._columns.count
+        return self.rows.count * self.columns.count
 
     def cut(self, pixels: Tensor) -> Tensor:
         """Cut (B, H·W, C) into (B · len(self), N, C), the windows of an item one after another."""
-        rows, columns = self._rows, self._columns
+        rows, columns = self.rows, self.columns
         row = rows.positions(pixels.device)[:, None, :, None]
         column = columns.positions(pixels.device)[None, :, None, :]
         index = row * columns.length + column
@@ -106,7 +139,7 @@ class Windows:
 
     def merge(self, windows: Tensor) -> Tensor:
         """Average (B · len(self), N, C) where windows overlap, giving (B, H·W, C)."""
-        rows, columns = self._rows, self._columns
+        rows, columns = self.rows, self.columns
         pixels = windows.unflatten(0, (-1, len(self))).flatten(1, 2)
         total = None
         for row_window, row_offset, row_valid in rows.layers(windows.device):

@@ -1,5 +1,7 @@
 """Which code computes the dynamic depthwise convolution: Triton kernels on a GPU, else PyTorch.
 
+On a CPU that is MKL's sparse product where there is MKL, and a sum over shifted pictures elsewhere.
+
 Each backend is a module with `forward`, `backward`, `projected_forward` and `projected_backward`,
 as in `shifted_taps`, which serves every device and dtype.
 """
@@ -13,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dlgsanet_arch.ops import shifted_taps
+from dlgsanet_arch.ops import shifted_taps, sparse_product
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_LARGEST_KERNEL = 11
@@ -47,6 +49,8 @@ def choose(x: Tensor, kernel: int) -> ModuleType:
     Where a GPU or another accelerator gets the PyTorch form, that is said once, as a
     RuntimeWarning with the reason.
     """
+    if sparse_product.can_serve(x):
+        return sparse_product
     if x.device.type in ("cpu", "meta"):
         return shifted_taps
     reason = why_not_triton(x.device, x.dtype, kernel)

@@ -7,7 +7,7 @@ in the backward, and their whole map never exists.
 Sums are kept in float32 for half-precision inputs and have a fixed order: no atomic adds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,21 +54,26 @@ def _strips(height: int, row_elements: int, most_elements: int) -> Iterator[slic
         yield slice(start, min(start + step, height))
 
 
-def _taps(padded: Tensor, kernel: int, rows: slice) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (i, j, the picture's `rows` seen through tap i, j) for each of the K² taps."""
+def _windows(padded: Tensor, kernel: int, rows: slice) -> list[Tensor]:
+    """List the picture's `rows` seen through each of the K² taps, row by row of the filter."""
     width = padded.shape[-1] - kernel + 1
-    for i in range(kernel):
-        for j in range(kernel):
-            yield i, j, padded[..., rows.start + i : rows.stop + i, j : j + width]
+    under = padded[..., rows.start : rows.stop + kernel - 1, :]
+    seen = under.unfold(3, rows.stop - rows.start, 1).unfold(4, width, 1)
+    return [window for row in seen.unbind(3) for window in row.unbind(3)]
+
+
+def _by_tap(filters: Tensor) -> tuple[Tensor, ...]:
+    """Split (B, G, K, K, rows, W) into K² times (B, G, 1, rows, W)."""
+    return filters.flatten(2, 3).unsqueeze(2).unbind(3)
 
 
 def _convolve(padded: Tensor, filters: Tensor, rows: slice) -> Tensor:
     """Convolve `rows` with their `filters` (B, G, K, K, rows, W) to (B, G, C // G, rows, W)."""
-    kernel = filters.shape[2]
-    total = None
-    for i, j, window in _taps(padded, kernel, rows):
-        tap = filters[:, :, None, i, j]
-        total = window * tap if total is None else total.addcmul_(window, tap)
+    windows = _windows(padded, filters.shape[2], rows)
+    taps = _by_tap(filters)
+    total = windows[0] * taps[0]
+    for window, tap in zip(windows[1:], taps[1:], strict=True):
+        total.addcmul_(window, tap)
     return total
 
 
@@ -92,11 +97,16 @@ def _spread(
     """
     kernel = filters.shape[2]
     product = torch.empty_like(grad)
-    windows = zip(_taps(padded, kernel, rows), _taps(padded_grad, kernel, rows), strict=True)
-    for (i, j, window), (_, _, grad_window) in windows:
-        grad_window.addcmul_(grad, filters[:, :, None, i, j])
+    for window, grad_window, tap, grad_tap in zip(
+        _windows(padded, kernel, rows),
+        _windows(padded_grad, kernel, rows),
+        _by_tap(filters),
+        _by_tap(grad_filters),
+        strict=True,
+    ):
+        grad_window.addcmul_(grad, tap)
         torch.mul(grad, window, out=product)
-        grad_filters[:, :, i, j] = product.sum(2)
+        grad_tap.copy_(product.sum(2, keepdim=True))
 
 
 def _unpadded(padded: Tensor, like: Tensor, kernel: int) -> Tensor:
@@ -152,27 +162,33 @@ def _projected_strips(x: Tensor, filters: int) -> Iterator[slice]:
     return _strips(height, batch * filters * width, GPU_FILTER_ELEMENTS)
 
 
-def _project(
-    hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
-) -> Callable[[slice], tuple[Tensor, Tensor]]:
-    """Return what makes, for a slice of rows, their features and filters.
+class _Projection:
+    """The 1x1 convolution that makes filters, applied to some rows at a time.
 
-    The features (B, D, rows · W) and the filters (B, G, K, K, rows, W) are in the dtype that sums
-    are kept in.
+    Features and filters are in the dtype that sums are kept in.
     """
-    wide = _sum_dtype(hidden)
-    weight, bias = weight.to(wide), bias.to(wide)
 
-    def make(rows: slice) -> tuple[Tensor, Tensor]:
-        features = hidden[:, :, rows].to(wide).flatten(2)
-        filters = torch.baddbmm(
-            bias[None, :, None], weight.expand(hidden.shape[0], -1, -1), features
-        )
-        return features, filters.view(
-            hidden.shape[0], -1, kernel, kernel, rows.stop - rows.start, hidden.shape[3]
-        )
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> None:
+        self.hidden = hidden
+        self.weight = weight.to(_sum_dtype(weight))
+        self.bias = bias.to(_sum_dtype(bias))
+        self.kernel = kernel
 
-    return make
+    def features(self, rows: slice) -> Tensor:
+        """Return the hidden features of `rows`: (B, D, rows · W)."""
+        return self.hidden[:, :, rows].to(self.weight.dtype).flatten(2)
+
+    def filters(self, features: Tensor) -> Tensor:
+        """Make filters (B, G · K², rows · W)."""
+        weight = self.weight.expand(len(features), -1, -1)
+        return torch.baddbmm(self.bias[None, :, None], weight, features)
+
+    def by_place(self, filters: Tensor) -> Tensor:
+        """View filters as (B, G, K, K, rows, W)."""
+        groups = len(self.bias) // self.kernel**2
+        rows = filters.shape[2] // max(1, self.hidden.shape[3])
+        shape = (groups, self.kernel, self.kernel, rows, self.hidden.shape[3])
+        return filters.view(len(filters), *shape)
 
 
 def projected_forward(
@@ -184,11 +200,11 @@ def projected_forward(
         (B, C, H, W) in the dtype and layout of `x`.
     """
     padded = _padded(x, weight.shape[0] // kernel**2, kernel)
-    project = _project(hidden, weight, bias, kernel)
+    projection = _Projection(hidden, weight, bias, kernel)
     out = torch.empty_like(x)
     for rows in _projected_strips(x, weight.shape[0]):
-        _, filters = project(rows)
-        out[:, :, rows] = _convolve(padded, filters, rows).flatten(1, 2)
+        filters = projection.filters(projection.features(rows))
+        out[:, :, rows] = _convolve(padded, projection.by_place(filters), rows).flatten(1, 2)
     return out
 
 
@@ -203,18 +219,24 @@ def projected_backward(
     groups = weight.shape[0] // kernel**2
     padded = _padded(x, groups, kernel)
     padded_grad = torch.zeros_like(padded)
-    project = _project(hidden, weight, bias, kernel)
-    wide_weight = weight.to(padded.dtype)
+    projection = _Projection(hidden, weight, bias, kernel)
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(wide_weight)
-    grad_bias = torch.zeros_like(bias, dtype=padded.dtype)
+    grad_weight = torch.zeros_like(projection.weight)
+    grad_bias = torch.zeros_like(projection.bias)
     for rows in _projected_strips(x, weight.shape[0]):
-        features, filters = project(rows)
-        arriving = _accumulable(_grouped(grad[:, :, rows], groups))
+        features = projection.features(rows)
+        filters = projection.filters(features)
         grad_filters = torch.empty_like(filters)
-        _spread(arriving, padded, filters, rows, padded_grad, grad_filters)
-        grad_filters = grad_filters.flatten(4).flatten(1, 3)
-        grad_hidden[:, :, rows] = (wide_weight.mT @ grad_filters).view_as(grad_hidden[:, :, rows])
+        _spread(
+            _accumulable(_grouped(grad[:, :, rows], groups)),
+            padded,
+            projection.by_place(filters),
+            rows,
+            padded_grad,
+            projection.by_place(grad_filters),
+        )
+        grad_features = projection.weight.mT @ grad_filters
+        grad_hidden[:, :, rows] = grad_features.view_as(grad_hidden[:, :, rows])
         grad_weight += (grad_filters @ features.mT).sum(0)
         grad_bias += grad_filters.sum((0, 2))
     return (
