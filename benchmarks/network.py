@@ -23,11 +23,12 @@ import reporting
 import torch
 import torch.nn.functional as F
 from contestants import DEFINITION, EDSR, OURS, OURS_CHANNELS_LAST, OURS_CUDA_GRAPH, PUBLISHED
-from measuring import DTYPES, Cell, Record, Run, Section, Setting
-from torch import Tensor, nn
+from measuring import DTYPES, Cell, Record, Section, Setting
+from torch import Tensor
 
 from dlgsanet_arch import DLGSANet
 from dlgsanet_arch.checkpoint import infer_config, read_weights
+from dlgsanet_arch.repeat import for_repeated_sizes
 
 OUTPUT = (720, 1280)  # height and width
 CURVE_SIDES = (64, 128, 256, 512, 1024)
@@ -52,20 +53,6 @@ def _forward_cell(contestant: str, variant: str, scale: int, dtype: str, size: A
     }
 
 
-def _captured(net: nn.Module, x: Tensor) -> Run:
-    """Record a forward as a CUDA graph, and return what replays it."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(measuring.WARM_UPS["cuda"]):
-            net(x)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        net(x)
-    return graph.replay
-
-
 def forward(cell: Cell, setting: Setting) -> Record:
     """Time forwards of one picture in eval mode, with random weights."""
     contestant, device, dtype = cell["contestant"], setting.device, DTYPES[cell["dtype"]]
@@ -77,13 +64,14 @@ def forward(cell: Cell, setting: Setting) -> Record:
     height, width = cell["size"]
     x = contestants.picture(contestant, 1, height, width, device, dtype)
     autocast = torch.autocast(device, DTYPES[cell["dtype"]], enabled=cast)
+    how = "graph" if contestant == OURS_CUDA_GRAPH else "eager"
     with torch.no_grad(), measuring.numerics(cell["dtype"], device), autocast:
         net(contestants.picture(contestant, 1, WARM_UP_SIDE, WARM_UP_SIDE, device, dtype))
         once = cell.get("once", False)
         if once:
             setting = Setting(device, 1)
         measured = measuring.measure(
-            lambda: _captured(net, x) if contestant == OURS_CUDA_GRAPH else lambda: net(x),
+            lambda: functools.partial(for_repeated_sizes(net, how), x),
             setting,
             warm_ups={"cpu": 0, "cuda": 1}[device] if once else None,
         )

@@ -168,14 +168,14 @@ class MHDLSA(nn.Module):
 
     Attributes:
         halo: As in GDFN.
-        widest: A quarter of C: strips four times as tall, since the convolution within takes its
+        widest: Half of C: strips twice as tall, since the convolution within takes its
             own and the rows around them, K // 2 on either side, are many.
     """
 
     def __init__(self, channels: int, channels_per_filter: int, kernel: int, dynamic: bool) -> None:
         super().__init__()
         self.halo = kernel // 2
-        self.widest = channels // 4
+        self.widest = channels // 2
         self.dynamic = dynamic
         self.conv0 = _pointwise(channels, channels, bias=False)
         self.conv1 = _pointwise(channels, channels, bias=False)
