@@ -1,5 +1,6 @@
 """The dynamic depthwise convolution declared to PyTorch, its filters given or projected."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,28 +11,50 @@ from torch.utils.flop_counter import register_flop_formula
 from dlgsanet_arch.ops import backends
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 
+# Asked once: up to PyTorch 2.11 torch.compile breaks the graph where this is asked.
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
+
 
 @torch.library.custom_op("dlgsanet::dynamic_dwconv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
     return backends.choose(x, weight.shape[2]).forward(x, weight)
 
 
 @torch.library.custom_op("dlgsanet::dynamic_dwconv_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight)
     return backends.choose(x, weight.shape[2]).backward(grad, x, weight)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """Keep autocast out of a backend: it would round the filters, which are float32 there."""
+    if x.device.type in _AUTOCAST_DEVICES:
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 @torch.library.custom_op("dlgsanet::projected_dwconv", mutates_args=())
 def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    return backends.choose(x, kernel).projected_forward(x, hidden, weight, bias, kernel)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    with _no_autocast(x):
+        return backends.choose(x, kernel).projected_forward(x, hidden, weight, bias, kernel)
 
 
 @torch.library.custom_op("dlgsanet::projected_dwconv_backward", mutates_args=())
 def _projected_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
     backend = backends.choose(x, kernel)
-    return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
+    with _no_autocast(x):
+        return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
 
 
 @_forward.register_fake
@@ -195,7 +218,7 @@ def projected_dwconv(
         raise ValueError(f"kernel must be odd, and weight have K² rows a group; got {given}")
     _require_groups(x, weight.shape[0] // kernel**2)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, hidden, weight, bias = (
             each.to(dtype) if each.dtype != torch.float64 else each

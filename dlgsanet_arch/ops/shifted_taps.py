@@ -62,9 +62,9 @@ def _windows(padded: Tensor, kernel: int, rows: slice) -> list[Tensor]:
     return [window for row in seen.unbind(3) for window in row.unbind(3)]
 
 
-def _by_tap(filters: Tensor) -> tuple[Tensor, ...]:
-    """Split (B, G, K, K, rows, W) into K² times (B, G, 1, rows, W)."""
-    return filters.flatten(2, 3).unsqueeze(2).unbind(3)
+def _by_tap(filters: Tensor) -> list[Tensor]:
+    """View (B, G, K, K, rows, W) as K² times (B, G, 1, rows, W), for any strides."""
+    return [tap.unsqueeze(2) for row in filters.unbind(2) for tap in row.unbind(2)]
 
 
 def _convolve(padded: Tensor, filters: Tensor, rows: slice) -> Tensor:
