@@ -144,6 +144,15 @@ def check_shares_of_tiles():
         check_projected((1, 2, 9, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
 
 
+def check_out_of_reach():
+    # A row at infinity, which no tap of the rows above the last two sees.
+    grad, x, *others = make_projected((1, 2, 4, 3), 1, 3, 2, torch.float32)
+    x[:, :, 3] = torch.inf
+    _, grad_hidden, *_ = _kernels().projected_backward(grad, x, *others, 3)
+    assert grad_hidden[:, :, :2].isfinite().all()
+    assert not grad_hidden[:, :, 2:].isfinite().any()
+
+
 def check_same_bits():
     kernels = _kernels()
     grad, *inputs = make_projected((1, 2, 5, 3), 1, 3, 3, torch.float32)
@@ -225,6 +234,7 @@ def test_form_with_given_filters_equals_reference(interpreted, case):
     [
         check_expanded_gradient,
         check_shares_of_tiles,
+        check_out_of_reach,
         check_same_bits,
         check_wide_counting,
         check_precision,
