@@ -61,9 +61,9 @@ def for_repeated_sizes(net: nn.Module, how: How = "eager") -> Callable[[Tensor],
     Args:
         net: Maps (B, C, H, W) to (B, C', H', W').
         how: "eager" is the network itself, and on a CPU the fastest: it works in strips.
-            "compile" compiles it for each size (torch.compile). "graph" records a CUDA graph of each size and
-            replays it without gradients, which spares the launch of hundreds of kernels; results
-            are equal, and the last four sizes are kept.
+            "compile" compiles it for each size (torch.compile). "graph" records a CUDA graph of
+            each size and replays it without gradients, which spares the launch of hundreds of
+            kernels; results are equal, and the last four sizes are kept.
 
     Raises:
         ValueError: For another `how`; and, from the function, for "graph" with a tensor that is
