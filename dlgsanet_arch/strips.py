@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dlgsanet_arch.tlc import Windows
 
-# Elements of the widest map of a strip, 3 MiB in float32: with the maps around it, it stays in a
+# Elements of the widest map of a strip, 4 MiB in float32: with the maps around it, it stays in a
 # share of L3, and the rows that are computed twice, at the seams, stay few.
-STRIP_ELEMENTS = 3 << 18
+STRIP_ELEMENTS = 1 << 20
 LEAST_ROWS = 8
 
 
