@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from contestants import DEFINITION, EDSR, OURS, OURS_CHANNELS_LAST, OURS_CUDA_GRAPH, PUBLISHED
 from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from dlgsanet_arch import DLGSANet
 from dlgsanet_arch.checkpoint import infer_config, read_weights
@@ -36,6 +37,8 @@ CURVE_ONCE_SIDE = 512
 MEMORY_SIDE = 2048
 WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for pictures untouched
 QUICK_SIDE = 24
+PROFILED_FORWARDS = 5
+PROFILED_OPERATORS = 12  # in the table
 WEIGHTS = "DLGSANET_BENCHMARK_WEIGHTS"  # the variable that holds the path behind --weights
 ACCURACY_CROP = 96  # of the input that float64 is asked for: several windows
 # The dtype that ours is compared in.
@@ -287,6 +290,70 @@ def memory_section(asked: argparse.Namespace) -> Section:
             *contestants.absence_notes(asked.device, [PUBLISHED]),
         ],
         group=_group,
+        rounds=1,
+    )
+
+
+def profile(cell: Cell, setting: Setting) -> Record:
+    """Find the operators that a forward's time goes to."""
+    net = contestants.build(OURS, cell["variant"], cell["scale"]).eval()
+    net = net.to(setting.device, DTYPES[cell["dtype"]])
+    size = (1, *cell["size"], setting.device, DTYPES[cell["dtype"]])
+    x = contestants.picture(OURS, *size)
+    activity = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[setting.device]
+    with torch.no_grad(), measuring.numerics(cell["dtype"], setting.device):
+        run = measuring.measure(lambda: lambda: net(x), setting)
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            for _ in range(PROFILED_FORWARDS):
+                net(x)
+            measuring.synchronize(setting.device)
+    operators = []
+    for event in profiler.key_averages():
+        micros = (
+            event.self_cpu_time_total if setting.device == "cpu" else event.self_device_time_total
+        )
+        operators.append(
+            {
+                "name": event.key,
+                "seconds": micros / 1e6 / PROFILED_FORWARDS,
+                "calls": event.count / PROFILED_FORWARDS,
+            }
+        )
+    operators.sort(key=lambda operator: -operator["seconds"])
+    return {**run, "operators": operators}
+
+
+def profile_section(asked: argparse.Namespace) -> Section:
+    """Where the time of Tiny x4 goes, operator by operator."""
+    dtype = BASE_DTYPE[asked.device]
+    cell = _forward_cell(
+        OURS, contestants.QUICK if asked.quick else "tiny", 4, dtype, _input(4, asked.quick)
+    )
+
+    def rows(records: list[Record]) -> list[list[str]]:
+        operators = [each for record in records for each in record.get("operators", [])]
+        total = sum(each["seconds"] for each in operators)
+        return [
+            [
+                f"`{each['name']}`",
+                f"{each['calls']:.0f}",
+                f"{1e3 * each['seconds']:.3g}",
+                f"{each['seconds'] / total:.1%}",
+            ]
+            for each in operators[:PROFILED_OPERATORS]
+        ]
+
+    return Section(
+        name="profile",
+        title="Where the time of Tiny x4 goes",
+        cells=[{**cell, "measure": "network:profile"}],
+        columns=["operator", "calls", "ms", "share"],
+        rows=rows,
+        notes=lambda records: [
+            f"A forward to 1280x720 in {dtype}: time of its own, the mean of {PROFILED_FORWARDS},",
+            "with the profiler's own cost. Not profiled, the forward took",
+            f"{', '.join(measuring.milliseconds(record)[0] for record in records)} ms.",
+        ],
         rounds=1,
     )
 
@@ -555,6 +622,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("--all", configurations_section),
         ("--curve", curve_section),
         ("--memory", memory_section),
+        ("--profile", profile_section),
         ("--accuracy", accuracy_section),
     ):
         which.add_argument(

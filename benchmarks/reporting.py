@@ -28,6 +28,7 @@ SECTIONS = {
     "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
     "training_step": ("benchmarks/training_step.py",),
     "accuracy": ("benchmarks/network.py", "--accuracy"),
+    "profile": ("benchmarks/network.py", "--profile"),
     "memory": ("benchmarks/network.py", "--memory"),
     "curve": ("benchmarks/network.py", "--curve"),
     "configurations": ("benchmarks/network.py", "--all"),

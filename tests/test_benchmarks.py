@@ -216,6 +216,7 @@ def test_operations_are_the_published_count():
         (network.main, ["--all"], "configurations", 3),
         (network.main, ["--curve"], "curve", 2),
         (network.main, ["--memory"], "memory", 1),
+        (network.main, ["--profile"], "profile", network.PROFILED_OPERATORS),
         (network.main, ["--accuracy"], "accuracy", 2),
     ],
 )
