@@ -320,10 +320,15 @@ class SparseGSA(nn.Module):
         )
 
 
-def _add(x: Tensor, norm: nn.Module, mixer: nn.Module) -> Tensor:
-    """Return x + mixer(norm(x)), with a `mixer` that says what strips need of it."""
+def _add(x: Tensor, norm: nn.Module, mixer: nn.Module, in_place: bool = False) -> Tensor:
+    """Return x + mixer(norm(x)), with a `mixer` that says what strips need of it.
+
+    Strips, which know no gradients, may write it to `x` if `in_place` permits.
+    """
     if strips.pay_for(x):
-        return strips.add(lambda seen, rows: mixer(norm(seen), rows), x, mixer.halo, mixer.widest)
+        return strips.add(
+            lambda seen, rows: mixer(norm(seen), rows), x, mixer.halo, mixer.widest, in_place
+        )
     return mixer(norm(x)) + x
 
 
@@ -339,7 +344,7 @@ class LocalLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _add(x, self.norm1, self.IDynamicDWConv)
-        return _add(x, self.norm2, self.IDynamic_ffn)
+        return _add(x, self.norm2, self.IDynamic_ffn, in_place=True)
 
 
 class GlobalLayer(nn.Module):
@@ -357,7 +362,7 @@ class GlobalLayer(nn.Module):
             x = self.restormer_attn.add_in_strips(x, self.norm3)
         else:
             x = self.restormer_attn(self.norm3(x)) + x
-        return _add(x, self.norm4, self.restormer_ffn)
+        return _add(x, self.norm4, self.restormer_ffn, in_place=True)
 
 
 class RHDTG(nn.Module):

@@ -75,25 +75,40 @@ def _items(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield x[i : i + 1], out[i : i + 1]
 
 
-def add(function: Callable[[Tensor, slice], Tensor], x: Tensor, halo: int, channels: int) -> Tensor:
+def _add_rows(source: Tensor, target: Tensor, rows: slice, result: Tensor) -> None:
+    torch.add(source[:, :, rows], result, out=target[:, :, rows])
+
+
+def add(
+    function: Callable[[Tensor, slice], Tensor],
+    x: Tensor,
+    halo: int,
+    channels: int,
+    in_place: bool = False,
+) -> Tensor:
     """Return x + function(x), in strips.
 
     Args:
         function: Maps some rows of a picture (1, C, H, W), and the slice of those that are asked
             for, to these rows (1, C, rows, W). Above and below what it is given it takes zeros.
         x: (B, C, H, W), best in channels_last.
-        halo: Rows on either side of a pixel that `function` sees.
+        halo: Rows on either side of a pixel that `function` sees; in place at most a strip's.
         channels: Of the widest map within `function`.
+        in_place: Write the sum to `x`, which spares the memory's bandwidth a map.
     """
     _keep_memory()
     height, width = x.shape[2:]
-    out = torch.empty_like(x)
+    out = x if in_place else torch.empty_like(x)
     for source, target in _items(x, out):
+        late: list[tuple[slice, Tensor]] = []
         for rows in _rows(height, width, channels):
             seen, inner = _around(rows, halo, height)
-            torch.add(
-                source[:, :, rows], function(source[:, :, seen], inner), out=target[:, :, rows]
-            )
+            late.append((rows, function(source[:, :, seen], inner)))
+            # Written one strip late: in place, the next strip still sees the rows as they were.
+            if len(late) > 1:
+                _add_rows(source, target, *late.pop(0))
+        for rows, result in late:
+            _add_rows(source, target, rows, result)
     return out
 
 

@@ -35,6 +35,18 @@ def test_strips_equal_whole_maps(size, monkeypatch):
     torch.testing.assert_close(in_strips, net(x).detach())
 
 
+@pytest.mark.usefixtures("least_rows")
+def test_layers_leave_what_they_are_given_as_it_was():
+    net = build({}, torch.float32).eval()
+    group = net.deep_feature_extraction[0]
+    x = torch.rand(2, 12, 13, 9).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        for layer in (*group.body[:-1], group):
+            layer(x)
+            assert torch.equal(x, before)
+
+
 def test_sums_over_pixels_are_kept_in_float32(monkeypatch):
     monkeypatch.setattr(strips, "LEAST_ROWS", 5)
     monkeypatch.setattr(strips, "STRIP_ELEMENTS", 1)

@@ -68,9 +68,14 @@ def projected_forward(
     step = max(1, min(height, ENTRIES // max(1, width * len(bias))))
     begins, columns = _places(step, width, groups, kernel)
     out = torch.empty_like(x)
-    padded = x.new_zeros(height + kernel - 1, width + kernel - 1, channels)
+    padded = x.new_empty(height + kernel - 1, width + kernel - 1, channels)
+    inner = padded[border : border + height, border : border + width]
+    for edge in (padded[:border], padded[border + height :]):
+        edge.zero_()
+    for edge in (padded[:, :border], padded[:, border + width :]):
+        edge.zero_()
     for item, features, target in zip(x, hidden, out, strict=True):
-        padded[border : border + height, border : border + width] = item.permute(1, 2, 0)
+        inner.copy_(item.permute(1, 2, 0))
         target = target.permute(1, 2, 0)
         for start in range(0, height, step):
             stop = min(start + step, height)
@@ -82,7 +87,8 @@ def projected_forward(
             )
             rows = target[start:stop]
             if rows.is_contiguous():
-                torch.mm(matrix, seen, out=rows.view(size[0], -1))
+                product = rows.view(size[0], -1)
+                torch.addmm(product, matrix, seen, beta=0, out=product)
             else:
                 rows.copy_((matrix @ seen).view(rows.shape))
     return out

@@ -1,0 +1,510 @@
+"""Pictures of any folder: which there are, what they are called, and their pixels.
+
+Nothing is printed: what a user should hear is in a result's notices or in an error's text.
+Decoded by Pillow, which refuses cut files where OpenCV fills the rest with gray; OpenCV reads
+the samples of 16-bit colour, for which Pillow has no type. ICC profiles are not applied, as
+BasicSR's readers apply none.
+"""
+
+import os
+import re
+import struct
+import unicodedata
+import warnings
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path, PurePath
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL.ImageFile import ImageFile
+
+from dlgsanet_arch.errors import UserError
+
+# The suffixes that make a file a picture, in lower case, and the format that each announces.
+SUFFIXES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WebP",
+    ".bmp": "BMP",
+}
+
+# Larger pictures are refused by their header. The largest cameras make 151 million pixels; above
+# 179 million Pillow refuses by itself.
+MAX_PIXELS = 160_000_000
+# What MAX_PIXELS of 16-bit colour with alpha need uncompressed: larger files are not even read.
+MAX_BYTES = 8 * MAX_PIXELS
+
+# A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
+KEY_LENGTH = 200
+
+READERS = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
+EXIF_ORIENTATION = 0x0112
+# Pictures are composited in bands of rows, so that wide intermediates stay small.
+BAND = 256
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+
+
+class PictureError(UserError):
+    """A picture that cannot be used.
+
+    Args:
+        path: The file.
+        reason: What is wrong with it, a sentence without its subject.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # both in args, so that the error survives pickling
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}"
+
+
+class _Refusal(Exception):
+    """The reason of a PictureError, from where the file's name is not known."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture that was found.
+
+    Args:
+        path: Where it is: the folder that was searched, and the way from there.
+        key: Its name in a data set, unique in that folder; see `picture_key`.
+    """
+
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPicture:
+    """A picture that was read.
+
+    Args:
+        pixels: (H, W, 3) in BGR, as BasicSR's data sets and OpenCV's writers expect; uint8 with
+            values 0 to 255, or uint16 with values 0 to 65535 where the file holds 16 bits.
+        notices: What was changed or left out on the way, one sentence without its subject each.
+    """
+
+    pixels: Pixels
+    notices: tuple[str, ...] = ()
+
+
+def _normal(name: str) -> str:
+    """Write a name the one way: é may be one character or two, by the system that wrote it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def picture_key(relative: PurePath) -> str:
+    """The key of a picture in LMDBs, `meta_info.txt` and flat folders of test sets.
+
+    BasicSR encodes keys as ASCII, ends them at the first dot or space of a `meta_info.txt` line,
+    and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
+    stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
+    digits: ``city/night 1.png`` has the key ``city+night%201``. Different paths have different
+    keys, up to the spelling of combined characters. A key longer than `KEY_LENGTH` ends in `~`
+    and a hash of the whole.
+
+    Args:
+        relative: The way from the data set's folder to the picture, its suffix included.
+    """
+    name = _normal(relative.with_suffix("").as_posix())
+    # surrogateescape: names that are not UTF-8 come from the file system with surrogates
+    parts = (quote(part, safe="", errors="surrogateescape") for part in name.split("/"))
+    key = "+".join(parts).replace(".", "%2E").replace("~", "%7E")
+    if len(key) <= KEY_LENGTH:
+        return key
+    digest = sha256(key.encode("ascii")).hexdigest()[:16]
+    return f"{key[: KEY_LENGTH - len(digest) - 1]}~{digest}"
+
+
+def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
+    """Sort numbers by value, upper and lower case together, folder by folder."""
+    # the split alternates: text at even places, digits at odd ones, so like meets like
+    parts: list[list[str | int]] = [
+        [
+            int(piece) if place % 2 else piece
+            for place, piece in enumerate(re.split("([0-9]+)", _normal(part).casefold()))
+        ]
+        for part in relative.with_suffix("").parts
+    ]
+    return parts, str(relative)
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    if Path(entry.name).suffix.lower() not in SUFFIXES:
+        return False
+    # A link to nothing counts, and reading it says so: a picture is missing there.
+    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every picture below a folder, each folder read once however many links lead to it."""
+    folders, linked = deque([folder]), deque[Path]()
+    seen = set()
+    while folders or linked:
+        # links last: what is reachable without a link is named without it
+        current = folders.popleft() if folders else linked.popleft()
+        status = current.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path):  # unlike the entry, calm about links to themselves
+                    (linked if entry.is_symlink() else folders).append(current / entry.name)
+                elif _is_picture(entry):
+                    yield current / entry.name
+
+
+def find_pictures(folder: Path) -> list[PictureFile]:
+    """Find all pictures below a folder.
+
+    A picture is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
+    are passed over, links are followed, and no folder is read twice.
+
+    Args:
+        folder: Searched with all folders in it.
+
+    Returns:
+        Pictures in natural order of their way from `folder`: ``a2`` before ``a10``.
+
+    Raises:
+        UserError: There is no such folder, it or a folder in it cannot be read, it holds no
+            pictures, or pictures of one folder differ in their suffixes only.
+    """
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {reason}: name a folder of pictures")
+    try:
+        paths = list(_walk(folder))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not paths:
+        raise UserError(f"no pictures below {folder}: looked for {', '.join(SUFFIXES)}")
+    by_key = defaultdict(list)
+    for relative in sorted((path.relative_to(folder) for path in paths), key=_natural_order):
+        by_key[picture_key(relative)].append(relative)
+    equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
+    if equal:
+        more = f", and {len(equal) - 3} more" if len(equal) > 3 else ""
+        raise UserError(
+            f"pictures in {folder} that differ in their suffixes only would share one name in "
+            f"the data set: {', '.join(equal[:3])}{more}; rename or remove one of each"
+        )
+    return [PictureFile(folder / group[0], key) for key, group in by_key.items()]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise _Refusal("is not a file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise _Refusal(f"is a file of {size:,} bytes; at most {MAX_BYTES:,} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise _Refusal(f"cannot be opened: {error.strerror}") from error
+    if not data:
+        raise _Refusal("is empty: a file of zero bytes")
+    return data
+
+
+def _format_of(data: bytes) -> str:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(TIFF_STARTS):
+        return "TIFF"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data.startswith(b"BM"):
+        return "BMP"
+    raise _Refusal(f"is not a picture: its first bytes are no {', '.join(READERS)}")
+
+
+def _check_size(width: int, height: int, least: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise _Refusal(
+            f"claims {width} x {height} pixels; at most {MAX_PIXELS:,} are read: "
+            "if the size is true, cut the picture into parts"
+        )
+    if min(width, height) < least:
+        raise _Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
+
+
+def _check_png(data: bytes) -> None:
+    """Follow the chunks to the end: Pillow wants neither the last ones nor their checksums."""
+    view, start, name = memoryview(data), 8, b""
+    while name != b"IEND":
+        if len(data) < start + 12:
+            raise _Refusal("is cut short: the end of the PNG file is missing")
+        length = int.from_bytes(view[start : start + 4], "big")
+        name = bytes(view[start + 4 : start + 8])
+        end = start + 8 + length
+        if not name.isalpha():
+            raise _Refusal(f"is damaged: byte {start} of the PNG file starts no chunk")
+        if len(data) < end + 4:
+            raise _Refusal(f"is cut short: within the PNG file's {name.decode()} chunk")
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise _Refusal(f"is damaged: wrong checksum of the PNG file's {name.decode()} chunk")
+        start = end + 4
+
+
+def _check_webp(data: bytes, least: int) -> None:
+    """Hold the length against the header, and the size too: Pillow makes the canvas on opening."""
+    if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise _Refusal("is cut short: the WebP file is shorter than its header says")
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        sides = [int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27)]
+    elif chunk == b"VP8L":
+        packed = int.from_bytes(data[21:25], "little")
+        sides = [(packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1]
+    else:
+        sides = [side & 0x3FFF for side in struct.unpack("<HH", data[26:30])]
+    _check_size(*sides, least)
+
+
+def _check_tiff(stream: BytesIO) -> None:
+    """Refuse by their tags the samples that Pillow does not know, or reads as something else."""
+    header = stream.read(8)
+    if header[2] == 43:  # BigTIFF
+        header += stream.read(8)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+    stream.seek(tags.next)
+    tags.load(stream)
+    bits = max(np.ravel(tags.get(TIFF_BITS, 1)))
+    formats = {int(number) for number in np.ravel(tags.get(TIFF_SAMPLE_FORMAT, 1))}
+    numbers = {1: "integer", 2: "signed integer", 3: "floating-point"}
+    kind = " and ".join(numbers.get(number, "unknown") for number in sorted(formats))
+    if formats != {1} or bits not in (1, 2, 4, 8, 16):
+        raise _Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
+    if bits == 16 and tags.get(TIFF_PHOTOMETRIC, 1) == 0:
+        raise _Refusal("is 16-bit gray with zero for white: save it with zero for black")
+    if bits == 16 and 1 in np.ravel(tags.get(TIFF_EXTRA_SAMPLES, 0)):
+        raise _Refusal("has 16-bit colours multiplied by alpha: save it with unassociated alpha")
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn what a decoder raises into a refusal, and keep its warnings to ourselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (_Refusal, MemoryError):
+            raise
+        except Exception as error:  # malformed files make Pillow raise nearly anything
+            raise _Refusal(
+                "cannot be decoded: damaged, cut short or of an unknown kind "
+                f"({error or type(error).__name__})"
+            ) from error
+
+
+def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int]:
+    """Decode a whole file.
+
+    Returns:
+        The loaded picture, and its EXIF orientation as the file states it; Pillow has already
+        turned TIFF pictures, and then states another.
+    """
+    stream = BytesIO(data)
+    if name == "PNG":
+        _check_png(data)
+    elif name == "WebP":
+        _check_webp(data, least)
+    elif name == "TIFF":
+        _check_tiff(stream)
+        stream.seek(0)
+    # The reader's own class, not Image.open: that would hide the reason of a failure.
+    image = READERS[name](stream)
+    _check_size(*image.size, least)
+    # Pillow stops behind the header of the first scan: pictures within EXIF lie before it.
+    if name == "JPEG" and data.find(b"\xff\xd9", stream.tell()) < 0:
+        raise _Refusal("is cut short: the end of the JPEG file is missing")
+    if image.mode in ("CMYK", "LAB"):
+        raise _Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
+    stated = _orientation(image)
+    image.load()
+    return image, stated or 1
+
+
+def _orientation(image: ImageFile) -> int | None:
+    """The EXIF orientation, 1 to 8, or None where the EXIF data cannot be read."""
+    try:
+        stated = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # as in _decoding; the pixels are fine
+        return None
+    return stated if stated in range(1, 9) else 1
+
+
+def _turned(array: Pixels, orientation: int) -> Pixels:
+    """Turn stored pixels as the EXIF orientation asks for.
+
+    Args:
+        array: (H, W) or (H, W, C).
+        orientation: 1 to 8. From 5 on rows become columns.
+
+    Returns:
+        A view of `array`.
+    """
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+    return array[rows, columns]
+
+
+def _deep_colour(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> NDArray[np.uint16]:
+    """Read the samples of 16-bit colour by OpenCV.
+
+    Args:
+        data: The file.
+        coarse: (H, W, C) in RGB or RGBA, the samples' upper bytes by Pillow.
+        orientation: The file's EXIF orientation; OpenCV's versions differ in whether it is
+            applied, `coarse` decides.
+
+    Returns:
+        (H, W, C), turned as `coarse` is.
+    """
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    channels = coarse.shape[2]
+    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
+        raise _Refusal("cannot be decoded: a kind of 16-bit colour that OpenCV does not read")
+    deep = decoded[..., [2, 1, 0, 3][: max(channels, 3)]] if decoded.shape[2] >= channels else None
+    for candidate in () if deep is None else (deep, _turned(deep, orientation)):
+        if candidate.shape == coarse.shape and np.array_equal(candidate >> 8, coarse):
+            return candidate
+    raise _Refusal("cannot be decoded: Pillow and OpenCV read different samples from it")
+
+
+def _samples(
+    image: ImageFile, data: bytes, name: str, orientation: int
+) -> tuple[Pixels, Pixels | None]:
+    """Separate colour and alpha.
+
+    Returns:
+        (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None where there is none.
+    """
+    transparent = image.info.get("transparency")
+    bits = 8
+    if name == "PNG":
+        bits = data[24]
+    elif name == "TIFF":
+        bits = int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1))))
+    if image.mode in ("P", "PA"):
+        opaque = image.mode == "P" and transparent is None
+        array = np.asarray(image.convert("RGB" if opaque else "RGBA"))
+        transparent = None
+    elif image.mode in ("1", "La", "YCbCr"):
+        array = np.asarray(image.convert({"1": "L", "La": "LA", "YCbCr": "RGB"}[image.mode]))
+    else:
+        array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[..., None]
+    if bits == 16:
+        # Pillow holds 16-bit gray in types of more than one width and byte order
+        gray = array.shape[2] == 1
+        array = array.astype(np.uint16) if gray else _deep_colour(data, array, orientation)
+    if array.shape[2] in (2, 4):
+        return array[..., :-1], array[..., -1]
+    if transparent is None:
+        return array, None
+    # PNG names one colour as the transparent one, in samples of the file's width.
+    if image.mode == "L" and bits < 8:
+        transparent = transparent * 255 // (2**bits - 1)
+    white = np.iinfo(array.dtype).max
+    return array, np.where((array == transparent).all(2), 0, white).astype(array.dtype)
+
+
+def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
+    """Composite on white: α·colour + (1 - α)·white, rounded.
+
+    Args:
+        colour: (H, W, C), not multiplied by alpha.
+        alpha: (H, W) of the same type; its largest value is opaque.
+    """
+    result = np.empty(colour.shape, colour.dtype)
+    white = np.uint32(np.iinfo(colour.dtype).max)
+    for start in range(0, len(colour), BAND):
+        rows = slice(start, start + BAND)
+        share = alpha[rows, :, None].astype(np.uint32)
+        # at most white², which 32 bits hold with the half that rounds
+        mixed = colour[rows] * share + white * (white - share)
+        result[rows] = (mixed + white // 2) // white
+    return result
+
+
+def _decode(path: Path, least: int) -> ReadPicture:
+    data = _read_bytes(path)
+    name = _format_of(data)
+    notices = []
+    announced = SUFFIXES.get(path.suffix.lower(), name)
+    if announced != name:
+        notices.append(f"is named as {announced} and holds {name}")
+    with _decoding():
+        image, stated = _load(data, name, least)
+        colour, alpha = _samples(image, data, name, stated)
+    if getattr(image, "is_animated", False):
+        notices.append("holds more than one picture; the first was read")
+    left = _orientation(image)
+    if left is None:
+        notices.append("has EXIF data that cannot be read; it was not rotated")
+    if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
+        colour = _on_white(colour, alpha)
+        notices.append("has transparent parts; it was composited on white")
+    turned = np.ascontiguousarray(_turned(colour, left or 1))
+    code = cv2.COLOR_GRAY2BGR if turned.shape[2] == 1 else cv2.COLOR_RGB2BGR
+    return ReadPicture(cv2.cvtColor(turned, code), tuple(notices))
+
+
+def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
+    """Read a picture as three channels of 8 or 16 bits.
+
+    The content decides on the format, not the suffix. Gray becomes three equal channels, palettes
+    and fewer than 8 bits are expanded, EXIF rotation is applied, alpha is composited on white, and
+    of several pages or frames the first is read; the last two give a notice.
+
+    Args:
+        path: PNG, JPEG, TIFF, WebP or BMP.
+        least: The smallest side in pixels that is of use to the caller.
+
+    Returns:
+        Pixels in BGR, and notices.
+
+    Raises:
+        PictureError: The file cannot be opened, is empty, no picture, cut short, damaged, smaller
+            than `least`, larger than `MAX_PIXELS` by its header, or of colours or samples that
+            are not read: CMYK, Lab, floating-point, signed, 32-bit.
+    """
+    try:
+        return _decode(path, least)
+    except _Refusal as error:
+        raise PictureError(path, str(error)) from error
