@@ -64,8 +64,9 @@ def saved(path: Path, samples: np.ndarray, **options) -> Path:
 
 def encoded(suffix: str, samples: np.ndarray, *options: int) -> bytes:
     """Encode by OpenCV: RGB, RGBA or gray."""
-    order = slice(None) if samples.ndim == 2 else [2, 1, 0, 3][: samples.shape[2]]
-    fine, data = cv2.imencode(suffix, samples[..., order] if samples.ndim == 3 else samples, options)
+    if samples.ndim == 3:
+        samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]
+    fine, data = cv2.imencode(suffix, samples, options)
     assert fine
     return data.tobytes()
 
@@ -132,7 +133,8 @@ def touch(folder: Path, *names: str) -> None:
 def test_pictures_are_found_in_natural_order(tmp_path):
     touch(tmp_path, "a10.png", "a2.PNG", "B1.jpeg", "c.JPG", "d.tif", "e.TIFF", "f.webp", "g.bmp")
     touch(tmp_path, "set 10/x.png", "set 2/x.png", "set 2/sub/x.png", "Ünïcode/夜景 1.png", "a.png")
-    touch(tmp_path, ".hidden.png", ".git/x.png", "__MACOSX/._x.png", "notes.txt", "png", "x.png.part")
+    touch(tmp_path, ".hidden.png", ".git/x.png", "__MACOSX/._x.png")
+    touch(tmp_path, "notes.txt", "png", "x.png.part")
     (tmp_path / "folder.png").mkdir()
     found = find_pictures(tmp_path)
     names = ["a.png", "a2.PNG", "a10.png", "B1.jpeg", "c.JPG", "d.tif", "e.TIFF", "f.webp"]
@@ -210,7 +212,11 @@ def test_stems_that_look_equal_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("missing", "missing does not exist"), ("file", "file is not a folder"), ("none", "below .*none")],
+    [
+        ("missing", "missing does not exist"),
+        ("file", "file is not a folder"),
+        ("none", "below .*none"),
+    ],
 )
 def test_folders_without_pictures_are_named(tmp_path, name, reason):
     touch(tmp_path, "file", "none/deep/notes.txt", "none/.hidden/x.png")
@@ -235,7 +241,8 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 def test_links_neither_loop_nor_repeat(tmp_path):
     touch(tmp_path / "set", "real/x.png", "y.png")
     touch(tmp_path, "elsewhere/z.png", "elsewhere/one.png")
-    links = {"real/up": "..", "again": "real", "far": tmp_path / "elsewhere", "self.png": "self.png"}
+    links = {"real/up": "..", "again": "real", "self.png": "self.png"}
+    links |= {"far": tmp_path / "elsewhere"}
     links |= {"linked.png": tmp_path / "elsewhere" / "one.png", "gone.png": "nowhere.png"}
     for link, target in links.items():
         (tmp_path / "set" / link).symlink_to(target)
@@ -400,7 +407,8 @@ def test_the_transparent_colour_of_png_is_white(tmp_path, bits, colour):
     samples[1, 1, ...] = samples[1, 1] - np.array([0, 0, 1] if colour else 1, dtype)
     rows = big_endian(samples) if bits == 16 else samples.reshape(SIZE[0], -1)
     named = np.atleast_1d(key).astype(">u2").tobytes()
-    result = read_picture(written(tmp_path / "x.png", png(SIZE, bits, colour, rows, (b"tRNS", named))))
+    data = png(SIZE, bits, colour, rows, (b"tRNS", named))
+    result = read_picture(written(tmp_path / "x.png", data))
     hidden = (bgr(samples) == np.atleast_1d(key)[::-1]).all(2)
     assert hidden[3, 4]
     assert not hidden[1, 1]
@@ -423,7 +431,9 @@ UPRIGHT = {
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x16.png", "x.tif", "x16.tif", "gray16.tif", "x.webp"])
+@pytest.mark.parametrize(
+    "name", ["x.jpg", "x.png", "x16.png", "x.tif", "x16.tif", "gray16.tif", "x.webp"]
+)
 def test_exif_rotation_is_applied(tmp_path, name, orientation):
     deep = "16" in name
     cells = np.array([[1, 2, 3], [4, 5, 6]]) * (10_000 if deep else 40)
@@ -449,9 +459,21 @@ def test_exif_rotation_is_applied(tmp_path, name, orientation):
     assert result.notices == ()
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_deep_tiff_is_turned_once_by_any_opencv(tmp_path, monkeypatch, orientation):
+    samples = made(3, np.uint16)
+    path = written(tmp_path / "x.tif", tiff(samples, tags={274: orientation}))
+    as_installed = read_picture(path).pixels
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: bgr(samples))  # one that does not turn
+    assert np.array_equal(read_picture(path).pixels, as_installed)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: bgr(samples) ^ 256)
+    refused(path, "Pillow and OpenCV read different samples")
+
+
 def test_exif_data_that_cannot_be_read_is_noticed(tmp_path):
     broken = png_chunk(b"eXIf", b"nonsense that is no TIFF header")
-    data = encoded(".png", made(3)).replace(png_chunk(b"IEND", b""), broken + png_chunk(b"IEND", b""))
+    end = png_chunk(b"IEND", b"")
+    data = encoded(".png", made(3)).replace(end, broken + end)
     result = read_picture(written(tmp_path / "x.png", data))
     assert np.array_equal(result.pixels, bgr(made(3)))
     assert result.notices == ("has EXIF data that cannot be read; it was not rotated",)
@@ -506,10 +528,10 @@ def test_cut_files_are_refused(tmp_path, name, share):
     refused(written(tmp_path / name, data[: int(len(data) * share)]), "cut short")
 
 
-@pytest.mark.parametrize("name", [name for name in CUT if not name.endswith("tif")])
+@pytest.mark.parametrize("name", [name for name in CUT if name.endswith(("png", "jpg", "webp"))])
 @pytest.mark.parametrize("lost", [1, 2])
 def test_the_last_bytes_are_missed(tmp_path, name, lost):
-    refused(written(tmp_path / name, CUT[name]()[:-lost]), "cut short")
+    refused(written(tmp_path / name, CUT[name]()[:-lost]), "is cut short")
 
 
 @pytest.mark.parametrize("name", ["x.png", "x16.png", "x.jpg", "progressive.jpg"])
@@ -533,13 +555,6 @@ def test_damaged_png_is_refused(tmp_path):
     data = bytearray(encoded(".png", made(3)))
     data[len(data) // 2] ^= 1
     refused(written(tmp_path / "x.png", bytes(data)), "damaged: wrong checksum of .* IDAT")
-
-
-def test_png_with_too_few_rows_is_refused(tmp_path):
-    rows = made(3).reshape(SIZE[0], -1)
-    refused(written(tmp_path / "x.png", png(SIZE, 8, 2, rows[:-3])), "cut short")
-    rows = big_endian(made(3, np.uint16))
-    refused(written(tmp_path / "x.png", png(SIZE, 16, 2, rows[:-3])), "cut short")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
@@ -594,6 +609,11 @@ def huge_webp(chunk: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def huge_bmp() -> bytes:
+    numbers = (0, 0, 54, 40, HUGE, HUGE, 1, 24, *[0] * 6)
+    return b"BM" + struct.pack("<IIIIiiHHIIIIII", *numbers)
+
+
 CLAIMS = {
     "x.png": lambda: png((HUGE, HUGE), 8, 2, made(3).reshape(SIZE[0], -1)),
     "x.jpg": huge_jpeg,
@@ -602,7 +622,7 @@ CLAIMS = {
     "extended.webp": lambda: huge_webp(b"VP8X"),
     "lossless.webp": lambda: huge_webp(b"VP8L"),
     "x.webp": lambda: huge_webp(b"VP8 "),
-    "x.bmp": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 0, 0, 54, 40, HUGE, HUGE, 1, 24, *[0] * 6),
+    "x.bmp": huge_bmp,
 }
 
 
@@ -619,7 +639,8 @@ def test_absurd_sizes_are_refused_by_the_header(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("quality", [90, 101])
 def test_the_size_of_webp_is_read_right(tmp_path, monkeypatch, quality):
-    path = written(tmp_path / "x.webp", encoded(".webp", made(3), cv2.IMWRITE_WEBP_QUALITY, quality))
+    data = encoded(".webp", made(3), cv2.IMWRITE_WEBP_QUALITY, quality)
+    path = written(tmp_path / "x.webp", data)
     seen = []
     whole = pictures._check_size
     monkeypatch.setattr(pictures, "_check_size", lambda *size: seen.append(size) or whole(*size))
@@ -636,7 +657,7 @@ def test_files_larger_than_any_picture_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (lambda: tiff(made(1).astype(np.float32)), "32-bit floating-point"),
+        (lambda: tiff(made(1).astype(np.float32), tags={339: 3}), "32-bit floating-point"),
         (lambda: tiff(made(3).astype(np.float32), tags={339: 3}), "32-bit floating-point"),
         (lambda: encoded(".tif", made(3).astype(np.float32)), "32-bit floating-point"),
         (lambda: tiff(made(1).astype(np.uint32)), "32-bit integer"),

@@ -328,12 +328,12 @@ def _decoding() -> Iterator[None]:
             ) from error
 
 
-def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int]:
+def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int | None]:
     """Decode a whole file.
 
     Returns:
-        The loaded picture, and its EXIF orientation as the file states it; Pillow has already
-        turned TIFF pictures, and then states another.
+        The loaded picture, and its EXIF orientation as the file states it, None where that cannot
+        be read; Pillow has already turned TIFF pictures, and then states another.
     """
     stream = BytesIO(data)
     if name == "PNG":
@@ -353,7 +353,7 @@ def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int]:
         raise _Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
     stated = _orientation(image)
     image.load()
-    return image, stated or 1
+    return image, stated
 
 
 def _orientation(image: ImageFile) -> int | None:
@@ -471,10 +471,11 @@ def _decode(path: Path, least: int) -> ReadPicture:
         notices.append(f"is named as {announced} and holds {name}")
     with _decoding():
         image, stated = _load(data, name, least)
-        colour, alpha = _samples(image, data, name, stated)
+        colour, alpha = _samples(image, data, name, stated or 1)
+        # asked a second time, Pillow takes EXIF data that it could not read for none
+        left = None if stated is None else _orientation(image)
     if getattr(image, "is_animated", False):
         notices.append("holds more than one picture; the first was read")
-    left = _orientation(image)
     if left is None:
         notices.append("has EXIF data that cannot be read; it was not rotated")
     if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
