@@ -140,7 +140,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
                 "Forward, L1 loss, backward and a step of Adam; bf16 is autocast. MiB is the peak",
                 "beyond the loaded process with weights and pictures. 'ratio' is to ours in fp32;",
                 "'of limit' to the larger of operations / product rate and bytes / bandwidth, with",
-                "the operations of our forward and backward.",
+                "three times the operations of our forward.",
                 limits.Limits(records).note(),
                 *contestants.absence_notes(asked.device, [PUBLISHED]),
             ],
