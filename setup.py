@@ -36,6 +36,7 @@ setup(
         # What basicsr 1.4.2 imports; its own list demands tb-nightly and packages it never imports.
         "train": [
             "lmdb>=1.4",
+            "pillow>=10.1",  # not BasicSR but our data tools read pictures with it
             "requests>=2.28",
             "scipy>=1.9,<2",  # it imports scipy.ndimage.filters, which SciPy 2.0 removes
             "setuptools; python_version >= '3.12'",  # it imports distutils
