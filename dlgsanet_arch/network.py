@@ -22,7 +22,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch import strips
 from dlgsanet_arch.ops import projected_dwconv
+from dlgsanet_arch.precision import full_precision
 from dlgsanet_arch.tlc import Windows
 
 BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
@@ -192,13 +192,6 @@ class MHDLSA(nn.Module):
         return self.conv1(y if rows is None else y[:, :, rows])
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Switch autocast off; devices without autocast, as meta, have nothing to switch."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def attention_weights(
     product: Tensor,
     q_norm: Tensor,
@@ -239,7 +232,7 @@ def channel_attention(
     Returns:
         (B, h, c, N) in the dtype of `v`.
     """
-    with _full_precision(q.device.type):
+    with full_precision(q.device.type):
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(wide), k.to(wide)
         q_norm, k_norm = (torch.linalg.vector_norm(each, dim=-1) for each in (q, k))

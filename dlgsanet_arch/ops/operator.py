@@ -1,6 +1,5 @@
 """The dynamic depthwise convolution declared to PyTorch, its filters given or projected."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dlgsanet_arch.ops import backends
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
-
-# Asked once: up to PyTorch 2.11 torch.compile breaks the graph where this is asked.
-_AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
-)
+from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 
 
 @torch.library.custom_op("dlgsanet::dynamic_dwconv", mutates_args=())
@@ -31,18 +26,12 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return backends.choose(x, weight.shape[2]).backward(grad, x, weight)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    """Keep autocast out of a backend: it would round the filters, which are float32 there."""
-    if x.device.type in _AUTOCAST_DEVICES:
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
+# Autocast is kept out of the backends: it would round the filters, which are float32 there.
 @torch.library.custom_op("dlgsanet::projected_dwconv", mutates_args=())
 def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    with _no_autocast(x):
+    with full_precision(x.device.type):
         return backends.choose(x, kernel).projected_forward(x, hidden, weight, bias, kernel)
 
 
@@ -53,7 +42,7 @@ def _projected_backward(
     if x.numel() == 0:
         return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
     backend = backends.choose(x, kernel)
-    with _no_autocast(x):
+    with full_precision(x.device.type):
         return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
 
 
@@ -218,7 +207,7 @@ def projected_dwconv(
         raise ValueError(f"kernel must be odd, and weight have K² rows a group; got {given}")
     _require_groups(x, weight.shape[0] // kernel**2)
     device = x.device.type
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, hidden, weight, bias = (
             each.to(dtype) if each.dtype != torch.float64 else each
