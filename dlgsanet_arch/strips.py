@@ -3,6 +3,7 @@
 A network's maps are far larger than a CPU's caches, and a chain of layers that writes each map
 whole waits for memory. Here a chain of layers runs over a few rows at a time, with as many rows
 around them as its convolutions see: the same modules, the same results, no map between them.
+A hook on a module within a layer then sees strips; with gradients enabled it sees whole maps.
 """
 
 import functools
@@ -37,9 +38,8 @@ def pay_for(x: Tensor) -> bool:
 def _keep_memory() -> None:
     """Let the process keep the memory of freed strips instead of giving it back to the system.
 
-    glibc maps every block above a threshold afresh, and each of its pages then costs a fault: half
-    of the time of a forward. The threshold follows the largest block freed so far, up to 32 MiB.
-    Elsewhere this does nothing.
+    glibc maps every block above a threshold afresh, and each of its pages then costs a fault. The
+    threshold follows the largest block freed so far, up to 32 MiB. Elsewhere this does nothing.
     """
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 

@@ -458,8 +458,10 @@ def test_filters_are_never_in_memory(dtype, layout):
 @pytest.fixture
 def _nothing_said_yet():
     backends._warn_once.cache_clear()
+    backends._has_triton.cache_clear()
     yield
     backends._warn_once.cache_clear()
+    backends._has_triton.cache_clear()
 
 
 @pytest.mark.usefixtures("_nothing_said_yet")

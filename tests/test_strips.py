@@ -103,3 +103,14 @@ def test_depthwise_computes_the_rows_asked_for(rows):
     x = torch.rand(1, 4, 9, 7, dtype=torch.float64)
     expected = conv(x) if rows is None else conv(x)[:, :, rows]
     torch.testing.assert_close(strips.depthwise(conv, x, rows), expected)
+
+
+def test_inference_mode_leaves_nothing_that_training_trips_over():
+    net = build({}, torch.float32)
+    x = pictures(net, 1, (13, 9))
+    with torch.inference_mode():
+        inferred = net.eval()(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), inferred)
+    net.train()(x).mean().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())

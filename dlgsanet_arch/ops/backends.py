@@ -21,11 +21,17 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_LARGEST_KERNEL = 11
 
 
+@functools.cache
+def _has_triton() -> bool:
+    # Asked once: it walks through the path, and operators are called hundreds of times a forward.
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype, kernel: int) -> str:
     """Say why the Triton kernels cannot serve, or return an empty text where they can."""
     if device.type != "cuda":
         return f"there is no kernel for {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"there is no kernel for {dtype}"
