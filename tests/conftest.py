@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlgsanet_arch  # noqa: F401 - repairs BasicSR before a test module imports it
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

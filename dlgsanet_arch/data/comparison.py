@@ -9,7 +9,8 @@ import numpy as np
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from numpy.typing import NDArray
 
-from dlgsanet_arch.data.demo import Picture, bicubic
+from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.demo import Picture
 
 # Of the picture to look at, in pixels.
 CROP = 96

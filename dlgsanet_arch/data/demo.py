@@ -21,9 +21,9 @@ import cv2
 import lmdb
 import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
-from basicsr.utils.matlab_functions import imresize
 from numpy.typing import NDArray
 
+from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.errors import UserError
 
 # The two motorcycle pictures are one scene seen by a stereo camera: they stay on one side. The
@@ -44,20 +44,6 @@ SUB_IMAGE_STEP = 60
 PNG_COMPRESSION = 1
 
 Picture = NDArray[np.uint8]
-
-
-def bicubic(picture: Picture, factor: float) -> Picture:
-    """Resize as MATLAB's imresize does (bicubic, antialiased when shrinking), to 8 bits.
-
-    Args:
-        picture: (H, W, 3) with values 0 to 255.
-        factor: New side over old side; sides are rounded up.
-
-    Returns:
-        (ceil(H·factor), ceil(W·factor), 3), rounded and clipped to 0 to 255.
-    """
-    resized = imresize(picture.astype(np.float32) / 255, factor)
-    return (resized * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def crop_to_multiple(picture: Picture, multiple: int) -> Picture:

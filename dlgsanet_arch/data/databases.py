@@ -1,0 +1,235 @@
+"""LMDBs of pictures as BasicSR's data sets read them, whole or absent.
+
+A database is a folder: `data.mdb`, pictures as PNG by key; `meta_info.txt`, BasicSR's list of
+them; and, of those made here, `recipe.json`, what it was made from. It is made under another name
+and renamed when it is complete; whatever ended the run before that, the next one goes on.
+"""
+
+import errno
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import lmdb
+import numpy as np
+
+from dlgsanet_arch.data.files import (
+    read_json,
+    replace_folder,
+    unfinished,
+    write_json,
+    write_whole,
+)
+from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.errors import UserError
+
+RECIPE = "recipe.json"
+META_INFO = "meta_info.txt"
+
+PNG_COMPRESSION = 1
+# Where a database starts and what it is doubled from whenever it is full. LMDB reserves as many
+# addresses, not memory; BasicSR's 1 TiB is refused where addresses are limited.
+FIRST_MAP_SIZE = 2**26
+
+# A disk with fewer bytes free than one transaction may write counts as full.
+FULL = 2**26
+
+Recipe = Mapping[str, Any]
+
+
+def encode_png(picture: Picture) -> bytes:
+    """Encode a picture without loss.
+
+    Args:
+        picture: (H, W, 3) in BGR, 0 to 255.
+    """
+    fine, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
+    if not fine:
+        raise RuntimeError(f"OpenCV could not encode a picture of {picture.shape=}")
+    return data.tobytes()
+
+
+def decode_png(data: bytes) -> Picture | None:
+    """Decode as BasicSR's data sets do: three channels, 8 bits; None where that fails."""
+    if not data:
+        return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header of a PNG file.
+
+    Raises:
+        ValueError: The file is no PNG.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
+        raise ValueError("not a PNG file")
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+@contextmanager
+def open_database(path: Path) -> Iterator[lmdb.Environment]:
+    """Open a finished database for reading.
+
+    Raises:
+        UserError: There is no database, or it is damaged.
+    """
+    if not (path / "data.mdb").is_file():
+        raise UserError(f"{path} is not an LMDB: it holds no data.mdb")
+    try:
+        # lock=False: nobody writes a finished database, and its folder may be read-only
+        environment = lmdb.open(
+            str(path), readonly=True, lock=False, create=False, readahead=False, max_readers=1
+        )
+    except lmdb.Error as error:
+        raise UserError(
+            f"{path} cannot be opened, it is damaged or cut short ({error}): make it again"
+        ) from error
+    with environment:
+        yield environment
+
+
+def _fits(stored: Recipe | None, wanted: Recipe) -> bool:
+    """Whether what a folder was made from is what is wanted; it may hold further facts."""
+    return stored is not None and all(stored.get(name) == wanted[name] for name in wanted)
+
+
+def _differences(stored: Recipe, wanted: Recipe) -> str:
+    names = [name for name in wanted if stored.get(name) != wanted[name]]
+    said = [
+        f"{name.replace('_', ' ')} {stored[name]}, not {wanted[name]}"
+        for name in names
+        if name in stored and len(str(stored[name])) < 40 > len(str(wanted[name]))
+    ]
+    return ", ".join(said) or "of other pictures"
+
+
+def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
+    """Whether a database of this recipe is there, complete.
+
+    Args:
+        path: The database's folder; need not exist.
+        recipe: What it is to be made from, as `DatabaseWriter` takes it.
+        overwrite: What was made otherwise counts as absent, to be replaced.
+
+    Raises:
+        UserError: Something else has that name.
+    """
+    if not path.exists():
+        return False
+    stored = read_json(path / RECIPE)
+    if _fits(stored, recipe):
+        with open_database(path) as environment:
+            count = environment.stat()["entries"]
+        lines = (path / META_INFO).read_text("ascii").count("\n")
+        if count == lines == stored["entries"]:
+            return True
+        if not overwrite:
+            raise UserError(
+                f"{path} was changed after it was made: {count} entries, {lines} lines in "
+                f"{META_INFO}, {stored['entries']} written; --overwrite makes it again"
+            )
+    if overwrite:
+        return False
+    how = "was not made by this command" if stored is None else _differences(stored, recipe)
+    raise UserError(
+        f"{path} exists and is another data set: {how}; move it away, choose another --out, or "
+        "replace it with --overwrite"
+    )
+
+
+@contextmanager
+def _os_errors(folder: Path) -> Iterator[None]:
+    """Turn LMDB's report of a full or failing disk into the OSError that files would raise."""
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise
+    except lmdb.Error as error:
+        # Where a part of a page still fitted, LMDB speaks of an input/output error.
+        full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < FULL
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+class DatabaseWriter:
+    """Makes one database, to be used in a `with` statement; `finish` gives it its name.
+
+    Args:
+        path: The folder of the finished database, its name ends in `.lmdb`.
+        recipe: All that decides about its content, JSON types. An unfinished database of the
+            same recipe is gone on with, one of another is thrown away.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self._recipe = dict(recipe)
+        self._folder = unfinished(path)
+
+    def __enter__(self) -> "DatabaseWriter":
+        if not _fits(read_json(self._folder / RECIPE), self._recipe):
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / RECIPE, self._recipe)
+        present = self._folder / "data.mdb"
+        size = present.stat().st_size if present.is_file() else 0
+        with _os_errors(self._folder):
+            self._environment = lmdb.open(
+                str(self._folder), map_size=max(FIRST_MAP_SIZE, 2 * size), readahead=False
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._environment.close()
+
+    def has(self, key: str) -> bool:
+        """Whether a key is there, from this run or one before."""
+        with self._environment.begin() as transaction:
+            return transaction.cursor().set_key(key.encode("ascii"))
+
+    def put(self, entries: Sequence[tuple[str, bytes]]) -> None:
+        """Write keys with their PNG files: after a crash, all of them or none are there.
+
+        Raises:
+            OSError: The disk is full or fails; what was put before stays.
+        """
+        while True:
+            try:
+                with _os_errors(self._folder), self._environment.begin(write=True) as transaction:
+                    for key, data in entries:
+                        transaction.put(key.encode("ascii"), data)
+                return
+            except lmdb.MapFullError:
+                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+    def finish(self, **facts: Any) -> int:
+        """Write `meta_info.txt` and give the database its name, in place of what had it.
+
+        Args:
+            facts: What the recipe cannot know, to be kept beside it.
+
+        Returns:
+            The number of entries.
+        """
+        lines = []
+        with self._environment.begin() as transaction:
+            for key, data in transaction.cursor():
+                height, width = png_size(bytes(data[:24]))
+                lines.append(f"{key.decode('ascii')}.png ({height},{width},3) {PNG_COMPRESSION}\n")
+        self._environment.close()
+        write_whole(self._folder / META_INFO, "".join(lines).encode("ascii"))
+        write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines), **facts})
+        (self._folder / "lock.mdb").unlink(missing_ok=True)
+        replace_folder(self._folder, self.path)
+        return len(lines)

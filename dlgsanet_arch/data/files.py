@@ -1,0 +1,121 @@
+"""Files that are whole or absent, written by one process at a time."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from dlgsanet_arch.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+UNFINISHED = ".unfinished"
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file or folder is made before it gets its name."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside and rename it: after a crash it is the old one or the new one."""
+    beside = unfinished(path)
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, None where there is none or it holds no JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def replace_folder(made: Path, path: Path) -> None:
+    """Give a folder its name; what had the name goes, only once the new one is complete."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(made, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def lock_file(file: IO[bytes] | int, what: Path) -> None:
+    """Keep other processes off a file until it is closed; the kernel does so when we are killed.
+
+    Args:
+        file: An open file, or the descriptor of one or of a folder.
+        what: What is guarded, for the message.
+
+    Raises:
+        UserError: Another process holds the lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is at work on {what}: wait until it ends, then run this again"
+        ) from error
+    except OSError:
+        return  # some network file systems have no locks; most runs are alone
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep a second run off a folder's data sets while this one writes them.
+
+    Raises:
+        UserError: Another process is at work on the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    directory = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if directory is not None:
+            lock_file(directory, folder)
+        yield
+    finally:
+        if directory is not None:
+            os.close(directory)
+        with suppress(OSError):
+            folder.rmdir()  # only where nothing was written
+
+
+@contextmanager
+def disk_faults_named(what: object) -> Iterator[None]:
+    """Turn a full disk, or one that cannot be written, into a message.
+
+    Args:
+        what: What was being written.
+
+    Raises:
+        UserError: An OSError came out of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{what}: the disk is full; free some space and run the same command again, "
+                "finished work is kept"
+            ) from error
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,55 @@
+"""Cutting pictures into overlapping parts, LR exactly where HR is."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+# HR cut to a multiple of it serves the scales 2, 3 and 4 with one and the same database.
+HR_MULTIPLE = 12
+
+Picture = NDArray[np.uint8]
+
+
+def crop_to_multiple(picture: Picture, multiple: int) -> Picture:
+    """Cut rows and columns off the bottom and the right so that `multiple` divides both sides."""
+    height, width = (side - side % multiple for side in picture.shape[:2])
+    return picture[:height, :width]
+
+
+def starts(length: int, size: int, step: int) -> list[int]:
+    """Where windows of `size` start along `length`: every `step`, the last flush with the end.
+
+    The rule of BasicSR's `extract_subimages.py` with a `thresh_size` of 0. Where `length` is
+    less than `size` there is one window, the whole.
+    """
+    if length <= size:
+        return [0]
+    regular = list(range(0, length - size + 1, step))
+    return regular if regular[-1] == length - size else [*regular, length - size]
+
+
+def corners(height: int, width: int, size: int, step: int) -> Iterator[tuple[int, int]]:
+    """Top row and left column of every sub-image of an HR picture, row by row."""
+    for top in starts(height, size, step):
+        for left in starts(width, size, step):
+            yield top, left
+
+
+def sub_images(picture: Picture, size: int, step: int, scale: int = 1) -> Iterator[Picture]:
+    """Cut a picture, HR or LR, into parts that show the same places at every scale.
+
+    Args:
+        picture: (H/scale, W/scale, 3), where H x W is HR, both multiples of `scale`.
+        size: Side of a part in HR pixels, a multiple of `scale`; a shorter side is taken whole.
+        step: Between two parts in HR pixels, a multiple of `scale`.
+        scale: HR side over this picture's side; 1 for HR itself.
+
+    Yields:
+        Views of `picture`, in the order of `corners`.
+    """
+    height, width = (side * scale for side in picture.shape[:2])
+    for top, left in corners(height, width, size, step):
+        rows = slice(top // scale, (top + size) // scale)
+        columns = slice(left // scale, (left + size) // scale)
+        yield picture[rows, columns]

@@ -1,0 +1,468 @@
+"""Training sets: matching sub-images of HR and LR pictures in LMDBs.
+
+    OUT/train_HR_sub.lmdb                  one for all scales: HR is cut to a multiple of 12
+    OUT/train_LR_bicubic_X{2,3,4}_sub.lmdb equal keys
+
+Every picture is opened before anything is written. Then each is cut in a worker process, and its
+sub-images go straight into the databases, in one transaction each: what a killed run had written
+is found by its keys and not made again.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.databases import RECIPE, DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.files import disk_faults_named, one_writer, read_json
+from dlgsanet_arch.data.pictures import PictureError, find_pictures, read_8_bits
+from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.sub_images import (
+    HR_MULTIPLE,
+    Picture,
+    crop_to_multiple,
+    sub_images,
+)
+from dlgsanet_arch.data.workers import ordered
+from dlgsanet_arch.errors import UserError
+
+Result = TypeVar("Result")
+
+SCALES = (2, 3, 4)
+# The side of a training patch in LR pixels: smaller pictures cannot be trained on.
+PATCH = 48
+# To be raised when the same pictures and settings give other databases than before.
+RECIPE_VERSION = 1
+
+
+def database_name(scale: int) -> str:
+    """The folder of the sub-images whose HR is `scale` times their side; 1 is HR itself."""
+    return "train_HR_sub.lmdb" if scale == 1 else f"train_LR_bicubic_X{scale}_sub.lmdb"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture to train on.
+
+    Args:
+        key: Its name in the data set.
+        hr: The file of the HR picture.
+        lr: The files of given LR pictures by scale; empty where LR is to be made.
+    """
+
+    key: str
+    hr: Path
+    lr: Mapping[int, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All its files."""
+        return (self.hr, *self.lr.values())
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How pictures are cut.
+
+    Args:
+        crop: Side of a sub-image in HR pixels.
+        step: Between two sub-images in HR pixels.
+    """
+
+    crop: int = 480
+    step: int = 240
+
+    def check(self, scales: Sequence[int]) -> None:
+        """Raise a UserError where LR cannot be cut to match at one of the scales."""
+        for name, value in (("--crop", self.crop), ("--step", self.step)):
+            wrong = [scale for scale in scales if value < 1 or value % scale]
+            if wrong:
+                multiple = math.lcm(*scales)
+                near = max(multiple, round(value / multiple) * multiple)
+                raise UserError(
+                    f"{name} {value} is not a multiple of scale {wrong[0]}: LR could not be cut "
+                    f"to match; take {near}"
+                )
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a first look at a picture's files found.
+
+    Args:
+        source: The picture.
+        faults: Why it cannot be used; empty where it can.
+        notices: What reading it will change, with the file's name.
+    """
+
+    source: Source
+    faults: tuple[str, ...]
+    notices: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Sub-images of one picture.
+
+    Args:
+        entries: Keys and PNG files, by scale.
+        seconds: What bicubic took.
+    """
+
+    entries: Mapping[int, Sequence[tuple[str, bytes]]]
+    seconds: float
+
+
+@dataclass
+class Summary:
+    """What was made.
+
+    Args:
+        databases: The number of sub-images in each, by path, HR first.
+        pictures: How many were used.
+        cut: How many of them were cut by this run; the others were there from one before.
+        bicubic: Seconds that bicubic took for these.
+        resized: How many LR pictures it made in that time.
+        skipped: Why pictures were left out, a line each.
+        notices: Files by what was changed on reading them.
+    """
+
+    databases: dict[Path, int] = field(default_factory=dict)
+    pictures: int = 0
+    cut: int = 0
+    bicubic: float = 0.0
+    resized: int = 0
+    skipped: list[str] = field(default_factory=list)
+    notices: dict[str, list[str]] = field(default_factory=dict)
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """Name the first few of many things."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
+    """Where LR of a scale lies: in X4, in *_X4, or, of one scale, in the folder itself."""
+    inside = sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and child.name.upper().endswith(f"X{scale}")
+    )
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise UserError(
+            f"{folder} holds more than one folder of scale {scale}: "
+            f"{named([child.name for child in inside])}; name one of them with --lr"
+        )
+    if not alone:
+        raise UserError(
+            f"{folder} holds no folder X{scale}: LR of several scales is looked for in X2, X3 "
+            "and X4"
+        )
+    return folder
+
+
+def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
+    """Find HR pictures and, where LR is given, the LR pictures that belong to them.
+
+    LR has HR's name or that and the scale, as in ``0001x4.png``, in the same sub-folders.
+
+    Args:
+        hr: A folder of pictures.
+        lr: A folder of LR pictures, for several scales with folders ``X2``, ``X3``, ``X4``.
+        scales: HR side over LR side.
+
+    Raises:
+        UserError: A folder is missing or empty, or pictures have no partner.
+    """
+    found = find_pictures(hr)
+    if lr is None:
+        return [Source(file.key, file.path) for file in found]
+    if not lr.is_dir():
+        raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR pictures")
+    partners: dict[str, dict[int, Path]] = defaultdict(dict)
+    for scale in scales:
+        folder = _lr_folder(lr, scale, alone=len(scales) == 1)
+        by_key = {file.key: file.path for file in find_pictures(folder)}
+        lonely = []
+        for file in found:
+            names = (file.key, f"{file.key}x{scale}", f"{file.key}X{scale}")
+            match = next((name for name in names if name in by_key), None)
+            if match is None:
+                lonely.append(str(file.path.relative_to(hr)))
+            else:
+                partners[file.key][scale] = by_key.pop(match)
+        if lonely or by_key:
+            without = [str(path.relative_to(folder)) for path in by_key.values()]
+            said = [
+                f"{len(names)} in {where} have none: {named(names)}"
+                for names, where in ((lonely, hr), (without, folder))
+                if names
+            ]
+            raise UserError(
+                f"HR and LR pictures of scale {scale} do not pair by name (a and a or "
+                f"ax{scale}): {'; '.join(said)}"
+            )
+    return [Source(file.key, file.path, partners[file.key]) for file in found]
+
+
+def _file_hash(path: Path) -> str:
+    digest = sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError:
+        return "cannot be read"  # the scan says why
+    return digest.hexdigest()
+
+
+def _hashes(source: Source) -> dict[int, str]:
+    """SHA-256 of the files that decide about a picture's sub-images, by scale."""
+    hr = f"{source.key} {_file_hash(source.hr)}"
+    given = {scale: f"{hr} {_file_hash(path)}" for scale, path in source.lr.items()}
+    return {scale: given.get(scale, hr) for scale in (1, *SCALES)}
+
+
+def _fits(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> bool:
+    """Whether LR covers HR cut to `HR_MULTIPLE`, and no more than HR rounded up."""
+    return all(
+        large // HR_MULTIPLE * HR_MULTIPLE <= small * scale < large + scale
+        for large, small in zip(hr, lr, strict=True)
+    )
+
+
+def _scan(source: Source, least: int) -> Scanned:
+    faults, notices, sizes = [], [], {}
+    for scale, path in ((1, source.hr), *source.lr.items()):
+        try:
+            # 1 for LR: its size is held against HR's
+            picture = read_8_bits(path, least=least if scale == 1 else 1)
+        except PictureError as error:
+            faults.append(str(error))
+            continue
+        sizes[scale] = picture.pixels.shape[:2]
+        notices += [(notice, str(path)) for notice in picture.notices]
+    for scale, size in sizes.items():
+        if 1 in sizes and scale > 1 and not _fits(sizes[1], size, scale):
+            height, width = sizes[1]
+            faults.append(
+                f"{source.lr[scale]} has {size[0]} x {size[1]} pixels, and {source.hr} has "
+                f"{height} x {width}: at scale {scale} LR must have {height // scale} x "
+                f"{width // scale}"
+            )
+    return Scanned(source, tuple(faults), tuple(notices))
+
+
+def sub_image_key(source: Source, index: int) -> str:
+    """The key of a picture's sub-image, counted from 1 as BasicSR's script counts."""
+    return f"{source.key}_s{index:03d}"
+
+
+def _lr_of(source: Source, hr: Picture, scale: int) -> Picture:
+    if scale not in source.lr:
+        return bicubic(hr, 1 / scale)
+    height, width = (side // scale for side in hr.shape[:2])
+    return read_8_bits(source.lr[scale]).pixels[:height, :width]
+
+
+def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Cut:
+    hr = crop_to_multiple(read_8_bits(source.hr).pixels, HR_MULTIPLE)
+    entries, seconds = {}, 0.0
+    for scale in scales:
+        start = time.perf_counter()
+        picture = hr if scale == 1 else _lr_of(source, hr, scale)
+        if scale > 1 and scale not in source.lr:
+            seconds += time.perf_counter() - start
+        parts = sub_images(picture, cutting.crop, cutting.step, scale)
+        entries[scale] = [
+            (sub_image_key(source, index), encode_png(part)) for index, part in enumerate(parts, 1)
+        ]
+    return Cut(entries, seconds)
+
+
+def _over(
+    function: Callable[[Source], Result], sources: Sequence[Source], workers: int, what: str
+) -> Iterator[tuple[Source, Result]]:
+    """Apply a function to pictures in worker processes, with a progress bar."""
+    # Few pictures are done before processes have started.
+    results = ordered(function, sources, min(workers, len(sources) // 4))
+    with progress_bar(what, len(sources), "pictures") as bar, closing(results):
+        for source, result in zip(sources, results, strict=True):
+            yield source, result
+            bar.update()
+
+
+def _scanned(
+    sources: Sequence[Source], least: int, workers: int, skip_bad: bool, summary: Summary
+) -> list[Source]:
+    """Open every picture; the good ones are returned, what was found goes into the summary.
+
+    Raises:
+        UserError: Pictures cannot be used and are not to be skipped, or none is left.
+    """
+    good = []
+    for source, scan in _over(partial(_scan, least=least), sources, workers, "opening"):
+        summary.skipped += scan.faults
+        for notice, name in scan.notices:
+            summary.notices.setdefault(notice, []).append(name)
+        if not scan.faults:
+            good.append(source)
+    if summary.skipped and not (skip_bad and good):
+        count = len(sources) - len(good)
+        how = "nothing is left to train on" if skip_bad else "--skip-bad leaves them out"
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"{count} of {len(sources)} pictures cannot be used, nothing was written; "
+                    f"mend or remove them; {how}:",
+                    *summary.skipped,
+                ]
+            )
+        )
+    return good
+
+
+def _lacking_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
+    """Whether a finished database lacks other pictures than those left out now: keys would differ.
+
+    Raises:
+        UserError: It does, and is not to be overwritten.
+    """
+    before = read_json(path / RECIPE)["skipped"]
+    if before != left_out and not overwrite:
+        raise UserError(
+            f"{path} was made without {named(before) or 'leaving out any picture'}, and now "
+            f"{named(left_out) or 'none'} would be left out: keys would not match; make all "
+            "scales again with --overwrite"
+        )
+    return before != left_out
+
+
+def _write(
+    sources: Sequence[Source],
+    writers: Mapping[int, DatabaseWriter],
+    cutting: Cutting,
+    workers: int,
+    summary: Summary,
+) -> None:
+    """Cut the pictures that a run before has not cut, and write their sub-images."""
+
+    def written(source: Source) -> bool:
+        # a picture's sub-images come in one transaction: where the first is, all are
+        return all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
+
+    remaining = [source for source in sources if not written(source)]
+    cut = partial(_cut, scales=tuple(writers), cutting=cutting)
+    for source, result in _over(cut, remaining, workers, "cutting"):
+        for scale, entries in result.entries.items():
+            writers[scale].put(entries)
+        summary.cut += 1
+        summary.bicubic += result.seconds
+        summary.resized += len(result.entries.keys() - source.lr.keys() - {1})
+
+
+def build(
+    sources: Sequence[Source],
+    scales: Sequence[int],
+    out: Path,
+    *,
+    cutting: Cutting | None = None,
+    workers: int = 1,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Make the databases of a training set that are not there yet.
+
+    Args:
+        sources: The pictures, each key once.
+        scales: HR side over LR side, from `SCALES`.
+        out: The folder they go into.
+        cutting: How pictures are cut; `Cutting()` when None.
+        workers: Processes that read and cut.
+        skip_bad: Leave out pictures that cannot be used.
+        overwrite: Replace databases of other pictures or settings.
+
+    Raises:
+        UserError: Pictures cannot be used, a database is there that was made otherwise, another
+            run is at work on `out`, or the disk is full. What is written is kept, under another
+            name until it is complete.
+        ValueError: A scale is not one of `SCALES`, or two pictures have one key.
+    """
+    cutting = cutting or Cutting()
+    scales = sorted(set(scales))
+    if not set(scales) <= set(SCALES) or not scales:
+        raise ValueError(f"scales must be from {SCALES}, got {scales=}")
+    if len({source.key for source in sources}) < len(sources):
+        raise ValueError("pictures to train on share a key")
+    cutting.check(scales)
+    summary = Summary()
+    hashes = [value for _, value in _over(_hashes, sources, 1, "looking for changes")]
+    recipes = {
+        scale: {
+            "version": RECIPE_VERSION,
+            "scale": scale,
+            "crop": cutting.crop,
+            "step": cutting.step,
+            "pictures": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
+        }
+        for scale in (1, *scales)
+    }
+    paths = {scale: out / database_name(scale) for scale in recipes}
+    with one_writer(out), disk_faults_named(out):
+        missing = [
+            scale
+            for scale, recipe in recipes.items()
+            if not is_finished(paths[scale], recipe, overwrite=overwrite)
+        ]
+        if missing:
+            good = _scanned(sources, PATCH * max(scales), workers, skip_bad, summary)
+            left_out = sorted({source.key for source in sources} - {source.key for source in good})
+            missing = [
+                scale
+                for scale in recipes
+                if scale in missing or _lacking_others(paths[scale], left_out, overwrite)
+            ]
+            with ExitStack() as stack:
+                writers = {
+                    scale: stack.enter_context(
+                        DatabaseWriter(paths[scale], {**recipes[scale], "skipped": left_out})
+                    )
+                    for scale in missing
+                }
+                _write(good, writers, cutting, workers, summary)
+                for writer in writers.values():
+                    writer.finish(sources=len(good))
+        stored = {path: read_json(path / RECIPE) for path in paths.values()}
+    summary.databases = {path: recipe["entries"] for path, recipe in stored.items()}
+    summary.pictures = stored[paths[1]]["sources"]
+    summary.skipped = summary.skipped or stored[paths[1]]["skipped"]
+    return summary
+
+
+def report(summary: Summary) -> str:
+    """What was made, for the terminal: databases, times, what was changed or left out."""
+    lines = [f"{count:>7} sub-images  {path}" for path, count in summary.databases.items()]
+    made = f"{summary.pictures} pictures"
+    if summary.cut < summary.pictures:
+        made += f", {summary.pictures - summary.cut} of them cut already by a run before"
+    lines.append(made)
+    if summary.resized:
+        lines.append(
+            f"bicubic: {1000 * summary.bicubic / summary.resized:.0f} ms a picture and scale"
+        )
+    lines += [
+        f"{len(files)} x {notice}: {named(files)}" for notice, files in summary.notices.items()
+    ]
+    if summary.skipped:
+        lines += [f"left out, {len(summary.skipped)} faults:", *summary.skipped]
+    return "\n".join(lines)

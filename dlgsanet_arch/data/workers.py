@@ -1,0 +1,86 @@
+"""One function over many items in several processes, results in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from dlgsanet_arch.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Results wait for their turn in memory: no more than this many a worker.
+AHEAD = 2
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _begin_worker() -> None:
+    """Set up a worker process: one thread, deaf to Ctrl-C, gone when its parent is."""
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    # The parent hears of the interrupt too, and ends the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # After kill -9 of the parent a worker would wait for its next task forever.
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def ordered(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Apply a function to items in worker processes, and yield the results in the items' order.
+
+    At most ``AHEAD * workers`` items are in flight, so memory does not grow with their number.
+    With one worker or less nothing is started and the function runs in this process. Processes
+    are spawned, not forked: PyTorch's threads do not survive a fork.
+
+    Args:
+        function: Importable by name, or a `functools.partial` of such a function; what it raises
+            is raised here, at its item's turn.
+        items: Anything that can be pickled, as can the results.
+        workers: Number of processes.
+
+    Raises:
+        UserError: A worker died, for example because memory ran out.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    remaining = iter(items)
+    pending: deque[Future[Result]] = deque()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker)
+    try:
+        pending.extend(pool.submit(function, item) for item in islice(remaining, AHEAD * workers))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+            yield result
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, most likely because memory ran out: "
+            f"run again with fewer than --workers {workers}; finished work is kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

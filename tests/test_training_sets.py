@@ -1,0 +1,480 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+import torch
+import yaml
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.utils.lmdb_util import LmdbMaker
+from basicsr.utils.matlab_functions import imresize
+
+from dlgsanet_arch.cli import cmd_data
+from dlgsanet_arch.data import databases, files
+
+HR, X2, X3, X4 = (
+    f"train_{part}_sub.lmdb" for part in ("HR", *(f"LR_bicubic_X{s}" for s in (2, 3, 4)))
+)
+# The smallest pictures that scale 4 takes are 192 x 192.
+CROP, STEP = 96, 60
+
+
+def picture(name: str, height: int = 205, width: int = 250) -> np.ndarray:
+    """Smooth colours and some noise, other ones for every name."""
+    rng = np.random.default_rng(list(name.encode()))
+    coarse = rng.uniform(0, 255, (7, 9, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return (smooth + rng.normal(0, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels)
+
+
+@pytest.fixture
+def hr(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    for name in ("b", "a", "night 1"):
+        save(folder / f"{name}.png", picture(name))
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "datasets" / "mine"
+
+
+def train(hr: Path, out: Path, *more: object) -> int:
+    cutting = ("--crop", CROP, "--step", STEP, "--workers", 1)
+    arguments = ("train", "--hr", hr, "--out", out, *cutting, *more)
+    return cmd_data.main([str(argument) for argument in arguments])
+
+
+def entries(path: Path) -> dict[str, np.ndarray]:
+    with (
+        lmdb.open(str(path), readonly=True, lock=False) as environment,
+        environment.begin() as read,
+    ):
+        return {
+            key.decode(): cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            for key, data in read.cursor()
+        }
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def lr_by_basicsr(pixels: np.ndarray, scale: int) -> np.ndarray:
+    small = imresize(pixels.astype(np.float32) / 255, 1 / scale)
+    return (small * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def corners_by_basicsrs_rule(length: int) -> list[int]:
+    regular = list(np.arange(0, length - CROP + 1, STEP))
+    return regular + ([length - CROP] if length - (regular[-1] + CROP) > 0 else [])
+
+
+def expected_entries(name: str, key: str, scale: int) -> dict[str, np.ndarray]:
+    whole = picture(name)[:204, :240]
+    part = whole if scale == 1 else lr_by_basicsr(whole, scale)
+    places = [
+        (top // scale, left // scale)
+        for top in corners_by_basicsrs_rule(204)
+        for left in corners_by_basicsrs_rule(240)
+    ]
+    side = CROP // scale
+    return {
+        f"{key}_s{number:03d}": part[top : top + side, left : left + side]
+        for number, (top, left) in enumerate(places, 1)
+    }
+
+
+def test_every_sub_image_is_the_one_that_basicsr_would_make(hr, out, capsys):
+    assert train(hr, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == [HR, X2, X3, X4]
+    for scale, name in ((1, HR), (2, X2), (3, X3), (4, X4)):
+        expected = {}
+        for stem, key in (("a", "a"), ("b", "b"), ("night 1", "night%201")):
+            expected |= expected_entries(stem, key, scale)
+        found = entries(out / name)
+        assert found.keys() == expected.keys()
+        assert len(found) == 3 * 3 * 4
+        for key, part in found.items():
+            assert np.array_equal(part, expected[key]), (name, key)
+    said = capsys.readouterr().out
+    assert "36 sub-images" in said
+    assert "3 pictures" in said
+    assert "ms a picture and scale" in said
+
+
+def test_meta_info_is_what_basicsrs_writer_writes(hr, out, tmp_path):
+    assert train(hr, out, "--scale", 3) == 0
+    for name in (HR, X3):
+        maker = LmdbMaker(str(tmp_path / name), map_size=2**24, compress_level=1)
+        for key, part in sorted(entries(out / name).items()):
+            maker.put(b"", key, part.shape)
+        maker.close()
+        theirs = (tmp_path / name / "meta_info.txt").read_bytes()
+        assert (out / name / "meta_info.txt").read_bytes() == theirs
+
+
+def test_basicsr_reads_the_pairs(hr, out):
+    assert train(hr, out, "--scale", 4) == 0
+    data_set = PairedImageDataset(
+        {
+            "dataroot_gt": str(out / HR),
+            "dataroot_lq": str(out / X4),
+            "io_backend": {"type": "lmdb"},
+            "phase": "train",
+            "scale": 4,
+            "gt_size": 64,
+            "use_hflip": False,
+            "use_rot": False,
+        }
+    )
+    assert len(data_set) == 36
+    for index in (0, 35):
+        item = data_set[index]
+        assert item["gt"].shape == (3, 64, 64)
+        # what bicubic makes of the patch alone differs at its border, not inside
+        again = imresize(item["gt"], 1 / 4)
+        assert torch.allclose(item["lq"][:, 4:-4, 4:-4], again[:, 4:-4, 4:-4], atol=1 / 255)
+
+
+def test_shipped_option_files_find_the_tree(repository, hr, tmp_path):
+    assert train(hr, tmp_path / "datasets" / "DIV2K") == 0
+    for path in sorted((repository / "options" / "train").glob("tiny_x?.yml")):
+        options = yaml.safe_load(path.read_text())["datasets"]["train"]
+        for root in (options["dataroot_gt"], options["dataroot_lq"]):
+            assert (tmp_path / root / "data.mdb").is_file(), root
+
+
+def test_hr_is_shared_by_scales_made_one_after_the_other(hr, out, capsys):
+    assert train(hr, out, "--scale", 2) == 0
+    before = (out / HR / "data.mdb").stat()
+    assert train(hr, out, "--scale", 4) == 0
+    after = (out / HR / "data.mdb").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert entries(out / HR).keys() == entries(out / X4).keys()
+
+
+def test_a_second_run_makes_nothing(hr, out, capsys):
+    assert train(hr, out, "--scale", 2) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert train(hr, out, "--scale", 2) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "3 of them cut already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", [0, 1, 3])
+def test_after_a_fault_the_next_run_goes_on(hr, out, monkeypatch, failing, capsys):
+    """The fault comes with the failing-th transaction of four: two pictures, HR and LR."""
+    whole = out.with_name("whole")
+    assert train(hr, whole, "--scale", 2) == 0
+    put, calls = databases.DatabaseWriter.put, []
+
+    def broken(self, entries):
+        calls.append(entries)
+        if len(calls) > failing:
+            raise OSError(28, "No space left on device")
+        put(self, entries)
+
+    monkeypatch.setattr(databases.DatabaseWriter, "put", broken)
+    assert train(hr, out, "--scale", 2) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert not (out / HR).exists()
+    assert not (out / X2).exists()
+    monkeypatch.setattr(databases.DatabaseWriter, "put", put)
+    assert train(hr, out, "--scale", 2) == 0
+    done = failing // 2
+    if done:
+        assert f"3 pictures, {done} of them cut already" in capsys.readouterr().out
+    for name in (HR, X2):
+        ours, theirs = entries(out / name), entries(whole / name)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+        assert (out / name / "meta_info.txt").read_bytes() == (
+            whole / name / "meta_info.txt"
+        ).read_bytes()
+    assert not list(out.rglob("*.unfinished"))
+
+
+def command(hr: Path, out: Path, repository: Path) -> list[str]:
+    prepare = repository / "datasets" / "prepare.py"
+    cutting = ["--crop", str(CROP), "--step", "12", "--workers", "1", "--scale", "2"]
+    return [sys.executable, str(prepare), "train", "--hr", str(hr), "--out", str(out), *cutting]
+
+
+def test_after_kill_9_the_next_run_goes_on(hr, out, repository):
+    for number in range(16):
+        save(hr / f"more{number:02d}.png", picture(f"more{number}"))
+    arguments = command(hr, out, repository)
+    growing = out / f"{HR}.unfinished" / "data.mdb"
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not (growing.is_file() and growing.stat().st_size > 5_000_000):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert files_below(out) != []
+    assert not (out / HR).exists()
+    assert not (out / X2).exists()
+    again = subprocess.run(arguments, capture_output=True, text=True, timeout=100, check=True)
+    assert "of them cut already by a run before" in again.stdout
+    whole, small = entries(out / HR), entries(out / X2)
+    assert len(whole) == 19 * 10 * 13
+    assert whole.keys() == small.keys()
+    key = "more15_s130"
+    assert np.array_equal(whole[key], picture("more15")[204 - CROP : 204, 240 - CROP : 240])
+
+
+def test_a_full_disk_is_named_and_loses_nothing(hr, out, repository):
+    arguments = command(hr, out, repository)
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    first = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=small_files,
+        env=environment,
+    )
+    assert first.returncode == 1
+    assert str(out) in first.stderr
+    assert "cannot be written: mdb_" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert not (out / HR).exists()
+    assert train(hr, out, "--scale", 2, "--step", 12) == 0
+    assert len(entries(out / HR)) == 3 * 10 * 13
+
+
+def test_the_map_grows_as_needed(hr, out, monkeypatch):
+    monkeypatch.setattr(databases, "FIRST_MAP_SIZE", 2**16)
+    assert train(hr, out, "--scale", 2) == 0
+    assert (out / HR / "data.mdb").stat().st_size > 2**18
+    assert len(entries(out / HR)) == 36
+
+
+def test_worker_processes_make_the_same(shared_data, tmp_path):
+    photographs = sorted((shared_data / "data" / "BSDS400").glob("*.jpg"))[:8]
+    if not photographs:
+        pytest.skip(f"no pictures at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in photographs:
+        os.link(path, pictures / path.name) if os.stat(path).st_dev == os.stat(
+            pictures
+        ).st_dev else (pictures / path.name).write_bytes(path.read_bytes())
+    for workers in (1, 2):
+        assert train(pictures, tmp_path / str(workers), "--workers", workers) == 0
+    for name in (HR, X2, X3, X4):
+        one, two = (tmp_path / workers / name / "data.mdb" for workers in ("1", "2"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def broken(kind: str, path: Path) -> str:
+    """Write a picture with a fault; what the message has to say of it."""
+    whole = path.with_name("whole.png")
+    save(whole, picture("whole"))
+    data = whole.read_bytes()
+    whole.unlink()
+    if kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+        return "cut short"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "zero bytes"
+    if kind == "text":
+        path.write_text("not a picture\n")
+        return "is not a picture"
+    if kind == "1x1":
+        save(path, picture("dot", 1, 1))
+        return "1 x 1"
+    assert kind == "small"
+    save(path, picture("small", 250, 95))
+    return "95 x 250 pixels, both sides must be 96"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "1x1", "small"])
+def test_a_bad_picture_is_named_before_anything_is_written(hr, out, capsys, kind):
+    reason = broken(kind, hr / "bad.png")
+    assert train(hr, out, "--scale", 2) == 1
+    said = capsys.readouterr().err
+    assert str(hr / "bad.png") in said
+    assert reason in said
+    assert "1 of 4 pictures" in said
+    assert "--skip-bad" in said
+    assert not out.exists()
+    assert train(hr, out, "--scale", 2, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "3 pictures" in said
+    assert str(hr / "bad.png") in said
+    assert {key.split("_s")[0] for key in entries(out / HR)} == {"a", "b", "night%201"}
+
+
+def test_all_bad_pictures_are_named_at_once_and_none_left_is_an_error(tmp_path, out, capsys):
+    (tmp_path / "pictures").mkdir()
+    for kind in ("empty", "text"):
+        broken(kind, tmp_path / "pictures" / f"{kind}.png")
+    for more in ([], ["--skip-bad"]):
+        assert train(tmp_path / "pictures", out, *more) == 1
+        said = capsys.readouterr().err
+        assert "empty.png" in said
+        assert "text.png" in said
+        assert not out.exists()
+    assert "nothing is left" in said
+
+
+def test_scales_cannot_differ_in_what_was_left_out(hr, out, capsys):
+    save(hr / "small.png", picture("small", 120, 130))
+    assert train(hr, out, "--scale", 2) == 0
+    assert train(hr, out, "--scale", 4, "--skip-bad") == 1
+    assert "keys would not match" in capsys.readouterr().err
+    assert train(hr, out, "--scale", 2, 4, "--skip-bad", "--overwrite") == 0
+    assert entries(out / HR).keys() == entries(out / X2).keys() == entries(out / X4).keys()
+    assert len(entries(out / HR)) == 36
+
+
+def test_what_is_changed_on_reading_is_said(hr, out, capsys):
+    deep = picture("deep").astype(np.uint16) * 257
+    save(hr / "deep.png", deep)
+    clear = np.dstack([picture("clear"), np.full((205, 250), 100, np.uint8)])
+    save(hr / "clear.png", clear)
+    save(hr / "gray.png", picture("gray")[..., 0])
+    assert train(hr, out, "--scale", 2) == 0
+    said = capsys.readouterr().out
+    assert "1 x holds 16 bits a sample; they were rounded to 8" in said
+    assert "1 x has transparent parts; it was composited on white" in said
+    found = entries(out / HR)
+    assert np.array_equal(found["deep_s001"], picture("deep")[:CROP, :CROP])
+    gray = picture("gray")[:CROP, :CROP, :1]
+    assert np.array_equal(found["gray_s001"], np.repeat(gray, 3, axis=2))
+
+
+def given_lr(hr: Path, folder: Path, scale: int, template: str) -> dict[str, np.ndarray]:
+    made = {}
+    for path in hr.glob("*.png"):
+        pixels = picture(path.stem)[: 205 // scale * scale, : 250 // scale * scale]
+        made[path.stem] = 255 - pixels[::scale, ::scale]  # nothing that bicubic would make
+        save(folder / template.format(path.stem), made[path.stem])
+    return made
+
+
+@pytest.mark.parametrize("template", ["{}x2.png", "{}.png"])
+def test_given_lr_is_taken(hr, out, tmp_path, template):
+    made = given_lr(hr, tmp_path / "lr", 2, template)
+    assert train(hr, out, "--scale", 2, "--lr", tmp_path / "lr") == 0
+    found = entries(out / X2)
+    assert np.array_equal(found["a_s001"], made["a"][: CROP // 2, : CROP // 2])
+    last = made["night 1"][:102, :120][-CROP // 2 :, -CROP // 2 :]
+    assert np.array_equal(found["night%201_s012"], last)
+
+
+def test_given_lr_of_several_scales_lies_in_folders(hr, out, tmp_path, capsys):
+    lr = tmp_path / "LR_bicubic"
+    for scale in (2, 3, 4):
+        given_lr(hr, lr / f"X{scale}", scale, f"{{}}x{scale}.png")
+    assert train(hr, out, "--lr", lr) == 0
+    assert {part.shape for part in entries(out / X4).values()} == {(24, 24, 3)}
+    assert train(hr, out.with_name("flat"), "--lr", lr / "X2", "--scale", 2, 3) == 1
+    assert "holds no folder X2" in capsys.readouterr().err
+
+
+def test_lr_that_does_not_belong_is_named(hr, out, tmp_path, capsys):
+    lr = tmp_path / "lr"
+    given_lr(hr, lr, 2, "{}x2.png")
+    (lr / "ax2.png").rename(lr / "cx2.png")
+    assert train(hr, out, "--scale", 2, "--lr", lr) == 1
+    said = capsys.readouterr().err
+    assert f"1 in {hr} have none: a.png" in said
+    assert f"1 in {lr} have none: cx2.png" in said
+    (lr / "cx2.png").unlink()
+    save(lr / "ax2.png", picture("a", 101, 125))
+    assert train(hr, out, "--scale", 2, "--lr", lr) == 1
+    said = capsys.readouterr().err
+    assert "ax2.png has 101 x 125 pixels" in said
+    assert "LR must have 102 x 125" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "scales", "said"),
+    [
+        ("--crop", 100, [3], "--crop 100 is not a multiple of scale 3"),
+        ("--crop", 100, [3], "take 99"),
+        ("--step", 50, [2, 4], "--step 50 is not a multiple of scale 4"),
+        ("--step", 1, [2, 3], "take 6"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(hr, out, option, value, scales, said, capsys):
+    assert train(hr, out, "--scale", *scales, option, value) == 1
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_set_of_other_pictures_or_settings_is_not_replaced_unasked(hr, out, capsys):
+    assert train(hr, out, "--scale", 2) == 0
+    before = entries(out / HR)
+    assert train(hr, out, "--scale", 2, "--step", 48) == 1
+    assert "step 60, not 48" in capsys.readouterr().err
+    save(hr / "c.png", picture("c"))
+    assert train(hr, out, "--scale", 2) == 1
+    said = capsys.readouterr().err
+    assert "of other pictures" in said
+    assert "--overwrite" in said
+    assert entries(out / HR).keys() == before.keys()
+    assert train(hr, out, "--scale", 2, "--overwrite") == 0
+    assert len(entries(out / HR)) == 48
+    assert sorted(path.name for path in out.iterdir()) == [HR, X2]
+
+
+def test_a_folder_of_somebody_else_is_not_touched(hr, out, capsys):
+    (out / HR).mkdir(parents=True)
+    (out / HR / "precious.txt").write_text("mine")
+    assert train(hr, out, "--scale", 2) == 1
+    assert "was not made by this command" in capsys.readouterr().err
+    assert files_below(out) == [HR, f"{HR}/precious.txt"]
+
+
+def test_a_finished_set_that_lost_entries_is_refused(hr, out, capsys):
+    assert train(hr, out, "--scale", 2) == 0
+    with (
+        lmdb.open(str(out / HR), map_size=2**26) as environment,
+        environment.begin(write=True) as w,
+    ):
+        w.delete(b"a_s001")
+    assert train(hr, out, "--scale", 2) == 1
+    assert "was changed after it was made: 35 entries" in capsys.readouterr().err
+    assert train(hr, out, "--scale", 2, "--overwrite") == 0
+    assert len(entries(out / HR)) == 36
+
+
+def test_two_runs_on_one_folder_do_not_mix(hr, out, capsys):
+    with files.one_writer(out):
+        assert train(hr, out) == 1
+    assert "another process is at work" in capsys.readouterr().err
+
+
+def test_pictures_in_folders_keep_their_keys_apart(tmp_path, out):
+    for folder in ("x", "y"):
+        save(tmp_path / "in" / folder / "a.png", picture(folder))
+    assert train(tmp_path / "in", out, "--scale", 2) == 0
+    found = entries(out / HR)
+    for folder in ("x", "y"):
+        assert np.array_equal(found[f"{folder}+a_s001"], picture(folder)[:CROP, :CROP])
