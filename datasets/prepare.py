@@ -1,4 +1,4 @@
-"""Build data sets: ``python datasets/prepare.py demo``."""
+"""Prepare and verify data sets: ``python datasets/prepare.py --help``."""
 
 import sys
 from pathlib import Path

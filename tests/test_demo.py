@@ -1,6 +1,5 @@
 import functools
 import importlib.util
-import json
 import signal
 import sys
 from pathlib import Path
@@ -9,10 +8,15 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from basicsr.utils.matlab_functions import imresize
 
 from dlgsanet_arch import cli, data, options
 from dlgsanet_arch.data import comparison, demo
+from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison
+from dlgsanet_arch.data.training_sets import Summary
 from dlgsanet_arch.errors import UserError
 
 TRAIN = ("left.png", "wide.png")
@@ -38,7 +42,7 @@ def source(tmp_path) -> Path:
     return folder
 
 
-def prepare(folder: Path, source: Path, **changes) -> bool:
+def prepare(folder: Path, source: Path, **changes) -> Summary:
     arguments = {"source": source, "train": TRAIN, "validation": VALIDATION, **changes}
     return demo.prepare(folder, **arguments)
 
@@ -52,8 +56,6 @@ def read_lmdb(path: Path) -> dict[str, np.ndarray]:
 
 
 def matlab_lr(hr: np.ndarray, scale: int) -> np.ndarray:
-    from basicsr.utils.matlab_functions import imresize
-
     lr = imresize(hr.astype(np.float32) / 255, 1 / scale) * 255
     return np.clip(np.round(lr), 0, 255).astype(np.uint8)
 
@@ -61,7 +63,7 @@ def matlab_lr(hr: np.ndarray, scale: int) -> np.ndarray:
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_lr_is_matlabs_bicubic_of_hr_at_the_same_place(tmp_path, source, scale):
     folder = tmp_path / "demo"
-    assert prepare(folder, source, scale=scale)
+    prepare(folder, source, scale=scale)
     hr = read_lmdb(folder / "train_HR_sub.lmdb")
     lr = read_lmdb(folder / f"train_LR_bicubic_X{scale}_sub.lmdb")
     assert hr.keys() == lr.keys()
@@ -91,8 +93,6 @@ def test_lr_is_matlabs_bicubic_of_hr_at_the_same_place(tmp_path, source, scale):
 
 
 def test_basicsr_reads_the_pairs(tmp_path, source, repository):
-    from basicsr.data.paired_image_dataset import PairedImageDataset
-
     folder = tmp_path / "demo"
     prepare(folder, source)
     training = options.load(repository / "options" / "train" / "demo.yml")["datasets"]
@@ -122,42 +122,58 @@ def test_a_photograph_on_both_sides_is_refused(tmp_path, source):
         prepare(tmp_path / "demo", source, validation=("left.png",))
 
 
-def test_a_complete_preparation_is_reused_and_another_recipe_is_not(tmp_path, source):
+def test_a_complete_preparation_is_reused_and_what_is_missing_is_made(tmp_path, source):
     folder = tmp_path / "demo"
-    assert prepare(folder, source)
-    assert not prepare(folder, source)
-    assert prepare(folder, source, scale=4)
-    assert not (folder / "val" / "X2").exists()
-    (folder / "val" / "X4" / "LR" / "face.png").unlink()
-    assert prepare(folder, source, scale=4)
+    assert prepare(folder, source).cut == 2
+    assert prepare(folder, source).cut == 0
+    lr = folder / "val" / "X2" / "LR" / "face.png"
+    whole = lr.read_bytes()
+    lr.unlink()
+    assert prepare(folder, source).cut == 0
+    assert lr.read_bytes() == whole
+    assert prepare(folder, source, scale=4).databases.keys() == {
+        folder / "train_HR_sub.lmdb",
+        folder / "train_LR_bicubic_X4_sub.lmdb",
+    }
 
 
-@pytest.mark.parametrize("step", ["_write_training", "_write_validation", "_write_lmdb"])
-def test_an_interrupted_preparation_is_done_again(tmp_path, source, monkeypatch, step):
+def test_other_photographs_replace_what_was_made_from_the_first(tmp_path, source):
     folder = tmp_path / "demo"
-    whole = getattr(demo, step)
+    prepare(folder, source)
+    assert cv2.imwrite(str(source / "left.png"), picture(145, 200, 7))
+    assert prepare(folder, source).cut == 2
+    first = read_lmdb(folder / "train_HR_sub.lmdb")["left_s001"]
+    assert np.array_equal(first, picture(145, 200, 7)[:120, :120])
+
+
+def test_an_interrupted_preparation_is_completed(tmp_path, source, monkeypatch):
+    folder = tmp_path / "demo"
 
     def interrupted(*arguments):
-        whole(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(demo, step, interrupted)
+        patched.setattr(demo, "_write_validation", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(folder, source)
-    assert not folder.exists()
-    assert prepare(folder, source)
-    assert not prepare(folder, source)
-    assert [path.name for path in tmp_path.iterdir() if "demo" in path.name] == ["demo"]
+    assert prepare(folder, source).cut == 0
+    assert (folder / "val" / "X2" / "HR" / "face.png").is_file()
+    assert not list(folder.rglob("*.unfinished"))
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, source):
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("mine")
+    database = tmp_path / "demo" / "train_HR_sub.lmdb"
+    database.mkdir(parents=True)
+    (database / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="move it away"):
-        prepare(folder, source)
-    assert (folder / "thesis.txt").read_text() == "mine"
+        prepare(tmp_path / "demo", source)
+    assert (database / "thesis.txt").read_text() == "mine"
+
+
+def test_a_missing_photograph_is_named(tmp_path, source):
+    (source / "face.png").unlink()
+    with pytest.raises(UserError, match=r"face\.png cannot be opened.*scikit-image"):
+        prepare(tmp_path / "demo", source)
 
 
 def test_the_verb_prepares_below_its_root(tmp_path, source, monkeypatch):
@@ -166,12 +182,12 @@ def test_the_verb_prepares_below_its_root(tmp_path, source, monkeypatch):
     assert cli.main(["data", "--root", str(tmp_path), "demo"]) == 0
     assert cli.main(["data", "demo", "--root", str(tmp_path / "other")]) == 0
     for root in (tmp_path, tmp_path / "other"):
-        assert json.loads((root / "datasets/demo/recipe.json").read_text())["sub_images"] == 11
+        assert len(read_lmdb(root / "datasets" / "demo" / "train_HR_sub.lmdb")) == 11
 
 
 def test_the_verb_says_what_is_missing(monkeypatch, capsys):
-    monkeypatch.delattr(data, "demo")
-    monkeypatch.setitem(sys.modules, "dlgsanet_arch.data.demo", None)
+    monkeypatch.delattr(data, "training_sets")
+    monkeypatch.setitem(sys.modules, "dlgsanet_arch.data.training_sets", None)
     assert cli.main(["data", "demo"]) == 1
     assert "dlgsanet doctor" in capsys.readouterr().err
 
@@ -183,14 +199,12 @@ def compared() -> list[Comparison]:
     for seed, size in enumerate([(120, 140), (100, 196)]):
         hr = picture(*size, seed)
         lr = matlab_lr(hr, 2)
-        restored = (hr * 0.75 + demo.bicubic(lr, 2) * 0.25).round().astype(np.uint8)
+        restored = (hr * 0.75 + bicubic(lr, 2) * 0.25).round().astype(np.uint8)
         comparisons.append(Comparison.of(f"made{seed}", lr, restored, hr))
     return comparisons
 
 
 def test_the_table_holds_basicsrs_figures(compared):
-    from basicsr.metrics import calculate_psnr, calculate_ssim
-
     rows = [line.strip("|").split("|") for line in comparison.table(compared).splitlines()[2:]]
     measured = {"crop_border": 2, "test_y_channel": True}
     expected = []

@@ -1,4 +1,4 @@
-"""`dlgsanet data <what>`: also behind datasets/prepare.py."""
+"""`dlgsanet data <verb>`: also behind datasets/prepare.py."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,39 +7,209 @@ from pathlib import Path
 from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.errors import UserError
 
+SCALES = (2, 3, 4)
 
-def _demo(arguments: argparse.Namespace) -> None:
+
+def _check_imports() -> None:
+    """Raise a UserError where the data code cannot be imported; `--help` works without it."""
     try:
-        from dlgsanet_arch.data import demo
+        import dlgsanet_arch.data.training_sets  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"building data sets needs BasicSR's bicubic and LMDB writer, and their import fails "
+            "preparing data needs BasicSR, OpenCV, lmdb and Pillow, and an import fails "
             f"({error}); `dlgsanet doctor` says what to do"
         ) from error
-    folder = arguments.root / "datasets" / "demo"
-    built = demo.prepare(folder)
-    print(f"{folder}: {'built' if built else 'complete already, nothing to do'}")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data import demo
+    from dlgsanet_arch.data.training_sets import report
+
+    print(report(demo.prepare(arguments.root / "datasets" / "demo", workers=arguments.workers)))
+    return 0
+
+
+def _build_training(arguments: argparse.Namespace, sources: Sequence, out: Path) -> int:
+    from dlgsanet_arch.data import training_sets
+
+    summary = training_sets.build(
+        sources,
+        arguments.scale,
+        out,
+        cutting=training_sets.Cutting(arguments.crop, arguments.step, arguments.patch),
+        workers=arguments.workers,
+        skip_bad=arguments.skip_bad,
+        overwrite=arguments.overwrite,
+    )
+    print(training_sets.report(summary))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data.training_sets import find_sources
+
+    sources = find_sources(arguments.hr, arguments.lr, arguments.scale)
+    return _build_training(arguments, sources, arguments.out)
+
+
+def _official(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data import official
+
+    found = []
+    for each in [getattr(official, name) for name in arguments.sets]:
+        places = [arguments.root / "datasets" / each.name, arguments.root / "datasets"]
+        if arguments.archives:
+            places.insert(0, arguments.archives)
+        found += official.sources(each, arguments.scale, places, arguments.mirror)
+    out = arguments.out or arguments.root / "datasets" / arguments.target
+    return _build_training(arguments, found, out)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data import benchmark
+
+    name = benchmark.set_name(arguments.name)
+    source = arguments.hr or benchmark.find_source(name, arguments.root)
+    summary = benchmark.build(
+        name,
+        source,
+        arguments.root / "datasets" / "benchmark" / name,
+        arguments.scale,
+        workers=arguments.workers,
+        skip_bad=arguments.skip_bad,
+        overwrite=arguments.overwrite,
+    )
+    print(benchmark.report(summary))
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def _usable_cores() -> int:
+    from dlgsanet_arch.data.workers import usable_cores
+
+    return usable_cores()
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb: a sub-command for each data set it can build."""
-    parser = argparse.ArgumentParser(prog="dlgsanet data", description="Build data sets.")
+    parser = argparse.ArgumentParser(
+        prog="dlgsanet data",
+        description="Prepare and verify data sets.",
+        epilog="Interrupted or killed, a command goes on where it was when it is run again.",
+    )
     root = "the folder that holds datasets/ (default: the current folder)"
     parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help=root)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
     # A sub-command's default would replace the value given before it.
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    sets = parser.add_subparsers(required=True, metavar="WHAT")
-    demo = sets.add_parser(
+    common.add_argument(
+        "--workers",
+        type=_count,
+        default=_usable_cores(),
+        metavar="N",
+        help="processes (default: one a core, %(default)s here)",
+    )
+    making = argparse.ArgumentParser(add_help=False, parents=[common])
+    making.add_argument(
+        "--scale",
+        type=int,
+        nargs="+",
+        choices=SCALES,
+        default=list(SCALES),
+        help="HR side over LR side, one or more of 2, 3 and 4 (default: all)",
+    )
+    making.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out pictures that cannot be used, instead of writing nothing",
+    )
+    making.add_argument(
+        "--overwrite", action="store_true", help="replace what was made from other pictures"
+    )
+    cutting = argparse.ArgumentParser(add_help=False, parents=[making])
+    for name, default, what in (
+        ("--crop", 480, "side of a sub-image in HR pixels"),
+        ("--step", 240, "distance between two sub-images in HR pixels"),
+        (
+            "--patch",
+            48,
+            "side of the patches to be trained on in LR pixels, the least a picture has",
+        ),
+    ):
+        cutting.add_argument(
+            name, type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+
+    demo = verbs.add_parser(
         "demo", parents=[common], help="a small set from the photographs in scikit-image's wheel"
     )
-    demo.set_defaults(build=_demo)
+    demo.set_defaults(run=_demo)
+
+    train = verbs.add_parser(
+        "train", parents=[cutting], help="a training set from any folder of pictures"
+    )
+    train.add_argument(
+        "--hr", type=Path, required=True, metavar="FOLDER", help="HR pictures, sub-folders too"
+    )
+    train.add_argument(
+        "--lr",
+        type=Path,
+        metavar="FOLDER",
+        help="LR pictures of the same names, for several scales in X2, X3, X4 "
+        "(default: made by MATLAB's bicubic)",
+    )
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="such as datasets/NAME"
+    )
+    train.set_defaults(run=_train)
+
+    for verb, sets, target, what in (
+        ("div2k", ["DIV2K"], "DIV2K", "DIV2K's 800 training pictures with their official LR"),
+        ("df2k", ["DIV2K", "FLICKR2K"], "DF2K", "DIV2K and Flickr2K's 2650 pictures together"),
+    ):
+        official = verbs.add_parser(verb, parents=[cutting], help=what)
+        official.add_argument(
+            "--archives",
+            type=Path,
+            metavar="FOLDER",
+            help="where archives or their folders are, or are downloaded to "
+            "(default: datasets/<SET>, then datasets)",
+        )
+        official.add_argument(
+            "--mirror", metavar="URL", help="download from here, not the official server"
+        )
+        official.add_argument(
+            "--out", type=Path, metavar="FOLDER", help=f"default: datasets/{target}"
+        )
+        official.set_defaults(run=_official, sets=sets, target=target)
+
+    benchmark = verbs.add_parser(
+        "benchmark", parents=[making], help="a test set, with bicubic's figures beside known ones"
+    )
+    benchmark.add_argument(
+        "--name", required=True, help="Set5, Set14, B100, Urban100, Manga109, or your own"
+    )
+    benchmark.add_argument(
+        "--hr",
+        type=Path,
+        metavar="FOLDER",
+        help="the set as it was downloaded (default: looked for in datasets)",
+    )
+    benchmark.set_defaults(run=_benchmark)
     return parser
 
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build the data set that `argv` names."""
+    """Run the sub-command that `argv` names."""
     arguments = build_parser().parse_args(argv)
-    arguments.build(arguments)
-    return 0
+    _check_imports()
+    return arguments.run(arguments)

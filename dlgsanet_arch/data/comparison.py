@@ -10,7 +10,7 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 from numpy.typing import NDArray
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.demo import Picture
+from dlgsanet_arch.data.sub_images import Picture
 
 # Of the picture to look at, in pixels.
 CROP = 96

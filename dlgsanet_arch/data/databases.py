@@ -117,7 +117,7 @@ def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
     Args:
         path: The database's folder; need not exist.
         recipe: What it is to be made from, as `DatabaseWriter` takes it.
-        overwrite: What was made otherwise counts as absent, to be replaced.
+        overwrite: What was made otherwise, or changed since, counts as absent, to be replaced.
 
     Raises:
         UserError: Something else has that name.
@@ -125,24 +125,26 @@ def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
     if not path.exists():
         return False
     stored = read_json(path / RECIPE)
+    if stored is None:
+        raise UserError(
+            f"{path} exists and was not made by this command: it has no {RECIPE}; move it away, "
+            "then run the command again"
+        )
     if _fits(stored, recipe):
         with open_database(path) as environment:
             count = environment.stat()["entries"]
         lines = (path / META_INFO).read_text("ascii").count("\n")
         if count == lines == stored["entries"]:
             return True
-        if not overwrite:
-            raise UserError(
-                f"{path} was changed after it was made: {count} entries, {lines} lines in "
-                f"{META_INFO}, {stored['entries']} written; --overwrite makes it again"
-            )
+        how = (
+            f"was changed after it was made: {count} entries, {lines} lines in {META_INFO}, "
+            f"{stored['entries']} written"
+        )
+    else:
+        how = f"is another data set: {_differences(stored, recipe)}"
     if overwrite:
         return False
-    how = "was not made by this command" if stored is None else _differences(stored, recipe)
-    raise UserError(
-        f"{path} exists and is another data set: {how}; move it away, choose another --out, or "
-        "replace it with --overwrite"
-    )
+    raise UserError(f"{path} {how}; move it away, or make it again with --overwrite")
 
 
 @contextmanager

@@ -36,8 +36,6 @@ from dlgsanet_arch.errors import UserError
 Result = TypeVar("Result")
 
 SCALES = (2, 3, 4)
-# The side of a training patch in LR pixels: smaller pictures cannot be trained on.
-PATCH = 48
 # To be raised when the same pictures and settings give other databases than before.
 RECIPE_VERSION = 1
 
@@ -74,10 +72,12 @@ class Cutting:
     Args:
         crop: Side of a sub-image in HR pixels.
         step: Between two sub-images in HR pixels.
+        patch: Side of a training patch in LR pixels: smaller pictures cannot be trained on.
     """
 
     crop: int = 480
     step: int = 240
+    patch: int = 48
 
     def check(self, scales: Sequence[int]) -> None:
         """Raise a UserError where LR cannot be cut to match at one of the scales."""
@@ -425,7 +425,7 @@ def build(
             if not is_finished(paths[scale], recipe, overwrite=overwrite)
         ]
         if missing:
-            good = _scanned(sources, PATCH * max(scales), workers, skip_bad, summary)
+            good = _scanned(sources, cutting.patch * max(scales), workers, skip_bad, summary)
             left_out = sorted({source.key for source in sources} - {source.key for source in good})
             missing = [
                 scale
