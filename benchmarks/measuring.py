@@ -299,7 +299,7 @@ class Report:
 
     def __post_init__(self) -> None:
         self.name = f"{self.section.name}_{reporting.label(self.device)}"
-        self._environment = reporting.environment(self.device)
+        self._environment = reporting.environment(self.device, self.section.name)
         stored = reporting.read(self.results / f"{self.name}.json")
         known = stored.get("environment", {})
         same = all(known.get(word) == self._environment[word] for word in ("source", "device"))

@@ -32,21 +32,27 @@ SECTIONS = {
     "memory": ("benchmarks/network.py", "--memory"),
     "curve": ("benchmarks/network.py", "--curve"),
     "configurations": ("benchmarks/network.py", "--all"),
+    "data": ("benchmarks/data.py",),
     "limits": ("benchmarks/limits.py",),
 }
 TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
 LIMITS = "limits"  # measured within each of the others, too
+DATA = "data"  # has nothing to do on a GPU
 # Pipeline, data and command line take no part in a forward or a backward.
 SOURCES = ("dlgsanet_arch/*.py", "dlgsanet_arch/ops/*.py", "benchmarks/*.py")
-TEST_SOURCES = (*SOURCES, "tests/*.py")
+SOURCES_OF = {
+    TESTS: (*SOURCES, "tests/*.py"),
+    DATA: ("dlgsanet_arch/data/*.py", "benchmarks/data.py", "benchmarks/measuring.py"),
+}
 
 
-def fingerprint(patterns: Iterable[str] = SOURCES) -> str:
-    """Return a hash of the code that results depend on.
+def source(section: str) -> str:
+    """Return a hash of the code that a section's results depend on.
 
     A commit of results, of documentation or of tests leaves it as it is.
     """
     digest = hashlib.sha256()
+    patterns = SOURCES_OF.get(section, SOURCES)
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode())
         digest.update(path.read_bytes() + b"\0")
@@ -106,8 +112,8 @@ def label(device: str) -> str:
     return "_".join(word for word in words if word not in ("nvidia", "geforce"))
 
 
-def environment(device: str, sources: Iterable[str] = SOURCES) -> dict[str, Any]:
-    """Describe what is measured on: device, libraries, and the code."""
+def environment(device: str, section: str) -> dict[str, Any]:
+    """Describe what a section is measured on: device, libraries, and the code."""
     described = {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -115,7 +121,7 @@ def environment(device: str, sources: Iterable[str] = SOURCES) -> dict[str, Any]
     }
     if device == "cuda":
         described |= {"CUDA": torch.version.cuda, **_versions("triton", "cupy")}
-    return {**described, "commit": _commit(), "source": fingerprint(sources)}
+    return {**described, "commit": _commit(), "source": source(section)}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -136,8 +142,8 @@ def is_current(result: dict[str, Any], device: str) -> bool:
     if not result.get("complete"):
         return False
     known = result["environment"]
-    sources = TEST_SOURCES if result["section"] == TESTS else SOURCES
-    return known["source"] == fingerprint(sources) and known["device"] == device_name(device)
+    same = known["source"] == source(result["section"])
+    return same and known["device"] == device_name(device)
 
 
 def save(name: str, result: dict[str, Any], results: Path = RESULTS) -> Path:
@@ -211,7 +217,7 @@ def _unmeasured(shown: list[dict[str, Any]]) -> list[str]:
         for kind in ("cpu", "cuda")
         for section in SECTIONS
         if section != LIMITS
-        and (section, kind) != (TESTS, "cpu")
+        and (section, kind) not in ((TESTS, "cpu"), (DATA, "cuda"))
         and (section, kind) not in measured
     ]
     if not missing:

@@ -52,7 +52,8 @@ def path_of(section: str, results: Path) -> Path:
 
 def pieces() -> list[str]:
     """Return the sections, the most valuable first."""
-    return [section for section in reporting.SECTIONS if section != reporting.LIMITS]
+    apart = (reporting.LIMITS, reporting.DATA)
+    return [section for section in reporting.SECTIONS if section not in apart]
 
 
 def is_done(section: str, results: Path) -> bool:
@@ -124,7 +125,7 @@ def run_tests(arguments: Sequence[str], seconds: float, results: Path) -> Outcom
         "kind": DEVICE,
         "title": "Tests, GPU",
         "command": reporting.command(reporting.TESTS, DEVICE),
-        "environment": reporting.environment(DEVICE, reporting.TEST_SOURCES),
+        "environment": reporting.environment(DEVICE, reporting.TESTS),
         "complete": True,
         "notes": [f"Failed: {', '.join(f'`{name}`' for name in failed)}."] if failed else [],
         "columns": list(counts),

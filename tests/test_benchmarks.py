@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 contestants = importlib.import_module("contestants")
+data = importlib.import_module("data")
 dynamic_dwconv = importlib.import_module("dynamic_dwconv")
 limits = importlib.import_module("limits")
 measuring = importlib.import_module("measuring")
@@ -218,6 +219,7 @@ def test_operations_are_the_published_count():
         (network.main, ["--memory"], "memory", 1),
         (network.main, ["--profile"], "profile", network.PROFILED_OPERATORS),
         (network.main, ["--accuracy"], "accuracy", 2),
+        (data.main, [], "data", 16),
     ],
 )
 def test_scripts_measure_and_write_their_table(main, arguments, section, rows, results):
@@ -228,7 +230,7 @@ def test_scripts_measure_and_write_their_table(main, arguments, section, rows, r
     assert all(len(row) == len(result["columns"]) for row in result["rows"])
     assert not any("error" in record for record in result["raw"].values())
     assert "nan" not in json.dumps([result["rows"], result["notes"]])
-    assert result["environment"]["source"] == reporting.fingerprint()
+    assert result["environment"]["source"] == reporting.source(section)
     report = (results.parent / "RESULTS.md").read_text()
     assert f"`{reporting.command(section, 'cpu')}`" in report
     unmeasured = report.split("## Not measured yet")[1]
@@ -458,7 +460,7 @@ def store_tests(results, failed):
         "kind": "cuda",
         "title": "Tests, GPU",
         "command": reporting.command("tests", "cuda"),
-        "environment": reporting.environment("cuda", reporting.TEST_SOURCES),
+        "environment": reporting.environment("cuda", reporting.TESTS),
         "complete": True,
         "notes": [],
         "columns": ["passed"],
@@ -504,7 +506,7 @@ def test_make_gpu_does_what_is_left(made_gpu, results, monkeypatch, capsys, tmp_
 
     monkeypatch.setattr(gpu_script, "execute", execute)
     assert gpu_script.main(["--results", str(results)]) == 0
-    pieces = [name for name in reporting.SECTIONS if name not in ("tests", "limits")]
+    pieces = [name for name in reporting.SECTIONS if name not in ("tests", "limits", "data")]
     assert len(ran) == len(pieces)
     assert ran[0] == f"benchmarks/network.py --only-tiny --device cuda --results {results}"
     assert "left to do, by `make gpu` again: training_step" in capsys.readouterr().out

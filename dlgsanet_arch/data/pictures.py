@@ -227,12 +227,9 @@ def _read_bytes(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise _Refusal(f"is a file of {size:,} bytes; at most {MAX_BYTES:,} are read")
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise _Refusal(f"cannot be opened: {error.strerror}") from error
-    if not data:
-        raise _Refusal("is empty: a file of zero bytes")
-    return data
 
 
 def _format_of(data: bytes) -> str:
@@ -462,8 +459,9 @@ def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
     return result
 
 
-def _decode(path: Path, least: int) -> ReadPicture:
-    data = _read_bytes(path)
+def _decode(data: bytes, path: Path, least: int) -> ReadPicture:
+    if not data:
+        raise _Refusal("is empty: zero bytes")
     name = _format_of(data)
     notices = []
     announced = SUFFIXES.get(path.suffix.lower(), name)
@@ -506,9 +504,17 @@ def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
             are not read: CMYK, Lab, floating-point, signed, 32-bit.
     """
     try:
-        return _decode(path, least)
+        return _decode(_read_bytes(path), path, least)
     except _Refusal as error:
         raise PictureError(path, str(error)) from error
+
+
+def _in_8_bits(picture: ReadPicture) -> ReadPicture:
+    if picture.pixels.dtype == np.uint8:
+        return picture
+    notice = "holds 16 bits a sample; they were rounded to 8"
+    rounded = (picture.pixels.astype(np.uint32) + 128) // 257
+    return ReadPicture(rounded.astype(np.uint8), (*picture.notices, notice))
 
 
 def read_8_bits(path: Path, *, least: int = 2) -> ReadPicture:
@@ -526,9 +532,24 @@ def read_8_bits(path: Path, *, least: int = 2) -> ReadPicture:
     Raises:
         PictureError: As `read_picture` raises it.
     """
-    picture = read_picture(path, least=least)
-    if picture.pixels.dtype == np.uint8:
-        return picture
-    notice = "holds 16 bits a sample; they were rounded to 8"
-    rounded = (picture.pixels.astype(np.uint32) + 128) // 257
-    return ReadPicture(rounded.astype(np.uint8), (*picture.notices, notice))
+    return _in_8_bits(read_picture(path, least=least))
+
+
+def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadPicture:
+    """Read a picture as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
+
+    Args:
+        data: The whole file.
+        path: What to call it in errors; its suffix, if any, is held against the content.
+        least: The smallest side in pixels that is of use to the caller.
+
+    Returns:
+        Pixels in BGR, uint8 with values 0 to 255, and notices.
+
+    Raises:
+        PictureError: As `read_picture` raises it.
+    """
+    try:
+        return _in_8_bits(_decode(data, path, least))
+    except _Refusal as error:
+        raise PictureError(path, str(error)) from error
