@@ -351,6 +351,18 @@ def test_scales_cannot_differ_in_what_was_left_out(hr, out, capsys):
     assert len(entries(out / HR)) == 36
 
 
+def test_scales_that_leave_out_the_same_fit(hr, out, capsys):
+    save(hr / "small.png", picture("small", 120, 130))
+    assert train(hr, out, "--scale", 4, "--skip-bad") == 0
+    capsys.readouterr()
+    assert train(hr, out, "--scale", 2, "--skip-bad") == 1
+    said = capsys.readouterr().err
+    assert f"{out / HR} was made without small" in said
+    assert "now none would be left out" in said
+    assert train(hr, out, "--scale", 3, 4, "--skip-bad") == 0
+    assert entries(out / HR).keys() == entries(out / X3).keys()
+
+
 def test_what_is_changed_on_reading_is_said(hr, out, capsys):
     deep = picture("deep").astype(np.uint16) * 257
     save(hr / "deep.png", deep)

@@ -83,6 +83,22 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data import verify
+    from dlgsanet_arch.options import load
+
+    if arguments.opt:
+        sets = verify.sets_of_options(load(arguments.opt), arguments.root)
+    else:
+        sets = verify.sets_of_paths(arguments.paths)
+    verified = verify.verify(sets, arguments.workers)
+    print(verify.report(verified))
+    if arguments.fix:
+        for path in verify.fix(verified):
+            print(f"written without what was bad: {path}")
+    return int(not all(each.is_good for each in verified))
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -204,6 +220,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="the set as it was downloaded (default: looked for in datasets)",
     )
     benchmark.set_defaults(run=_benchmark)
+
+    verify = verbs.add_parser(
+        "verify", parents=[common], help="open everything that data sets hold, say what is wrong"
+    )
+    what = verify.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "paths",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="LMDBs, folders of pictures, or folders that hold such",
+    )
+    what.add_argument("-opt", type=Path, metavar="FILE", help="the sets that an option file names")
+    verify.add_argument(
+        "--fix", action="store_true", help="write new LMDBs without the bad pairs, *_fixed.lmdb"
+    )
+    verify.set_defaults(run=_verify)
     return parser
 
 

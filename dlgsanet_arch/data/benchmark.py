@@ -1,0 +1,838 @@
+"""Test sets: HR cropped to each scale, LR by MATLAB's bicubic, bicubic's figures.
+
+What is written, below the folder given to `build`, is what the files in options/test name:
+
+    X4/HR/<name>.png, X4/LR/<name>.png    8 bits, equal names
+    X4/recipe.json                        what they were made from, their SHA-256, their figures
+
+and the same for the other scales. Every scale's folder is built beside its place and renamed at
+the end: it is whole or absent.
+"""
+
+import math
+import re
+import shutil
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path, PurePath
+from statistics import fmean
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.comparison import Comparison, Scores
+from dlgsanet_arch.data.databases import encode_png
+from dlgsanet_arch.data.files import (
+    disk_faults_named,
+    one_writer,
+    read_json,
+    replace_folder,
+    unfinished,
+    write_json,
+)
+from dlgsanet_arch.data.pictures import PictureError, find_pictures, picture_key, read_8_bits
+from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.workers import ordered
+from dlgsanet_arch.errors import UserError
+
+SCALES = (2, 3, 4)
+
+# Of what is written: another number makes finished folders count as made by another recipe.
+RECIPE_VERSION = 1
+RECIPE_KIND = "test set"
+# Side of SSIM's Gaussian window: what is left of HR without its border must hold one.
+WINDOW = 11
+# A worker process takes seconds to start, which fewer pictures than this do not repay.
+PICTURES_A_WORKER = 50
+
+# A folder of originals, of originals cropped for several scales, and of LR.
+WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)
+CROPPED = re.compile(r"(.*_)?gtmod\d+", re.IGNORECASE)
+LR = re.compile(r"(.*_)?lr.*", re.IGNORECASE)
+OF_SCALE = re.compile(r".*x(\d)", re.IGNORECASE)
+# SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
+SRF_FOLDER = re.compile(r"image_srf_\d", re.IGNORECASE)
+SRF_NAME = re.compile(r"(?P<stem>.+)_srf_(?P<scale>\d)_(?P<part>.+)", re.IGNORECASE)
+# What a killed run leaves of a scale's folder: unfinished, or about to be removed.
+LEFT_BEHIND = re.compile(r"X\d\.(unfinished|old)")
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A set that papers test on.
+
+    Args:
+        count: How many pictures it has.
+        bicubic: Bicubic's mean scores by scale.
+        tolerance: The largest difference from them that a set made here may show.
+    """
+
+    count: int
+    bicubic: Mapping[int, Scores]
+    tolerance: Scores
+
+
+# Measured by BasicSR's own imresize and metrics, and rounded: the same functions measure here.
+MEASURED = Scores(0.01, 0.0005)
+# Printed in papers and measured by MATLAB. On Set5 and B100 such figures are up to 0.02 dB and
+# 0.0009 off those of BasicSR's functions; a different LR or protocol costs tenths of a dB.
+PRINTED = Scores(0.05, 0.002)
+
+KNOWN = {
+    "Set5": KnownSet(
+        5, {2: Scores(33.68, 0.9305), 3: Scores(30.40, 0.8690), 4: Scores(28.43, 0.8113)}, MEASURED
+    ),
+    "Set14": KnownSet(
+        14, {2: Scores(30.33, 0.8700), 3: Scores(27.63, 0.7760), 4: Scores(26.09, 0.7050)}, MEASURED
+    ),
+    "B100": KnownSet(
+        100,
+        {2: Scores(29.56, 0.8436), 3: Scores(27.21, 0.7392), 4: Scores(25.96, 0.6682)},
+        MEASURED,
+    ),
+    # Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks",
+    # ECCV 2018, table 2; so is Manga109.
+    "Urban100": KnownSet(
+        100, {2: Scores(26.88, 0.8403), 3: Scores(24.46, 0.7349), 4: Scores(23.14, 0.6577)}, PRINTED
+    ),
+    "Manga109": KnownSet(
+        109, {2: Scores(30.80, 0.9339), 3: Scores(26.95, 0.8556), 4: Scores(24.89, 0.7866)}, PRINTED
+    ),
+}
+OTHER_NAMES = {"bsd100": "B100", "bsds100": "B100"}
+
+
+@dataclass(frozen=True)
+class ScaleSummary:
+    """One scale of a test set.
+
+    Args:
+        scale: HR side over LR side.
+        folder: Holds HR and LR.
+        written: False where a finished folder was left alone.
+        sha256: Of HR and LR, see `folder_sha256`.
+        bicubic: Mean scores of the LR pictures enlarged by bicubic.
+        known: What they are for this set; None where that is not known.
+        agrees: Whether they are that, up to the known set's tolerance; None without `known`.
+        given: How the LR pictures that the source holds compare with those made here; None
+            where it holds none.
+    """
+
+    scale: int
+    folder: Path
+    written: bool
+    sha256: Mapping[str, str]
+    bicubic: Scores
+    known: Scores | None
+    agrees: bool | None
+    given: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `build` made, or found finished.
+
+    Args:
+        name: The set's name.
+        source: The folder where HR was found.
+        count: How many pictures it has.
+        skipped: Of each picture left out, its path and why.
+        notices: What a user should know.
+        scales: One entry a scale, in ascending order.
+    """
+
+    name: str
+    source: Path
+    count: int
+    skipped: tuple[str, ...]
+    notices: tuple[str, ...]
+    scales: tuple[ScaleSummary, ...]
+
+
+def _known_name(text: str) -> str | None:
+    folded = re.sub(r"[\s_-]", "", text).casefold()
+    names = {name.casefold(): name for name in KNOWN} | OTHER_NAMES
+    return names.get(folded)
+
+
+def set_name(text: str) -> str:
+    """The name of a test set as the data tree spells it: ``set5`` and ``Set 5`` are Set5.
+
+    Args:
+        text: A known set in any spelling, or any other name of letters, digits, - and _.
+
+    Raises:
+        UserError: It is neither.
+    """
+    known = _known_name(text)
+    if known is None and not re.fullmatch("[A-Za-z0-9_-]+", text):
+        raise UserError(
+            f"{text!r} cannot be a test set's name: use letters, digits, - and _, "
+            f"or one of {', '.join(KNOWN)}"
+        )
+    return known or text
+
+
+def _is_called(folder: str, name: str) -> bool:
+    return _known_name(folder) == name or folder.casefold() == name.casefold()
+
+
+def find_source(name: str, root: Path) -> Path:
+    """Find a test set where users put it: datasets/<name> or datasets/benchmark/<name>.
+
+    Args:
+        name: The set's name, in any spelling that `set_name` knows; so may be the folder's.
+        root: The folder that holds `datasets`.
+
+    Raises:
+        UserError: It is in neither place, or twice in one.
+    """
+    name = set_name(name)
+    places = [root / "datasets", root / "datasets" / "benchmark"]
+    for place in places:
+        entries = sorted(place.iterdir()) if place.is_dir() else []
+        found = [entry for entry in entries if entry.is_dir() and _is_called(entry.name, name)]
+        if len(found) > 1:
+            raise UserError(
+                f"{name} may be any of {', '.join(map(str, found))}: name one with --hr FOLDER"
+            )
+        if found:
+            return found[0]
+    looked = " nor ".join(str(place / name) for place in places)
+    raise UserError(
+        f"{name} was not found: there is neither {looked}; put its pictures into one of them, "
+        "or name their folder with --hr FOLDER"
+    )
+
+
+@dataclass(frozen=True)
+class _Original:
+    """An HR picture of the source.
+
+    Args:
+        stem: Its name there, without what a layout adds to it; given LR pictures are called so.
+        key: Its name in the tree.
+        path: Where it is.
+    """
+
+    stem: str
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a folder holds a test set.
+
+    Args:
+        where: The folder of HR, for messages.
+        hr: Originals by scale.
+        given: LR pictures, by scale and stem.
+        notices: What is odd about it.
+    """
+
+    where: Path
+    hr: Mapping[int, Sequence[_Original]]
+    given: Mapping[tuple[int, str], Path] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+# Kinds of HR pictures, the ones to prefer first: uncropped originals, one folder a scale,
+# originals cropped beforehand, and pictures that lie in the folder itself.
+UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
+
+
+def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
+    """Tell by a picture's way from a set's folder what HR it is.
+
+    Returns:
+        Its kind, the folder that holds it, the scales that it serves, and its way from there;
+        None for anything but HR.
+    """
+    folders = path.parts[:-1]
+    named = SRF_NAME.fullmatch(path.stem)
+    if not folders or SRF_FOLDER.fullmatch(folders[0]):
+        if named and len(folders) < 2:
+            if named["part"].lower() != "hr":
+                return None
+            inner = PurePath(named["stem"] + path.suffix)
+            return BY_SCALE, "image_SRF_*", (int(named["scale"]),), inner
+        return None if folders else (LOOSE, "", SCALES, path)
+    inner = PurePath(*path.parts[1:])
+    if WHOLE.fullmatch(folders[0]):
+        return UNCROPPED, folders[0], SCALES, inner
+    if CROPPED.fullmatch(folders[0]):
+        return CROPPED_BEFORE, folders[0], SCALES, inner
+    scale = re.fullmatch(r"x(\d)", folders[0], re.IGNORECASE)
+    if scale and len(folders) > 1 and folders[1].lower() == "hr":
+        return BY_SCALE, "X*/HR", (int(scale[1]),), PurePath(*path.parts[2:])
+    return None
+
+
+def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], Path]:
+    """Find LR pictures by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
+
+    Returns:
+        Paths by scale and stem: ``babyx4.png`` is there as ``babyx4`` and as ``baby``.
+    """
+    given = {}
+    for path in paths:
+        named = SRF_NAME.fullmatch(path.stem)
+        if named and named["part"].lower() == "lr":
+            given[int(named["scale"]), named["stem"]] = folder / path
+        parents = path.parts[:-1]
+        scales = [int(match[1]) for match in map(OF_SCALE.fullmatch, parents) if match]
+        if scales and any(map(LR.fullmatch, parents)):
+            given[scales[-1], path.stem] = folder / path
+            without = re.sub(f"x{scales[-1]}$", "", path.stem, flags=re.IGNORECASE)
+            given.setdefault((scales[-1], without), folder / path)
+    return given
+
+
+def _oddities(kind: int, where: Path, paths: Iterable[PurePath]) -> tuple[str, ...]:
+    if kind == CROPPED_BEFORE:
+        return (
+            f"{where} holds pictures that were cropped before: with the uncropped originals, "
+            "figures would be closer to the known ones",
+        )
+    folders = [path.parts[0] for path in paths if len(path.parts) > 1]
+    others = {name for name in folders if not LR.fullmatch(name) and not OF_SCALE.fullmatch(name)}
+    if kind == LOOSE and others:
+        return (
+            f"pictures in folders of {where} were left out: {', '.join(sorted(others))}; to take "
+            "pictures of several folders, put these folders into one that is called HR",
+        )
+    return ()
+
+
+def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[_Layout]:
+    """The test sets that a folder holds: more than one where it is not clear which to take.
+
+    Args:
+        folder: Any folder.
+        paths: The pictures below it, as seen from it.
+    """
+    found: dict[int, dict[str, dict[int, list[_Original]]]] = {}
+    for path in paths:
+        place = _hr_place(path)
+        if place is None:
+            continue
+        kind, where, scales, inner = place
+        stem = inner.with_suffix("").as_posix()
+        original = _Original(stem, picture_key(inner), folder / path)
+        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(list))
+        for scale in scales:
+            by_scale[scale].append(original)
+    if not found:
+        return []
+    kind = min(found)
+    given = _given_lr(folder, paths)
+    return [
+        _Layout(folder / where, by_scale, given, _oddities(kind, folder / where, paths))
+        for where, by_scale in found[kind].items()
+    ]
+
+
+def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> _Layout:
+    """Find the one test set in a folder, or in one of its folders.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    layouts = _layouts(source, paths)
+    if not layouts:
+        folders = defaultdict(list)
+        for path in paths:
+            if len(path.parts) > 1:
+                folders[path.parts[0]].append(PurePath(*path.parts[1:]))
+        called = {folder: inner for folder, inner in folders.items() if _is_called(folder, name)}
+        for folder, inner in (called or folders).items():
+            layouts += _layouts(source / folder, inner)
+    if not layouts:
+        raise UserError(
+            f"no HR pictures of {name} in {source}: looked for a folder HR, GT, original or "
+            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for pictures in the folder "
+            "itself, there and one folder further down; name the folder of HR with --hr FOLDER"
+        )
+    if len(layouts) > 1:
+        places = ", ".join(str(layout.where) for layout in layouts)
+        raise UserError(
+            f"{source} holds HR pictures in more than one place: {places}; "
+            f"name the folder that is {name} with --hr FOLDER"
+        )
+    return layouts[0]
+
+
+def _find_layout(name: str, source: Path, target: Path) -> _Layout:
+    """Look at all pictures of the source; what this module wrote is taken for want of others."""
+    paths = [file.path.relative_to(source) for file in find_pictures(source)]
+    paths = [path for path in paths if not any(map(LEFT_BEHIND.fullmatch, path.parts))]
+    ours = [target / f"X{scale}" for scale in SCALES]
+    ours = [folder for folder in ours if (folder / "recipe.json").is_file()]
+    others = [
+        path for path in paths if not any(folder in (source / path).parents for folder in ours)
+    ]
+    return _choose(name, source, others or paths)
+
+
+def _check_layout(layout: _Layout, source: Path, scales: Sequence[int]) -> None:
+    missing = [scale for scale in scales if scale not in layout.hr]
+    if missing:
+        there = [scale for scale in SCALES if scale in layout.hr]
+        raise UserError(
+            f"{source} has no HR pictures for {', '.join(f'x{scale}' for scale in missing)}: "
+            f"put the uncropped originals into {source / 'HR'}, or build what is there with "
+            f"--scale {' '.join(map(str, there))}"
+        )
+    for scale in scales:
+        by_key = defaultdict(list)
+        for original in layout.hr[scale]:
+            by_key[original.key].append(str(original.path))
+        for same in by_key.values():
+            if len(same) > 1:
+                raise UserError(f"{' and '.join(same)} have one name: remove or rename all but one")
+
+
+def _least_side(scale: int) -> int:
+    """The smallest side whose multiple of `scale` holds SSIM's window between two borders."""
+    return math.ceil((WINDOW + 2 * scale) / scale) * scale
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """What is known of a picture file that can be used: height and width, the file's SHA-256."""
+
+    size: tuple[int, int]
+    sha256: str
+    notices: tuple[str, ...]
+
+
+def _inspect(item: tuple[Path, int]) -> _Inspected | PictureError:
+    """Decode a picture as a whole; what is wrong with it is returned, so that others go on."""
+    path, least = item
+    try:
+        picture = read_8_bits(path, least=least)
+    except PictureError as error:
+        return error
+    digest = sha256(path.read_bytes()).hexdigest()
+    return _Inspected(picture.pixels.shape[:2], digest, picture.notices)
+
+
+def _useful_workers(workers: int, pictures: int) -> int:
+    return min(workers, math.ceil(pictures / PICTURES_A_WORKER))
+
+
+def _inspect_all(
+    name: str, least: Mapping[Path, int], workers: int
+) -> tuple[dict[Path, _Inspected], list[PictureError]]:
+    """Decode all pictures.
+
+    Args:
+        name: The set's name.
+        least: Each picture and the smallest side that is of use.
+        workers: Number of processes.
+
+    Returns:
+        The pictures that can be used, and what is wrong with the others.
+    """
+    items = list(least.items())
+    good, bad = {}, []
+    with (
+        closing(ordered(_inspect, items, _useful_workers(workers, len(items)))) as inspected,
+        progress_bar(f"{name}: reading", len(items), "pictures") as bar,
+    ):
+        for (path, _), result in zip(items, inspected, strict=True):
+            if isinstance(result, PictureError):
+                bad.append(result)
+            else:
+                good[path] = result
+            bar.update()
+    return good, bad
+
+
+def _refuse_bad(name: str, bad: Sequence[PictureError]) -> None:
+    what = "1 picture" if len(bad) == 1 else f"{len(bad)} pictures"
+    lines = "\n".join(f"  {error}" for error in bad)
+    raise UserError(
+        f"{what} of {name} cannot be used, nothing was written:\n{lines}\n"
+        "mend or remove what is named, or leave it out with --skip-bad"
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    original: _Original
+    scale: int
+    folder: Path
+
+
+def _make(task: _Task) -> Scores:
+    """Write one picture's HR and LR, and measure how bicubic restores it."""
+    key, scale = task.original.key, task.scale
+    hr = crop_to_multiple(read_8_bits(task.original.path).pixels, scale)
+    lr = bicubic(hr, 1 / scale)
+    for part, picture in (("HR", hr), ("LR", lr)):
+        (task.folder / part / f"{key}.png").write_bytes(encode_png(picture))
+    # no network is compared here: HR stands in for what it would restore
+    comparison = Comparison.of(key, lr, hr, hr)
+    return comparison.scores(comparison.enlarged)
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over the names and pixels of a folder's PNG pictures.
+
+    Hashed, for each file ``<name>.png``, in ascending order of the names' code points: the name
+    in UTF-8, one zero byte, height and width as unsigned 32-bit little-endian integers, and the
+    pixels row by row from the top left, each as its three bytes B, G and R.
+
+    Args:
+        folder: Its pictures have 8 bits a channel.
+
+    Raises:
+        PictureError: A picture is damaged.
+    """
+    result = sha256()
+    for name in sorted(path.stem for path in folder.glob("*.png")):
+        pixels = read_8_bits(folder / f"{name}.png", least=1).pixels
+        result.update(name.encode() + b"\0" + struct.pack("<II", *pixels.shape[:2]))
+        result.update(pixels.tobytes())
+    return result.hexdigest()
+
+
+def _both_sha256(folder: Path) -> dict[str, str]:
+    return {part: folder_sha256(folder / part) for part in ("HR", "LR")}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One scale to build.
+
+    Args:
+        scale: HR side over LR side.
+        folder: Where it goes.
+        originals: What it is made from.
+        recipe: What tells it from a folder made otherwise.
+    """
+
+    scale: int
+    folder: Path
+    originals: Sequence[_Original]
+    recipe: Mapping[str, Any]
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder in which it is built."""
+        return unfinished(self.folder)
+
+    @property
+    def is_own_source(self) -> bool:
+        """Whether it would be made from the very pictures that were written there."""
+        return all(each.path.parent == self.folder / "HR" for each in self.originals)
+
+
+def _recipe(
+    scale: int, originals: Sequence[_Original], inspected: Mapping[Path, _Inspected]
+) -> dict[str, Any]:
+    sources = {}
+    for each in originals:
+        found = inspected[each.path]
+        sources[each.key] = {"size": list(found.size), "sha256": found.sha256}
+    return {"kind": RECIPE_KIND, "version": RECIPE_VERSION, "scale": scale, "sources": sources}
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    """Read what a folder was made from.
+
+    Raises:
+        UserError: The folder was not made by this module.
+    """
+    recipe = read_json(folder / "recipe.json")
+    if recipe is None or recipe.get("kind") != RECIPE_KIND:
+        raise UserError(
+            f"{folder} exists and was not made by this command: it has no recipe.json of a test "
+            "set; move it away, then run the command again"
+        )
+    return recipe
+
+
+def _is_intact(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    try:
+        return _both_sha256(folder) == recipe.get("sha256")
+    except PictureError:
+        return False
+
+
+def _finished(plan: _Plan, overwrite: bool) -> dict[str, Any] | None:
+    """The recipe of a scale that is finished, None where it is to be built.
+
+    Raises:
+        UserError: In its place is something else.
+    """
+    folder = plan.folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    recipe = _read_recipe(folder)
+    made_so = {key: recipe.get(key) for key in plan.recipe} == plan.recipe
+    if not (made_so or plan.is_own_source):
+        reason = "was made from other pictures, or by another version"
+    elif not _is_intact(folder, recipe):
+        reason = "was changed after it was made"
+    else:
+        return recipe
+    if plan.is_own_source:  # changed pictures are nothing to make it from again
+        raise UserError(
+            f"{folder} {reason}: move it away, and name the set's pictures with --hr FOLDER"
+        )
+    if overwrite:
+        return None
+    raise UserError(f"{folder} {reason}: move it away, or replace it with --overwrite")
+
+
+def _build_plans(name: str, plans: Sequence[_Plan], workers: int) -> dict[int, dict[str, Any]]:
+    """Build scales, one after the other.
+
+    Returns:
+        By scale, the recipe as it was written.
+    """
+    if not plans:
+        return {}
+    for plan in plans:
+        if plan.unfinished.exists():
+            shutil.rmtree(plan.unfinished)
+        for part in ("HR", "LR"):
+            (plan.unfinished / part).mkdir(parents=True)
+    # one stream for all scales, so that worker processes start once
+    tasks = [_Task(each, plan.scale, plan.unfinished) for plan in plans for each in plan.originals]
+    recipes = {}
+    with (
+        closing(ordered(_make, tasks, _useful_workers(workers, len(tasks)))) as results,
+        progress_bar(f"{name}: writing", len(tasks), "pictures") as bar,
+    ):
+        for plan in plans:
+            scores = []
+            for score in islice(results, len(plan.originals)):
+                scores.append(score)
+                bar.update()
+            bicubic_scores = {
+                "psnr": fmean(score.psnr for score in scores),
+                "ssim": fmean(score.ssim for score in scores),
+            }
+            recipe = {
+                **plan.recipe,
+                "bicubic": bicubic_scores,
+                "sha256": _both_sha256(plan.unfinished),
+            }
+            write_json(plan.unfinished / "recipe.json", recipe)
+            replace_folder(plan.unfinished, plan.folder)
+            recipes[plan.scale] = recipe
+    return recipes
+
+
+def _differences(ours: Path, given: Path) -> NDArray[np.int64] | None:
+    """Count absolute differences between two pictures' samples by their size.
+
+    Returns:
+        (256,): how many samples differ by 0, 1, 2, … levels; None where sizes are unequal.
+    """
+    pictures = [read_8_bits(path, least=1).pixels for path in (ours, given)]
+    if pictures[0].shape != pictures[1].shape:
+        return None
+    levels = cv2.absdiff(*pictures)
+    return np.bincount(levels.ravel(), minlength=256)
+
+
+def _compare_given(plan: _Plan, given: Mapping[tuple[int, str], Path]) -> str | None:
+    """Hold the LR pictures that came with a set against those made here.
+
+    Returns:
+        What to tell about them; None where there are none.
+    """
+    counts = np.zeros(256, np.int64)
+    compared, other_sizes, unreadable = 0, 0, 0
+    for original in plan.originals:
+        path = given.get((plan.scale, original.stem))
+        if path is None:
+            continue
+        try:
+            levels = _differences(plan.folder / "LR" / f"{original.key}.png", path)
+        except PictureError:
+            unreadable += 1
+            continue
+        if levels is None:
+            other_sizes += 1
+        else:
+            counts += levels
+            compared += 1
+    parts = []
+    if compared:
+        largest = int(np.flatnonzero(counts)[-1])
+        mean = float(counts @ np.arange(256) / counts.sum())
+        if largest == 0:
+            text = "given LR equals ours"
+        elif largest == 1:
+            share = counts[1] / counts.sum()
+            text = f"given LR equals ours up to rounding: 1 level in {share:.3%} of the samples"
+        else:
+            text = (
+                f"given LR differs from ours by {mean:.3f} levels in the mean and {largest} at "
+                "most: it is not MATLAB's bicubic of these pictures"
+            )
+        parts.append(f"{text} ({compared} of {len(plan.originals)} pictures)")
+    if other_sizes:
+        parts.append(
+            f"given LR of {other_sizes} pictures has another size than ours: HR was cropped "
+            "otherwise for it"
+        )
+    if unreadable:
+        parts.append(f"given LR of {unreadable} pictures cannot be read")
+    return "; ".join(parts) or None
+
+
+def _summarise_scale(
+    name: str, plan: _Plan, recipe: Mapping[str, Any], written: bool, given: str | None
+) -> ScaleSummary:
+    measured = Scores(**recipe["bicubic"])
+    known, agrees = None, None
+    if name in KNOWN:
+        known, tolerance = KNOWN[name].bicubic[plan.scale], KNOWN[name].tolerance
+        agrees = (
+            abs(measured.psnr - known.psnr) <= tolerance.psnr
+            and abs(measured.ssim - known.ssim) <= tolerance.ssim
+        )
+    return ScaleSummary(
+        plan.scale, plan.folder, written, recipe["sha256"], measured, known, agrees, given
+    )
+
+
+def _notices(
+    name: str, layout: _Layout, inspected: Mapping[Path, _Inspected], count: int
+) -> tuple[str, ...]:
+    """Put together what a user should know, equal notices of several pictures as one."""
+    by_text = defaultdict(list)
+    for path, result in inspected.items():
+        for text in result.notices:
+            by_text[text].append(path.name)
+    notices = list(layout.notices)
+    if name in KNOWN and count != KNOWN[name].count:
+        notices.append(f"{name} has {KNOWN[name].count} pictures, here are {count}")
+    for text, names in by_text.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        notices.append(f"{', '.join(names[:5])}{more}: {text}")
+    return tuple(notices)
+
+
+def build(
+    name: str,
+    source: Path,
+    target: Path,
+    scales: Sequence[int] = SCALES,
+    *,
+    workers: int = 1,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Make a test set's tree, or find that it is there already.
+
+    HR is cropped at the bottom and the right to a multiple of the scale, LR is its MATLAB-equal
+    bicubic, both with 8 bits. All pictures are read before anything is written. A scale that an
+    interrupted run left behind is built anew; one that is finished is left alone.
+
+    Args:
+        name: The set's name, see `set_name`.
+        source: A folder in any of the layouts in which sets circulate: `HR`, `GT`, `original` or
+            `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or pictures in the folder itself; or a
+            folder that holds one such folder. LR pictures that it holds are compared, not used.
+        target: Such as ``datasets/benchmark/Set5``; may be the source.
+        scales: Some of 2, 3 and 4.
+        workers: Number of processes.
+        skip_bad: Leave out pictures that cannot be read or are too small.
+        overwrite: Replace scales that were made from other pictures or changed since, but
+            nothing that this function did not make.
+
+    Raises:
+        UserError: Pictures are bad, missing or ambiguous, something else is in the place of the
+            result, or it cannot be written.
+        ValueError: A scale is not 2, 3 or 4.
+    """
+    scales = sorted(set(scales))
+    if not scales or not set(scales) <= set(SCALES):
+        raise ValueError(f"scales must be some of 2, 3 and 4, got {scales=}")
+    name = set_name(name)
+    source, target = source.resolve(), target.resolve()
+    layout = _find_layout(name, source, target)
+    _check_layout(layout, source, scales)
+
+    least: dict[Path, int] = {}
+    for scale in scales:
+        for original in layout.hr[scale]:
+            least[original.path] = max(least.get(original.path, 0), _least_side(scale))
+    inspected, bad = _inspect_all(name, least, workers)
+    if bad and not skip_bad:
+        _refuse_bad(name, bad)
+    plans = []
+    for scale in scales:
+        originals = [each for each in layout.hr[scale] if each.path in inspected]
+        if not originals:
+            _refuse_bad(name, bad)
+        recipe = _recipe(scale, originals, inspected)
+        plans.append(_Plan(scale, target / f"X{scale}", originals, recipe))
+
+    with disk_faults_named(target), one_writer(target):
+        finished = {plan.scale: _finished(plan, overwrite) for plan in plans}
+        to_build = [plan for plan in plans if finished[plan.scale] is None]
+        recipes = finished | _build_plans(name, to_build, workers)
+    summaries = []
+    for plan in plans:
+        given = None if plan.is_own_source else _compare_given(plan, layout.given)
+        written = plan in to_build
+        summaries.append(_summarise_scale(name, plan, recipes[plan.scale], written, given))
+    count = max(len(plan.originals) for plan in plans)
+    return Summary(
+        name,
+        layout.where,
+        count,
+        tuple(map(str, bad)),
+        _notices(name, layout, inspected, count),
+        tuple(summaries),
+    )
+
+
+def _figures(scores: Scores) -> str:
+    return f"{scores.psnr:.2f} dB / {scores.ssim:.4f}"
+
+
+def report(summary: Summary) -> str:
+    """Write a summary for the terminal: figures beside the known ones, folders, sums, notices."""
+    lines = [
+        f"{summary.name}: {summary.count} pictures from {summary.source}",
+        "bicubic's mean PSNR / SSIM (Y channel, a border of the scale cut off):",
+    ]
+    for each in summary.scales:
+        line = f"  x{each.scale}  {_figures(each.bicubic)}"
+        if each.known is not None:
+            verdict = "agrees" if each.agrees else "differs: other pictures, or another protocol"
+            line += f"  known {_figures(each.known)}  {verdict}"
+        lines.append(line)
+    lines.append("folders:")
+    for each in summary.scales:
+        state = "written" if each.written else "was finished, left alone"
+        lines.append(f"  x{each.scale}  {each.folder}  {state}")
+    lines.append("SHA-256 over names and pixels:")
+    for each in summary.scales:
+        lines += [f"  X{each.scale}/{part}  {value}" for part, value in each.sha256.items()]
+    notices = [*summary.notices]
+    notices += [f"x{each.scale}: {each.given}" for each in summary.scales if each.given]
+    if notices:
+        lines += ["notices:", *(f"  {notice}" for notice in notices)]
+    if summary.skipped:
+        lines += [f"left out ({len(summary.skipped)}):", *(f"  {line}" for line in summary.skipped)]
+    return "\n".join(lines) + "\n"

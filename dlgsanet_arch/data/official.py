@@ -1,0 +1,140 @@
+"""DIV2K and Flickr2K as their makers publish them: found, or fetched and unpacked.
+
+DIV2K: E. Agustsson and R. Timofte, "NTIRE 2017 Challenge on Single Image Super-Resolution:
+Dataset and Study", CVPR Workshops 2017. Flickr2K: B. Lim et al., "Enhanced Deep Residual Networks
+for Single Image Super-Resolution", CVPR Workshops 2017. Both come with LR by MATLAB's bicubic.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dlgsanet_arch.data.archives import download, extract
+from dlgsanet_arch.data.training_sets import Source, find_sources
+from dlgsanet_arch.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """The HR pictures of a set, or the LR pictures of one scale.
+
+    Args:
+        archive: The name of the file that holds them.
+        unpacked: The folder that it is unpacked into.
+        folders: Where they may lie, below a folder that is searched.
+    """
+
+    archive: str
+    unpacked: str
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OfficialSet:
+    """A published set.
+
+    Args:
+        name: Its name, and that of its folder.
+        pictures: How many it holds.
+        server: Where its archives are, with a slash at the end.
+        hr: Its HR pictures.
+        lr: Its LR pictures, by scale.
+    """
+
+    name: str
+    pictures: int
+    server: str
+    hr: Part
+    lr: Callable[[int], Part]
+
+
+def _div2k_lr(scale: int) -> Part:
+    name = f"DIV2K_train_LR_bicubic_X{scale}"
+    together = f"DIV2K_train_LR_bicubic/X{scale}"
+    return Part(f"{name}.zip", name, (together, f"{name}/X{scale}", f"{name}/{together}", name))
+
+
+def _flickr2k(inside: str) -> Part:
+    return Part("Flickr2K.tar", "Flickr2K", (inside, f"Flickr2K/{inside}"))
+
+
+DIV2K = OfficialSet(
+    name="DIV2K",
+    pictures=800,
+    server="https://data.vision.ee.ethz.ch/cvl/DIV2K/",
+    hr=Part("DIV2K_train_HR.zip", "DIV2K_train_HR", ("DIV2K_train_HR",)),
+    lr=_div2k_lr,
+)
+FLICKR2K = OfficialSet(
+    name="Flickr2K",
+    pictures=2650,
+    server="https://cv.snu.ac.kr/research/EDSR/",
+    hr=_flickr2k("Flickr2K_HR"),
+    lr=lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
+)
+
+
+def _find_folder(part: Part, places: Sequence[Path]) -> Path | None:
+    for place in places:
+        for folder in part.folders:
+            if (place / folder).is_dir():
+                return place / folder
+    return None
+
+
+def locate(part: Part, places: Sequence[Path], server: str) -> Path:
+    """Find the folder of a set's pictures; unpack, and before that download, what is missing.
+
+    Args:
+        part: The pictures.
+        places: Folders to look in, for the pictures and for their archive. What is unpacked or
+            downloaded goes into the first.
+        server: Where the archive is, with a slash at the end.
+
+    Raises:
+        UserError: The archive cannot be had, is damaged, or does not hold the pictures.
+    """
+    folder = _find_folder(part, places)
+    if folder is not None:
+        return folder
+    archives = [place / part.archive for place in places if (place / part.archive).is_file()]
+    archive = archives[0] if archives else download(server + part.archive, places[0] / part.archive)
+    extract(archive, places[0] / part.unpacked)
+    folder = _find_folder(part, places[:1])
+    if folder is None:
+        raise UserError(
+            f"{archive} was unpacked and holds none of the folders {', '.join(part.folders)}: "
+            "it is not the official archive; delete it, then run this again"
+        )
+    return folder
+
+
+def sources(
+    official: OfficialSet, scales: Sequence[int], places: Sequence[Path], mirror: str | None
+) -> list[Source]:
+    """The pictures of a published set, HR and their official LR.
+
+    Args:
+        official: The set.
+        scales: HR side over LR side.
+        places: As `locate` takes them.
+        mirror: A server to take instead of the official one.
+
+    Raises:
+        UserError: Pictures cannot be had, or are not as many as were published.
+    """
+    server = official.server if mirror is None else mirror.rstrip("/") + "/"
+    hr = locate(official.hr, places, server)
+    by_scale = [
+        find_sources(hr, locate(official.lr(scale), places, server), [scale]) for scale in scales
+    ]
+    found = len(by_scale[0])
+    if found != official.pictures:
+        raise UserError(
+            f"{official.name} has {official.pictures} training pictures and {hr} holds {found}: "
+            "unpack its archive again, or use `train --hr` for a part of it"
+        )
+    return [
+        replace(same[0], lr={scale: path for each in same for scale, path in each.lr.items()})
+        for same in zip(*by_scale, strict=True)
+    ]

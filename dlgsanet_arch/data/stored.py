@@ -1,0 +1,155 @@
+"""Pictures as BasicSR's data sets find them: in an LMDB by its list, or in one folder."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dlgsanet_arch.data.databases import META_INFO, open_database
+from dlgsanet_arch.data.pictures import SUFFIXES
+from dlgsanet_arch.errors import UserError
+
+
+@dataclass
+class Stored:
+    """The pictures of an LMDB or of a folder.
+
+    Args:
+        path: The LMDB's folder, or the folder of pictures.
+        is_database: Which of the two.
+        keys: What BasicSR calls the pictures, sorted: keys, or file names without suffix.
+        files: File names by key; of a folder alone.
+        faults: What is wrong with the whole, with the remedy, one a line.
+    """
+
+    path: Path
+    is_database: bool
+    keys: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def place(self, key: str) -> Path:
+        """Where a picture is, for messages: its file, or its key behind the database's path."""
+        return self.path / self.files.get(key, key)
+
+    @contextmanager
+    def reader(self) -> Iterator["Reader"]:
+        """Open it for reading."""
+        if not self.is_database:
+            yield Reader(self, None)
+            return
+        with open_database(self.path) as environment, environment.begin(buffers=False) as read:
+            yield Reader(self, read)
+
+
+class Reader:
+    """Reads pictures, undecoded."""
+
+    def __init__(self, stored: Stored, transaction) -> None:
+        self._stored = stored
+        self._transaction = transaction
+
+    def __call__(self, key: str) -> bytes:
+        """The bytes of a picture, none where there is no such entry or file."""
+        if self._transaction is not None:
+            return self._transaction.get(key.encode()) or b""
+        try:
+            return self._stored.place(key).read_bytes()
+        except OSError:
+            return b""
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
+
+
+def _database(path: Path) -> Stored:
+    stored = Stored(path, is_database=True)
+    with open_database(path) as environment, environment.begin() as read:
+        entries = {bytes(key).decode(errors="replace") for key, _ in read.cursor()}
+    try:
+        lines = (path / META_INFO).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        stored.faults.append(
+            f"has no {META_INFO}, by which BasicSR knows the keys; make the database again"
+        )
+        stored.keys = sorted(entries)
+        return stored
+    blank = sum(not line.strip() for line in lines)
+    if blank:
+        stored.faults.append(
+            f"{META_INFO} has {blank} blank lines, each of which BasicSR takes for a key; remove "
+            "them"
+        )
+    # as BasicSR reads a line: all before the first dot
+    listed = Counter(line.split(".")[0] for line in lines if line.strip())
+    twice = sorted(key for key, count in listed.items() if count > 1)
+    if twice:
+        stored.faults.append(
+            f"{META_INFO} names keys more than once, or keys that differ only behind a dot: "
+            f"{_shortened(twice)}; --fix writes a new database"
+        )
+    ghosts = sorted(listed.keys() - entries)
+    if ghosts:
+        stored.faults.append(
+            f"{META_INFO} names keys that are not in the database: {_shortened(ghosts)}; --fix "
+            "writes a new one without them"
+        )
+    silent = sorted(entries - listed.keys())
+    if silent:
+        stored.faults.append(
+            f"{len(silent)} entries are not named in {META_INFO} and are never read: "
+            f"{_shortened(silent)}; make the database again, or --fix"
+        )
+    stored.keys = sorted(listed.keys() & entries)
+    return stored
+
+
+def _folder(path: Path) -> Stored:
+    stored = Stored(path, is_database=False)
+    inner, others = [], []
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            inner.append(entry.name)
+        elif entry.suffix.lower() not in SUFFIXES:
+            others.append(entry.name)
+        elif entry.stem in stored.files:
+            stored.faults.append(
+                f"{stored.files[entry.stem]!r} and {entry.name!r} have one name; remove one"
+            )
+        else:
+            stored.files[entry.stem] = entry.name
+    if others:
+        stored.faults.append(
+            f"holds files that are no pictures, and BasicSR fails when it reads them: "
+            f"{_shortened(others)}; move them away"
+        )
+    if inner:
+        stored.faults.append(
+            f"has folders in it, which BasicSR passes over: {_shortened(inner)}; "
+            "`train --hr` takes pictures of all of them"
+        )
+    stored.keys = sorted(stored.files)
+    return stored
+
+
+def look_into(path: Path) -> Stored:
+    """List the pictures of an LMDB or of a folder.
+
+    Raises:
+        UserError: It is neither, cannot be read, or holds nothing.
+    """
+    if not path.is_dir():
+        reason = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {reason}: name an LMDB or a folder of pictures")
+    try:
+        stored = _database(path) if (path / "data.mdb").exists() else _folder(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not stored.keys and not stored.faults:
+        raise UserError(f"{path} holds no pictures: looked for {', '.join(SUFFIXES)}")
+    return stored

@@ -1,0 +1,521 @@
+"""Whether data sets are what BasicSR and the user take them for.
+
+Every picture is decoded. Of pairs it is asked whether sizes and names fit and whether LR shows
+what HR shows, where HR shows it; of sets, whether pictures occur twice, or in a training set
+and a test set at once.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from dlgsanet_arch.data.alignment import Alignment, measure, summarise
+from dlgsanet_arch.data.databases import DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.files import disk_faults_named, one_writer
+from dlgsanet_arch.data.overlap import Patches, TrainingPatches, patches_of, pixel_digest
+from dlgsanet_arch.data.pictures import PictureError, decode_8_bits, picture_key
+from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.stored import Reader, Stored, look_into
+from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.workers import ordered
+from dlgsanet_arch.errors import UserError
+
+MOST_NAMED = 5
+# Bicubic by another library that computes the same rounds otherwise, by half a level at most.
+ROUNDED = 0.5
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """HR and LR pictures of one data set, or one of the two.
+
+    Args:
+        name: What to call it.
+        hr: HR pictures.
+        lr: LR pictures.
+        scale: HR side over LR side; None where it is to be found out.
+        template: LR's name for HR's, as in BasicSR's `filename_tmpl`.
+        gt_size: Side of the HR patches that are cut from it; None where none are.
+        role: "train" or "test", "" where that is not known.
+    """
+
+    name: str
+    hr: Path | None
+    lr: Path | None
+    scale: int | None = None
+    template: str = "{}"
+    gt_size: int | None = None
+    role: str = ""
+
+    def __post_init__(self) -> None:
+        if self.hr is None and self.lr is None:
+            raise ValueError("a set has neither HR nor LR")
+
+
+def _dataset(phase: str, options: Mapping[str, Any], scale: int | None, root: Path) -> PairSet:
+    def folder(key: str) -> Path | None:
+        return None if options.get(key) is None else root / str(options[key])
+
+    hr, lr = folder("dataroot_gt"), folder("dataroot_lq")
+    if hr is None and lr is None:
+        raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
+    training = phase.split("_")[0] == "train"
+    return PairSet(
+        name=f"{phase} ({options.get('name', 'unnamed')})",
+        hr=hr,
+        lr=lr,
+        scale=scale,
+        template=str(options.get("filename_tmpl", "{}")),
+        gt_size=options.get("gt_size") if training else None,
+        role="train" if training else "test",
+    )
+
+
+def sets_of_options(options: Mapping[str, Any], root: Path) -> list[PairSet]:
+    """The data sets that an option file names.
+
+    Args:
+        options: As `dlgsanet_arch.options.load` returns them.
+        root: The folder that relative paths start from.
+
+    Raises:
+        UserError: It names none.
+    """
+    sets = options.get("datasets")
+    if not isinstance(sets, dict) or not sets:
+        raise UserError("the option file names no data sets: it has no `datasets`")
+    return [_dataset(phase, each, options.get("scale"), root) for phase, each in sets.items()]
+
+
+def _holdings(path: Path) -> Iterator[Path]:
+    """Yield every LMDB and every folder with pictures in it, at and below a path."""
+    if (path / "data.mdb").exists():
+        yield path
+        return
+    entries = sorted(path.iterdir())
+    if any(entry.is_file() and not entry.name.startswith(".") for entry in entries):
+        yield path
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith(".") and ".unfinished" not in entry.name:
+            yield from _holdings(entry)
+
+
+def _hr_for(lr: Path) -> tuple[Path, int | None] | None:
+    """Where HR of an LR lies by the names of the data tree, and the scale they say."""
+    named = re.fullmatch(r"(.*)LR(?:_[A-Za-z]+)?_X(\d)(.*)", lr.name)
+    if named:
+        return lr.with_name(f"{named[1]}HR{named[3]}"), int(named[2])
+    named = re.fullmatch(r"LR(.*)", lr.name)
+    if named:
+        scale = re.fullmatch(r"[Xx](\d)", lr.parent.name)
+        return lr.with_name(f"HR{named[1]}"), int(scale[1]) if scale else None
+    return None
+
+
+def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
+    """The data sets below folders, HR and LR put together by the names of the data tree.
+
+    Raises:
+        UserError: There is no such folder, or nothing in it.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            reason = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"{path} {reason}: name LMDBs, folders of pictures, or of data sets")
+        below = list(_holdings(path))
+        if not below:
+            raise UserError(f"there are no LMDBs or pictures below {path}")
+        found |= dict.fromkeys(below)
+    pairs, paired = [], set()
+    for path in found:
+        partner = _hr_for(path)
+        if partner and partner[0] in found:
+            hr, scale = partner
+            role = "train" if hr.name.startswith("train") else "test"
+            pairs.append(PairSet(str(path), hr, path, scale, role=role))
+            paired |= {hr, path}
+    alone = [PairSet(str(path), path, None) for path in found if path not in paired]
+    return pairs + alone
+
+
+class Pair(NamedTuple):
+    """One picture's files, undecoded; None where the set has no such side."""
+
+    key: str
+    hr: bytes | None
+    lr: bytes | None
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What every pair of a set is asked.
+
+    Args:
+        scale: HR side over LR side; None where there is one side only.
+        gt_size: The least side of HR in pixels.
+        patches: Whether the patches of HR are wanted, to be found in test pictures.
+    """
+
+    scale: int | None
+    gt_size: int
+    patches: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out about a pair.
+
+    Args:
+        key: Its name.
+        faults: Why it cannot be used, as clauses that begin with HR or LR.
+        digest: Of the pixels of HR, of LR in a set without HR; None where they are unreadable.
+        alignment: Of LR on HR; None where it is not known.
+        patches: Of HR, for `overlap`; None where they are not wanted.
+    """
+
+    key: str
+    faults: tuple[str, ...]
+    digest: str | None = None
+    alignment: Alignment | None = None
+    patches: Patches | None = None
+
+
+def _decode(side: str, data: bytes | None, faults: list[str]) -> Picture | None:
+    if data is None:
+        return None
+    try:
+        return decode_8_bits(data, Path(side), least=1).pixels
+    except PictureError as error:
+        faults.append(f"{side} {error.reason}")
+        return None
+
+
+def examine(pair: Pair, looks: Looks) -> Found:
+    """Decode a pair and look at it."""
+    faults: list[str] = []
+    hr, lr = _decode("HR", pair.hr, faults), _decode("LR", pair.lr, faults)
+    first = lr if hr is None else hr
+    if faults or first is None:
+        return Found(pair.key, tuple(faults))
+    digest = pixel_digest(first)
+    if hr is not None and min(hr.shape[:2]) < looks.gt_size:
+        height, width = hr.shape[:2]
+        faults.append(f"HR has {height} x {width} pixels, less than gt_size {looks.gt_size}")
+    alignment = None
+    if hr is not None and lr is not None:
+        scale = looks.scale
+        wanted = tuple(side * scale for side in lr.shape[:2])
+        if hr.shape[:2] != wanted:
+            faults.append(
+                f"HR has {hr.shape[0]} x {hr.shape[1]} pixels, and LR's {lr.shape[0]} x "
+                f"{lr.shape[1]} times {scale} are {wanted[0]} x {wanted[1]}"
+            )
+        else:
+            alignment = measure(lr, hr, scale)
+    patches = patches_of(hr) if looks.patches and hr is not None else None
+    return Found(pair.key, tuple(faults), digest, alignment, patches)
+
+
+@dataclass
+class Verified:
+    """What was found out about a set.
+
+    Args:
+        set: The set.
+        scale: HR side over LR side, None where there is one side.
+        sides: What holds its pictures: HR, LR, or both.
+        partners: LR's names by HR's, of the pictures that have both where there are both.
+        faults: What is wrong with the set as a whole, a line each.
+        bad: Why pictures cannot be used, by HR's key.
+        notes: What a user should know without it being wrong.
+        digests: Keys by the digest of their pixels.
+        patches: Of HR, by key, where they are kept.
+        fixable: Whether writing it anew mends some of the faults.
+    """
+
+    set: PairSet
+    scale: int | None
+    sides: list[Stored]
+    partners: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    patches: dict[str, Patches] = field(default_factory=dict)
+    fixable: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing was found to be wrong."""
+        return not (self.faults or self.bad)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _partners(verified: Verified, template: str) -> dict[str, str]:
+    """LR's name for each of HR's that has a partner; what has none is a fault."""
+    hr, lr = verified.sides
+    if hr.is_database:
+        template = "{}"  # in an LMDB both have one key
+    wanted = {key: template.format(key) for key in hr.keys}
+    there = set(lr.keys)
+    without = [key for key, name in wanted.items() if name not in there]
+    unwanted = sorted(there - set(wanted.values()))
+    for names, has, lacks in ((without, hr, lr), (unwanted, lr, hr)):
+        if names:
+            verified.fixable = True
+            verified.faults.append(
+                f"{len(names)} of {len(has.keys)} pictures in {has.path} have no partner in "
+                f"{lacks.path}: {_named(names)}; rename or make them, or drop them by --fix"
+            )
+    return {key: name for key, name in wanted.items() if name in there}
+
+
+def _infer_scale(hr: Reader, lr: Reader, partners: Mapping[str, str]) -> int | None:
+    """HR side over LR side, of the first pair that says it."""
+    for key, name in partners.items():
+        try:
+            large = decode_8_bits(hr(key), Path("HR"), least=1).pixels
+            small = decode_8_bits(lr(name), Path("LR"), least=1).pixels
+        except PictureError:
+            continue
+        scale = round(large.shape[0] / small.shape[0])
+        return scale if scale >= 1 else None
+    return None
+
+
+def _judge_alignment(verified: Verified, alignments: Mapping[str, Alignment]) -> None:
+    if not alignments:
+        return
+    summary = summarise(alignments)
+    if summary.difference < ROUNDED:
+        verified.notes.append("LR is MATLAB's bicubic of HR")
+    else:
+        verified.notes.append(
+            f"LR is not MATLAB's bicubic of HR: by {summary.difference:.1f} levels, the median of "
+            "the pictures"
+        )
+    if summary.displaced:
+        rows, columns = summary.displacement
+        verified.faults.append(
+            f"LR is displaced by {rows:+.2f} rows and {columns:+.2f} columns of LR pixels "
+            f"({summary.telling} of {summary.pairs} pairs tell): it was made by slicing, a nearest "
+            "neighbour or from another crop; make LR from HR again, by `train --hr` for example"
+        )
+    for key in summary.strays:
+        rows, columns = alignments[key].displacement
+        verified.bad.setdefault(key, []).append(
+            f"LR is displaced by {rows:+.2f} rows and {columns:+.2f} columns, unlike the others"
+        )
+    for key in summary.unrelated:
+        verified.bad.setdefault(key, []).append("LR shows another picture, or another part of it")
+
+
+def _judge_duplicates(verified: Verified) -> None:
+    for first, *others in verified.digests.values():
+        for key in others:
+            verified.bad.setdefault(key, []).append(f"has the same pixels as {first}")
+
+
+def _look_into(each: PairSet) -> Verified:
+    sides = [look_into(path) for path in (each.hr, each.lr) if path is not None]
+    verified = Verified(each, None, sides, fixable=any(side.faults for side in sides))
+    verified.faults += [f"{side.path} {fault}" for side in sides for fault in side.faults]
+    return verified
+
+
+def _pairs(readers: Sequence[Reader], partners: Mapping[str, str], has_hr: bool) -> Iterator[Pair]:
+    for key, name in partners.items():
+        if len(readers) == 2:
+            yield Pair(key, readers[0](key), readers[1](name))
+        elif has_hr:
+            yield Pair(key, readers[0](key), None)
+        else:
+            yield Pair(key, None, readers[0](key))
+
+
+def verify_set(each: PairSet, workers: int, keep_patches: bool = False) -> Verified:
+    """Look at every picture of a set.
+
+    Args:
+        each: The set.
+        workers: Processes that decode and compare.
+        keep_patches: Keep patches of HR, to find the pictures in test sets.
+
+    Raises:
+        UserError: A side of the set is missing or empty.
+    """
+    verified = _look_into(each)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(side.reader()) for side in verified.sides]
+        if len(readers) == 2:
+            verified.partners = _partners(verified, each.template)
+            verified.scale = each.scale or _infer_scale(*readers, verified.partners)
+        else:
+            verified.partners = {key: key for key in verified.sides[0].keys}
+        looks = Looks(verified.scale, each.gt_size or 1, keep_patches)
+        pairs = _pairs(readers, verified.partners, each.hr is not None)
+        count = len(verified.partners)
+        found = ordered(partial(examine, looks=looks), pairs, min(workers, count // 20))
+        alignments = {}
+        with progress_bar(each.name, count, "pictures") as bar, closing(found):
+            for one in found:
+                bar.update()
+                if one.faults:
+                    verified.bad[one.key] = list(one.faults)
+                if one.digest is not None:
+                    verified.digests.setdefault(one.digest, []).append(one.key)
+                if one.alignment is not None:
+                    alignments[one.key] = one.alignment
+                if one.patches is not None:
+                    verified.patches[one.key] = one.patches
+    _judge_alignment(verified, alignments)
+    _judge_duplicates(verified)
+    return verified
+
+
+def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified]) -> None:
+    """Look for the test sets' HR pictures in the training sets; what is found is bad there."""
+    for trained in training:
+        patches = TrainingPatches(trained.patches.items())
+        for tested in testing:
+            if tested.set.hr is None or tested.set.hr == trained.set.hr:
+                continue
+            hr = tested.sides[0]
+            what = f"{hr.path} in {trained.sides[0].path}"
+            with hr.reader() as read, progress_bar(what, len(hr.keys), "pictures") as bar:
+                for key in hr.keys:
+                    bar.update()
+                    try:
+                        picture = decode_8_bits(read(key), hr.place(key), least=1).pixels
+                    except PictureError:
+                        continue  # named already
+                    for overlap in patches.find(picture):
+                        height, width = overlap.size
+                        trained.bad.setdefault(overlap.name, []).append(
+                            f"holds {height} x {width} pixels of the test picture {hr.place(key)}"
+                        )
+
+
+def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
+    """Look at every picture of some sets, and at the sets beside each other.
+
+    Args:
+        sets: The sets.
+        workers: Processes that decode and compare.
+
+    Raises:
+        UserError: A set is missing or empty.
+    """
+    mixed = {"train", "test"} <= {each.role for each in sets}
+    seen: set[Path | None] = set()
+    result = []
+    for each in sets:
+        # HR of several scales is one database: its patches are kept once
+        keep = mixed and each.role == "train" and each.hr not in seen
+        seen.add(each.hr)
+        result.append(verify_set(each, workers, keep))
+    training = [each for each in result if each.patches]
+    testing = {each.set.hr: each for each in result if each.set.role == "test"}
+    _find_in_training(training, list(testing.values()))
+    return result
+
+
+def report(verified: Sequence[Verified]) -> str:
+    """What was found, for the terminal: each set, what is wrong with it and what to do."""
+    lines = []
+    for each in verified:
+        what = "pairs" if len(each.sides) == 2 else "pictures"
+        scale = f" at scale {each.scale}" if each.scale else ""
+        state = "good" if each.is_good else "NOT GOOD"
+        lines.append(f"{each.set.name}: {len(each.partners)} {what}{scale}: {state}")
+        lines += [f"  {note}" for note in each.notes]
+        lines += [f"  wrong: {fault}" for fault in each.faults]
+        lines += [
+            f"  wrong: {each.sides[0].place(key)}: {reason}"
+            for key, reasons in each.bad.items()
+            for reason in reasons
+        ]
+        if each.bad:
+            lines.append(
+                f"  {len(each.bad)} of {len(each.partners)} {what} are bad: mend them, or leave "
+                "them out by --fix"
+            )
+    return "\n".join(lines)
+
+
+def _fixed_path(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.lmdb')}_fixed.lmdb")
+
+
+def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
+    """Write the pictures of one side that are good.
+
+    Args:
+        side: HR or LR.
+        names: Their names there, by their keys in the new database.
+    """
+    path = _fixed_path(side.path)
+    digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
+    recipe = {"fixed": str(side.path.resolve()), "pictures": digest.hexdigest()}
+    with one_writer(path.parent), disk_faults_named(path), side.reader() as read:
+        if is_finished(path, recipe, overwrite=True):
+            return path
+        with DatabaseWriter(path, recipe) as writer:
+            with progress_bar(f"writing {path.name}", len(names), "pictures") as bar:
+                for key, name in names.items():
+                    data = read(name)
+                    if not side.is_database:
+                        data = encode_png(decode_8_bits(data, side.place(name), least=1).pixels)
+                    writer.put([(key, data)])
+                    bar.update()
+            writer.finish()
+    return path
+
+
+def fix(verified: Sequence[Verified]) -> list[Path]:
+    """Write new databases of the good pictures of the sets that have bad ones.
+
+    Sets that share HR, as the scales of a training set do, lose the same pictures. The old ones
+    stay as they are. What concerns a set as a whole, such as LR that is displaced, is not mended.
+
+    Args:
+        verified: As `verify` returns them.
+
+    Returns:
+        The new databases, `NAME_fixed.lmdb` beside each old one.
+
+    Raises:
+        UserError: None of a set's pictures is good, or a database cannot be written.
+    """
+    by_hr: dict[Path, list[Verified]] = defaultdict(list)
+    for each in verified:
+        by_hr[each.sides[0].path].append(each)
+    written = []
+    for path, sets in by_hr.items():
+        if not any(each.bad or each.fixable for each in sets):
+            continue
+        bad = {key for each in sets for key in each.bad}
+        good = [key for key in sets[0].partners if all(key in each.partners for each in sets)]
+        good = [key for key in good if key not in bad]
+        if not good:
+            raise UserError(f"{path}: no picture is good, there is nothing to write")
+        keys = {key: picture_key(PurePath(f"{key}.png")) for key in good}
+        if sets[0].sides[0].is_database:
+            keys = {key: key for key in good}
+        written.append(_write_fixed(sets[0].sides[0], {keys[key]: key for key in good}))
+        for each in sets:
+            if len(each.sides) == 2:
+                names = {keys[key]: each.partners[key] for key in good}
+                written.append(_write_fixed(each.sides[1], names))
+    return written

@@ -1,0 +1,612 @@
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from basicsr.utils.matlab_functions import imresize
+
+from dlgsanet_arch.data import benchmark
+from dlgsanet_arch.data.benchmark import build, find_source, folder_sha256, report, set_name
+from dlgsanet_arch.data.comparison import Scores
+from dlgsanet_arch.errors import UserError
+
+SIZE = (27, 34)  # no scale divides a side
+
+
+def made(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """A smooth picture with some noise, another one for each number."""
+    random = np.random.default_rng(number)
+    coarse = random.integers(0, 256, (4, 5, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return (smooth + random.normal(0, 5, smooth.shape)).round().clip(0, 255).astype(np.uint8)
+
+
+def saved(path: Path, picture: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fine, data = cv2.imencode(path.suffix, picture)
+    assert fine
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def read(path: Path) -> np.ndarray:
+    """The stored samples: dtype and channels as they are in the file."""
+    picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert picture is not None
+    return picture
+
+
+def resized(picture: np.ndarray, factor: float) -> np.ndarray:
+    """BasicSR's bicubic, rounded to 8 bits."""
+    result = imresize(picture.astype(np.float32) / 255, factor)
+    return (result * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def cropped(picture: np.ndarray, scale: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    return picture[: height // scale * scale, : width // scale * scale]
+
+
+def lr_of(picture: np.ndarray, scale: int) -> np.ndarray:
+    return resized(cropped(picture, scale), 1 / scale)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def source_of(folder: Path, count: int = 2) -> Path:
+    for number in range(count):
+        saved(folder / "HR" / f"p{number}.png", made(number))
+    return folder
+
+
+def refused(match: str, *arguments, **options) -> str:
+    with pytest.raises(UserError, match=match) as caught:
+        build(*arguments, **options)
+    return str(caught.value)
+
+
+# What is made
+
+
+def test_set14_has_the_known_figures_at_every_scale(tmp_path, shared_data):
+    source = shared_data / "data" / "Set14"
+    if not source.is_dir():
+        pytest.skip(f"the pictures of Set14 are not in {source}")
+    summary = build("set14", source, tmp_path)
+    measured = [(each.scale, each.bicubic.psnr, each.bicubic.ssim) for each in summary.scales]
+    # NETWORK.md, measured by BasicSR's functions
+    known = [(2, 30.33, 0.8700), (3, 27.63, 0.7760), (4, 26.09, 0.7050)]
+    assert np.allclose(np.array(measured), known, rtol=0, atol=[0, 0.01, 0.0005])
+    assert [each.agrees for each in summary.scales] == [True] * 3
+    assert (summary.name, summary.count, summary.notices) == ("Set14", 14, ())
+    # the smallest picture, by OpenCV and BasicSR alone
+    hr = cropped(read(source / "HR" / "img_006.png")[..., :3], 4)
+    assert np.array_equal(read(tmp_path / "X4" / "HR" / "img_006.png"), hr)
+    assert np.array_equal(read(tmp_path / "X4" / "LR" / "img_006.png"), resized(hr, 1 / 4))
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_hr_is_cropped_and_lr_is_its_bicubic(tmp_path, scale):
+    build("made", source_of(tmp_path / "in"), tmp_path / "out", [scale])
+    folder = tmp_path / "out" / f"X{scale}"
+    assert sorted(tree(folder)) == [
+        *("HR/p0.png", "HR/p1.png", "LR/p0.png", "LR/p1.png"),
+        "recipe.json",
+    ]
+    for number in range(2):
+        hr = cropped(made(number), scale)
+        assert np.array_equal(read(folder / "HR" / f"p{number}.png"), hr)
+        assert np.array_equal(read(folder / "LR" / f"p{number}.png"), resized(hr, 1 / scale))
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == [
+        folder.name
+    ]
+
+
+METRICS = (calculate_psnr, calculate_ssim)
+
+
+def test_figures_are_the_mean_of_basicsrs_metrics(tmp_path):
+    summary = build("made", source_of(tmp_path / "in"), tmp_path / "out", [3])
+    scores = []
+    for number in range(2):
+        hr = cropped(made(number), 3)
+        enlarged = resized(resized(hr, 1 / 3), 3)
+        scores.append([f(enlarged, hr, 3, test_y_channel=True) for f in METRICS])
+    measured = summary.scales[0].bicubic
+    assert np.allclose([measured.psnr, measured.ssim], np.mean(scores, 0), rtol=0, atol=1e-9)
+
+
+def sum_by_hand(folder: Path) -> str:
+    data = b""
+    for path in sorted(folder.iterdir(), key=lambda path: path.stem):
+        picture = read(path)
+        data += path.stem.encode("utf-8") + b"\x00"
+        data += struct.pack("<I", picture.shape[0]) + struct.pack("<I", picture.shape[1])
+        for row in picture:
+            data += b"".join(bytes(pixel.tolist()) for pixel in row)
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_sums_can_be_recomputed_by_their_description(tmp_path):
+    source = source_of(tmp_path / "in")
+    # as file names `p-1.png` comes before `p.png`, as names `p` before `p-1`
+    for name in ("p", "p-1", "P", "p10"):
+        saved(source / "HR" / f"{name}.png", made(ord(name[-1])))
+    summary = build("made", source, tmp_path / "out")
+    for each in summary.scales:
+        assert each.sha256 == {part: sum_by_hand(each.folder / part) for part in ("HR", "LR")}
+    picture = tmp_path / "out" / "X2" / "HR" / "p.png"
+    before = folder_sha256(picture.parent)
+    picture.rename(picture.with_name("q.png"))
+    assert folder_sha256(picture.parent) != before
+
+
+def test_gray_becomes_three_equal_channels(tmp_path):
+    gray = made(1)[..., 0]
+    saved(tmp_path / "in" / "gray.png", gray)
+    build("made", tmp_path / "in", tmp_path / "out", [2])
+    expected = np.dstack([cropped(gray, 2)] * 3)
+    assert np.array_equal(read(tmp_path / "out" / "X2" / "HR" / "gray.png"), expected)
+
+
+def test_16_bits_are_rounded_to_8_with_a_notice(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (*SIZE, 3)).astype(np.uint16)
+    deep[0, 0] = 0, 65535, 128
+    saved(tmp_path / "in" / "deep.png", deep)
+    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
+    hr = np.rint(cropped(deep, 2).astype(np.float64) / 257).astype(np.uint8)
+    assert np.array_equal(read(tmp_path / "out" / "X2" / "HR" / "deep.png"), hr)
+    assert np.array_equal(read(tmp_path / "out" / "X2" / "LR" / "deep.png"), resized(hr, 1 / 2))
+    assert "deep.png: holds 16 bits" in "".join(summary.notices)
+
+
+def test_names_that_basicsr_cannot_take_are_written_safely(tmp_path):
+    for name in ("night 1.bmp", "city/a.png", "ü.png"):
+        saved(tmp_path / "in" / "HR" / name, made(1))
+    build("made", tmp_path / "in", tmp_path / "out", [2])
+    names = ["%C3%BC.png", "city+a.png", "night%201.png"]
+    for part in ("HR", "LR"):
+        assert sorted(os.listdir(tmp_path / "out" / "X2" / part)) == names
+
+
+def test_what_goes_to_workers_can_be_pickled(tmp_path):
+    original = benchmark._Original("a", "a", saved(tmp_path / "a.png", made(1)))
+    task = benchmark._Task(original, 2, tmp_path)
+    assert pickle.loads(pickle.dumps((benchmark._make, task))) == (benchmark._make, task)
+    for least in (2, 100):  # a result, and an error as a result
+        result = benchmark._inspect((original.path, least))
+        assert str(pickle.loads(pickle.dumps(result))) == str(result)
+
+
+def test_workers_are_started_for_many_pictures_only():
+    assert benchmark._useful_workers(4, 5) == 1
+    assert benchmark._useful_workers(4, 300) == 4
+
+
+# Names and places
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("set5", "Set5"),
+        ("Set 14", "Set14"),
+        ("BSD100", "B100"),
+        ("BSDS100", "B100"),
+        ("b100", "B100"),
+        ("urban-100", "Urban100"),
+        ("MANGA109", "Manga109"),
+        ("My_set-2", "My_set-2"),
+    ],
+)
+def test_names_of_sets(text, name):
+    assert set_name(text) == name
+
+
+@pytest.mark.parametrize("text", ["", "../x", "a b", "ü", "a/b", "a.b"])
+def test_names_that_are_no_folder_are_refused(text):
+    with pytest.raises(UserError, match="cannot be a test set's name"):
+        set_name(text)
+
+
+def test_a_set_is_found_in_both_places_by_any_spelling(tmp_path):
+    inner = tmp_path / "datasets" / "benchmark" / "BSDS100"
+    inner.mkdir(parents=True)
+    assert find_source("b100", tmp_path) == inner
+    outer = tmp_path / "datasets" / "b100"
+    outer.mkdir()
+    assert find_source("B100", tmp_path) == outer
+    (tmp_path / "datasets" / "BSD100").mkdir()
+    with pytest.raises(UserError, match=r"any of .*BSD100.*b100.*--hr"):
+        find_source("B100", tmp_path)
+
+
+def test_a_set_that_is_nowhere_is_missed_by_its_places(tmp_path):
+    with pytest.raises(UserError) as caught:
+        find_source("set5", tmp_path)
+    for place in ("datasets/Set5", "datasets/benchmark/Set5"):
+        assert str(tmp_path / place) in str(caught.value)
+
+
+# Layouts
+
+LAYOUTS = {
+    "flat": "{}.png",
+    "HR": "HR/{}.png",
+    "lower case": "hr/{}.png",
+    "GT": "GT/{}.png",
+    "original": "original/{}.bmp",
+    "with the set's name": "Set5_HR/{}.png",
+    "BasicSR's": "GTmod12/{}.png",
+    "SelfExSR": "image_SRF_4/{}_SRF_4_HR.png",
+    "SelfExSR's files alone": "{}_SRF_4_HR.png",
+    "ours": "X4/HR/{}.png",
+    "ours in lower case": "x4/hr/{}.png",
+}
+NAMES = ("baby", "img_002")
+
+
+@pytest.mark.parametrize("further", ["", "Set5/"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_found_by_looking(tmp_path, layout, further):
+    source = tmp_path / "in"
+    for number, name in enumerate(NAMES):
+        saved(source / (further + LAYOUTS[layout].format(name)), made(number))
+    # beside them: what is no HR
+    for name in ("LR_bicubic/X4/babyx4.png", "image_SRF_4/baby_SRF_4_bicubic.png"):
+        saved(source / further / name, made(7, (6, 8)))
+    summary = build("Set5", source, tmp_path / "out", [4])
+    written = {path.stem: read(path) for path in (tmp_path / "out" / "X4" / "HR").iterdir()}
+    assert sorted(written) == sorted(NAMES)
+    for number, name in enumerate(NAMES):
+        assert np.array_equal(written[name], cropped(made(number), 4))
+    notices = [text for text in summary.notices if "Set5 has 5 pictures" not in text]
+    assert len(notices) == {"BasicSR's": 1, "flat": 1}.get(layout, 0)
+
+
+def test_each_scale_takes_its_own_hr_of_selfexsr(tmp_path):
+    for scale in (2, 4):
+        name = f"image_SRF_{scale}/img_001_SRF_{scale}_HR.png"
+        saved(tmp_path / "in" / name, made(scale))
+        saved(tmp_path / "in" / name.replace("HR", "LR"), lr_of(made(scale), scale))
+    summary = build("made", tmp_path / "in", tmp_path / "out", [2, 4])
+    for scale in (2, 4):
+        hr = read(tmp_path / "out" / f"X{scale}" / "HR" / "img_001.png")
+        assert np.array_equal(hr, cropped(made(scale), scale))
+    assert [each.given for each in summary.scales] == ["given LR equals ours (1 of 1 pictures)"] * 2
+    refused("no HR pictures for x3.*--scale 2 4", "made", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out" / "X3").exists()
+    saved(tmp_path / "in" / "HR" / "img_001.png", made(9))
+    build("made", tmp_path / "in", tmp_path / "out", [3])
+    hr = read(tmp_path / "out" / "X3" / "HR" / "img_001.png")
+    assert np.array_equal(hr, cropped(made(9), 3))
+
+
+def test_uncropped_originals_go_before_cropped_ones(tmp_path):
+    saved(tmp_path / "in" / "original" / "baby.png", made(1))
+    saved(tmp_path / "in" / "GTmod12" / "baby.png", cropped(made(1), 12))
+    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
+    assert summary.source == tmp_path / "in" / "original"
+    assert read(tmp_path / "out" / "X2" / "HR" / "baby.png").shape[:2] == (26, 34)
+
+
+def test_two_candidates_are_refused_by_name(tmp_path):
+    for folder in ("HR", "original"):
+        saved(tmp_path / "in" / folder / "baby.png", made(1))
+    said = refused("more than one place", "made", tmp_path / "in", tmp_path / "out")
+    assert all(str(tmp_path / "in" / name) in said for name in ("HR", "original"))
+    assert "--hr" in said
+    build("made", tmp_path / "in" / "HR", tmp_path / "out", [2])
+
+
+def test_of_several_sets_the_named_one_is_taken(tmp_path):
+    for number, folder in enumerate(("Set5", "Set14")):
+        saved(tmp_path / "in" / folder / "HR" / "baby.png", made(number))
+    summary = build("Set14", tmp_path / "in", tmp_path / "out", [2])
+    assert summary.source == tmp_path / "in" / "Set14" / "HR"
+    refused("more than one place", "made", tmp_path / "in", tmp_path / "other")
+
+
+def test_pictures_in_folders_of_a_flat_set_are_missed_aloud(tmp_path):
+    saved(tmp_path / "in" / "a.png", made(1))
+    saved(tmp_path / "in" / "more" / "b.png", made(2))
+    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
+    assert summary.count == 1
+    assert "left out: more;" in summary.notices[0]
+
+
+def test_a_folder_without_hr_is_refused(tmp_path):
+    saved(tmp_path / "in" / "a" / "b" / "c.png", made(1))
+    refused("no HR pictures of made", "made", tmp_path / "in", tmp_path / "out")
+    refused("does not exist", "made", tmp_path / "missing", tmp_path / "out")
+
+
+def test_pictures_of_one_name_are_refused(tmp_path):
+    for folder in ("image_SRF_2", "."):
+        saved(tmp_path / "in" / folder / "a_SRF_2_HR.png", made(1))
+    refused("have one name", "made", tmp_path / "in", tmp_path / "out", [2])
+
+
+# LR that came with the pictures
+
+GIVEN = ["LR_bicubic/X2/p{}x2.png", "LR/x2/p{}.png", "LRbicx2/p{}.png", "X2/LR/p{}.png"]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_given_lr_is_compared(tmp_path, given):
+    source = source_of(tmp_path / "in")
+    for number in range(2):
+        saved(source / given.format(number), lr_of(made(number), 2))
+
+    def told(place: str) -> str | None:
+        summary = build("made", source, tmp_path / place, [2, 4])
+        assert summary.scales[1].given is None
+        return summary.scales[0].given
+
+    assert told("a") == "given LR equals ours (2 of 2 pictures)"
+    lr = lr_of(made(0), 2)
+    lr[0, 0] ^= 1
+    saved(source / given.format(0), lr)
+    samples = 2 * lr.size
+    assert f"up to rounding: 1 level in {3 / samples:.3%} of the samples" in told("a")
+    other = cv2.resize(cropped(made(0), 2), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_CUBIC)
+    saved(source / given.format(0), other)
+    difference = np.abs(other.astype(int) - lr_of(made(0), 2))
+    text = f"by {difference.sum() / samples:.3f} levels in the mean and {difference.max()} at most"
+    assert difference.max() > 1
+    assert text in told("a")
+    saved(source / given.format(0), lr[:-1])
+    (source / given.format(1)).write_bytes(b"nothing")
+    assert "of 1 pictures has another size" in told("a")
+    assert "of 1 pictures cannot be read" in told("a")
+
+
+# Bad pictures
+
+
+def test_all_bad_pictures_are_named_before_anything_is_written(tmp_path):
+    source = source_of(tmp_path / "in")
+    whole = (source / "HR" / "p0.png").read_bytes()
+    (source / "HR" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (source / "HR" / "empty.jpg").write_bytes(b"")
+    saved(source / "HR" / "small.png", made(1, (16, 19)))
+    said = refused("3 pictures of made cannot be used", "made", source, tmp_path / "out")
+    reasons = {"cut": "is cut short", "empty": "zero bytes", "small": "too small"}
+    for name, reason in reasons.items():
+        assert [reason in line for line in said.splitlines() if f"{name}." in line] == [True]
+    assert not (tmp_path / "out").exists()
+    summary = build("made", source, tmp_path / "out", skip_bad=True)
+    assert (summary.count, len(summary.skipped)) == (2, 3)
+    assert sorted(os.listdir(tmp_path / "out" / "X4" / "LR")) == ["p0.png", "p1.png"]
+    assert "left out (3):" in report(summary)
+    assert "cut.png is cut short" in report(summary)
+
+
+def test_a_set_of_bad_pictures_alone_is_refused(tmp_path):
+    saved(tmp_path / "in" / "a.png", made(1, (8, 8)))
+    refused("1 picture of made", "made", tmp_path / "in", tmp_path / "out", skip_bad=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scale", "least"), [(2, 16), (3, 18), (4, 20)])
+def test_the_border_leaves_a_window_of_ssim(tmp_path, scale, least):
+    assert least - 2 * scale >= 11 > least - scale - 2 * scale
+    saved(tmp_path / "in" / "a.png", made(1, (least, 40)))
+    summary = build("made", tmp_path / "in", tmp_path / "out", [scale])
+    assert 0 < summary.scales[0].bicubic.ssim < 1
+    saved(tmp_path / "in" / "a.png", made(1, (40, least - 1)))
+    refused("too small", "made", tmp_path / "in", tmp_path / "out", [scale])
+
+
+def test_scales_that_are_not_made_are_refused(tmp_path):
+    for scales in ([], [1], [2, 8]):
+        with pytest.raises(ValueError, match="scales must be"):
+            build("made", source_of(tmp_path), tmp_path / "out", scales)
+
+
+# Whole or absent
+
+
+def test_finished_scales_are_left_alone(tmp_path):
+    source = source_of(tmp_path / "in")
+    first = build("made", source, tmp_path / "out", [2])
+    before = (tmp_path / "out" / "X2").stat().st_ino
+    shutil.copytree(source, tmp_path / "moved")  # the same pictures
+    for overwrite in (False, True):
+        again = build("made", tmp_path / "moved", tmp_path / "out", [2, 3], overwrite=overwrite)
+        assert (tmp_path / "out" / "X2").stat().st_ino == before
+        assert not again.scales[0].written
+        assert again.scales[0].bicubic == first.scales[0].bicubic
+        assert again.scales[0].sha256 == first.scales[0].sha256
+        assert again.scales[1].written is not overwrite
+    assert "was finished, left alone" in report(again)
+
+
+@pytest.mark.parametrize("change", ["pixels", "another", "renamed", "fewer"])
+def test_a_scale_of_other_pictures_is_replaced_on_demand_only(tmp_path, change):
+    source = source_of(tmp_path / "in")
+    build("made", source, tmp_path / "out", [2])
+    before = tree(tmp_path / "out")
+    picture = source / "HR" / "p0.png"
+    if change == "pixels":
+        saved(picture, made(5))
+    elif change == "another":
+        saved(picture.with_name("q.png"), made(5))
+    elif change == "renamed":
+        picture.rename(picture.with_name("q.png"))
+    else:
+        picture.unlink()
+    refused("X2 was made from other pictures.*--overwrite", "made", source, tmp_path / "out", [2])
+    assert tree(tmp_path / "out") == before
+    summary = build("made", source, tmp_path / "out", [2], overwrite=True)
+    assert summary.scales[0].written
+    build("made", source, tmp_path / "fresh", [2])
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", ["pixels", "missing", "another", "cut"])
+def test_a_scale_that_was_changed_is_noticed(tmp_path, change):
+    source = source_of(tmp_path / "in")
+    build("made", source, tmp_path / "out", [2])
+    before = tree(tmp_path / "out")
+    picture = tmp_path / "out" / "X2" / "LR" / "p0.png"
+    if change == "pixels":
+        saved(picture, read(picture) ^ 1)
+    elif change == "missing":
+        picture.unlink()
+    elif change == "another":
+        saved(picture.with_name("q.png"), made(5))
+    else:
+        picture.write_bytes(picture.read_bytes()[:-30])
+    refused("X2 was changed after it was made", "made", source, tmp_path / "out", [2])
+    build("made", source, tmp_path / "out", [2], overwrite=True)
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("recipe", [None, b"{", b"[]", b'{"scale": 2, "train": []}'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_made_is_never_touched(tmp_path, recipe, overwrite):
+    source = source_of(tmp_path / "in")
+    saved(tmp_path / "out" / "X3" / "HR" / "theirs.png", made(1))
+    if recipe is not None:
+        (tmp_path / "out" / "X3" / "recipe.json").write_bytes(recipe)
+    before = tree(tmp_path / "out")
+    options = {"overwrite": overwrite}
+    refused("X3 .*not made by this command", "made", source, tmp_path / "out", **options)
+    assert tree(tmp_path / "out") == before  # X2 was not begun either
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    source = source_of(tmp_path / "in")
+    make, calls = benchmark._make, []
+
+    def interrupted(task):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(task)
+        return make(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "_make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build("made", source, tmp_path / "out")
+    assert [task.scale for task in calls] == [2, 2, 3]
+    folders = [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name[0] != "."]
+    assert folders == ["X2", "X3.unfinished", "X4.unfinished"]
+    saved(tmp_path / "out" / "X4.unfinished" / "HR" / "stray.png", made(5))
+    summary = build("made", source, tmp_path / "out")
+    assert [each.written for each in summary.scales] == [False, True, True]
+    build("made", source, tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_made(tmp_path, monkeypatch):
+    source = source_of(tmp_path / "in")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        refused("disk is full", "made", source, tmp_path / "out")
+    assert not any((tmp_path / "out" / f"X{scale}").exists() for scale in (2, 3, 4))
+    build("made", source, tmp_path / "out")
+
+
+def test_the_set_may_lie_where_the_tree_goes(tmp_path):
+    source_of(tmp_path)
+    saved(tmp_path / "LR_bicubic" / "X2" / "p0x2.png", lr_of(made(0), 2))
+    first = build("made", tmp_path, tmp_path, [2])
+    both = build("made", tmp_path, tmp_path, [4, 2, 4])
+    assert [each.scale for each in both.scales] == [2, 4]
+    assert [each.written for each in both.scales] == [False, True]
+    assert both.source == tmp_path / "HR"
+    assert both.scales[0].given == "given LR equals ours (1 of 2 pictures)"
+    # what was made is enough to find it finished, and for nothing else
+    shutil.rmtree(tmp_path / "HR")
+    shutil.rmtree(tmp_path / "LR_bicubic")
+    (tmp_path / "X3.unfinished").mkdir()
+    shutil.copytree(tmp_path / "X2", tmp_path / "X2.old")
+    alone = build("made", tmp_path, tmp_path, [2, 4])
+    assert [each.written for each in alone.scales] == [False, False]
+    assert [each.given for each in alone.scales] == [None, None]
+    assert alone.scales[0].sha256 == first.scales[0].sha256
+    refused("no HR pictures for x3.*--scale 2 4", "made", tmp_path, tmp_path)
+    saved(tmp_path / "X2" / "HR" / "p0.png", made(5))
+    for overwrite in (False, True):
+        options = {"overwrite": overwrite}
+        refused("X2 was changed .*move it away", "made", tmp_path, tmp_path, [2], **options)
+
+
+# The report
+
+
+def test_the_report_tells_a_wrong_set_by_its_figures(tmp_path):
+    summary = build("Set5", source_of(tmp_path / "in"), tmp_path / "out", [2, 4])
+    text = report(summary)
+    assert [each.agrees for each in summary.scales] == [False, False]
+    for each, known in zip(summary.scales, ("33.68 dB / 0.9305", "28.43 dB / 0.8113"), strict=True):
+        ours = f"{each.bicubic.psnr:.2f} dB / {each.bicubic.ssim:.4f}"
+        line = f"  x{each.scale}  {ours}  known {known}  differs: other pictures, or another"
+        assert line in text
+        assert f"X{each.scale}/HR  {each.sha256['HR']}\n" in text
+        assert f"X{each.scale}/LR  {each.sha256['LR']}\n" in text
+    assert "Set5 has 5 pictures, here are 2" in text
+
+
+@pytest.mark.parametrize(
+    ("psnr", "ssim", "agrees"),
+    [(0.009, -0.0004, True), (-0.009, 0.0004, True), (0.011, 0, False), (0, -0.0006, False)],
+)
+def test_figures_agree_within_the_tolerance(tmp_path, monkeypatch, psnr, ssim, agrees):
+    source = source_of(tmp_path / "in")
+    measured = build("made", source, tmp_path / "out", [2]).scales[0].bicubic
+    known = Scores(measured.psnr + psnr, measured.ssim + ssim)
+    paper = benchmark.KnownSet(2, {2: known}, benchmark.KNOWN["Set5"].tolerance)
+    monkeypatch.setitem(benchmark.KNOWN, "made", paper)
+    summary = build("made", source, tmp_path / "out", [2])
+    assert (summary.scales[0].known, summary.scales[0].agrees) == (known, agrees)
+    assert ("  agrees\n" in report(summary)) is agrees
+
+
+def test_sets_that_papers_do_not_know_have_no_known_figures(tmp_path):
+    summary = build("made", source_of(tmp_path / "in"), tmp_path / "out", [2])
+    assert (summary.scales[0].known, summary.scales[0].agrees) == (None, None)
+    assert "known" not in report(summary)
+    assert "notices" not in report(summary)
+
+
+def test_equal_notices_are_told_once(tmp_path):
+    deep = np.zeros((*SIZE, 3), np.uint16)
+    for number in range(7):
+        saved(tmp_path / "in" / f"p{number}.png", deep)
+    (notice,) = build("made", tmp_path / "in", tmp_path / "out", [2]).notices
+    assert notice.startswith("p0.png, p1.png, p2.png, p3.png, p4.png and 2 more: holds 16 bits")
+
+
+def test_the_recipe_holds_sizes_and_sums_of_the_sources(tmp_path):
+    source = source_of(tmp_path / "in")
+    build("made", source, tmp_path / "out", [2])
+    recipe = json.loads((tmp_path / "out" / "X2" / "recipe.json").read_text())
+    expected = {
+        f"p{number}": {
+            "size": list(SIZE),
+            "sha256": hashlib.sha256((source / "HR" / f"p{number}.png").read_bytes()).hexdigest(),
+        }
+        for number in range(2)
+    }
+    assert recipe["sources"] == expected

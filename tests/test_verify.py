@@ -1,0 +1,382 @@
+import os
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+import yaml
+
+from dlgsanet_arch.cli import cmd_data
+from dlgsanet_arch.data import demo
+from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.databases import encode_png
+from dlgsanet_arch.data.pictures import read_8_bits
+
+HR, X2, X3 = "train_HR_sub.lmdb", "train_LR_bicubic_X2_sub.lmdb", "train_LR_bicubic_X3_sub.lmdb"
+PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+
+
+def photograph(name: str) -> np.ndarray:
+    return read_8_bits(demo.pictures_folder() / name).pixels
+
+
+def prepare(*arguments: object) -> int:
+    return cmd_data.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A training set of three photographs in 4 sub-images each, at x2 and x3."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in PHOTOGRAPHS:
+        (folder / "in").mkdir(exist_ok=True)
+        assert cv2.imwrite(str(folder / "in" / name), photograph(name)[:288, :360])
+    cutting = ("--crop", 240, "--step", 240, "--scale", 2, 3, "--workers", 1)
+    assert prepare("train", "--hr", folder / "in", "--out", folder / "out", *cutting) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def training(made, tmp_path) -> Path:
+    """A copy to be broken."""
+    target = tmp_path / "data"
+    for path in made.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(made)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return target
+
+
+class Changed:
+    """An LMDB opened to be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self):
+        self.environment = lmdb.open(str(self.path), map_size=2**26)
+        self.transaction = self.environment.begin(write=True)
+        return self.transaction
+
+    def __exit__(self, *error) -> None:
+        self.transaction.commit()
+        self.environment.close()
+
+
+def entries(path: Path) -> dict[str, bytes]:
+    with (
+        lmdb.open(str(path), readonly=True, lock=False) as environment,
+        environment.begin() as read,
+    ):
+        return {key.decode(): data for key, data in read.cursor()}
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def save_pairs(folder: Path, reduce, names=PHOTOGRAPHS, scale: int = 2) -> None:
+    """Write HR and LR folders, LR made by `reduce`."""
+    for part in ("HR", "LR"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        hr = photograph(name)[:288, :360]
+        for part, pixels in (("HR", hr), ("LR", reduce(hr))):
+            assert cv2.imwrite(str(folder / part / name), pixels)
+
+
+def halved(hr: np.ndarray) -> np.ndarray:
+    return bicubic(hr, 1 / 2)
+
+
+def test_a_good_set_is_good(training, capsys):
+    assert prepare("verify", training) == 0
+    said = capsys.readouterr().out
+    assert f"{training / X2}: 12 pairs at scale 2: good" in said
+    assert f"{training / X3}: 12 pairs at scale 3: good" in said
+    assert said.count("LR is MATLAB's bicubic of HR") == 2
+    assert "wrong" not in said
+
+
+def test_worker_processes_find_the_same(training, capsys):
+    with Changed(training / X2) as write:
+        write.put(b"coffee_s002", b"no picture")
+    said = []
+    for workers in (1, 2):
+        assert prepare("verify", training / HR, training / X2, "--workers", workers) == 1
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "coffee_s002: LR is not a picture" in said[0]
+
+
+def truncated(training: Path) -> None:
+    with Changed(training / X3) as write:
+        data = write.get(b"coffee_s003")
+        write.put(b"coffee_s003", data[: len(data) // 2])
+
+
+def empty(training: Path) -> None:
+    with Changed(training / HR) as write:
+        write.put(b"coffee_s003", b"")
+
+
+def of_another_size(training: Path) -> None:
+    with Changed(training / X2) as write:
+        lr = decoded(write.get(b"coffee_s003"))
+        write.put(b"coffee_s003", encode_png(lr[:-1]))
+
+
+def of_another_picture(training: Path) -> None:
+    with Changed(training / X2) as write:
+        write.put(b"coffee_s003", write.get(b"chelsea_s003"))
+
+
+def displaced_alone(training: Path) -> None:
+    with Changed(training / X2) as write:
+        lr = decoded(write.get(b"coffee_s003"))
+        write.put(b"coffee_s003", encode_png(np.roll(lr, (1, 2), (0, 1))))
+
+
+def twice(training: Path) -> None:
+    for name in (HR, X2, X3):
+        with Changed(training / name) as write:
+            write.put(b"coffee_s003", write.get(b"chelsea_s001"))
+
+
+def without_partner(training: Path) -> None:
+    with Changed(training / X3) as write:
+        write.delete(b"coffee_s003")
+    remove_line(training / X3, "coffee_s003")
+
+
+def remove_line(database: Path, key: str) -> None:
+    meta = database / "meta_info.txt"
+    lines = meta.read_text().splitlines(keepends=True)
+    meta.write_text("".join(line for line in lines if not line.startswith(f"{key}.")))
+
+
+def ghost(training: Path) -> None:
+    with Changed(training / X2) as write:
+        write.delete(b"coffee_s003")
+
+
+def silent(training: Path) -> None:
+    remove_line(training / X2, "coffee_s003")
+
+
+def listed_twice(training: Path) -> None:
+    meta = training / X2 / "meta_info.txt"
+    meta.write_text(meta.read_text() + "coffee_s003.png (120,120,3) 1\n")
+
+
+def blank_line(training: Path) -> None:
+    meta = training / X2 / "meta_info.txt"
+    meta.write_text(meta.read_text() + "\n")
+
+
+# What breaks a set, what is said of it, and how many of the 12 pairs stay after --fix.
+FAULTS = {
+    truncated: ("coffee_s003: LR is cut short", 11),
+    empty: ("coffee_s003: HR is empty", 11),
+    of_another_size: ("coffee_s003: HR has 240 x 240 pixels, and LR's 119 x 120 times 2", 11),
+    of_another_picture: ("coffee_s003: LR shows another picture", 11),
+    displaced_alone: ("coffee_s003: LR is displaced by +1.0", 11),
+    twice: ("coffee_s003: has the same pixels as chelsea_s001", 11),
+    without_partner: ("1 of 12 pictures in {hr} have no partner in {lr}: coffee_s003", 11),
+    ghost: ("names keys that are not in the database: 'coffee_s003'", 11),
+    silent: ("1 entries are not named in meta_info.txt and are never read: 'coffee_s003'", 11),
+    listed_twice: ("names keys more than once", 12),
+    blank_line: ("has 1 blank lines", 12),
+}
+
+
+@pytest.mark.parametrize("break_it", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_is_wrong_is_said_and_left_out_by_fix(training, break_it, capsys):
+    break_it(training)
+    before = {path: path.read_bytes() for path in training.rglob("data.mdb")}
+    said, left = FAULTS[break_it]
+    said = said.format(hr=training / HR, lr=training / X3)
+    assert prepare("verify", training) == 1
+    assert said in capsys.readouterr().out
+    assert prepare("verify", training, "--fix") == 1
+    written = capsys.readouterr().out
+    new = [training / f"{name.removesuffix('.lmdb')}_fixed.lmdb" for name in (HR, X2, X3)]
+    for name, fixed in zip((HR, X2, X3), new, strict=True):
+        assert f"written without what was bad: {fixed}" in written
+        kept, whole = entries(fixed), entries(training / name)
+        assert len(kept) == left
+        assert all(whole[key] == kept[key] for key in kept)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert prepare("verify", *new) == 0
+    assert f"{left} pairs at scale 2: good" in capsys.readouterr().out
+
+
+def sliced(hr: np.ndarray) -> np.ndarray:
+    return hr[::2, ::2]
+
+
+def nearest(hr: np.ndarray) -> np.ndarray:
+    return cv2.resize(hr, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_NEAREST)
+
+
+def cropped_otherwise(hr: np.ndarray) -> np.ndarray:
+    return halved(np.roll(hr, (-2, 0), (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "rows", "columns"),
+    [(sliced, "+0.2", "+0.2"), (nearest, "+0.2", "+0.2"), (cropped_otherwise, "-1.0", "0.0")],
+)
+def test_lr_that_is_displaced_is_wrong_as_a_set(tmp_path, reduce, rows, columns, capsys):
+    save_pairs(tmp_path / "X2", reduce)
+    assert prepare("verify", tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"LR is displaced by {rows}" in said
+    assert columns in said.split("rows and ")[1].split(" columns")[0]
+    assert "make LR from HR again" in said
+
+
+@pytest.mark.parametrize("interpolation", [cv2.INTER_AREA, cv2.INTER_CUBIC, cv2.INTER_LINEAR])
+def test_other_reductions_are_told_and_not_wrong(tmp_path, interpolation, capsys):
+    save_pairs(
+        tmp_path, lambda hr: cv2.resize(hr, None, fx=0.5, fy=0.5, interpolation=interpolation)
+    )
+    assert prepare("verify", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "3 pairs at scale 2: good" in said
+    assert "LR is not MATLAB's bicubic of HR: by" in said
+
+
+def options(data: Path, **changes) -> dict:
+    pairs = {"type": "PairedImageDataset", "filename_tmpl": "{}"}
+    return {
+        "scale": 2,
+        "datasets": {
+            "train": {
+                "name": "mine",
+                **pairs,
+                "dataroot_gt": HR,
+                "dataroot_lq": X2,
+                "io_backend": {"type": "lmdb"},
+                "gt_size": 192,
+                **changes,
+            },
+            "val": {
+                "name": "held out",
+                **pairs,
+                "dataroot_gt": "val/HR",
+                "dataroot_lq": "val/LR",
+                "io_backend": {"type": "disk"},
+            },
+        },
+    }
+
+
+def verify_options(training: Path, written: dict) -> int:
+    path = training / "options.yml"
+    path.write_text(yaml.safe_dump(written))
+    return prepare("--root", training, "verify", "-opt", path)
+
+
+def test_the_sets_of_an_option_file_are_opened(training, capsys):
+    save_pairs(training / "val", halved, names=("astronaut.png",))
+    assert verify_options(training, options(training)) == 0
+    said = capsys.readouterr().out
+    assert "train (mine): 12 pairs at scale 2: good" in said
+    assert "val (held out): 1 pairs at scale 2: good" in said
+
+
+def test_a_template_does_not_concern_databases(training):
+    save_pairs(training / "val", halved, names=("astronaut.png",))
+    assert verify_options(training, options(training, filename_tmpl="{}x2")) == 0
+
+
+def test_pictures_below_gt_size_are_named(training, capsys):
+    save_pairs(training / "val", halved, names=("astronaut.png",))
+    assert verify_options(training, options(training, gt_size=256)) == 1
+    assert "coffee_s001: HR has 240 x 240 pixels, less than gt_size 256" in capsys.readouterr().out
+
+
+def test_test_pictures_inside_the_training_set_are_named(training, capsys):
+    save_pairs(training / "val", halved, names=("coffee.png",))
+    assert verify_options(training, options(training)) == 1
+    said = capsys.readouterr().out
+    for number in range(1, 5):
+        name = training / HR / f"coffee_s00{number}"
+        assert f"{name}: holds 240 x 240 pixels of the test picture" in said
+    assert str(training / "val" / "HR" / "coffee.png") in said
+    assert "chelsea_s001: holds" not in said
+
+
+def test_names_follow_the_template(tmp_path, capsys):
+    save_pairs(tmp_path / "val", halved)
+    for path in (tmp_path / "val" / "LR").iterdir():
+        path.rename(path.with_name(f"{path.stem}x2.png"))
+    written = options(tmp_path)
+    del written["datasets"]["train"]
+    assert verify_options(tmp_path, written) == 1
+    assert "3 of 3 pictures" in capsys.readouterr().out
+    written["datasets"]["val"]["filename_tmpl"] = "{}x2"
+    assert verify_options(tmp_path, written) == 0
+
+
+def test_folders_are_fixed_into_databases(tmp_path, capsys):
+    save_pairs(tmp_path / "X2", halved)
+    (tmp_path / "X2" / "LR" / "coffee.png").write_bytes(b"")
+    (tmp_path / "X2" / "HR" / "notes.txt").write_text("not a picture")
+    (tmp_path / "X2" / "HR" / "more").mkdir()
+    assert prepare("verify", tmp_path / "X2", "--fix") == 1
+    said = capsys.readouterr().out
+    assert "coffee.png: LR is empty" in said
+    assert "files that are no pictures" in said
+    assert "notes.txt" in said
+    assert "has folders in it, which BasicSR passes over: 'more'" in said
+    for part in ("HR", "LR"):
+        fixed = entries(tmp_path / "X2" / f"{part}_fixed.lmdb")
+        assert fixed.keys() == {"chelsea", "motorcycle_left"}
+        original = cv2.imread(str(tmp_path / "X2" / part / "chelsea.png"))
+        assert np.array_equal(decoded(fixed["chelsea"]), original)
+
+
+def test_pictures_without_partners_are_verified_alone(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for name in PHOTOGRAPHS:
+        assert cv2.imwrite(str(tmp_path / "pictures" / name), photograph(name))
+    assert prepare("verify", tmp_path / "pictures") == 0
+    assert "3 pictures: good" in capsys.readouterr().out
+    broken = tmp_path / "pictures" / "coffee.png"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    assert prepare("verify", tmp_path / "pictures") == 1
+    assert f"{broken}: HR is cut short" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gone"], "gone does not exist"),
+        (["empty"], "there are no LMDBs or pictures below"),
+        (["-opt", "gone.yml"], "there is no option file gone.yml"),
+    ],
+)
+def test_what_cannot_be_verified_is_named(tmp_path, monkeypatch, arguments, said, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert prepare("verify", *arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not an lmdb" * 1000])
+def test_a_damaged_database_is_named(training, content, capsys):
+    (training / X2 / "data.mdb").write_bytes(content)
+    assert prepare("verify", training) == 1
+    said = capsys.readouterr().err
+    assert str(training / X2) in said
+    assert "Traceback" not in said
+
+
+def test_a_missing_list_of_keys_is_named(training, capsys):
+    os.remove(training / X2 / "meta_info.txt")
+    assert prepare("verify", training) == 1
+    assert "has no meta_info.txt" in capsys.readouterr().out
