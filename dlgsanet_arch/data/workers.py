@@ -1,6 +1,7 @@
 """One function over many items in several processes, results in order."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from dlgsanet_arch.errors import UserError
@@ -46,14 +48,36 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def _context(function: Callable) -> BaseContext:
+    """How worker processes start: forked off one process that has imported what they need.
+
+    Importing PyTorch and BasicSR takes seconds and hundreds of MiB, here once instead of once a
+    worker. Forking this process would not do: PyTorch's threads do not survive a fork.
+
+    Args:
+        function: What the workers are to run.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # on Windows
+        return multiprocessing.get_context("spawn")
+    module = getattr(function, "func", function).__module__
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, module])
+    # Ctrl-C reaches all processes of a terminal; only this one is to answer.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 def ordered(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
     """Apply a function to items in worker processes, and yield the results in the items' order.
 
     At most ``AHEAD * workers`` items are in flight, so memory does not grow with their number.
-    With one worker or less nothing is started and the function runs in this process. Processes
-    are spawned, not forked: PyTorch's threads do not survive a fork.
+    With one worker or less nothing is started and the function runs in this process.
 
     Args:
         function: Importable by name, or a `functools.partial` of such a function; what it raises
@@ -69,8 +93,7 @@ def ordered(
         return
     remaining = iter(items)
     pending: deque[Future[Result]] = deque()
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker)
+    pool = ProcessPoolExecutor(workers, _context(function), _begin_worker)
     try:
         pending.extend(pool.submit(function, item) for item in islice(remaining, AHEAD * workers))
         while pending:
