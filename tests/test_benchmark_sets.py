@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
 
+from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark
-from dlgsanet_arch.data.benchmark import build, find_source, folder_sha256, report, set_name
+from dlgsanet_arch.data.benchmark import build, folder_sha256, report
 from dlgsanet_arch.data.comparison import Scores
+from dlgsanet_arch.data.known_sets import KNOWN, KnownSet, set_name
+from dlgsanet_arch.data.layouts import Original, find_source
 from dlgsanet_arch.errors import UserError
 
 SIZE = (27, 34)  # no scale divides a side
@@ -141,6 +145,28 @@ def sum_by_hand(folder: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def test_a_picture_of_one_colour_does_not_hide_the_others(tmp_path):
+    saved(tmp_path / "in" / "a.png", made(1))
+    alone = build("set", tmp_path / "in", tmp_path / "alone", [2]).scales[0]
+    saved(tmp_path / "in" / "flat.png", np.full((40, 40, 3), 90, np.uint8))
+    summary = build("set", tmp_path / "in", tmp_path / "both", [2])
+    assert summary.scales[0].bicubic.psnr == alone.bicubic.psnr
+    assert "bicubic restores 1 pictures without an error" in report(summary)
+
+
+def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
+    saved(tmp_path / "datasets" / "set 5" / "HR" / "a.png", made(1))
+    arguments = ["--root", str(tmp_path), "benchmark", "--name", "SET5", "--scale", "2"]
+    assert cmd_data.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
+    assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
+    assert "Set5 has 5 pictures, here are 1" in said
+    (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
+    assert cmd_data.main(arguments) == 1
+    assert "b.png is empty: zero bytes" in capsys.readouterr().err
+
+
 def test_sums_can_be_recomputed_by_their_description(tmp_path):
     source = source_of(tmp_path / "in")
     # as file names `p-1.png` comes before `p.png`, as names `p` before `p-1`
@@ -184,7 +210,7 @@ def test_names_that_basicsr_cannot_take_are_written_safely(tmp_path):
 
 
 def test_what_goes_to_workers_can_be_pickled(tmp_path):
-    original = benchmark._Original("a", "a", saved(tmp_path / "a.png", made(1)))
+    original = Original("a", "a", saved(tmp_path / "a.png", made(1)))
     task = benchmark._Task(original, 2, tmp_path)
     assert pickle.loads(pickle.dumps((benchmark._make, task))) == (benchmark._make, task)
     for least in (2, 100):  # a result, and an error as a result
@@ -576,8 +602,8 @@ def test_figures_agree_within_the_tolerance(tmp_path, monkeypatch, psnr, ssim, a
     source = source_of(tmp_path / "in")
     measured = build("made", source, tmp_path / "out", [2]).scales[0].bicubic
     known = Scores(measured.psnr + psnr, measured.ssim + ssim)
-    paper = benchmark.KnownSet(2, {2: known}, benchmark.KNOWN["Set5"].tolerance)
-    monkeypatch.setitem(benchmark.KNOWN, "made", paper)
+    paper = KnownSet(2, {2: known}, KNOWN["Set5"].tolerance)
+    monkeypatch.setitem(KNOWN, "made", paper)
     summary = build("made", source, tmp_path / "out", [2])
     assert (summary.scales[0].known, summary.scales[0].agrees) == (known, agrees)
     assert ("  agrees\n" in report(summary)) is agrees

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dlgsanet_arch.cli import cmd_data
-from dlgsanet_arch.data import demo
+from dlgsanet_arch.data import demo, verify
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.pictures import read_8_bits
@@ -367,13 +367,92 @@ def test_what_cannot_be_verified_is_named(tmp_path, monkeypatch, arguments, said
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"not an lmdb" * 1000])
-def test_a_damaged_database_is_named(training, content, capsys):
-    (training / X2 / "data.mdb").write_bytes(content)
-    assert prepare("verify", training) == 1
-    said = capsys.readouterr().err
-    assert str(training / X2) in said
-    assert "Traceback" not in said
+def no_bytes(data: bytes) -> bytes:
+    return b""
+
+
+def other_bytes(data: bytes) -> bytes:
+    return b"not an lmdb" * 1000
+
+
+def cut_short(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("damage", [no_bytes, other_bytes, cut_short])
+def test_a_damaged_database_is_named_and_the_others_are_verified(training, damage, capsys):
+    file = training / X2 / "data.mdb"
+    file.write_bytes(damage(file.read_bytes()))
+    assert prepare("verify", training, "--fix") == 1
+    said = capsys.readouterr().out
+    assert f"wrong: {training / X2} " in said
+    assert f"{training / X3}: 12 pairs at scale 3: good" in said
+    assert "1 of 2 data sets are good" in said
+
+
+def test_what_an_option_file_misses_is_named_beside_the_rest(training, capsys):
+    assert verify_options(training, options(training)) == 1
+    said = capsys.readouterr().out
+    assert "train (mine): 12 pairs at scale 2: good" in said
+    assert f"wrong: {training / 'val' / 'HR'} does not exist" in said
+    assert f"wrong: {training / 'val' / 'LR'} does not exist" in said
+
+
+def test_the_whole_tree_is_good_as_it_was_made(made, tmp_path, capsys):
+    root = tmp_path / "datasets"
+    (tmp_path / "HR").mkdir()
+    assert cv2.imwrite(str(tmp_path / "HR" / "astronaut.png"), photograph("astronaut.png"))
+    made_sets = ("benchmark", "--name", "Set5", "--hr", tmp_path / "HR", "--scale", 2, 4)
+    assert prepare("--root", tmp_path, *made_sets) == 0
+    (root / "MINE").symlink_to(made)
+    (root / "README.md").write_text("notes")
+    (root / "MINE.unfinished").mkdir()
+    (root / "again").symlink_to(root)
+    capsys.readouterr()
+    assert prepare("verify", root) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 data sets are good" in said
+    assert "benchmark/Set5/X4/LR: 1 pairs at scale 4: good" in said
+
+
+def test_folders_to_train_and_to_test_on_are_told_by_their_names(tmp_path, capsys):
+    for folder, names in (("mine", PHOTOGRAPHS), ("set 14/HR", ["coffee.png"])):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            assert cv2.imwrite(str(tmp_path / folder / name), photograph(name))
+    assert prepare("verify", tmp_path / "mine", tmp_path / "set 14") == 1
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'mine' / 'coffee.png'}: holds 400 x 600 pixels of the test" in said
+    assert said.count("wrong:") == 1
+
+
+def test_lr_may_have_the_scale_in_its_names(tmp_path, capsys):
+    save_pairs(tmp_path, halved)
+    (tmp_path / "HR").rename(tmp_path / "DIV2K_train_HR")
+    (tmp_path / "LR").rename(tmp_path / "DIV2K_train_LR_bicubic_X2")
+    for path in (tmp_path / "DIV2K_train_LR_bicubic_X2").iterdir():
+        path.rename(path.with_name(f"{path.stem}x2.png"))
+    assert prepare("verify", tmp_path) == 0
+    assert "3 pairs at scale 2: good" in capsys.readouterr().out
+
+
+def test_hr_and_lr_that_were_exchanged_are_told_by_their_sizes(tmp_path, capsys):
+    save_pairs(tmp_path, halved)
+    (tmp_path / "HR").rename(tmp_path / "small")
+    (tmp_path / "LR").rename(tmp_path / "HR")
+    (tmp_path / "small").rename(tmp_path / "LR")
+    assert prepare("verify", tmp_path) == 1
+    assert "HR has 144 x 180 pixels, and LR's 288 x 360 times 1" in capsys.readouterr().out
+
+
+def test_many_faults_do_not_flood_the_terminal(training, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "MOST_LISTED", 5)
+    save_pairs(training / "val", halved, names=("astronaut.png",))
+    assert verify_options(training, options(training, gt_size=256)) == 1
+    said = capsys.readouterr().out
+    assert said.count("less than gt_size 256") == 5
+    assert "and 7 lines more of this kind" in said
+    assert "12 of 12 pairs are bad" in said
 
 
 def test_a_missing_list_of_keys_is_named(training, capsys):

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.data.sub_images import SCALES
 from dlgsanet_arch.errors import UserError
-
-SCALES = (2, 3, 4)
 
 
 def _check_imports() -> None:
@@ -66,10 +65,10 @@ def _official(arguments: argparse.Namespace) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from dlgsanet_arch.data import benchmark
+    from dlgsanet_arch.data import benchmark, known_sets, layouts
 
-    name = benchmark.set_name(arguments.name)
-    source = arguments.hr or benchmark.find_source(name, arguments.root)
+    name = known_sets.set_name(arguments.name)
+    source = arguments.hr or layouts.find_source(name, arguments.root)
     summary = benchmark.build(
         name,
         source,

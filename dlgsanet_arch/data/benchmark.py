@@ -10,16 +10,15 @@ the end: it is whole or absent.
 """
 
 import math
-import re
 import shutil
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -31,6 +30,7 @@ from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison, Scores
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.files import (
+    RECIPE,
     disk_faults_named,
     one_writer,
     read_json,
@@ -38,13 +38,13 @@ from dlgsanet_arch.data.files import (
     unfinished,
     write_json,
 )
-from dlgsanet_arch.data.pictures import PictureError, find_pictures, picture_key, read_8_bits
+from dlgsanet_arch.data.known_sets import KNOWN, set_name
+from dlgsanet_arch.data.layouts import Layout, Original, find_layout
+from dlgsanet_arch.data.pictures import PictureError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
-from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
-
-SCALES = (2, 3, 4)
 
 # Of what is written: another number makes finished folders count as made by another recipe.
 RECIPE_VERSION = 1
@@ -53,62 +53,6 @@ RECIPE_KIND = "test set"
 WINDOW = 11
 # A worker process takes seconds to start, which fewer pictures than this do not repay.
 PICTURES_A_WORKER = 50
-
-# A folder of originals, of originals cropped for several scales, and of LR.
-WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)
-CROPPED = re.compile(r"(.*_)?gtmod\d+", re.IGNORECASE)
-LR = re.compile(r"(.*_)?lr.*", re.IGNORECASE)
-OF_SCALE = re.compile(r".*x(\d)", re.IGNORECASE)
-# SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
-SRF_FOLDER = re.compile(r"image_srf_\d", re.IGNORECASE)
-SRF_NAME = re.compile(r"(?P<stem>.+)_srf_(?P<scale>\d)_(?P<part>.+)", re.IGNORECASE)
-# What a killed run leaves of a scale's folder: unfinished, or about to be removed.
-LEFT_BEHIND = re.compile(r"X\d\.(unfinished|old)")
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """A set that papers test on.
-
-    Args:
-        count: How many pictures it has.
-        bicubic: Bicubic's mean scores by scale.
-        tolerance: The largest difference from them that a set made here may show.
-    """
-
-    count: int
-    bicubic: Mapping[int, Scores]
-    tolerance: Scores
-
-
-# Measured by BasicSR's own imresize and metrics, and rounded: the same functions measure here.
-MEASURED = Scores(0.01, 0.0005)
-# Printed in papers and measured by MATLAB. On Set5 and B100 such figures are up to 0.02 dB and
-# 0.0009 off those of BasicSR's functions; a different LR or protocol costs tenths of a dB.
-PRINTED = Scores(0.05, 0.002)
-
-KNOWN = {
-    "Set5": KnownSet(
-        5, {2: Scores(33.68, 0.9305), 3: Scores(30.40, 0.8690), 4: Scores(28.43, 0.8113)}, MEASURED
-    ),
-    "Set14": KnownSet(
-        14, {2: Scores(30.33, 0.8700), 3: Scores(27.63, 0.7760), 4: Scores(26.09, 0.7050)}, MEASURED
-    ),
-    "B100": KnownSet(
-        100,
-        {2: Scores(29.56, 0.8436), 3: Scores(27.21, 0.7392), 4: Scores(25.96, 0.6682)},
-        MEASURED,
-    ),
-    # Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks",
-    # ECCV 2018, table 2; so is Manga109.
-    "Urban100": KnownSet(
-        100, {2: Scores(26.88, 0.8403), 3: Scores(24.46, 0.7349), 4: Scores(23.14, 0.6577)}, PRINTED
-    ),
-    "Manga109": KnownSet(
-        109, {2: Scores(30.80, 0.9339), 3: Scores(26.95, 0.8556), 4: Scores(24.89, 0.7866)}, PRINTED
-    ),
-}
-OTHER_NAMES = {"bsd100": "B100", "bsds100": "B100"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +69,7 @@ class ScaleSummary:
         agrees: Whether they are that, up to the known set's tolerance; None without `known`.
         given: How the LR pictures that the source holds compare with those made here; None
             where it holds none.
+        exact: How many pictures bicubic restores without an error.
     """
 
     scale: int
@@ -135,6 +80,7 @@ class ScaleSummary:
     known: Scores | None
     agrees: bool | None
     given: str | None
+    exact: int
 
 
 @dataclass(frozen=True)
@@ -156,250 +102,6 @@ class Summary:
     skipped: tuple[str, ...]
     notices: tuple[str, ...]
     scales: tuple[ScaleSummary, ...]
-
-
-def _known_name(text: str) -> str | None:
-    folded = re.sub(r"[\s_-]", "", text).casefold()
-    names = {name.casefold(): name for name in KNOWN} | OTHER_NAMES
-    return names.get(folded)
-
-
-def set_name(text: str) -> str:
-    """The name of a test set as the data tree spells it: ``set5`` and ``Set 5`` are Set5.
-
-    Args:
-        text: A known set in any spelling, or any other name of letters, digits, - and _.
-
-    Raises:
-        UserError: It is neither.
-    """
-    known = _known_name(text)
-    if known is None and not re.fullmatch("[A-Za-z0-9_-]+", text):
-        raise UserError(
-            f"{text!r} cannot be a test set's name: use letters, digits, - and _, "
-            f"or one of {', '.join(KNOWN)}"
-        )
-    return known or text
-
-
-def _is_called(folder: str, name: str) -> bool:
-    return _known_name(folder) == name or folder.casefold() == name.casefold()
-
-
-def find_source(name: str, root: Path) -> Path:
-    """Find a test set where users put it: datasets/<name> or datasets/benchmark/<name>.
-
-    Args:
-        name: The set's name, in any spelling that `set_name` knows; so may be the folder's.
-        root: The folder that holds `datasets`.
-
-    Raises:
-        UserError: It is in neither place, or twice in one.
-    """
-    name = set_name(name)
-    places = [root / "datasets", root / "datasets" / "benchmark"]
-    for place in places:
-        entries = sorted(place.iterdir()) if place.is_dir() else []
-        found = [entry for entry in entries if entry.is_dir() and _is_called(entry.name, name)]
-        if len(found) > 1:
-            raise UserError(
-                f"{name} may be any of {', '.join(map(str, found))}: name one with --hr FOLDER"
-            )
-        if found:
-            return found[0]
-    looked = " nor ".join(str(place / name) for place in places)
-    raise UserError(
-        f"{name} was not found: there is neither {looked}; put its pictures into one of them, "
-        "or name their folder with --hr FOLDER"
-    )
-
-
-@dataclass(frozen=True)
-class _Original:
-    """An HR picture of the source.
-
-    Args:
-        stem: Its name there, without what a layout adds to it; given LR pictures are called so.
-        key: Its name in the tree.
-        path: Where it is.
-    """
-
-    stem: str
-    key: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a folder holds a test set.
-
-    Args:
-        where: The folder of HR, for messages.
-        hr: Originals by scale.
-        given: LR pictures, by scale and stem.
-        notices: What is odd about it.
-    """
-
-    where: Path
-    hr: Mapping[int, Sequence[_Original]]
-    given: Mapping[tuple[int, str], Path] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-
-
-# Kinds of HR pictures, the ones to prefer first: uncropped originals, one folder a scale,
-# originals cropped beforehand, and pictures that lie in the folder itself.
-UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
-
-
-def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
-    """Tell by a picture's way from a set's folder what HR it is.
-
-    Returns:
-        Its kind, the folder that holds it, the scales that it serves, and its way from there;
-        None for anything but HR.
-    """
-    folders = path.parts[:-1]
-    named = SRF_NAME.fullmatch(path.stem)
-    if not folders or SRF_FOLDER.fullmatch(folders[0]):
-        if named and len(folders) < 2:
-            if named["part"].lower() != "hr":
-                return None
-            inner = PurePath(named["stem"] + path.suffix)
-            return BY_SCALE, "image_SRF_*", (int(named["scale"]),), inner
-        return None if folders else (LOOSE, "", SCALES, path)
-    inner = PurePath(*path.parts[1:])
-    if WHOLE.fullmatch(folders[0]):
-        return UNCROPPED, folders[0], SCALES, inner
-    if CROPPED.fullmatch(folders[0]):
-        return CROPPED_BEFORE, folders[0], SCALES, inner
-    scale = re.fullmatch(r"x(\d)", folders[0], re.IGNORECASE)
-    if scale and len(folders) > 1 and folders[1].lower() == "hr":
-        return BY_SCALE, "X*/HR", (int(scale[1]),), PurePath(*path.parts[2:])
-    return None
-
-
-def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], Path]:
-    """Find LR pictures by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
-
-    Returns:
-        Paths by scale and stem: ``babyx4.png`` is there as ``babyx4`` and as ``baby``.
-    """
-    given = {}
-    for path in paths:
-        named = SRF_NAME.fullmatch(path.stem)
-        if named and named["part"].lower() == "lr":
-            given[int(named["scale"]), named["stem"]] = folder / path
-        parents = path.parts[:-1]
-        scales = [int(match[1]) for match in map(OF_SCALE.fullmatch, parents) if match]
-        if scales and any(map(LR.fullmatch, parents)):
-            given[scales[-1], path.stem] = folder / path
-            without = re.sub(f"x{scales[-1]}$", "", path.stem, flags=re.IGNORECASE)
-            given.setdefault((scales[-1], without), folder / path)
-    return given
-
-
-def _oddities(kind: int, where: Path, paths: Iterable[PurePath]) -> tuple[str, ...]:
-    if kind == CROPPED_BEFORE:
-        return (
-            f"{where} holds pictures that were cropped before: with the uncropped originals, "
-            "figures would be closer to the known ones",
-        )
-    folders = [path.parts[0] for path in paths if len(path.parts) > 1]
-    others = {name for name in folders if not LR.fullmatch(name) and not OF_SCALE.fullmatch(name)}
-    if kind == LOOSE and others:
-        return (
-            f"pictures in folders of {where} were left out: {', '.join(sorted(others))}; to take "
-            "pictures of several folders, put these folders into one that is called HR",
-        )
-    return ()
-
-
-def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[_Layout]:
-    """The test sets that a folder holds: more than one where it is not clear which to take.
-
-    Args:
-        folder: Any folder.
-        paths: The pictures below it, as seen from it.
-    """
-    found: dict[int, dict[str, dict[int, list[_Original]]]] = {}
-    for path in paths:
-        place = _hr_place(path)
-        if place is None:
-            continue
-        kind, where, scales, inner = place
-        stem = inner.with_suffix("").as_posix()
-        original = _Original(stem, picture_key(inner), folder / path)
-        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(list))
-        for scale in scales:
-            by_scale[scale].append(original)
-    if not found:
-        return []
-    kind = min(found)
-    given = _given_lr(folder, paths)
-    return [
-        _Layout(folder / where, by_scale, given, _oddities(kind, folder / where, paths))
-        for where, by_scale in found[kind].items()
-    ]
-
-
-def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> _Layout:
-    """Find the one test set in a folder, or in one of its folders.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
-    layouts = _layouts(source, paths)
-    if not layouts:
-        folders = defaultdict(list)
-        for path in paths:
-            if len(path.parts) > 1:
-                folders[path.parts[0]].append(PurePath(*path.parts[1:]))
-        called = {folder: inner for folder, inner in folders.items() if _is_called(folder, name)}
-        for folder, inner in (called or folders).items():
-            layouts += _layouts(source / folder, inner)
-    if not layouts:
-        raise UserError(
-            f"no HR pictures of {name} in {source}: looked for a folder HR, GT, original or "
-            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for pictures in the folder "
-            "itself, there and one folder further down; name the folder of HR with --hr FOLDER"
-        )
-    if len(layouts) > 1:
-        places = ", ".join(str(layout.where) for layout in layouts)
-        raise UserError(
-            f"{source} holds HR pictures in more than one place: {places}; "
-            f"name the folder that is {name} with --hr FOLDER"
-        )
-    return layouts[0]
-
-
-def _find_layout(name: str, source: Path, target: Path) -> _Layout:
-    """Look at all pictures of the source; what this module wrote is taken for want of others."""
-    paths = [file.path.relative_to(source) for file in find_pictures(source)]
-    paths = [path for path in paths if not any(map(LEFT_BEHIND.fullmatch, path.parts))]
-    ours = [target / f"X{scale}" for scale in SCALES]
-    ours = [folder for folder in ours if (folder / "recipe.json").is_file()]
-    others = [
-        path for path in paths if not any(folder in (source / path).parents for folder in ours)
-    ]
-    return _choose(name, source, others or paths)
-
-
-def _check_layout(layout: _Layout, source: Path, scales: Sequence[int]) -> None:
-    missing = [scale for scale in scales if scale not in layout.hr]
-    if missing:
-        there = [scale for scale in SCALES if scale in layout.hr]
-        raise UserError(
-            f"{source} has no HR pictures for {', '.join(f'x{scale}' for scale in missing)}: "
-            f"put the uncropped originals into {source / 'HR'}, or build what is there with "
-            f"--scale {' '.join(map(str, there))}"
-        )
-    for scale in scales:
-        by_key = defaultdict(list)
-        for original in layout.hr[scale]:
-            by_key[original.key].append(str(original.path))
-        for same in by_key.values():
-            if len(same) > 1:
-                raise UserError(f"{' and '.join(same)} have one name: remove or rename all but one")
 
 
 def _least_side(scale: int) -> int:
@@ -470,7 +172,7 @@ def _refuse_bad(name: str, bad: Sequence[PictureError]) -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    original: _Original
+    original: Original
     scale: int
     folder: Path
 
@@ -485,6 +187,16 @@ def _make(task: _Task) -> Scores:
     # no network is compared here: HR stands in for what it would restore
     comparison = Comparison.of(key, lr, hr, hr)
     return comparison.scores(comparison.enlarged)
+
+
+def _means(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Mean scores; the PSNR of pictures without an error is infinite: counted, and left out."""
+    finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
+    means = {
+        "psnr": fmean(finite) if finite else math.inf,
+        "ssim": fmean(score.ssim for score in scores),
+    }
+    return {"bicubic": means, "exact": len(scores) - len(finite)}
 
 
 def folder_sha256(folder: Path) -> str:
@@ -525,7 +237,7 @@ class _Plan:
 
     scale: int
     folder: Path
-    originals: Sequence[_Original]
+    originals: Sequence[Original]
     recipe: Mapping[str, Any]
 
     @property
@@ -540,7 +252,7 @@ class _Plan:
 
 
 def _recipe(
-    scale: int, originals: Sequence[_Original], inspected: Mapping[Path, _Inspected]
+    scale: int, originals: Sequence[Original], inspected: Mapping[Path, _Inspected]
 ) -> dict[str, Any]:
     sources = {}
     for each in originals:
@@ -555,7 +267,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: The folder was not made by this module.
     """
-    recipe = read_json(folder / "recipe.json")
+    recipe = read_json(folder / RECIPE)
     if recipe is None or recipe.get("kind") != RECIPE_KIND:
         raise UserError(
             f"{folder} exists and was not made by this command: it has no recipe.json of a test "
@@ -622,16 +334,12 @@ def _build_plans(name: str, plans: Sequence[_Plan], workers: int) -> dict[int, d
             for score in islice(results, len(plan.originals)):
                 scores.append(score)
                 bar.update()
-            bicubic_scores = {
-                "psnr": fmean(score.psnr for score in scores),
-                "ssim": fmean(score.ssim for score in scores),
-            }
             recipe = {
                 **plan.recipe,
-                "bicubic": bicubic_scores,
+                **_means(scores),
                 "sha256": _both_sha256(plan.unfinished),
             }
-            write_json(plan.unfinished / "recipe.json", recipe)
+            write_json(plan.unfinished / RECIPE, recipe)
             replace_folder(plan.unfinished, plan.folder)
             recipes[plan.scale] = recipe
     return recipes
@@ -709,12 +417,20 @@ def _summarise_scale(
             and abs(measured.ssim - known.ssim) <= tolerance.ssim
         )
     return ScaleSummary(
-        plan.scale, plan.folder, written, recipe["sha256"], measured, known, agrees, given
+        scale=plan.scale,
+        folder=plan.folder,
+        written=written,
+        sha256=recipe["sha256"],
+        bicubic=measured,
+        known=known,
+        agrees=agrees,
+        given=given,
+        exact=recipe["exact"],
     )
 
 
 def _notices(
-    name: str, layout: _Layout, inspected: Mapping[Path, _Inspected], count: int
+    name: str, layout: Layout, inspected: Mapping[Path, _Inspected], count: int
 ) -> tuple[str, ...]:
     """Put together what a user should know, equal notices of several pictures as one."""
     by_text = defaultdict(list)
@@ -768,8 +484,7 @@ def build(
         raise ValueError(f"scales must be some of 2, 3 and 4, got {scales=}")
     name = set_name(name)
     source, target = source.resolve(), target.resolve()
-    layout = _find_layout(name, source, target)
-    _check_layout(layout, source, scales)
+    layout = find_layout(name, source, target, scales)
 
     least: dict[Path, int] = {}
     for scale in scales:
@@ -831,6 +546,12 @@ def report(summary: Summary) -> str:
         lines += [f"  X{each.scale}/{part}  {value}" for part, value in each.sha256.items()]
     notices = [*summary.notices]
     notices += [f"x{each.scale}: {each.given}" for each in summary.scales if each.given]
+    notices += [
+        f"x{each.scale}: bicubic restores {each.exact} pictures without an error, as it does one "
+        "colour; they are not in the mean PSNR"
+        for each in summary.scales
+        if each.exact
+    ]
     if notices:
         lines += ["notices:", *(f"  {notice}" for notice in notices)]
     if summary.skipped:

@@ -20,6 +20,7 @@ import lmdb
 import numpy as np
 
 from dlgsanet_arch.data.files import (
+    RECIPE,
     read_json,
     replace_folder,
     unfinished,
@@ -29,7 +30,6 @@ from dlgsanet_arch.data.files import (
 from dlgsanet_arch.data.sub_images import Picture
 from dlgsanet_arch.errors import UserError
 
-RECIPE = "recipe.json"
 META_INFO = "meta_info.txt"
 
 PNG_COMPRESSION = 1
@@ -93,6 +93,13 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
             f"{path} cannot be opened, it is damaged or cut short ({error}): make it again"
         ) from error
     with environment:
+        # what LMDB does not ask itself: reading past the file's end would kill this process
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        size = (path / "data.mdb").stat().st_size
+        if size < needed:
+            raise UserError(
+                f"{path} is cut short, {size:,} of {needed:,} bytes are there: copy or make it anew"
+            )
         yield environment
 
 

@@ -16,7 +16,11 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+# Within a data set's folder: what it was made from.
+RECIPE = "recipe.json"
+# Suffixes of what is not complete yet, and of what is about to be removed.
 UNFINISHED = ".unfinished"
+OLD = ".old"
 
 
 def unfinished(path: Path) -> Path:
@@ -50,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def replace_folder(made: Path, path: Path) -> None:
     """Give a folder its name; what had the name goes, only once the new one is complete."""
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(path.name + OLD)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)

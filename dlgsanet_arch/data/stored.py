@@ -145,7 +145,7 @@ def look_into(path: Path) -> Stored:
     """
     if not path.is_dir():
         reason = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{path} {reason}: name an LMDB or a folder of pictures")
+        raise UserError(f"{path} {reason}: correct the path, or make the data set first")
     try:
         stored = _database(path) if (path / "data.mdb").exists() else _folder(path)
     except OSError as error:

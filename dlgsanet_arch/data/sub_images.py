@@ -1,12 +1,15 @@
 """Cutting pictures into overlapping parts, LR exactly where HR is."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-# HR cut to a multiple of it serves the scales 2, 3 and 4 with one and the same database.
-HR_MULTIPLE = 12
+# HR side over LR side: what data sets are made for.
+SCALES = (2, 3, 4)
+# HR cut to a multiple of it serves all scales with one and the same database.
+HR_MULTIPLE = math.lcm(*SCALES)
 
 Picture = NDArray[np.uint8]
 

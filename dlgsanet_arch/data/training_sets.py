@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.databases import RECIPE, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.files import disk_faults_named, one_writer, read_json
+from dlgsanet_arch.data.databases import DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.files import RECIPE, disk_faults_named, one_writer, read_json
 from dlgsanet_arch.data.pictures import PictureError, find_pictures, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,
+    SCALES,
     Picture,
     crop_to_multiple,
     sub_images,
@@ -35,7 +36,6 @@ from dlgsanet_arch.errors import UserError
 
 Result = TypeVar("Result")
 
-SCALES = (2, 3, 4)
 # To be raised when the same pictures and settings give other databases than before.
 RECIPE_VERSION = 1
 

@@ -7,7 +7,7 @@ and a test set at once.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from dlgsanet_arch.data.alignment import Alignment, measure, summarise
 from dlgsanet_arch.data.databases import DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.files import disk_faults_named, one_writer
+from dlgsanet_arch.data.files import OLD, UNFINISHED, disk_faults_named, one_writer
+from dlgsanet_arch.data.known_sets import known_name
 from dlgsanet_arch.data.overlap import Patches, TrainingPatches, patches_of, pixel_digest
-from dlgsanet_arch.data.pictures import PictureError, decode_8_bits, picture_key
+from dlgsanet_arch.data.pictures import SUFFIXES, PictureError, decode_8_bits, picture_key
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.stored import Reader, Stored, look_into
 from dlgsanet_arch.data.sub_images import Picture
@@ -27,6 +28,9 @@ from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 
 MOST_NAMED = 5
+MOST_LISTED = 50
+# Folders of pictures to test on, and of none to train on.
+TESTING = ("benchmark", "test", "val", "valid", "validation")
 # Bicubic by another library that computes the same rounds otherwise, by half a level at most.
 ROUNDED = 0.5
 
@@ -40,7 +44,8 @@ class PairSet:
         hr: HR pictures.
         lr: LR pictures.
         scale: HR side over LR side; None where it is to be found out.
-        template: LR's name for HR's, as in BasicSR's `filename_tmpl`.
+        template: LR's name for HR's, as in BasicSR's `filename_tmpl`; None where it is to be
+            found out.
         gt_size: Side of the HR patches that are cut from it; None where none are.
         role: "train" or "test", "" where that is not known.
     """
@@ -49,7 +54,7 @@ class PairSet:
     hr: Path | None
     lr: Path | None
     scale: int | None = None
-    template: str = "{}"
+    template: str | None = "{}"
     gt_size: int | None = None
     role: str = ""
 
@@ -93,17 +98,20 @@ def sets_of_options(options: Mapping[str, Any], root: Path) -> list[PairSet]:
     return [_dataset(phase, each, options.get("scale"), root) for phase, each in sets.items()]
 
 
-def _holdings(path: Path) -> Iterator[Path]:
-    """Yield every LMDB and every folder with pictures in it, at and below a path."""
+def _holdings(path: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield every LMDB and every folder with pictures in it, at and below a path, once."""
+    if path.resolve() in seen:
+        return
+    seen.add(path.resolve())
     if (path / "data.mdb").exists():
         yield path
         return
-    entries = sorted(path.iterdir())
-    if any(entry.is_file() and not entry.name.startswith(".") for entry in entries):
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    if any(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in entries):
         yield path
     for entry in entries:
-        if entry.is_dir() and not entry.name.startswith(".") and ".unfinished" not in entry.name:
-            yield from _holdings(entry)
+        if entry.is_dir() and entry.suffix not in (UNFINISHED, OLD):
+            yield from _holdings(entry, seen)
 
 
 def _hr_for(lr: Path) -> tuple[Path, int | None] | None:
@@ -118,31 +126,38 @@ def _hr_for(lr: Path) -> tuple[Path, int | None] | None:
     return None
 
 
+def _role(path: Path) -> str:
+    """Whether a folder is one to test on, by the names on the way to it."""
+    tests = any(part.casefold() in TESTING or known_name(part) for part in path.parts)
+    return "test" if tests else "train"
+
+
 def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     """The data sets below folders, HR and LR put together by the names of the data tree.
 
     Raises:
         UserError: There is no such folder, or nothing in it.
     """
-    found: dict[Path, None] = {}
+    found: list[Path] = []
+    seen: set[Path] = set()
     for path in paths:
         if not path.is_dir():
             reason = "is not a folder" if path.exists() else "does not exist"
             raise UserError(f"{path} {reason}: name LMDBs, folders of pictures, or of data sets")
-        below = list(_holdings(path))
-        if not below:
+        before = len(seen)
+        below = list(_holdings(path, seen))
+        if not below and len(seen) > before:
             raise UserError(f"there are no LMDBs or pictures below {path}")
-        found |= dict.fromkeys(below)
+        found += below
     pairs, paired = [], set()
     for path in found:
         partner = _hr_for(path)
         if partner and partner[0] in found:
             hr, scale = partner
-            role = "train" if hr.name.startswith("train") else "test"
-            pairs.append(PairSet(str(path), hr, path, scale, role=role))
+            pairs.append(PairSet(str(path), hr, path, scale, template=None, role=_role(hr)))
             paired |= {hr, path}
-    alone = [PairSet(str(path), path, None) for path in found if path not in paired]
-    return pairs + alone
+    alone = [PairSet(str(path), path, None, role=_role(path)) for path in found]
+    return pairs + [each for each in alone if each.hr not in paired]
 
 
 class Pair(NamedTuple):
@@ -262,13 +277,22 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def _partners(verified: Verified, template: str) -> dict[str, str]:
+def _template(hr: Sequence[str], lr: Collection[str], scale: int | None) -> str:
+    """LR's name for HR's where nobody says it: the same, or with the scale, as in ``0001x4``."""
+    with_scale = f"{{}}x{scale}"
+    return with_scale if any(with_scale.format(key) in lr for key in hr) else "{}"
+
+
+def _partners(verified: Verified) -> dict[str, str]:
     """LR's name for each of HR's that has a partner; what has none is a fault."""
     hr, lr = verified.sides
-    if hr.is_database:
+    there = set(lr.keys)
+    template = verified.set.template
+    if template is None:
+        template = _template(hr.keys, there, verified.set.scale)
+    elif hr.is_database:
         template = "{}"  # in an LMDB both have one key
     wanted = {key: template.format(key) for key in hr.keys}
-    there = set(lr.keys)
     without = [key for key, name in wanted.items() if name not in there]
     unwanted = sorted(there - set(wanted.values()))
     for names, has, lacks in ((without, hr, lr), (unwanted, lr, hr)):
@@ -289,8 +313,7 @@ def _infer_scale(hr: Reader, lr: Reader, partners: Mapping[str, str]) -> int | N
             small = decode_8_bits(lr(name), Path("LR"), least=1).pixels
         except PictureError:
             continue
-        scale = round(large.shape[0] / small.shape[0])
-        return scale if scale >= 1 else None
+        return max(1, round(large.shape[0] / small.shape[0]))
     return None
 
 
@@ -328,9 +351,19 @@ def _judge_duplicates(verified: Verified) -> None:
 
 
 def _look_into(each: PairSet) -> Verified:
-    sides = [look_into(path) for path in (each.hr, each.lr) if path is not None]
-    verified = Verified(each, None, sides, fixable=any(side.faults for side in sides))
-    verified.faults += [f"{side.path} {fault}" for side in sides for fault in side.faults]
+    """Open the sides of a set; with one that cannot be opened, nothing more is looked at."""
+    verified = Verified(each, None, [])
+    for path in (each.hr, each.lr):
+        if path is not None:
+            try:
+                verified.sides.append(look_into(path))
+            except UserError as error:
+                verified.faults.append(str(error))
+    if verified.faults:
+        verified.sides = []
+    for side in verified.sides:
+        verified.fixable |= bool(side.faults)
+        verified.faults += [f"{side.path} {fault}" for fault in side.faults]
     return verified
 
 
@@ -351,15 +384,14 @@ def verify_set(each: PairSet, workers: int, keep_patches: bool = False) -> Verif
         each: The set.
         workers: Processes that decode and compare.
         keep_patches: Keep patches of HR, to find the pictures in test sets.
-
-    Raises:
-        UserError: A side of the set is missing or empty.
     """
     verified = _look_into(each)
+    if not verified.sides:
+        return verified
     with ExitStack() as stack:
         readers = [stack.enter_context(side.reader()) for side in verified.sides]
         if len(readers) == 2:
-            verified.partners = _partners(verified, each.template)
+            verified.partners = _partners(verified)
             verified.scale = each.scale or _infer_scale(*readers, verified.partners)
         else:
             verified.partners = {key: key for key in verified.sides[0].keys}
@@ -389,7 +421,7 @@ def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified])
     for trained in training:
         patches = TrainingPatches(trained.patches.items())
         for tested in testing:
-            if tested.set.hr is None or tested.set.hr == trained.set.hr:
+            if not tested.sides or tested.set.hr is None or tested.set.hr == trained.set.hr:
                 continue
             hr = tested.sides[0]
             what = f"{hr.path} in {trained.sides[0].path}"
@@ -411,11 +443,8 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
     """Look at every picture of some sets, and at the sets beside each other.
 
     Args:
-        sets: The sets.
+        sets: The sets; what is missing or empty is a fault of its set.
         workers: Processes that decode and compare.
-
-    Raises:
-        UserError: A set is missing or empty.
     """
     mixed = {"train", "test"} <= {each.role for each in sets}
     seen: set[Path | None] = set()
@@ -431,27 +460,33 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
     return result
 
 
+def _report_on(each: Verified) -> Iterator[str]:
+    what = "pairs" if each.set.hr and each.set.lr else "pictures"
+    scale = f" at scale {each.scale}" if each.scale else ""
+    state = "good" if each.is_good else "NOT GOOD"
+    yield f"{each.set.name}: {len(each.partners)} {what}{scale}: {state}"
+    yield from (f"  {note}" for note in each.notes)
+    yield from (f"  wrong: {fault}" for fault in each.faults)
+    bad = [
+        f"  wrong: {each.sides[0].place(key)}: {reason}"
+        for key, reasons in each.bad.items()
+        for reason in reasons
+    ]
+    yield from bad[:MOST_LISTED]
+    if len(bad) > MOST_LISTED:
+        yield f"  and {len(bad) - MOST_LISTED} lines more of this kind"
+    if each.bad:
+        yield (
+            f"  {len(each.bad)} of {len(each.partners)} {what} are bad: mend them, or leave them "
+            "out by --fix"
+        )
+
+
 def report(verified: Sequence[Verified]) -> str:
     """What was found, for the terminal: each set, what is wrong with it and what to do."""
-    lines = []
-    for each in verified:
-        what = "pairs" if len(each.sides) == 2 else "pictures"
-        scale = f" at scale {each.scale}" if each.scale else ""
-        state = "good" if each.is_good else "NOT GOOD"
-        lines.append(f"{each.set.name}: {len(each.partners)} {what}{scale}: {state}")
-        lines += [f"  {note}" for note in each.notes]
-        lines += [f"  wrong: {fault}" for fault in each.faults]
-        lines += [
-            f"  wrong: {each.sides[0].place(key)}: {reason}"
-            for key, reasons in each.bad.items()
-            for reason in reasons
-        ]
-        if each.bad:
-            lines.append(
-                f"  {len(each.bad)} of {len(each.partners)} {what} are bad: mend them, or leave "
-                "them out by --fix"
-            )
-    return "\n".join(lines)
+    good = sum(each.is_good for each in verified)
+    lines = [line for each in verified for line in _report_on(each)]
+    return "\n".join([*lines, f"{good} of {len(verified)} data sets are good"])
 
 
 def _fixed_path(path: Path) -> Path:
@@ -500,7 +535,8 @@ def fix(verified: Sequence[Verified]) -> list[Path]:
     """
     by_hr: dict[Path, list[Verified]] = defaultdict(list)
     for each in verified:
-        by_hr[each.sides[0].path].append(each)
+        if each.sides:
+            by_hr[each.sides[0].path].append(each)
     written = []
     for path, sets in by_hr.items():
         if not any(each.bad or each.fixable for each in sets):

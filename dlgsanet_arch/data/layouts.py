@@ -1,0 +1,256 @@
+"""The forms in which test sets circulate: where HR and LR of a set lie in a folder."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from dlgsanet_arch.data.files import OLD, RECIPE, UNFINISHED
+from dlgsanet_arch.data.known_sets import known_name, set_name
+from dlgsanet_arch.data.pictures import find_pictures, picture_key
+from dlgsanet_arch.data.sub_images import SCALES
+from dlgsanet_arch.errors import UserError
+
+# A folder of originals, of originals cropped for several scales, and of LR.
+WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)
+CROPPED = re.compile(r"(.*_)?gtmod\d+", re.IGNORECASE)
+LR = re.compile(r"(.*_)?lr.*", re.IGNORECASE)
+OF_SCALE = re.compile(r".*x(\d)", re.IGNORECASE)
+# SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
+SRF_FOLDER = re.compile(r"image_srf_\d", re.IGNORECASE)
+SRF_NAME = re.compile(r"(?P<stem>.+)_srf_(?P<scale>\d)_(?P<part>.+)", re.IGNORECASE)
+
+
+def _is_called(folder: str, name: str) -> bool:
+    return known_name(folder) == name or folder.casefold() == name.casefold()
+
+
+def find_source(name: str, root: Path) -> Path:
+    """Find a test set where users put it: datasets/<name> or datasets/benchmark/<name>.
+
+    Args:
+        name: The set's name, in any spelling that `set_name` knows; so may be the folder's.
+        root: The folder that holds `datasets`.
+
+    Raises:
+        UserError: It is in neither place, or twice in one.
+    """
+    name = set_name(name)
+    places = [root / "datasets", root / "datasets" / "benchmark"]
+    for place in places:
+        entries = sorted(place.iterdir()) if place.is_dir() else []
+        found = [entry for entry in entries if entry.is_dir() and _is_called(entry.name, name)]
+        if len(found) > 1:
+            raise UserError(
+                f"{name} may be any of {', '.join(map(str, found))}: name one with --hr FOLDER"
+            )
+        if found:
+            return found[0]
+    looked = " nor ".join(str(place / name) for place in places)
+    raise UserError(
+        f"{name} was not found: there is neither {looked}; put its pictures into one of them, "
+        "or name their folder with --hr FOLDER"
+    )
+
+
+@dataclass(frozen=True)
+class Original:
+    """An HR picture of the source.
+
+    Args:
+        stem: Its name there, without what a layout adds to it; given LR pictures are called so.
+        key: Its name in the tree.
+        path: Where it is.
+    """
+
+    stem: str
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a folder holds a test set.
+
+    Args:
+        where: The folder of HR, for messages.
+        hr: Originals by scale.
+        given: LR pictures, by scale and stem.
+        notices: What is odd about it.
+    """
+
+    where: Path
+    hr: Mapping[int, Sequence[Original]]
+    given: Mapping[tuple[int, str], Path] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+# Kinds of HR pictures, the ones to prefer first: uncropped originals, one folder a scale,
+# originals cropped beforehand, and pictures that lie in the folder itself.
+UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
+
+
+def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
+    """Tell by a picture's way from a set's folder what HR it is.
+
+    Returns:
+        Its kind, the folder that holds it, the scales that it serves, and its way from there;
+        None for anything but HR.
+    """
+    folders = path.parts[:-1]
+    named = SRF_NAME.fullmatch(path.stem)
+    if not folders or SRF_FOLDER.fullmatch(folders[0]):
+        if named and len(folders) < 2:
+            if named["part"].lower() != "hr":
+                return None
+            inner = PurePath(named["stem"] + path.suffix)
+            return BY_SCALE, "image_SRF_*", (int(named["scale"]),), inner
+        return None if folders else (LOOSE, "", SCALES, path)
+    inner = PurePath(*path.parts[1:])
+    if WHOLE.fullmatch(folders[0]):
+        return UNCROPPED, folders[0], SCALES, inner
+    if CROPPED.fullmatch(folders[0]):
+        return CROPPED_BEFORE, folders[0], SCALES, inner
+    scale = re.fullmatch(r"x(\d)", folders[0], re.IGNORECASE)
+    if scale and len(folders) > 1 and folders[1].lower() == "hr":
+        return BY_SCALE, "X*/HR", (int(scale[1]),), PurePath(*path.parts[2:])
+    return None
+
+
+def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], Path]:
+    """Find LR pictures by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
+
+    Returns:
+        Paths by scale and stem: ``babyx4.png`` is there as ``babyx4`` and as ``baby``.
+    """
+    given = {}
+    for path in paths:
+        named = SRF_NAME.fullmatch(path.stem)
+        if named and named["part"].lower() == "lr":
+            given[int(named["scale"]), named["stem"]] = folder / path
+        parents = path.parts[:-1]
+        scales = [int(match[1]) for match in map(OF_SCALE.fullmatch, parents) if match]
+        if scales and any(map(LR.fullmatch, parents)):
+            given[scales[-1], path.stem] = folder / path
+            without = re.sub(f"x{scales[-1]}$", "", path.stem, flags=re.IGNORECASE)
+            given.setdefault((scales[-1], without), folder / path)
+    return given
+
+
+def _oddities(kind: int, where: Path, paths: Iterable[PurePath]) -> tuple[str, ...]:
+    if kind == CROPPED_BEFORE:
+        return (
+            f"{where} holds pictures that were cropped before: with the uncropped originals, "
+            "figures would be closer to the known ones",
+        )
+    folders = [path.parts[0] for path in paths if len(path.parts) > 1]
+    others = {name for name in folders if not LR.fullmatch(name) and not OF_SCALE.fullmatch(name)}
+    if kind == LOOSE and others:
+        return (
+            f"pictures in folders of {where} were left out: {', '.join(sorted(others))}; to take "
+            "pictures of several folders, put these folders into one that is called HR",
+        )
+    return ()
+
+
+def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
+    """The test sets that a folder holds: more than one where it is not clear which to take.
+
+    Args:
+        folder: Any folder.
+        paths: The pictures below it, as seen from it.
+    """
+    found: dict[int, dict[str, dict[int, list[Original]]]] = {}
+    for path in paths:
+        place = _hr_place(path)
+        if place is None:
+            continue
+        kind, where, scales, inner = place
+        stem = inner.with_suffix("").as_posix()
+        original = Original(stem, picture_key(inner), folder / path)
+        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(list))
+        for scale in scales:
+            by_scale[scale].append(original)
+    if not found:
+        return []
+    kind = min(found)
+    given = _given_lr(folder, paths)
+    return [
+        Layout(folder / where, by_scale, given, _oddities(kind, folder / where, paths))
+        for where, by_scale in found[kind].items()
+    ]
+
+
+def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
+    """Find the one test set in a folder, or in one of its folders.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    layouts = _layouts(source, paths)
+    if not layouts:
+        folders = defaultdict(list)
+        for path in paths:
+            if len(path.parts) > 1:
+                folders[path.parts[0]].append(PurePath(*path.parts[1:]))
+        called = {folder: inner for folder, inner in folders.items() if _is_called(folder, name)}
+        for folder, inner in (called or folders).items():
+            layouts += _layouts(source / folder, inner)
+    if not layouts:
+        raise UserError(
+            f"no HR pictures of {name} in {source}: looked for a folder HR, GT, original or "
+            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for pictures in the folder "
+            "itself, there and one folder further down; name the folder of HR with --hr FOLDER"
+        )
+    if len(layouts) > 1:
+        places = ", ".join(str(layout.where) for layout in layouts)
+        raise UserError(
+            f"{source} holds HR pictures in more than one place: {places}; "
+            f"name the folder that is {name} with --hr FOLDER"
+        )
+    return layouts[0]
+
+
+def _check(layout: Layout, source: Path, scales: Sequence[int]) -> None:
+    missing = [scale for scale in scales if scale not in layout.hr]
+    if missing:
+        there = [scale for scale in SCALES if scale in layout.hr]
+        raise UserError(
+            f"{source} has no HR pictures for {', '.join(f'x{scale}' for scale in missing)}: "
+            f"put the uncropped originals into {source / 'HR'}, or build what is there with "
+            f"--scale {' '.join(map(str, there))}"
+        )
+    for scale in scales:
+        by_key = defaultdict(list)
+        for original in layout.hr[scale]:
+            by_key[original.key].append(str(original.path))
+        for same in by_key.values():
+            if len(same) > 1:
+                raise UserError(f"{' and '.join(same)} have one name: remove or rename all but one")
+
+
+def find_layout(name: str, source: Path, target: Path, scales: Sequence[int]) -> Layout:
+    """Find a test set in a folder.
+
+    Args:
+        name: The set's name.
+        source: Holds the set in any of the forms in which sets circulate, or holds one such folder.
+        target: Where the data tree has the set. What was made there is taken for want of others.
+        scales: HR side over LR side, those that are needed.
+
+    Raises:
+        UserError: HR pictures are missing, or it is not clear which to take.
+    """
+    paths = [file.path.relative_to(source) for file in find_pictures(source)]
+    paths = [
+        path for path in paths if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
+    ]
+    ours = [target / f"X{scale}" for scale in SCALES]
+    ours = [folder for folder in ours if (folder / RECIPE).is_file()]
+    others = [
+        path for path in paths if not any(folder in (source / path).parents for folder in ours)
+    ]
+    layout = _choose(name, source, others or paths)
+    _check(layout, source, scales)
+    return layout
