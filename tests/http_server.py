@@ -1,4 +1,4 @@
-"""A server of one file, whose faults are switched on and off while it runs."""
+"""A server of one file, or some, whose faults are switched on and off while it runs."""
 
 import re
 import threading
@@ -20,6 +20,7 @@ class Served:
         cuts: After how many bytes each of the next connections breaks.
         longer: How many bytes more are announced than the file has; None announces nothing.
         gate: Waited for after the first half of each answer.
+        others: What other addresses have, by path; all others have `content`.
         requests: The headers that came, with the address asked for under "target".
     """
 
@@ -31,6 +32,7 @@ class Served:
     cuts: list[int] = field(default_factory=list)
     longer: int | None = 0
     gate: threading.Event | None = None
+    others: dict[str, bytes] = field(default_factory=dict)
     requests: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
 
@@ -51,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = {**self.headers, "target": self.path}
         served.requests.append(asked)
         start = served.start_of(asked)
-        length = len(served.content)
+        content = served.others.get(self.path, served.content)
+        length = len(content)
         if served.status != 200:
             self.send_response(served.status)
         elif start is None:
@@ -64,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in served.headers.items():
             self.send_header(name, value)
         refused = served.status != 200 or (start is not None and start >= length)
-        body = b"" if refused else served.content[start or 0 :]
+        body = b"" if refused else content[start or 0 :]
         if served.longer is not None:
             self.send_header("Content-Length", str(len(body) + served.longer))
         self.end_headers()

@@ -1,9 +1,8 @@
-import os
 import resource
 import signal
-import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import cv2
@@ -15,6 +14,7 @@ import yaml
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.lmdb_util import LmdbMaker
 from basicsr.utils.matlab_functions import imresize
+from processes import started
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import databases, files
@@ -209,29 +209,25 @@ def test_after_a_fault_the_next_run_goes_on(hr, out, monkeypatch, failing, capsy
     assert not list(out.rglob("*.unfinished"))
 
 
-def command(hr: Path, out: Path, repository: Path) -> list[str]:
-    prepare = repository / "datasets" / "prepare.py"
-    cutting = ["--crop", str(CROP), "--step", "12", "--workers", "1", "--scale", "2"]
-    return [sys.executable, str(prepare), "train", "--hr", str(hr), "--out", str(out), *cutting]
+# Parts that overlap by much make many entries of few pictures.
+MANY = ("--scale", 2, "--step", 12)
 
 
-def test_after_kill_9_the_next_run_goes_on(hr, out, repository):
+def test_after_kill_9_the_next_run_goes_on(hr, out, capsys):
     for number in range(16):
         save(hr / f"more{number:02d}.png", picture(f"more{number}"))
-    arguments = command(hr, out, repository)
     growing = out / f"{HR}.unfinished" / "data.mdb"
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE) as process:
+    with started(train, hr, out, *MANY) as process:
         deadline = time.monotonic() + 60
         while not (growing.is_file() and growing.stat().st_size > 5_000_000):
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.is_alive(), "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
     assert files_below(out) != []
     assert not (out / HR).exists()
     assert not (out / X2).exists()
-    again = subprocess.run(arguments, capture_output=True, text=True, timeout=100, check=True)
-    assert "of them cut already by a run before" in again.stdout
+    assert train(hr, out, *MANY) == 0
+    assert "of them cut already by a run before" in capsys.readouterr().out
     whole, small = entries(out / HR), entries(out / X2)
     assert len(whole) == 19 * 10 * 13
     assert whole.keys() == small.keys()
@@ -239,28 +235,23 @@ def test_after_kill_9_the_next_run_goes_on(hr, out, repository):
     assert np.array_equal(whole[key], picture("more15")[204 - CROP : 204, 240 - CROP : 240])
 
 
-def test_a_full_disk_is_named_and_loses_nothing(hr, out, repository):
-    arguments = command(hr, out, repository)
+def train_with_little_room(said: Path, hr: Path, out: Path) -> None:
+    """Train where no file can grow beyond 2 MB; what is said goes into a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    with said.open("w") as file, redirect_stderr(file):
+        status = train(hr, out, *MANY)
+    sys.exit(status)
 
-    def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    first = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        preexec_fn=small_files,
-        env=environment,
-    )
-    assert first.returncode == 1
-    assert str(out) in first.stderr
-    assert "cannot be written: mdb_" in first.stderr
-    assert "Traceback" not in first.stderr
+def test_a_full_disk_is_named_and_loses_nothing(hr, out, tmp_path):
+    said = tmp_path / "said.txt"
+    with started(train_with_little_room, said, hr, out) as process:
+        process.join(60)
+        assert process.exitcode == 1
+    assert f"{out} cannot be written: mdb_" in said.read_text()
     assert not (out / HR).exists()
-    assert train(hr, out, "--scale", 2, "--step", 12) == 0
+    assert train(hr, out, *MANY) == 0
     assert len(entries(out / HR)) == 3 * 10 * 13
 
 
@@ -271,21 +262,33 @@ def test_the_map_grows_as_needed(hr, out, monkeypatch):
     assert len(entries(out / HR)) == 36
 
 
-def test_worker_processes_make_the_same(shared_data, tmp_path):
-    photographs = sorted((shared_data / "data" / "BSDS400").glob("*.jpg"))[:8]
-    if not photographs:
-        pytest.skip(f"no pictures at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for path in photographs:
-        os.link(path, pictures / path.name) if os.stat(path).st_dev == os.stat(
-            pictures
-        ).st_dev else (pictures / path.name).write_bytes(path.read_bytes())
+def test_worker_processes_make_the_same(hr, out, tmp_path):
+    for number in range(5):
+        save(hr / f"more{number}.png", picture(f"more{number}"))
     for workers in (1, 2):
-        assert train(pictures, tmp_path / str(workers), "--workers", workers) == 0
+        assert train(hr, tmp_path / str(workers), "--workers", workers) == 0
     for name in (HR, X2, X3, X4):
         one, two = (tmp_path / workers / name / "data.mdb" for workers in ("1", "2"))
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_photographs_become_the_parts_that_basicsr_would_make(shared_data, out, tmp_path):
+    photographs = sorted((shared_data / "data" / "BSDS400").glob("*.jpg"))[:3]
+    if not photographs:
+        pytest.skip(f"no pictures at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
+    for path in photographs:
+        save(tmp_path / "HR" / f"{path.stem}.png", cv2.imread(str(path)))
+    assert train(tmp_path / "HR", out, "--crop", 480, "--step", 240) == 0
+    for scale, name in ((1, HR), (2, X2), (3, X3), (4, X4)):
+        found = entries(out / name)
+        assert list(found) == [f"{path.stem}_s001" for path in photographs]
+        for path in photographs:
+            pixels = cv2.imread(str(path))
+            height, width = (side - side % 12 for side in pixels.shape[:2])
+            expected = pixels[:height, :width]
+            if scale > 1:
+                expected = lr_by_basicsr(expected, scale)
+            assert np.array_equal(found[f"{path.stem}_s001"], expected)
 
 
 def broken(kind: str, path: Path) -> str:

@@ -1,24 +1,19 @@
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import started
 
 from dlgsanet_arch.data.workers import AHEAD, ordered
 from dlgsanet_arch.errors import UserError
 
-SCRIPT = """
-import time
-from dlgsanet_arch.data.workers import ordered
 
-if __name__ == "__main__":
+def work_for_minutes(begun: Path) -> None:
     for _ in ordered(time.sleep, [0] + [60] * 10, 2):
-        print("begun", flush=True)
-"""
+        begun.touch()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -61,18 +56,16 @@ def alive(pid: str) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are read from /proc")
-def test_workers_end_with_a_killed_parent(tmp_path, repository):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, env=environment
-    ) as process:
-        assert process.stdout.readline() == b"begun\n"
-        # the server that forks them, two workers, and the module's own tracker
+def test_workers_end_with_a_killed_parent(tmp_path):
+    with started(work_for_minutes, tmp_path / "begun") as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # the server that forks workers, two of them, and what Python starts for its own needs
         workers = descendants(process.pid)
-        assert len(workers) >= 4
-        process.send_signal(signal.SIGKILL)
+        assert len(workers) >= 3
     deadline = time.monotonic() + 20
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)

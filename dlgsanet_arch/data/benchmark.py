@@ -501,7 +501,7 @@ def build(
         recipe = _recipe(scale, originals, inspected)
         plans.append(_Plan(scale, target / f"X{scale}", originals, recipe))
 
-    with disk_faults_named(target), one_writer(target):
+    with disk_faults_named(f"{target} cannot be written"), one_writer(target):
         finished = {plan.scale: _finished(plan, overwrite) for plan in plans}
         to_build = [plan for plan in plans if finished[plan.scale] is None]
         recipes = finished | _build_plans(name, to_build, workers)

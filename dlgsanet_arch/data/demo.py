@@ -94,7 +94,7 @@ def prepare(
         sources, [scale], folder, cutting=CUTTING, workers=workers, overwrite=True
     )
     try:
-        with disk_faults_named(folder):
+        with disk_faults_named(f"{folder} cannot be written"):
             _write_validation(folder, source, validation, scale)
     except PictureError as error:
         raise UserError(f"{error}; the photographs are part of scikit-image's wheel") from error

@@ -105,11 +105,11 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_faults_named(what: object) -> Iterator[None]:
+def disk_faults_named(fault: str) -> Iterator[None]:
     """Turn a full disk, or one that cannot be written, into a message.
 
     Args:
-        what: What was being written.
+        fault: What it means, a sentence: "… cannot be written".
 
     Raises:
         UserError: An OSError came out of the block.
@@ -119,7 +119,18 @@ def disk_faults_named(what: object) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{what}: the disk is full; free some space and run the same command again, "
+                f"{fault}: the disk is full; free some space and run the same command again, "
                 "finished work is kept"
             ) from error
-        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
+        place = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{fault}: {place}{error.strerror or error}") from error
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise a UserError where the disk of a folder has fewer bytes free than something needs."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{what} needs {needed:,} bytes and the disk of {folder} has {free:,} bytes free: "
+            "free some space, then run the same command again"
+        )

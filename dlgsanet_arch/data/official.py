@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dlgsanet_arch.data.archives import download, extract
+from dlgsanet_arch.data.archives import extract
+from dlgsanet_arch.data.downloads import download
 from dlgsanet_arch.data.training_sets import Source, find_sources
 from dlgsanet_arch.errors import UserError
 
@@ -82,23 +83,32 @@ def _find_folder(part: Part, places: Sequence[Path]) -> Path | None:
     return None
 
 
-def locate(part: Part, places: Sequence[Path], server: str) -> Path:
-    """Find the folder of a set's pictures; unpack, and before that download, what is missing.
+def _find_archive(part: Part, places: Sequence[Path]) -> Path | None:
+    return next(
+        (place / part.archive for place in places if (place / part.archive).is_file()), None
+    )
 
-    Args:
-        part: The pictures.
-        places: Folders to look in, for the pictures and for their archive. What is unpacked or
-            downloaded goes into the first.
-        server: Where the archive is, with a slash at the end.
 
-    Raises:
-        UserError: The archive cannot be had, is damaged, or does not hold the pictures.
-    """
+def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str) -> None:
+    missing = [
+        part for part in parts if not (_find_folder(part, places) or _find_archive(part, places))
+    ]
+    names = list(dict.fromkeys(part.archive for part in missing))
+    for number, name in enumerate(names):
+        try:
+            download(server + name, places[0] / name)
+        except UserError as error:
+            more = names[number + 1 :]
+            after = f"\nWanted from {server} after that: {', '.join(more)}" if more else ""
+            raise UserError(f"{error}{after}") from error
+
+
+def _located(part: Part, places: Sequence[Path]) -> Path:
+    """The folder of a set's pictures, out of its archive where it is not there yet."""
     folder = _find_folder(part, places)
     if folder is not None:
         return folder
-    archives = [place / part.archive for place in places if (place / part.archive).is_file()]
-    archive = archives[0] if archives else download(server + part.archive, places[0] / part.archive)
+    archive = _find_archive(part, places)
     extract(archive, places[0] / part.unpacked)
     folder = _find_folder(part, places[:1])
     if folder is None:
@@ -114,20 +124,23 @@ def sources(
 ) -> list[Source]:
     """The pictures of a published set, HR and their official LR.
 
+    Archives that are not there are downloaded, those that are not unpacked are unpacked.
+
     Args:
         official: The set.
         scales: HR side over LR side.
-        places: As `locate` takes them.
+        places: Folders to look in, for the pictures and for their archives. What is downloaded or
+            unpacked goes into the first.
         mirror: A server to take instead of the official one.
 
     Raises:
         UserError: Pictures cannot be had, or are not as many as were published.
     """
     server = official.server if mirror is None else mirror.rstrip("/") + "/"
-    hr = locate(official.hr, places, server)
-    by_scale = [
-        find_sources(hr, locate(official.lr(scale), places, server), [scale]) for scale in scales
-    ]
+    lr = {scale: official.lr(scale) for scale in scales}
+    _download_missing([official.hr, *lr.values()], places, server)
+    hr = _located(official.hr, places)
+    by_scale = [find_sources(hr, _located(part, places), [scale]) for scale, part in lr.items()]
     found = len(by_scale[0])
     if found != official.pictures:
         raise UserError(

@@ -418,7 +418,7 @@ def build(
         for scale in (1, *scales)
     }
     paths = {scale: out / database_name(scale) for scale in recipes}
-    with one_writer(out), disk_faults_named(out):
+    with one_writer(out), disk_faults_named(f"{out} cannot be written"):
         missing = [
             scale
             for scale, recipe in recipes.items()

@@ -503,7 +503,11 @@ def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
     path = _fixed_path(side.path)
     digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
     recipe = {"fixed": str(side.path.resolve()), "pictures": digest.hexdigest()}
-    with one_writer(path.parent), disk_faults_named(path), side.reader() as read:
+    with (
+        one_writer(path.parent),
+        disk_faults_named(f"{path} cannot be written"),
+        side.reader() as read,
+    ):
         if is_finished(path, recipe, overwrite=True):
             return path
         with DatabaseWriter(path, recipe) as writer:

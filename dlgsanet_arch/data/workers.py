@@ -48,7 +48,7 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _context(function: Callable) -> BaseContext:
+def process_context(function: Callable) -> BaseContext:
     """How worker processes start: forked off one process that has imported what they need.
 
     Importing PyTorch and BasicSR takes seconds and hundreds of MiB, here once instead of once a
@@ -93,7 +93,7 @@ def ordered(
         return
     remaining = iter(items)
     pending: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(workers, _context(function), _begin_worker)
+    pool = ProcessPoolExecutor(workers, process_context(function), _begin_worker)
     try:
         pending.extend(pool.submit(function, item) for item in islice(remaining, AHEAD * workers))
         while pending:

@@ -1,0 +1,207 @@
+import io
+import os
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from http_server import Served, serving
+
+from dlgsanet_arch.cli import cmd_data
+from dlgsanet_arch.data import downloads, official
+
+HR, X2 = "train_HR_sub.lmdb", "train_LR_bicubic_X2_sub.lmdb"
+NAMES = ("0001", "0002", "0003")
+
+
+def png(number: int, side: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+# What only the official archive holds: no bicubic of HR, so that LR of our own is told from it.
+LR_PICTURES = {name: png(100 + int(name), 48) for name in NAMES}
+HR_PICTURES = {name: png(int(name), 96) for name in NAMES}
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def tarred(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+HR_ZIP = zipped({f"DIV2K_train_HR/{name}.png": data for name, data in HR_PICTURES.items()})
+LR_ZIP = zipped(
+    {f"DIV2K_train_LR_bicubic/X2/{name}x2.png": data for name, data in LR_PICTURES.items()}
+)
+FLICKR2K = tarred(
+    {
+        "Flickr2K/Flickr2K_HR/000001.png": png(7, 96),
+        "Flickr2K/Flickr2K_LR_bicubic/X2/000001x2.png": png(107, 48),
+    }
+)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(official, "DIV2K", replace(official.DIV2K, pictures=3))
+    monkeypatch.setattr(official, "FLICKR2K", replace(official.FLICKR2K, pictures=1))
+    with serving(b"") as served:
+        served.others = {
+            "/DIV2K_train_HR.zip": HR_ZIP,
+            "/DIV2K_train_LR_bicubic_X2.zip": LR_ZIP,
+            "/Flickr2K.tar": FLICKR2K,
+        }
+        yield served
+
+
+def asked(server: Served) -> list[str]:
+    targets = [each["target"] for each in server.requests]
+    server.requests.clear()
+    return targets
+
+
+def make(verb: str, root: Path, server: Served, *more: object) -> int:
+    mirror = server.url.rpartition("/")[0]
+    cutting = ("--scale", 2, "--crop", 96, "--step", 48, "--patch", 24, "--workers", 1)
+    arguments = ("--root", root, verb, "--mirror", mirror, *cutting, *more)
+    return cmd_data.main([str(argument) for argument in arguments])
+
+
+def entries(path: Path) -> dict[str, np.ndarray]:
+    with (
+        lmdb.open(str(path), readonly=True, lock=False) as environment,
+        environment.begin() as read,
+    ):
+        return {key.decode(): decoded(data) for key, data in read.cursor()}
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def check_div2k(folder: Path, names=NAMES) -> None:
+    for database, pictures in ((HR, HR_PICTURES), (X2, LR_PICTURES)):
+        found = entries(folder / database)
+        assert found.keys() == {f"{name}_s001" for name in names}
+        for name in names:
+            assert np.array_equal(found[f"{name}_s001"], decoded(pictures[name]))
+
+
+def test_div2k_is_downloaded_over_a_broken_connection_with_its_own_lr(tmp_path, server, capsys):
+    server.cuts = [len(HR_ZIP) // 2]
+    assert make("div2k", tmp_path, server) == 0
+    hr, lr = "/DIV2K_train_HR.zip", "/DIV2K_train_LR_bicubic_X2.zip"
+    assert server.requests[1]["Range"] == f"bytes={len(HR_ZIP) // 2 // 8192 * 8192}-"
+    assert asked(server) == [hr, hr, lr]
+    check_div2k(tmp_path / "datasets" / "DIV2K")
+    assert "3 pictures" in capsys.readouterr().out
+    assert make("div2k", tmp_path, server) == 0
+    assert asked(server) == []
+
+
+def test_the_next_run_goes_on_with_a_download_that_broke(tmp_path, server, capsys):
+    server.cuts = [len(HR_ZIP) // 2, 0, 0, 0]
+    assert make("div2k", tmp_path, server) == 1
+    said = capsys.readouterr().err
+    assert "DIV2K_train_HR.zip cannot be downloaded: the connection broke" in said
+    assert "Wanted from" in said
+    assert "after that: DIV2K_train_LR_bicubic_X2.zip" in said
+    assert not (tmp_path / "datasets" / "DIV2K" / HR).exists()
+    server.requests.clear()
+    assert make("div2k", tmp_path, server) == 0
+    assert server.requests[0]["Range"].startswith("bytes=")
+    check_div2k(tmp_path / "datasets" / "DIV2K")
+
+
+@pytest.mark.parametrize("place", ["datasets", "datasets/DIV2K", "elsewhere"])
+def test_archives_that_are_there_are_not_downloaded(tmp_path, server, place):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "DIV2K_train_HR.zip").write_bytes(HR_ZIP)
+    (folder / "DIV2K_train_LR_bicubic_X2.zip").write_bytes(LR_ZIP)
+    more = ("--archives", folder) if place == "elsewhere" else ()
+    assert make("div2k", tmp_path, server, *more) == 0
+    assert asked(server) == []
+    check_div2k(tmp_path / "datasets" / "DIV2K")
+
+
+@pytest.mark.parametrize(
+    "lr", ["DIV2K_train_LR_bicubic/X2", "DIV2K_train_LR_bicubic_X2", "DIV2K_train_LR_bicubic_X2/X2"]
+)
+def test_folders_that_are_there_are_taken(tmp_path, server, lr):
+    folder = tmp_path / "datasets" / "DIV2K"
+    for place, pictures, end in (("DIV2K_train_HR", HR_PICTURES, ""), (lr, LR_PICTURES, "x2")):
+        (folder / place).mkdir(parents=True)
+        for name, data in pictures.items():
+            (folder / place / f"{name}{end}.png").write_bytes(data)
+    assert make("div2k", tmp_path, server) == 0
+    assert asked(server) == []
+    check_div2k(folder)
+
+
+def test_df2k_is_both_sets_in_one(tmp_path, server):
+    assert make("df2k", tmp_path, server) == 0
+    assert sorted(set(asked(server))) == sorted(server.others)
+    found = entries(tmp_path / "datasets" / "DF2K" / X2)
+    assert found.keys() == {*(f"{name}_s001" for name in NAMES), "000001_s001"}
+    assert np.array_equal(found["000001_s001"], decoded(png(107, 48)))
+    assert np.array_equal(found["0002_s001"], decoded(LR_PICTURES["0002"]))
+
+
+def test_an_archive_that_lacks_pictures_is_not_taken_for_the_set(tmp_path, server, capsys):
+    for path, scale in (("/DIV2K_train_HR.zip", ""), ("/DIV2K_train_LR_bicubic_X2.zip", "x2")):
+        server.others[path] = zipped({f"DIV2K_train_HR/0001{scale}.png": png(1, 96)})
+    assert make("div2k", tmp_path, server) == 1
+    assert "DIV2K has 3 training pictures and" in capsys.readouterr().err
+    assert not (tmp_path / "datasets" / "DIV2K" / HR).exists()
+
+
+def test_another_archive_of_the_name_is_refused(tmp_path, server, capsys):
+    server.others["/Flickr2K.tar"] = tarred({"a/1.png": png(1, 96), "b/2.png": png(2, 96)})
+    assert make("df2k", tmp_path, server) == 1
+    assert "it is not the official archive" in capsys.readouterr().err
+
+
+def test_a_damaged_picture_in_an_archive_is_named_before_anything_is_written(
+    tmp_path, server, capsys
+):
+    members = {f"DIV2K_train_HR/{name}.png": data for name, data in HR_PICTURES.items()}
+    members["DIV2K_train_HR/0002.png"] = HR_PICTURES["0002"][:-100]
+    server.others["/DIV2K_train_HR.zip"] = zipped(members)
+    assert make("div2k", tmp_path, server) == 1
+    said = capsys.readouterr().err
+    assert "0002.png is cut short" in said
+    assert not (tmp_path / "datasets" / "DIV2K" / HR).exists()
+    assert make("div2k", tmp_path, server, "--skip-bad") == 0
+    check_div2k(tmp_path / "datasets" / "DIV2K", ("0001", "0003"))
+
+
+def test_without_a_network_it_is_said_what_to_put_where(tmp_path, server, capsys):
+    arguments = ["--root", str(tmp_path), "div2k", "--mirror", "http://127.0.0.1:1/DIV2K"]
+    assert cmd_data.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "the server refuses connections" in said
+    assert f"put it at {tmp_path / 'datasets' / 'DIV2K' / 'DIV2K_train_HR.zip'}" in said
+    for scale in (2, 3, 4):
+        assert f"DIV2K_train_LR_bicubic_X{scale}.zip" in said
