@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlgsanet_arch import strips
+from dlgsanet_arch import cpu, strips
 from dlgsanet_arch.ops import projected_dwconv
 from dlgsanet_arch.precision import full_precision
 from dlgsanet_arch.tlc import Windows
@@ -59,8 +59,20 @@ def _depthwise(channels: int, kernel: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
 
 
-def _conv3x3(channels_in: int, channels_out: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with a border of zeros. Maps (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if cpu.serves(x) and cpu.serves_weights(self):
+            return cpu.convolve3x3(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class LayerNorm(nn.Module):
@@ -77,21 +89,63 @@ class LayerNorm(nn.Module):
         return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class GDFN(nn.Module):
+class Mixer(nn.Module):
+    """Half a layer, x + mixer(LN(x)), and how that is computed where there are no gradients.
+
+    Maps (B, C, H, W) to (B, C, H, W); given a slice of rows, to these rows alone.
+
+    Args:
+        halo: Rows and columns on either side of a pixel that its output depends on.
+        widest: Channels of the widest map within, which decides how tall strips are.
+        has_kernel: Whether there is a kernel for CPUs that computes x + mixer(LN(x)).
+    """
+
+    def __init__(self, *, halo: int, widest: int, has_kernel: bool) -> None:
+        super().__init__()
+        self.halo = halo
+        self.widest = widest
+        self.has_kernel = has_kernel
+
+    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        """Return x + self(norm(x)), if `has_kernel`."""
+        raise NotImplementedError
+
+    def _is_as_built(self, norm: nn.Module) -> bool:
+        """Return whether `norm` and all within compute what they were built for, unobserved."""
+        known = (nn.Conv2d, nn.LayerNorm, nn.Sequential, LayerNorm, FilterGenerator, type(self))
+        return all(
+            type(module) in known and cpu.serves_weights(module) and not _has_hooks(module)
+            for module in (*norm.modules(), *self.modules())
+        )
+
+    def add_in_strips(self, x: Tensor, norm: nn.Module, in_place: bool) -> Tensor:
+        """Return x + self(norm(x)), written to `x` if `in_place` permits."""
+        return strips.add(
+            lambda seen, rows: self(norm(seen), rows), x, self.halo, self.widest, in_place
+        )
+
+    def add(self, x: Tensor, norm: nn.Module, in_place: bool = False) -> Tensor:
+        """Return x + self(norm(x)).
+
+        Without gradients on a CPU, a few rows at a time; then `in_place` permits to write to `x`.
+        """
+        if not strips.pay_for(x):
+            return self(norm(x)) + x
+        if self.has_kernel and cpu.serves(x) and self._is_as_built(norm):
+            return self.add_by_kernel(x, norm)
+        return self.add_in_strips(x.contiguous(memory_format=torch.channels_last), norm, in_place)
+
+
+class GDFN(Mixer):
     """Gated depthwise feed-forward network: project_out(gelu(a) · b), exact GELU, no biases.
 
-    Maps (B, C, H, W) to (B, C, H, W) through `hidden` channels; given a slice of rows, to these
-    rows alone.
-
-    Attributes:
-        halo: Rows and columns on either side of a pixel that its output depends on.
-        widest: Channels of the widest map within.
+    Args:
+        channels: C.
+        hidden: e, half the channels within.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.halo = 1
-        self.widest = 2 * hidden
+        super().__init__(halo=1, widest=2 * hidden, has_kernel=True)
         self.project_in = _pointwise(channels, 2 * hidden, bias=False)
         self.dwconv = _depthwise(2 * hidden, 3, bias=False)
         self.project_out = _pointwise(hidden, channels, bias=False)
@@ -102,19 +156,27 @@ class GDFN(nn.Module):
         # In strips there are no gradients, and the gate's memory is in cache already.
         return self.project_out(gate * b if rows is None else gate.mul_(b))
 
+    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        return cpu.add_gdfn(
+            x,
+            norm.body.weight,
+            norm.body.bias,
+            self.project_in.weight,
+            self.dwconv.weight,
+            self.project_out.weight,
+        )
 
-class BaseFFN(nn.Module):
-    """Plain feed-forward: 1x1, GELU, 1x1, with biases. Maps as GDFN does.
 
-    Attributes:
-        halo: As in GDFN.
-        widest: As in GDFN.
+class BaseFFN(Mixer):
+    """Plain feed-forward: 1x1, GELU, 1x1, with biases.
+
+    Args:
+        channels: C.
+        hidden: e, the channels within.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.halo = 0
-        self.widest = hidden
+        super().__init__(halo=0, widest=hidden, has_kernel=False)
         self.body = nn.Sequential(
             _pointwise(channels, hidden, bias=True),
             nn.GELU(),
@@ -156,10 +218,8 @@ class FilterGenerator(nn.Module):
         )
 
 
-class MHDLSA(nn.Module):
+class MHDLSA(Mixer):
     """Multi-head dynamic local self-attention: each pixel is filtered by a filter of its own.
-
-    Maps as GDFN does.
 
     Args:
         channels: C.
@@ -167,17 +227,16 @@ class MHDLSA(nn.Module):
             the number of heads. There are G = C // channels_per_filter filters a pixel.
         kernel: K, odd.
         dynamic: If false, a plain depthwise convolution stands in place of the dynamic one.
-
-    Attributes:
-        halo: As in GDFN.
-        widest: Half of C: strips twice as tall, since the convolution within takes its
-            own and the rows around them, K // 2 on either side, are many.
     """
 
     def __init__(self, channels: int, channels_per_filter: int, kernel: int, dynamic: bool) -> None:
-        super().__init__()
-        self.halo = kernel // 2
-        self.widest = channels // 2
+        # Half of C: strips twice as tall, since the convolution within takes its own and the rows
+        # around them, K // 2 on either side, are many.
+        super().__init__(
+            halo=kernel // 2,
+            widest=channels // 2,
+            has_kernel=dynamic and kernel <= cpu.LARGEST_KERNEL,
+        )
         self.dynamic = dynamic
         self.conv0 = _pointwise(channels, channels, bias=False)
         self.conv1 = _pointwise(channels, channels, bias=False)
@@ -190,6 +249,23 @@ class MHDLSA(nn.Module):
         y = self.conv0(x)
         y = self.conv.convolve(y) if self.dynamic else self.conv(y)
         return self.conv1(y if rows is None else y[:, :, rows])
+
+    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        squeeze, dwconv = self.conv.conv1
+        projection = self.conv.conv2[0]
+        return cpu.add_mhdlsa(
+            x,
+            norm.body.weight,
+            norm.body.bias,
+            self.conv0.weight,
+            squeeze.weight,
+            squeeze.bias,
+            dwconv.weight,
+            dwconv.bias,
+            projection.weight,
+            projection.bias,
+            self.conv1.weight,
+        )
 
 
 def attention_weights(
@@ -240,7 +316,7 @@ def channel_attention(
         return weights.to(v.dtype) @ v
 
 
-class SparseGSA(nn.Module):
+class SparseGSA(Mixer):
     """Sparse global self-attention over channels; with a softmax it is Restormer's MDTA.
 
     Maps (B, C, H, W) to (B, C, H, W). In eval mode with `window` given, attention is computed
@@ -255,7 +331,7 @@ class SparseGSA(nn.Module):
     """
 
     def __init__(self, channels: int, heads: int, activation: str, window: int | None) -> None:
-        super().__init__()
+        super().__init__(halo=1, widest=3 * channels, has_kernel=True)
         self.heads = heads
         self.window = window
         self.act = _ACTIVATIONS[activation]
@@ -288,15 +364,13 @@ class SparseGSA(nn.Module):
         """Turn sums over windows into what acts on v, the projection included.
 
         Args:
-            product: Σ q kᵀ over a window's pixels, (n, C, C).
+            product: Σ q kᵀ over a window's pixels, (n, h, c, c).
             squares: Σ q² and Σ k², (n, 2C).
 
         Returns:
             (n, C, C) in the dtype of the weights.
         """
         heads = self.heads
-        product = product.unflatten(1, (heads, -1)).unflatten(3, (heads, -1))
-        product = product.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         q_norm, k_norm = squares.sqrt().unflatten(1, (2, heads, -1)).unbind(1)
         weights = attention_weights(product, q_norm, k_norm, self.temperature, self.act)
         projection = self.project_out.weight.flatten(1)
@@ -305,24 +379,30 @@ class SparseGSA(nn.Module):
             "ohc,nhcd->nohd", projection.unflatten(1, (heads, -1)), weights
         ).flatten(2)
 
-    def add_in_strips(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Return x + self(norm(x)), for inference on a CPU."""
-        window = None if self.training else self.window
+    def _window(self) -> int | None:
+        return None if self.training else self.window
+
+    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        return cpu.add_attention(
+            x,
+            norm.body.weight,
+            norm.body.bias,
+            self.qkv.weight,
+            self.qkv_dwconv.weight,
+            self.heads,
+            self._matrices,
+            self._window(),
+        )
+
+    def add_in_strips(self, x: Tensor, norm: nn.Module, in_place: bool) -> Tensor:
+        def matrices(product: Tensor, squares: Tensor) -> Tensor:
+            product = product.unflatten(1, (self.heads, -1)).unflatten(3, (self.heads, -1))
+            product = product.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+            return self._matrices(product, squares)
+
         return strips.add_attention(
-            x, lambda seen, rows: self._qkv(norm(seen), rows), self._matrices, window
+            x, lambda seen, rows: self._qkv(norm(seen), rows), matrices, self._window()
         )
-
-
-def _add(x: Tensor, norm: nn.Module, mixer: nn.Module, in_place: bool = False) -> Tensor:
-    """Return x + mixer(norm(x)), with a `mixer` that says what strips need of it.
-
-    Strips, which know no gradients, may write it to `x` if `in_place` permits.
-    """
-    if strips.pay_for(x):
-        return strips.add(
-            lambda seen, rows: mixer(norm(seen), rows), x, mixer.halo, mixer.widest, in_place
-        )
-    return mixer(norm(x)) + x
 
 
 class LocalLayer(nn.Module):
@@ -336,8 +416,8 @@ class LocalLayer(nn.Module):
         self.IDynamic_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _add(x, self.norm1, self.IDynamicDWConv)
-        return _add(x, self.norm2, self.IDynamic_ffn, in_place=True)
+        x = self.IDynamicDWConv.add(x, self.norm1)
+        return self.IDynamic_ffn.add(x, self.norm2, in_place=True)
 
 
 class GlobalLayer(nn.Module):
@@ -351,11 +431,8 @@ class GlobalLayer(nn.Module):
         self.restormer_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        if strips.pay_for(x):
-            x = self.restormer_attn.add_in_strips(x, self.norm3)
-        else:
-            x = self.restormer_attn(self.norm3(x)) + x
-        return _add(x, self.norm4, self.restormer_ffn, in_place=True)
+        x = self.restormer_attn.add(x, self.norm3)
+        return self.restormer_ffn.add(x, self.norm4, in_place=True)
 
 
 class RHDTG(nn.Module):
@@ -363,7 +440,7 @@ class RHDTG(nn.Module):
 
     def __init__(self, channels: int, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.body = nn.Sequential(*layers, _conv3x3(channels, channels))
+        self.body = nn.Sequential(*layers, Conv3x3(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x
@@ -374,7 +451,7 @@ class ShallowFeatures(nn.Module):
 
     def __init__(self, in_chans: int, channels: int) -> None:
         super().__init__()
-        self.proj = _conv3x3(in_chans, channels, bias=False)
+        self.proj = Conv3x3(in_chans, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -385,7 +462,7 @@ def _pixel_shuffle_stages(channels: int, upscale: int) -> nn.Sequential:
     factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
     stages: list[nn.Module] = []
     for factor in factors:
-        stages += [_conv3x3(channels, factor**2 * channels), nn.PixelShuffle(factor)]
+        stages += [Conv3x3(channels, factor**2 * channels), nn.PixelShuffle(factor)]
     return nn.Sequential(*stages)
 
 
@@ -570,23 +647,23 @@ class DLGSANet(nn.Module):
                 for _ in range(groups)
             ),
             *([LayerNorm(dim)] if body_norm else []),
-            _conv3x3(dim, dim),
+            Conv3x3(dim, dim),
         )
         if upsampler == "pixelshuffledirect":
             self.reconstruction = ("upsample",)
             self.upsample = nn.Sequential(
-                _conv3x3(dim, upscale**2 * in_chans), nn.PixelShuffle(upscale)
+                Conv3x3(dim, upscale**2 * in_chans), nn.PixelShuffle(upscale)
             )
         elif upsampler == "pixelshuffle":
             self.reconstruction = ("conv_before_upsample", "upsample", "conv_last")
             self.conv_before_upsample = nn.Sequential(
-                _conv3x3(dim, _SHUFFLED_CHANNELS), nn.LeakyReLU(0.01)
+                Conv3x3(dim, _SHUFFLED_CHANNELS), nn.LeakyReLU(0.01)
             )
             self.upsample = _pixel_shuffle_stages(_SHUFFLED_CHANNELS, upscale)
-            self.conv_last = _conv3x3(_SHUFFLED_CHANNELS, in_chans)
+            self.conv_last = Conv3x3(_SHUFFLED_CHANNELS, in_chans)
         else:
             self.reconstruction = ("conv_last",)
-            self.conv_last = _conv3x3(dim, in_chans)
+            self.conv_last = Conv3x3(dim, in_chans)
 
     def forward(self, x: Tensor) -> Tensor:
         """Enlarge pictures (B, in_chans, H, W) in [0, 1] to (B, in_chans, H·s, W·s), not clipped.
@@ -599,8 +676,9 @@ class DLGSANet(nn.Module):
                 f"DLGSANet takes pictures (B, {self.in_chans}, H, W); got {tuple(x.shape)}"
             )
         x = (x - self.mean) * self.img_range
-        # Norms and 1x1 convolutions then find a pixel's channels side by side.
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not cpu.serves(x):
+            # Norms and 1x1 convolutions then find a pixel's channels side by side.
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.overlap_embed(x)
         x = self.deep_feature_extraction(x) + x
         for stage in self.reconstruction:

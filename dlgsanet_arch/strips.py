@@ -35,7 +35,7 @@ def pay_for(x: Tensor) -> bool:
 
 
 @functools.cache
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let the process keep the memory of freed strips instead of giving it back to the system.
 
     glibc maps every block above a threshold afresh, and each of its pages then costs a fault. The
@@ -96,7 +96,7 @@ def add(
         channels: Of the widest map within `function`.
         in_place: Write the sum to `x`, which spares the memory's bandwidth a map.
     """
-    _keep_memory()
+    keep_memory()
     height, width = x.shape[2:]
     out = x if in_place else torch.empty_like(x)
     for source, target in _items(x, out):
@@ -131,7 +131,7 @@ def add_attention(
             (n, 2C), in float32 or wider, to what acts on v: (n, C, C).
         window: Side of the windows in pixels; None for one window over all.
     """
-    _keep_memory()
+    keep_memory()
     out = torch.empty_like(x)
     for source, target in _items(x, out):
         _add_attention(source, target, qkv, matrices, window)

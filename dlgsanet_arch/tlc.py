@@ -74,6 +74,10 @@ class Axis(NamedTuple):
             window[positions] = 1
         return membership
 
+    def cuts(self) -> list[int]:
+        """List where a window starts or ends, both ends of the axis included."""
+        return sorted({cut for each in self.slices() for cut in (each.start, each.stop)})
+
     def bands(self) -> list[tuple[slice, slice]]:
         """Cut the axis where a window starts or ends.
 
@@ -81,9 +85,8 @@ class Axis(NamedTuple):
             The longest slices of positions under the same windows, each with these windows.
         """
         slices = self.slices()
-        cuts = sorted({cut for each in slices for cut in (each.start, each.stop)})
         bands = []
-        for start, stop in itertools.pairwise(cuts):
+        for start, stop in itertools.pairwise(self.cuts()):
             over = [i for i, each in enumerate(slices) if each.start <= start < each.stop]
             bands.append((slice(start, stop), slice(over[0], over[-1] + 1)))
         return bands

@@ -49,7 +49,9 @@ def alone() -> Iterator[None]:
 
 def fingerprint() -> str:
     """Return a digest of all that decides what the .venv holds; it changes when they do."""
-    files = [*REQUIREMENTS, ROOT / "setup.py", ROOT / "dlgsanet_arch" / "version.py", __file__]
+    package = ROOT / "dlgsanet_arch"
+    files = [*REQUIREMENTS, ROOT / "setup.py", package / "version.py", package / "cpu/kernels.c"]
+    files.append(__file__)
     digest = hashlib.sha256(str(ROOT).encode())  # the checkout itself is installed, by its path
     for file in files:
         digest.update(Path(file).read_bytes())

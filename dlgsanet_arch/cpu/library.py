@@ -1,0 +1,143 @@
+"""The compiled kernels: which of them this machine runs, and how threads share their work."""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_KERNEL = 33  # LARGEST_KERNEL of kernels.c
+BUILD = "'pip install --no-deps .' (with -e, if you did so before)"
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of kernels.c."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("tensors", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+        ("failed", ctypes.c_int64),
+    )
+
+
+def variant() -> str | None:
+    """Return which instruction set's kernels this machine runs, as in setup.py; None for none.
+
+    PyTorch's own choice is followed, ATEN_CPU_CAPABILITY included.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        return "neon"
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability())
+
+
+class _Library(NamedTuple):
+    """The kernels, or why there are none."""
+
+    kernels: ctypes.CDLL | None
+    fault: str
+
+
+@functools.cache
+def _library() -> _Library:
+    name = variant()
+    if name is None:
+        return _Library(None, "this processor has neither AVX2 nor NEON")
+    spec = importlib.util.find_spec(f"dlgsanet_arch.cpu._{name}")
+    if spec is None:
+        return _Library(None, f"they were not built; {BUILD} builds them")
+    try:
+        kernels = ctypes.CDLL(spec.origin)
+        digest = ctypes.c_char.in_dll(kernels, "source_digest")
+    except (OSError, ValueError) as error:
+        return _Library(None, f"{spec.origin} does not load ({error}); {BUILD} builds it anew")
+    source = Path(__file__).with_name("kernels.c")  # in a checkout, not in an installed package
+    if source.exists():
+        built_from = ctypes.string_at(ctypes.addressof(digest)).decode()
+        if built_from != hashlib.sha256(source.read_bytes()).hexdigest():
+            return _Library(None, f"{spec.origin} is older than kernels.c; {BUILD} builds it anew")
+    return _Library(kernels, "")
+
+
+def load() -> ctypes.CDLL | None:
+    """Return the library of kernels, None where there is none."""
+    return _library().kernels
+
+
+def why_not() -> str:
+    """Say why there are no kernels, or return an empty text where there are."""
+    return _library().fault
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """Return what runs a function in the threads that PyTorch's own operators use.
+
+    Threads beside those would share the processor with them: for some milliseconds after each of
+    PyTorch's operators, OpenMP's threads wait for the next one without rest.
+    """
+    run = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    if run is not None:
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        run.restype = None
+    return run
+
+
+@functools.cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="dlgsanet-cpu")
+
+
+# A forked process has the record of the threads but not the threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
+
+
+def _in_threads(work: Callable[[], None], count: int) -> None:
+    """Call `work` in `count` threads, for a PyTorch whose OpenMP cannot be asked."""
+    futures = [_helpers(count - 1).submit(work) for _ in range(count - 1)]
+    try:
+        work()
+    finally:
+        wait(futures)
+
+
+def run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+    """Call a kernel in as many threads as PyTorch uses.
+
+    Args:
+        name: Of the kernel in kernels.c.
+        tensors: Its tensors in order, contiguous and on the CPU; None for one that is left out.
+        sizes: Its sizes in order.
+
+    Raises:
+        MemoryError: If a thread found no memory for its rows.
+    """
+    library = load()
+    pointers = (ctypes.c_void_p * len(tensors))(
+        *(None if each is None else each.data_ptr() for each in tensors)
+    )
+    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+    call = _Call(
+        *(ctypes.cast(each, ctypes.c_void_p) for each in (library[name], pointers, numbers))
+    )
+    # An interrupt may end the wait for a thread, but not the thread: what it reads must stay.
+    call.kept = (tensors, pointers, numbers)
+    threads, openmp = torch.get_num_threads(), _openmp()
+    if threads == 1:
+        library.work(ctypes.byref(call))
+    elif openmp is not None:
+        openmp(library.work, ctypes.byref(call), threads, 0)
+    else:
+        _in_threads(lambda: library.work(ctypes.byref(call)), threads)
+    if call.failed:
+        raise MemoryError(f"no memory for the rows that {name} works on")
