@@ -1,5 +1,6 @@
 """A server of one file, or some, whose faults are switched on and off while it runs."""
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -81,6 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         pass
+
+
+def proxies() -> list[str]:
+    """The names of the environment's variables that would lead requests elsewhere."""
+    return [name for name in os.environ if name.lower().endswith("_proxy")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from http_server import Served, serving
+from http_server import Served, proxies, serving
 from processes import started
 
 from dlgsanet_arch.data import downloads, files
@@ -27,9 +27,8 @@ DATE = "Wed, 21 Oct 2020 07:28:00 GMT"
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    for name in proxies():
+        monkeypatch.delenv(name)
     monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0))
     with serving(CONTENT) as served:
         yield served
@@ -62,7 +61,7 @@ def refused_download(url: str, target: Path, reason: str) -> str:
 
 def download_directly(url: str, target: Path) -> None:
     """Download in a process whose environment may name proxies."""
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    for name in proxies():
         del os.environ[name]
     download(url, target)
 

@@ -1,5 +1,4 @@
 import io
-import os
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -9,7 +8,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
-from http_server import Served, serving
+from http_server import Served, proxies, serving
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import downloads, official
@@ -60,9 +59,8 @@ FLICKR2K = tarred(
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    for name in proxies():
+        monkeypatch.delenv(name)
     monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0))
     monkeypatch.setattr(official, "DIV2K", replace(official.DIV2K, pictures=3))
     monkeypatch.setattr(official, "FLICKR2K", replace(official.FLICKR2K, pictures=1))

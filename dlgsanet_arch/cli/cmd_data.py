@@ -1,6 +1,7 @@
 """`dlgsanet data <verb>`: also behind datasets/prepare.py."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,12 +112,43 @@ def _usable_cores() -> int:
     return usable_cores()
 
 
+# What each verb makes: the first line is its line in `--help`, all is the verb's own.
+VERBS = {
+    "demo": """a small set from the photographs in scikit-image's wheel
+
+    Made below datasets/demo, for options/train/demo.yml. Nothing is downloaded.""",
+    "train": """a training set from any folder of pictures
+
+    HR is cut to a multiple of 12, LR is made by MATLAB's bicubic or taken from --lr, both are cut
+    into matching sub-images, and these go into LMDBs with equal keys. Every picture is opened
+    before anything is written.""",
+    "div2k": """DIV2K's 800 training pictures with their official LR
+
+    Archives and unpacked folders that are there are used, what is missing is downloaded: about
+    5 GB with all scales, and as much again unpacked. Then the same is made as by `train`.""",
+    "df2k": """DIV2K and Flickr2K's 2650 pictures together, with their official LR
+
+    As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
+    "benchmark": """a test set, with bicubic's figures beside known ones
+
+    HR is cropped for each scale and LR is made of it by MATLAB's bicubic, below
+    datasets/benchmark/NAME. --hr may be a folder of pictures or the set as it circulates, such as
+    HR/ beside LR_bicubic/, GTmod12/, or image_SRF_4/.""",
+    "verify": """open everything that data sets hold, say what is wrong
+
+    Lists of keys, sizes and names of HR and LR, every picture, displacement of LR, pictures below
+    gt_size, equal ones, and pictures of a test set inside a training set. The exit status is 1 if
+    anything is wrong.""",
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb: a sub-command for each data set it can build."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet data",
         description="Prepare and verify data sets.",
-        epilog="Interrupted or killed, a command goes on where it was when it is run again.",
+        epilog="`VERB --help` says what a verb takes. Interrupted or killed, a command goes on "
+        "where it was when it is run again.",
     )
     root = "the folder that holds datasets/ (default: the current folder)"
     parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help=root)
@@ -153,24 +185,22 @@ def build_parser() -> argparse.ArgumentParser:
     for name, default, what in (
         ("--crop", 480, "side of a sub-image in HR pixels"),
         ("--step", 240, "distance between two sub-images in HR pixels"),
-        (
-            "--patch",
-            48,
-            "side of the patches to be trained on in LR pixels, the least a picture has",
-        ),
+        ("--patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
     ):
         cutting.add_argument(
             name, type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
         )
 
-    demo = verbs.add_parser(
-        "demo", parents=[common], help="a small set from the photographs in scikit-image's wheel"
-    )
-    demo.set_defaults(run=_demo)
+    def add(verb: str, parent: argparse.ArgumentParser, **defaults) -> argparse.ArgumentParser:
+        line, _, rest = VERBS[verb].partition("\n\n")
+        described = f"{line[0].upper()}{line[1:]}. {textwrap.dedent(rest)}"
+        added = verbs.add_parser(verb, parents=[parent], help=line, description=described)
+        added.set_defaults(**defaults)
+        return added
 
-    train = verbs.add_parser(
-        "train", parents=[cutting], help="a training set from any folder of pictures"
-    )
+    add("demo", common, run=_demo)
+
+    train = add("train", cutting, run=_train)
     train.add_argument(
         "--hr", type=Path, required=True, metavar="FOLDER", help="HR pictures, sub-folders too"
     )
@@ -184,13 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="such as datasets/NAME"
     )
-    train.set_defaults(run=_train)
 
-    for verb, sets, target, what in (
-        ("div2k", ["DIV2K"], "DIV2K", "DIV2K's 800 training pictures with their official LR"),
-        ("df2k", ["DIV2K", "FLICKR2K"], "DF2K", "DIV2K and Flickr2K's 2650 pictures together"),
+    for verb, sets, target in (
+        ("div2k", ["DIV2K"], "DIV2K"),
+        ("df2k", ["DIV2K", "FLICKR2K"], "DF2K"),
     ):
-        official = verbs.add_parser(verb, parents=[cutting], help=what)
+        official = add(verb, cutting, run=_official, sets=sets, target=target)
         official.add_argument(
             "--archives",
             type=Path,
@@ -204,11 +233,8 @@ def build_parser() -> argparse.ArgumentParser:
         official.add_argument(
             "--out", type=Path, metavar="FOLDER", help=f"default: datasets/{target}"
         )
-        official.set_defaults(run=_official, sets=sets, target=target)
 
-    benchmark = verbs.add_parser(
-        "benchmark", parents=[making], help="a test set, with bicubic's figures beside known ones"
-    )
+    benchmark = add("benchmark", making, run=_benchmark)
     benchmark.add_argument(
         "--name", required=True, help="Set5, Set14, B100, Urban100, Manga109, or your own"
     )
@@ -218,11 +244,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the set as it was downloaded (default: looked for in datasets)",
     )
-    benchmark.set_defaults(run=_benchmark)
 
-    verify = verbs.add_parser(
-        "verify", parents=[common], help="open everything that data sets hold, say what is wrong"
-    )
+    verify = add("verify", common, run=_verify)
     what = verify.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "paths",
@@ -236,7 +259,6 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--fix", action="store_true", help="write new LMDBs without the bad pairs, *_fixed.lmdb"
     )
-    verify.set_defaults(run=_verify)
     return parser
 
 

@@ -43,6 +43,7 @@ from dlgsanet_arch.data.layouts import Layout, Original, find_layout
 from dlgsanet_arch.data.pictures import PictureError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple
+from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 
@@ -441,8 +442,7 @@ def _notices(
     if name in KNOWN and count != KNOWN[name].count:
         notices.append(f"{name} has {KNOWN[name].count} pictures, here are {count}")
     for text, names in by_text.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        notices.append(f"{', '.join(names[:5])}{more}: {text}")
+        notices.append(f"{named(names)}: {text}")
     return tuple(notices)
 
 

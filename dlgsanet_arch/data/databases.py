@@ -17,7 +17,6 @@ from typing import Any
 
 import cv2
 import lmdb
-import numpy as np
 
 from dlgsanet_arch.data.files import (
     RECIPE,
@@ -53,13 +52,6 @@ def encode_png(picture: Picture) -> bytes:
     if not fine:
         raise RuntimeError(f"OpenCV could not encode a picture of {picture.shape=}")
     return data.tobytes()
-
-
-def decode_png(data: bytes) -> Picture | None:
-    """Decode as BasicSR's data sets do: three channels, 8 bits; None where that fails."""
-    if not data:
-        return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
 def png_size(data: bytes) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
+from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
 
 # The suffixes that make a file a picture, in lower case, and the format that each announces.
@@ -212,10 +213,9 @@ def find_pictures(folder: Path) -> list[PictureFile]:
         by_key[picture_key(relative)].append(relative)
     equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
     if equal:
-        more = f", and {len(equal) - 3} more" if len(equal) > 3 else ""
         raise UserError(
             f"pictures in {folder} that differ in their suffixes only would share one name in "
-            f"the data set: {', '.join(equal[:3])}{more}; rename or remove one of each"
+            f"the data set: {named(equal, 3)}; rename or remove one of each"
         )
     return [PictureFile(folder / group[0], key) for key, group in by_key.items()]
 

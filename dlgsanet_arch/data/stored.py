@@ -1,13 +1,14 @@
 """Pictures as BasicSR's data sets find them: in an LMDB by its list, or in one folder."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlgsanet_arch.data.databases import META_INFO, open_database
 from dlgsanet_arch.data.pictures import SUFFIXES
+from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
 
 
@@ -60,9 +61,8 @@ class Reader:
             return b""
 
 
-def _shortened(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more
+def _quoted(names: Sequence[str]) -> str:
+    return named([repr(name) for name in names])
 
 
 def _database(path: Path) -> Stored:
@@ -89,19 +89,19 @@ def _database(path: Path) -> Stored:
     if twice:
         stored.faults.append(
             f"{META_INFO} names keys more than once, or keys that differ only behind a dot: "
-            f"{_shortened(twice)}; --fix writes a new database"
+            f"{_quoted(twice)}; --fix writes a new database"
         )
     ghosts = sorted(listed.keys() - entries)
     if ghosts:
         stored.faults.append(
-            f"{META_INFO} names keys that are not in the database: {_shortened(ghosts)}; --fix "
+            f"{META_INFO} names keys that are not in the database: {_quoted(ghosts)}; --fix "
             "writes a new one without them"
         )
     silent = sorted(entries - listed.keys())
     if silent:
         stored.faults.append(
             f"{len(silent)} entries are not named in {META_INFO} and are never read: "
-            f"{_shortened(silent)}; make the database again, or --fix"
+            f"{_quoted(silent)}; make the database again, or --fix"
         )
     stored.keys = sorted(listed.keys() & entries)
     return stored
@@ -126,11 +126,11 @@ def _folder(path: Path) -> Stored:
     if others:
         stored.faults.append(
             f"holds files that are no pictures, and BasicSR fails when it reads them: "
-            f"{_shortened(others)}; move them away"
+            f"{_quoted(others)}; move them away"
         )
     if inner:
         stored.faults.append(
-            f"has folders in it, which BasicSR passes over: {_shortened(inner)}; "
+            f"has folders in it, which BasicSR passes over: {_quoted(inner)}; "
             "`train --hr` takes pictures of all of them"
         )
     stored.keys = sorted(stored.files)

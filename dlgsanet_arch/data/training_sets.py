@@ -31,6 +31,7 @@ from dlgsanet_arch.data.sub_images import (
     crop_to_multiple,
     sub_images,
 )
+from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 
@@ -141,12 +142,6 @@ class Summary:
     resized: int = 0
     skipped: list[str] = field(default_factory=list)
     notices: dict[str, list[str]] = field(default_factory=dict)
-
-
-def named(names: Sequence[str], most: int = 5) -> str:
-    """Name the first few of many things."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:

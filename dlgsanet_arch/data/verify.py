@@ -24,10 +24,10 @@ from dlgsanet_arch.data.pictures import SUFFIXES, PictureError, decode_8_bits, p
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.stored import Reader, Stored, look_into
 from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 
-MOST_NAMED = 5
 MOST_LISTED = 50
 # Folders of pictures to test on, and of none to train on.
 TESTING = ("benchmark", "test", "val", "valid", "validation")
@@ -272,11 +272,6 @@ class Verified:
         return not (self.faults or self.bad)
 
 
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
 def _template(hr: Sequence[str], lr: Collection[str], scale: int | None) -> str:
     """LR's name for HR's where nobody says it: the same, or with the scale, as in ``0001x4``."""
     with_scale = f"{{}}x{scale}"
@@ -300,7 +295,7 @@ def _partners(verified: Verified) -> dict[str, str]:
             verified.fixable = True
             verified.faults.append(
                 f"{len(names)} of {len(has.keys)} pictures in {has.path} have no partner in "
-                f"{lacks.path}: {_named(names)}; rename or make them, or drop them by --fix"
+                f"{lacks.path}: {named(names)}; rename or make them, or drop them by --fix"
             )
     return {key: name for key, name in wanted.items() if name in there}
 
