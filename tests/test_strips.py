@@ -6,6 +6,12 @@ from test_network import TINY, VARIANTS, build, defined, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlgsanet_arch import DLGSANet, strips
+from dlgsanet_arch.cpu import library
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: None)
 
 
 @pytest.fixture(params=[1, 3, 8])
