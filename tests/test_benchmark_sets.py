@@ -621,7 +621,7 @@ def test_equal_notices_are_told_once(tmp_path):
     for number in range(7):
         saved(tmp_path / "in" / f"p{number}.png", deep)
     (notice,) = build("made", tmp_path / "in", tmp_path / "out", [2]).notices
-    assert notice.startswith("p0.png, p1.png, p2.png, p3.png, p4.png and 2 more: holds 16 bits")
+    assert notice.startswith("p0.png, p1.png, p2.png, p3.png, p4.png, and 2 more: holds 16 bits")
 
 
 def test_the_recipe_holds_sizes_and_sums_of_the_sources(tmp_path):

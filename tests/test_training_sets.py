@@ -111,7 +111,8 @@ def test_every_sub_image_is_the_one_that_basicsr_would_make(hr, out, capsys):
         for key, part in found.items():
             assert np.array_equal(part, expected[key]), (name, key)
     said = capsys.readouterr().out
-    assert "36 sub-images" in said
+    size = (out / HR / "data.mdb").stat().st_size / 2**20
+    assert f"36 sub-images {size:>8.1f} MiB  {out / HR}" in said
     assert "3 pictures" in said
     assert "ms a picture and scale" in said
 

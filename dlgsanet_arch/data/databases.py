@@ -29,6 +29,7 @@ from dlgsanet_arch.data.files import (
 from dlgsanet_arch.data.sub_images import Picture
 from dlgsanet_arch.errors import UserError
 
+DATA = "data.mdb"
 META_INFO = "meta_info.txt"
 
 PNG_COMPRESSION = 1
@@ -73,7 +74,7 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
     Raises:
         UserError: There is no database, or it is damaged.
     """
-    if not (path / "data.mdb").is_file():
+    if not (path / DATA).is_file():
         raise UserError(f"{path} is not an LMDB: it holds no data.mdb")
     try:
         # lock=False: nobody writes a finished database, and its folder may be read-only
@@ -87,7 +88,7 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
     with environment:
         # what LMDB does not ask itself: reading past the file's end would kill this process
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        size = (path / "data.mdb").stat().st_size
+        size = (path / DATA).stat().st_size
         if size < needed:
             raise UserError(
                 f"{path} is cut short, {size:,} of {needed:,} bytes are there: copy or make it anew"
@@ -178,7 +179,7 @@ class DatabaseWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / RECIPE, self._recipe)
-        present = self._folder / "data.mdb"
+        present = self._folder / DATA
         size = present.stat().st_size if present.is_file() else 0
         with _os_errors(self._folder):
             self._environment = lmdb.open(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dlgsanet_arch.data.databases import META_INFO, open_database
+from dlgsanet_arch.data.databases import DATA, META_INFO, open_database
 from dlgsanet_arch.data.pictures import SUFFIXES
 from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
@@ -147,7 +147,7 @@ def look_into(path: Path) -> Stored:
         reason = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"{path} {reason}: correct the path, or make the data set first")
     try:
-        stored = _database(path) if (path / "data.mdb").exists() else _folder(path)
+        stored = _database(path) if (path / DATA).exists() else _folder(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not stored.keys and not stored.faults:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.databases import DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
 from dlgsanet_arch.data.files import RECIPE, disk_faults_named, one_writer, read_json
 from dlgsanet_arch.data.pictures import PictureError, find_pictures, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
@@ -446,7 +446,10 @@ def build(
 
 def report(summary: Summary) -> str:
     """What was made, for the terminal: databases, times, what was changed or left out."""
-    lines = [f"{count:>7} sub-images  {path}" for path, count in summary.databases.items()]
+    lines = [
+        f"{count:>7} sub-images {(path / DATA).stat().st_size / 2**20:>8.1f} MiB  {path}"
+        for path, count in summary.databases.items()
+    ]
     made = f"{summary.pictures} pictures"
     if summary.cut < summary.pictures:
         made += f", {summary.pictures - summary.cut} of them cut already by a run before"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from dlgsanet_arch.data.alignment import Alignment, measure, summarise
-from dlgsanet_arch.data.databases import DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
 from dlgsanet_arch.data.files import OLD, UNFINISHED, disk_faults_named, one_writer
 from dlgsanet_arch.data.known_sets import known_name
 from dlgsanet_arch.data.overlap import Patches, TrainingPatches, patches_of, pixel_digest
@@ -103,7 +103,7 @@ def _holdings(path: Path, seen: set[Path]) -> Iterator[Path]:
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
-    if (path / "data.mdb").exists():
+    if (path / DATA).exists():
         yield path
         return
     entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
