@@ -426,6 +426,24 @@ def test_folders_to_train_and_to_test_on_are_told_by_their_names(tmp_path, capsy
     assert said.count("wrong:") == 1
 
 
+def test_a_picture_of_a_test_set_is_named_once_for_all_scales(training, capsys):
+    for scale in (2, 3):
+        save_pairs(training / "val" / f"X{scale}", halved, names=("coffee.png",))
+    assert prepare("verify", training) == 1
+    said = capsys.readouterr().out
+    assert said.count("coffee_s001: holds 240 x 240 pixels") == 1
+
+
+def test_lr_whose_hr_is_gone_is_not_taken_for_pictures(training, capsys):
+    assert prepare("verify", training / X2) == 0
+    assert "12 pairs at scale 2: good" in capsys.readouterr().out
+    (training / HR).rename(training / "elsewhere.lmdb")
+    assert prepare("verify", training) == 1
+    said = capsys.readouterr().out
+    assert said.count(f"wrong: {training / HR} does not exist") == 2
+    assert "1 of 3 data sets are good" in said
+
+
 def test_lr_may_have_the_scale_in_its_names(tmp_path, capsys):
     save_pairs(tmp_path, halved)
     (tmp_path / "HR").rename(tmp_path / "DIV2K_train_HR")

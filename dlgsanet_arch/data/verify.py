@@ -152,7 +152,8 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     pairs, paired = [], set()
     for path in found:
         partner = _hr_for(path)
-        if partner and partner[0] in found:
+        # LR in a database is of no use alone; a folder may be called LR for other reasons
+        if partner and (partner[0] in found or (path / DATA).exists()):
             hr, scale = partner
             pairs.append(PairSet(str(path), hr, path, scale, template=None, role=_role(hr)))
             paired |= {hr, path}
@@ -415,6 +416,7 @@ def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified])
     """Look for the test sets' HR pictures in the training sets; what is found is bad there."""
     for trained in training:
         patches = TrainingPatches(trained.patches.items())
+        told = set()  # test sets of several scales hold the same pictures
         for tested in testing:
             if not tested.sides or tested.set.hr is None or tested.set.hr == trained.set.hr:
                 continue
@@ -428,6 +430,9 @@ def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified])
                     except PictureError:
                         continue  # named already
                     for overlap in patches.find(picture):
+                        if (overlap.name, key) in told:
+                            continue
+                        told.add((overlap.name, key))
                         height, width = overlap.size
                         trained.bad.setdefault(overlap.name, []).append(
                             f"holds {height} x {width} pixels of the test picture {hr.place(key)}"
