@@ -145,7 +145,9 @@ def look_into(path: Path) -> Stored:
     """
     if not path.is_dir():
         reason = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{path} {reason}: correct the path, or make the data set first")
+        raise UserError(
+            f"{path} {reason}: correct the path, or make the data set (`dlgsanet data --help`)"
+        )
     try:
         stored = _database(path) if (path / DATA).exists() else _folder(path)
     except OSError as error:

@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,7 @@ def process_context(function: Callable) -> BaseContext:
     Args:
         function: What the workers are to run.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():  # on Windows
+    if not sys.platform.startswith("linux"):  # Windows has no forks, macOS none that are safe
         return multiprocessing.get_context("spawn")
     module = getattr(function, "func", function).__module__
     context = multiprocessing.get_context("forkserver")
