@@ -30,6 +30,7 @@ from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find
 SIZE = (1356, 2040)
 QUICK_SIZE = (240, 300)
 PICTURES = 8
+WRITTEN = 16  # fewer would not give four workers work
 WORKERS = (1, 2, 4)
 BATCH = 16
 SCALE = 4
@@ -231,7 +232,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             "measure": "data:write",
             "contestant": OURS,
             "workers": number,
-            "pictures": count,
+            "pictures": 1 if asked.quick else WRITTEN,
             **common,
         }
         for number in workers
@@ -270,7 +271,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
                 "of one picture in the first rows, of all in the others.",
             ],
             runs=5,
-            rounds=2,
+            rounds=1,
         )
     ]
 
