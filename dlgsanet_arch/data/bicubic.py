@@ -3,8 +3,8 @@
 Antialiased when shrinking, a = -1/2, borders mirrored: BasicSR's `imresize`, whose weights are
 used here. That function makes a small product for every row, column and channel of a float copy
 of the whole picture. Here one product serves all channels of a row, and the picture is converted
-a strip at a time: as fast at x2 and faster at x3 and x4 (benchmarks/RESULTS.md), in a fraction of the
-memory, and to the same pixels.
+a strip at a time: as fast at x2 and faster at x3 and x4 (benchmarks/RESULTS.md), in a fraction of
+the memory, and to the same pixels.
 """
 
 import math
