@@ -36,6 +36,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+typedef float half_vec __attribute__((vector_size(2 * LANES)));
+typedef float quarter_vec __attribute__((vector_size(LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 static const int32_t lane_numbers[16] __attribute__((aligned(64))) = {
@@ -611,12 +613,19 @@ EXPORT int add_mhdlsa(float *const *tensors, const int64_t *sizes, int64_t *next
 
 static float sum_lanes(vec value)
 {
-    float lanes[LANES];
-    store(lanes, value);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            lanes[i] += lanes[i + width];
-    return lanes[0];
+    union {
+        vec whole;
+        half_vec halves[2];
+    } by_halves = {value};
+    union {
+        half_vec whole;
+        quarter_vec quarters[2];
+    } by_quarters = {by_halves.halves[0] + by_halves.halves[1]};
+    quarter_vec rest = by_quarters.quarters[0] + by_quarters.quarters[1];
+    float sum = 0;
+    for (int i = 0; i < LANES / 4; i++)
+        sum += rest[i];
+    return sum;
 }
 
 /* Return the lanes of `value` that lie before `count`, and zeros. */
