@@ -11,6 +11,7 @@ import importlib.util
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import published_kernels
 import reporting
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlgsanet_arch import DLGSANet, network  # and its repairs, which BasicSR's imports below need
+from dlgsanet_arch.cpu import library
 from dlgsanet_arch.ops import reference
 
 DEFINITION = "definition"
 PUBLISHED = "published-style"
 OURS = "ours"
+OURS_PYTORCH = "ours, no CPU kernels"
 OURS_CHANNELS_LAST = "ours, channels_last"
 OURS_CUDA_GRAPH = "ours, CUDA graph"
 SWINIR = "SwinIR-light"
@@ -164,6 +167,7 @@ def _whole(self: DLGSANet, x: Tensor) -> Tensor:
 
 
 _PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {
+    network.Conv3x3: nn.Conv2d.forward,
     network.LayerNorm: _norm,
     network.GDFN: _gated_feed_forward,
     network.SparseGSA: _attention,
@@ -225,6 +229,18 @@ def _edsr(scale: int) -> nn.Module:
     return EDSR(3, 3, num_feat=64, num_block=16, upscale=scale, res_scale=1)
 
 
+class _WithoutKernels(nn.Module):
+    """A network as it runs where no CPU kernels were built."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self._net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with mock.patch.object(library, "load", return_value=None):
+            return self._net(x)
+
+
 def build(contestant: str, variant: str, scale: int) -> nn.Module:
     """Build a contestant with random weights, which are equal for all forms of DLGSANet."""
     torch.manual_seed(0)
@@ -235,6 +251,8 @@ def build(contestant: str, variant: str, scale: int) -> nn.Module:
         return as_definition(net)
     if contestant == PUBLISHED:
         return as_published(net)
+    if contestant == OURS_PYTORCH:
+        return _WithoutKernels(net)
     if contestant == OURS_CHANNELS_LAST:
         return net.to(memory_format=torch.channels_last)
     return net

@@ -22,7 +22,15 @@ import measuring
 import reporting
 import torch
 import torch.nn.functional as F
-from contestants import DEFINITION, EDSR, OURS, OURS_CHANNELS_LAST, OURS_CUDA_GRAPH, PUBLISHED
+from contestants import (
+    DEFINITION,
+    EDSR,
+    OURS,
+    OURS_CHANNELS_LAST,
+    OURS_CUDA_GRAPH,
+    OURS_PYTORCH,
+    PUBLISHED,
+)
 from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
 from torch.profiler import ProfilerActivity
@@ -172,8 +180,10 @@ def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
     """Return contestants and dtypes: all of them, or those that are measured in each size."""
     if device == "cpu":
         every = [(OURS, "fp32")]
-        more = [(DEFINITION, "fp32"), (contestants.SWINIR, "fp32"), (EDSR, "fp32")]
-        return every if everywhere else [*more[:1], *every, *more[1:]]
+        if everywhere:
+            return every
+        others = [(name, "fp32") for name in (OURS_PYTORCH, contestants.SWINIR, EDSR)]
+        return [(DEFINITION, "fp32"), *every, *others]
     every = [
         *((OURS, dtype) for dtype in ("bf16", "fp16", "tf32", "fp32")),
         (PUBLISHED, "tf32"),

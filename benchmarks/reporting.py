@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dlgsanet_arch.cpu import library
+
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results"
@@ -39,7 +41,10 @@ TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
 LIMITS = "limits"  # measured within each of the others, too
 DATA = "data"  # has nothing to do on a GPU
 # Pipeline, data and command line take no part in a forward or a backward.
-SOURCES = ("dlgsanet_arch/*.py", "dlgsanet_arch/ops/*.py", "benchmarks/*.py")
+SOURCES = (
+    *(f"dlgsanet_arch/{files}" for files in ("*.py", "ops/*.py", "cpu/*.py", "cpu/*.c")),
+    "benchmarks/*.py",
+)
 SOURCES_OF = {
     TESTS: (*SOURCES, "tests/*.py"),
     DATA: ("dlgsanet_arch/data/*.py", "benchmarks/data.py", "benchmarks/measuring.py"),
@@ -121,6 +126,8 @@ def environment(device: str, section: str) -> dict[str, Any]:
     }
     if device == "cuda":
         described |= {"CUDA": torch.version.cuda, **_versions("triton", "cupy")}
+    else:
+        described["CPU kernels"] = library.variant() if library.load() else "none"
     return {**described, "commit": _commit(), "source": source(section)}
 
 

@@ -71,8 +71,9 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_observed(module: nn.Module) -> bool:
+    """Return whether `module` has hooks, or a forward put in place of its class's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class LayerNorm(nn.Module):
@@ -114,7 +115,7 @@ class Mixer(nn.Module):
         """Return whether `norm` and all within compute what they were built for, unobserved."""
         known = (nn.Conv2d, nn.LayerNorm, nn.Sequential, LayerNorm, FilterGenerator, type(self))
         return all(
-            type(module) in known and cpu.serves_weights(module) and not _has_hooks(module)
+            type(module) in known and cpu.serves_weights(module) and not _is_observed(module)
             for module in (*norm.modules(), *self.modules())
         )
 

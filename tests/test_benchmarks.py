@@ -213,7 +213,7 @@ def test_operations_are_the_published_count():
         (limits.main, [], "limits", 3),
         (dynamic_dwconv.main, [], "dynamic_dwconv", 9),
         (training_step.main, [], "training_step", 4),
-        (network.main, [], "network", 4),
+        (network.main, [], "network", 5),
         (network.main, ["--all"], "configurations", 3),
         (network.main, ["--curve"], "curve", 2),
         (network.main, ["--memory"], "memory", 1),

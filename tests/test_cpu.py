@@ -207,7 +207,12 @@ def _weight_norm(net, monkeypatch):
     nn.utils.parametrizations.weight_norm(conv)
 
 
-@pytest.mark.parametrize("change", [_observe, _replace, _weight_norm])
+def _override(net, monkeypatch):
+    conv = net.deep_feature_extraction[0].body[0].IDynamicDWConv.conv0
+    monkeypatch.setattr(conv, "forward", lambda x: -nn.Conv2d.forward(conv, x))
+
+
+@pytest.mark.parametrize("change", [_observe, _replace, _weight_norm, _override])
 def test_what_is_observed_or_replaced_runs_as_a_module(change, monkeypatch):
     net = build({}, torch.float32).eval()
     change(net, monkeypatch)
