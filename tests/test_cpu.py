@@ -337,3 +337,16 @@ def test_flops_are_those_of_the_plain_layers(monkeypatch):
     monkeypatch.setattr(strips, "pay_for", lambda x: False)
     # v is met by one matrix, the projection included, in place of two.
     assert by_kernels == count_a_pixel() - 2 * 24 * (24 // 6)
+
+
+def test_inference_mode_leaves_nothing_that_training_trips_over():
+    net = build({}, torch.float32).eval()
+    x = pictures(net, 1, (13, 9))
+    layers._cells.cache_clear()
+    with torch.inference_mode():
+        inferred = net(x)
+    out, kernels = run(net, x)
+    assert kernels
+    assert torch.equal(out, inferred)
+    net.train()(x).mean().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
