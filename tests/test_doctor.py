@@ -11,6 +11,7 @@ from helpers import run
 from dlgsanet_arch import cli
 from dlgsanet_arch.cli import cmd_doctor
 from dlgsanet_arch.cli.cmd_doctor import Package
+from dlgsanet_arch.cpu import library
 from dlgsanet_arch.version import __version__
 
 
@@ -36,7 +37,7 @@ def test_a_healthy_installation(dlgsanet):
     assert result.returncode == 0, result.stdout + result.stderr
     for label in (
         *("dlgsanet", "Python", "torch", "CUDA", "torchvision", "basicsr", "Triton", "OpenCV"),
-        *("lmdb", "numpy"),
+        *("lmdb", "numpy", "CPU kernels"),
     ):
         assert f"\n{label} " in f"\n{result.stdout}"
     assert "(tested: 2.11 and 2.13" in result.stdout
@@ -103,6 +104,15 @@ def test_a_taken_name_is_a_problem(monkeypatch):
     module.ARCH_REGISTRY.register(type("DLGSANet", (), {"__module__": "their_plugin"}))
     (problem,) = cmd_doctor.basicsr_problems(installed)
     assert "their_plugin.DLGSANet" in problem.cause
+
+
+def test_the_kernels_in_use_are_named_or_what_to_do(monkeypatch):
+    monkeypatch.setattr(library, "variant", lambda: "avx2")
+    monkeypatch.setattr(library, "why_not", lambda: "")
+    assert cmd_doctor._cpu_kernels() == "avx2"
+    monkeypatch.setattr(library, "why_not", lambda: "they are old; 'pip install' builds them")
+    told = "none, inference on a CPU is slower: they are old; 'pip install' builds them"
+    assert cmd_doctor._cpu_kernels() == told
 
 
 def test_a_device_that_fails_is_a_problem():

@@ -15,6 +15,7 @@ import torch
 
 from dlgsanet_arch import compat, plugin
 from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.cpu import library
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.version import __version__
 
@@ -219,6 +220,11 @@ def _cuda() -> str:
     return f"{torch.version.cuda} on {', '.join(names)}"
 
 
+def _cpu_kernels() -> str:
+    fault = library.why_not()
+    return f"none, inference on a CPU is slower: {fault}" if fault else library.variant()
+
+
 def _tested_torch() -> str:
     version = ".".join(torch.__version__.split(".")[:2])
     tested = " and ".join(TESTED_TORCH)
@@ -269,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": _tested_torch(),
         "CUDA": _cuda(),
+        "CPU kernels": _cpu_kernels(),
         "torchvision": versions["torchvision"],
         "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
         "Triton": str(look_for("triton")),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LARGEST_KERNEL = 33  # LARGEST_KERNEL of kernels.c
-BUILD = "'pip install --no-deps .' (with -e, if you did so before)"
+BUILD = "'pip install --no-deps .' in the checkout (with -e, if you did so before)"
 
 
 class _Call(ctypes.Structure):
@@ -51,10 +51,15 @@ class _Library(NamedTuple):
 def _library() -> _Library:
     name = variant()
     if name is None:
-        return _Library(None, "this processor has neither AVX2 nor NEON")
+        limit = os.environ.get("ATEN_CPU_CAPABILITY")
+        cause = f", as ATEN_CPU_CAPABILITY is {limit!r}" if limit else ""
+        return _Library(None, f"PyTorch uses neither AVX2 nor NEON here{cause}")
     spec = importlib.util.find_spec(f"dlgsanet_arch.cpu._{name}")
     if spec is None:
-        return _Library(None, f"they were not built; {BUILD} builds them")
+        if os.name != "posix":
+            return _Library(None, f"they are not built on {platform.system()}")
+        cure = f"{BUILD} builds them, with gcc, clang or Zig, which pip fetches where it can"
+        return _Library(None, f"this Python's were not built; {cure}")
     try:
         kernels = ctypes.CDLL(spec.origin)
         digest = ctypes.c_char.in_dll(kernels, "source_digest")
