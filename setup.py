@@ -125,9 +125,13 @@ def _is_offered(name: str) -> bool:
     return "No matching distribution" not in found.stderr
 
 
+def needs_zig() -> bool:
+    """Return whether there are kernels to build and no C compiler for them."""
+    return bool(variants()) and find_compiler() is None
+
+
 def _zig_if_needed() -> list[str]:
-    needed = variants() and find_compiler() is None and _is_offered("ziglang")
-    return [ZIG] if needed else []
+    return [ZIG] if needs_zig() and _is_offered("ziglang") else []
 
 
 def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:

@@ -19,8 +19,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def alone() -> Iterator[None]:
 def fingerprint() -> str:
     """Return a digest of all that decides what the .venv holds; it changes when they do."""
     package = ROOT / "dlgsanet_arch"
-    files = [*REQUIREMENTS, ROOT / "setup.py", package / "version.py", package / "cpu/kernels.c"]
-    files.append(__file__)
+    files = [*REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", __file__]
+    files += [package / "version.py", package / "cpu" / "kernels.c"]
     digest = hashlib.sha256(str(ROOT).encode())  # the checkout itself is installed, by its path
     for file in files:
         digest.update(Path(file).read_bytes())
@@ -101,18 +102,18 @@ def adapt(requirements: list[str]) -> list[str]:
     return wanted
 
 
-def pip_install(python: Path, *arguments: object, path: Path | None = None) -> bool:
+def pip_install(python: Path, *arguments: object, paths: Sequence[Path] = ()) -> bool:
     """Install with that Python's pip; return whether it worked. Prints the larger downloads.
 
     Args:
         python: The environment's Python.
         arguments: What to install, and options.
-        path: A folder for PYTHONPATH, first.
+        paths: Folders for PYTHONPATH, first.
     """
     environment = {**os.environ, "PIP_USER": "0", "PIP_ROOT_USER_ACTION": "ignore"}
-    if path is not None:
+    if paths:
         others = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), *others])
+        environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *others])
     options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     # Python compiles what it imports, a small part of torch; compiling all of it takes longer.
     command = [python, "-m", "pip", "install", "--no-compile", *options, *arguments]
@@ -164,6 +165,26 @@ def make_own() -> None:
         )
 
 
+@contextmanager
+def compiler(python: Path) -> Iterator[list[Path]]:
+    """Lend the build of the CPU kernels Zig's C compiler where no other works.
+
+    Nobody else would: pip leaves out what a build needs where the build is not isolated.
+
+    Yields:
+        Folders for the PYTHONPATH of the build.
+    """
+    query = "import setup; print(setup.ZIG if setup.needs_zig() else '')"
+    asked = subprocess.run([python, "-c", query], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    zig = asked.stdout.split()
+    with tempfile.TemporaryDirectory() as folder:
+        if zig:
+            say("No C compiler works here: fetching Zig's for this install")
+            if not pip_install(python, "--no-deps", "--target", folder, *zig):
+                say("pip could not fetch it; inference on a CPU is slower without compiled kernels")
+        yield [Path(folder)] if zig else []
+
+
 def install(python: Path, requirements: list[str], basicsr: bool) -> None:
     """Install the requirements, then BasicSR if asked for, and this checkout in place."""
     started = time.monotonic()
@@ -177,10 +198,13 @@ def install(python: Path, requirements: list[str], basicsr: bool) -> None:
             f"Python, name one of {TESTED}: make clean, then make PYTHON=/path/to/python3.11 ..."
         )
     say(f"Installing {BASICSR + ' and ' if basicsr else ''}this checkout")
-    repair = ROOT / "scripts" / "build_repair" if sys.version_info >= (3, 13) else None
+    repairs = [ROOT / "scripts" / "build_repair"] if sys.version_info >= (3, 13) else []
     last = [*([BASICSR] if basicsr else []), "--editable", ROOT]
     # Isolated, BasicSR's build would fetch torch again; its own requirements demand tb-nightly.
-    if not pip_install(python, "--no-build-isolation", "--no-deps", *last, path=repair):
+    with compiler(python) as folders:
+        options = ["--no-build-isolation", "--no-deps"]
+        done = pip_install(python, *options, *last, paths=[*repairs, *folders])
+    if not done:
         sys.exit(
             f"make: pip could not build or install {' '.join(map(str, last))}; its message is "
             "above. BasicSR's source comes from pip's index: check the network."

@@ -143,6 +143,9 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel, repository):
     sources = {path.relative_to(repository) for path in repository.glob("dlgsanet_arch/**/*.py")}
     assert sources <= names
     assert Path("dlgsanet_arch/py.typed") in names
+    # Of the kernels what was compiled, if anything could be: tests/test_build.py.
+    kernels = {name.name.partition(".")[0] for name in names if name.suffix in (".so", ".c")}
+    assert kernels in ({"_avx2", "_avx512"}, {"_neon"}, set())
     assert any(name.name == "LICENSE" for name in names)
 
 
@@ -276,11 +279,13 @@ def test_make_finds_a_python_that_runs(repository, tmp_path, there, chosen):
 
 def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
     checkout = tmp_path / "checkout"
-    (checkout / "dlgsanet_arch").mkdir(parents=True)
     shutil.copytree(repository / "scripts", checkout / "scripts")
-    for name in ("requirements.txt", "requirements-test.txt", "setup.py"):
+    kernels = Path("dlgsanet_arch", "cpu", "kernels.c")
+    (checkout / kernels).parent.mkdir(parents=True)
+    for name in ("requirements.txt", "requirements-test.txt", "setup.py", "pyproject.toml"):
         shutil.copy(repository / name, checkout)
-    shutil.copy(repository / "dlgsanet_arch" / "version.py", checkout / "dlgsanet_arch")
+    for name in ("dlgsanet_arch/version.py", kernels):
+        shutil.copy(repository / name, checkout / name)
     # What an interrupted install leaves: an empty stamp and part of an environment.
     venv.create(checkout / ".venv", symlinks=True)
     stamp, left = checkout / ".venv" / ".dlgsanet-install", checkout / ".venv" / "left"
@@ -293,19 +298,20 @@ def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
     assert "could not install requirements.txt" in failed.stderr
     assert stamp.read_text() == ""
     assert not left.exists()
-    # Finished, it is used as it is, until a requirement changes.
+    # Finished, it is used as it is, until a requirement or the kernels' source changes.
     (checkout / "finish.py").write_text(
         "import sys; sys.path.insert(0, 'scripts'); import install\n"
         "install.STAMP.write_text(install.fingerprint())"
     )
-    succeed(sys.executable, "finish.py", cwd=checkout)
-    assert succeed(*make, cwd=checkout, PIP_NO_INDEX="1") == ""
-    with open(checkout / "requirements.txt", "a") as requirements:
-        requirements.write("hypothetical>=1\n")
-    result = call(*make, cwd=checkout, PIP_NO_INDEX="1")
-    assert result.returncode == 1
-    assert "Installing torch" in result.stdout
-    assert "Making .venv" not in result.stdout
+    for name, change in ((kernels, "/* changed */"), ("requirements.txt", "hypothetical>=1\n")):
+        succeed(sys.executable, "finish.py", cwd=checkout)
+        assert succeed(*make, cwd=checkout, PIP_NO_INDEX="1") == ""
+        with open(checkout / name, "a") as file:
+            file.write(change)
+        result = call(*make, cwd=checkout, PIP_NO_INDEX="1")
+        assert result.returncode == 1
+        assert "Installing torch" in result.stdout
+        assert "Making .venv" not in result.stdout
 
 
 def load_install_script(repository: Path):
@@ -331,6 +337,26 @@ def test_an_active_environment_keeps_its_torch_and_cv2(repository, monkeypatch):
     versions["torch"] = "2.3.1"
     with pytest.raises(SystemExit, match=r"torch 2\.3\.1, which is too old"):
         install.adapt(listed)
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_make_fetches_a_compiler_for_the_build_alone(
+    repository, tmp_path, monkeypatch, capsys, fetched
+):
+    install = load_install_script(repository)
+    asked = []
+    monkeypatch.setattr(install, "pip_install", lambda *words: asked.append(words) or fetched)
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("ZIG = 'ziglang>=9'\ndef needs_zig(): return True")
+    with install.compiler(Path(sys.executable)) as (folder,):
+        assert asked == [(Path(sys.executable), "--no-deps", "--target", str(folder), "ziglang>=9")]
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert ("could not fetch it" in capsys.readouterr().out) is not fetched
+    (tmp_path / "setup.py").write_text("ZIG = 'ziglang>=9'\ndef needs_zig(): return  False")
+    with install.compiler(Path(sys.executable)) as folders:
+        assert folders == []
+    assert len(asked) == 1
 
 
 def test_build_repair_lets_setup_read_its_version(repository, tmp_path):
