@@ -1,0 +1,202 @@
+"""Samples of BasicSR's data sets: drawn by position, and named where they are bad.
+
+Whatever a sample draws at random is a function of (seed, epoch, position) alone, so it does not
+matter which process, which worker, and which run before or after a resume reads it. A sample that
+cannot be read comes back as a `BadSample` instead of an error: a worker's traceback would name the
+line that failed, and never the file.
+"""
+
+import random
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+_MOST_REPLACEMENTS = 16  # bad samples in a row before it is no matter of single samples
+
+
+class Draw(NamedTuple):
+    """One sample of a training run.
+
+    Args:
+        epoch: Counted from 0.
+        position: Place within the epoch, counted over all processes.
+        index: Index of the sample in its data set.
+    """
+
+    epoch: int
+    position: int
+    index: int
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be used.
+
+    Args:
+        dataset: Name of the data set in the option file.
+        sample: Its file, or its LMDB and key.
+        reason: What is wrong with it.
+    """
+
+    dataset: str
+    sample: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.sample} of the data set {self.dataset}: {self.reason}"
+
+
+class Sample(NamedTuple):
+    """What was read.
+
+    Args:
+        content: As the data set of BasicSR gives it; None where nothing could be read.
+        bad: Samples that were found bad on the way.
+    """
+
+    content: dict[str, Any] | None
+    bad: tuple[BadSample, ...] = ()
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Put Python's, NumPy's and PyTorch's generators of the CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_all(*numbers: int) -> None:
+    """Seed the three generators from numbers, each of which changes all that is drawn."""
+    seeds = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    # torch.manual_seed would also seed the GPUs, whose generators belong to the network
+    torch.default_generator.manual_seed(int(seeds[2]))
+
+
+def _fault(client: Any, place: str, key: str) -> str:
+    """Say what is wrong with an encoded picture, or return nothing."""
+    try:
+        data = client.get(place, key)
+    except Exception as error:  # whatever a storage backend raises
+        return f"cannot be read ({type(error).__name__}: {error})"
+    if data is None:
+        return "the LMDB has no such key"
+    if not len(data):
+        return "is empty"
+    if cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is None:
+        return "cannot be decoded: it is damaged or no picture"
+    return ""
+
+
+def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
+    """Name the sample whose reading failed, and the file at fault where it can be told."""
+    options = getattr(dataset, "opt", None) or {}
+    name = str(options.get("name", type(dataset).__name__))
+    client = getattr(dataset, "file_client", None)
+    in_lmdb = getattr(client, "backend", None) == "lmdb"
+    paths = getattr(dataset, "paths", None)
+    entry = paths[index] if isinstance(paths, Sequence) and index < len(paths) else f"#{index}"
+    if isinstance(entry, Mapping):
+        places = {str(k).removesuffix("_path"): str(v) for k, v in entry.items()}
+    else:
+        places = {"lq": str(entry)}
+    shown = {}
+    for key, place in places.items():
+        folder = options.get(f"dataroot_{key}")
+        shown[key] = f"{folder}, key {place!r}" if in_lmdb and folder else place
+        fault = _fault(client, place, key) if client is not None else ""
+        if fault:
+            return BadSample(name, shown[key], fault)
+    return BadSample(name, " and ".join(shown.values()), f"{type(error).__name__}: {error}")
+
+
+class Samples(Dataset):
+    """A data set of BasicSR's, the only kind that goes to a loader's workers.
+
+    A worker that is spawned imports this package, and with it the repairs, before it unpickles
+    what belongs to BasicSR.
+
+    Args:
+        dataset: A data set of BasicSR's or a third party's.
+        seed: Seeds the samples that a `Draw` asks for.
+        replace_bad: Whether the next good sample takes the place of a bad one.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0, *, replace_bad: bool = False) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.replace_bad = replace_bad
+
+    @property
+    def opt(self) -> dict[str, Any]:
+        """The data set's options, where BasicSR's models look for its name."""
+        return self.dataset.opt
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw | int) -> Sample:
+        if isinstance(draw, Draw):
+            with preserved_randomness():
+                return self._read(draw.index, draw)
+        return self._read(draw, None)
+
+    def _read(self, index: int, draw: Draw | None) -> Sample:
+        bad = []
+        for attempt in range(_MOST_REPLACEMENTS if self.replace_bad else 1):
+            candidate = (index + attempt) % len(self.dataset)
+            if draw is not None:
+                _seed_all(self.seed, draw.epoch, draw.position)
+            try:
+                return Sample(self.dataset[candidate], tuple(bad))
+            except Exception as error:  # a data set may raise anything on a bad file
+                bad.append(_describe(self.dataset, candidate, error))
+        return Sample(None, tuple(bad))
+
+
+def collate(samples: Sequence[Sample]) -> tuple[dict[str, Any] | None, list[BadSample]]:
+    """Make a batch of samples.
+
+    Returns:
+        The batch, None where one of its samples could not be read; and the bad samples.
+    """
+    bad = [each for sample in samples for each in sample.bad]
+    contents = [sample.content for sample in samples]
+    if any(content is None for content in contents):
+        return None, bad
+    try:
+        return default_collate(contents), bad
+    except RuntimeError as error:
+        sizes = {
+            str(content.get("gt_path", content.get("lq_path", "?"))): {
+                key: tuple(value.shape) for key, value in content.items() if torch.is_tensor(value)
+            }
+            for content in contents
+        }
+        reason = str(error).splitlines()[0]
+        return None, [*bad, BadSample("training", f"the batch {sizes}", reason)]
+
+
+def start_worker(worker: int) -> None:
+    """Prepare a loader's worker; `worker_init_fn` of every loader.
+
+    Ctrl-C and a scheduler's signal reach all processes: the main one ends the run and its
+    workers with it, and until then needs the samples of the iteration at hand.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    cv2.setNumThreads(1)  # there are as many workers as cores are wanted
