@@ -1,9 +1,13 @@
-"""Weights in: which key of a file holds them, and which configuration they are."""
+"""Weights in and out: which key of a file holds them, which configuration they are, whole files."""
 
+import errno
 import inspect
 import json
 import math
 import re
+import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,16 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import written_whole
 from dlgsanet_arch.network import DLGSANet
 
 _TRAINED_KEYS = ("params_ema", "params")  # where BasicSR keeps weights; the averaged ones first
 _PARALLEL_PREFIX = "module."  # put before names by DataParallel and DistributedDataParallel
 _ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
+
+# Network file systems fail for a moment now and then.
+_ATTEMPTS = 3
+_SECONDS_BETWEEN = 1.0
 
 _DEEP = "deep_feature_extraction"
 _TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # published, by scale
@@ -45,6 +54,65 @@ _GLOBAL_ARGUMENTS = frozenset(name for name in _PUBLISHED if name.startswith("re
 
 class CheckpointError(UserError):
     """A file of weights that cannot be used; the message says why and what would help."""
+
+
+def check_whole(path: Path) -> int:
+    """Read all of a file of torch.save's and compare it with the checksums that it holds.
+
+    Returns:
+        A checksum of its content, by which two files can be told apart; 0 for a file in PyTorch's
+        old format, which has no checksums and is loaded instead.
+
+    Raises:
+        CheckpointError: It is missing, truncated or damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        _load(path)
+        return 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            records = [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); get it again, or use an earlier checkpoint"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged at its record {damaged}; get it again, or use an earlier checkpoint"
+        )
+    return zlib.crc32(repr(records).encode())
+
+
+def save_whole(content: Any, path: Path) -> int:
+    """Save as torch.save does, so that after a crash the file is the old one or the new one.
+
+    The file is written beside, flushed to the disk, read again and checked before it takes its
+    name.
+
+    Returns:
+        The checksum that `check_whole` returns for it.
+
+    Raises:
+        CheckpointError: It cannot be written; the old file is as it was.
+    """
+    checksums: list[int] = []
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with written_whole(path, lambda beside: checksums.append(check_whole(beside))) as file:
+                torch.save(content, file)
+            return checksums[-1]
+        except (OSError, RuntimeError, CheckpointError) as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if is_full or attempt == _ATTEMPTS:
+                reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
+                raise CheckpointError(
+                    f"{path} cannot be written ({reason}); what was there before is untouched; "
+                    "free space or mend the cause; a training run then goes on with --auto_resume"
+                ) from error
+            time.sleep(_SECONDS_BETWEEN)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _load(path: Path) -> Any:

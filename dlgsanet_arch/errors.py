@@ -1,4 +1,4 @@
-"""The one exception that reaches users as a plain message instead of a traceback."""
+"""The exceptions that reach users as a plain message instead of a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,18 @@ class UserError(Exception):
     The command line prints the message and exits with status 1; library callers catch it or one
     of its subclasses, which live beside the code that raises them.
     """
+
+
+class Interrupted(BaseException):
+    """A signal ended the work, and what was done is saved.
+
+    Like KeyboardInterrupt it is no Exception, so that what handles errors does not swallow it.
+
+    Args:
+        message: What happened and how to go on.
+        status: The exit status for it: 130 after Ctrl-C, 143 after any other signal.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

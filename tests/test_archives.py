@@ -17,7 +17,7 @@ from processes import started
 
 from dlgsanet_arch.data import archives
 from dlgsanet_arch.data.archives import extract
-from dlgsanet_arch.data.files import lock_file
+from dlgsanet_arch.files import lock_file
 from dlgsanet_arch.data.pictures import MAX_BYTES, find_pictures, read_picture
 from dlgsanet_arch.errors import UserError
 

@@ -24,7 +24,7 @@ from typing import IO, BinaryIO
 
 from tqdm import tqdm
 
-from dlgsanet_arch.data.files import check_space, disk_faults_named, lock_file, unfinished
+from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, unfinished
 from dlgsanet_arch.data.pictures import MAX_BYTES, SUFFIXES
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError

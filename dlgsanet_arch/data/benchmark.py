@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison, Scores
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.files import (
+from dlgsanet_arch.files import (
     RECIPE,
     disk_faults_named,
     one_writer,

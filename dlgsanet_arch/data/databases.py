@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import lmdb
 
-from dlgsanet_arch.data.files import (
+from dlgsanet_arch.files import (
     RECIPE,
     read_json,
     replace_folder,

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import requests
 
-from dlgsanet_arch.data.files import check_space, disk_faults_named, lock_file
+from dlgsanet_arch.files import check_space, disk_faults_named, lock_file
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError
 

@@ -157,7 +157,7 @@ class Samples(Dataset):
         for attempt in range(_MOST_REPLACEMENTS if self.replace_bad else 1):
             candidate = (index + attempt) % len(self.dataset)
             if draw is not None:
-                _seed_all(self.seed, draw.epoch, draw.position)
+                _seed_all(self.seed % 2**32, draw.epoch, draw.position)
             try:
                 return Sample(self.dataset[candidate], tuple(bad))
             except Exception as error:  # a data set may raise anything on a bad file

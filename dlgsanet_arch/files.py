@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,14 +28,38 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name + UNFINISHED)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside and rename it: after a crash it is the old one or the new one."""
+@contextmanager
+def written_whole(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
+    """Open a file beside and rename it at the end: after a crash it is the old or the new one.
+
+    Args:
+        path: The file to write.
+        check: Looks at the written file before it takes the name; what it raises keeps the old one.
+    """
     beside = unfinished(path)
-    with beside.open("wb") as file:
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write the bytes of a file: after a crash it is the old one or the new one."""
+    with written_whole(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
