@@ -280,6 +280,35 @@ def _share_environments(original: Callable) -> Callable | None:
     return open_shared
 
 
+def _reopened(backend: type, paths: list[str], keys: list[str]) -> Any:
+    return backend(paths, keys)
+
+
+def _pickle_by_path(original: Callable) -> Callable | None:
+    """Let a data set that has been read go to a spawned worker, which opens its LMDBs anew."""
+
+    def reduce(self, protocol: int) -> tuple:
+        return _reopened, (type(self), list(self.db_paths), list(self._client))
+
+    return reduce
+
+
+def _wrap_on_cpu(original: Callable) -> Callable | None:
+    """Let a network be trained by several processes where there is no GPU, over gloo."""
+    if "current_device" not in _names_used(original):
+        return None
+
+    def model_to_device(self, net):
+        if not self.opt["dist"] or self.device.type != "cpu":
+            return original(self, net)
+        return torch.nn.parallel.DistributedDataParallel(
+            net.to(self.device),
+            find_unused_parameters=self.opt.get("find_unused_parameters", False),
+        )
+
+    return model_to_device
+
+
 def _takes_fractional_quality() -> bool:
     import cv2
     import numpy as np
@@ -330,6 +359,20 @@ REPAIRS = (
         "a release of BasicSR shares what it opened",
         target="basicsr.utils.file_client:LmdbBackend.__init__",
         of=_share_environments,
+    ),
+    _replacement(
+        "pickled LMDB",
+        "BasicSR's data sets cannot be pickled once they have been read from an LMDB",
+        "a release of BasicSR drops what it opened when it is pickled",
+        target="basicsr.utils.file_client:LmdbBackend.__reduce_ex__",
+        of=_pickle_by_path,
+    ),
+    _replacement(
+        "distributed CPU",
+        "BasicSR asks for the current CUDA device when it distributes a network on CPUs",
+        "a release of BasicSR gives DistributedDataParallel no device on a CPU",
+        target="basicsr.models.base_model:BaseModel.model_to_device",
+        of=_wrap_on_cpu,
     ),
     _replacement(
         "JPEG quality",

@@ -21,7 +21,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 
-from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.errors import Interrupted, UserError
 from dlgsanet_arch.version import __version__
 
 PREFIX = "cmd_"
@@ -34,8 +34,9 @@ def exit_status(
 
     Returns:
         A function that returns what `main` returns; 1 after a UserError, whose message goes to
-        stderr; 130 after an interrupt from the keyboard, as shells have it. Every other exception
-        passes: it is a fault of the program, and its traceback is wanted.
+        stderr; 130 after an interrupt from the keyboard, as shells have it, and 143 after another
+        signal that ended a run. Every other exception passes: it is a fault of the program, and its
+        traceback is wanted.
     """
 
     @functools.wraps(main)
@@ -45,6 +46,9 @@ def exit_status(
         except UserError as error:
             print(f"dlgsanet: {error}", file=sys.stderr)
             return 1
+        except Interrupted as stop:
+            print(f"dlgsanet: {stop}", file=sys.stderr)
+            return stop.status
         except KeyboardInterrupt:
             print("dlgsanet: interrupted", file=sys.stderr)
             return 130

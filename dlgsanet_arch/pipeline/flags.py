@@ -1,12 +1,7 @@
-"""The command line of training and testing: BasicSR's flags, and `--root`."""
+"""The command line of training and testing: BasicSR's flags, and a few more."""
 
 import argparse
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def build_parser(*, train: bool) -> argparse.ArgumentParser:
@@ -35,7 +30,20 @@ def build_parser(*, train: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "--auto_resume",
         action="store_true",
-        help="go on from the run's newest saved state; without it an old run is renamed",
+        help="go on from the run's newest whole checkpoint; without it an old run is renamed",
+    )
+    parser.add_argument(
+        "--apply_edits",
+        action="store_true",
+        help="when going on, take optimizer, schedule and seed from the option file as it is now",
+    )
+    parser.add_argument(
+        "--import",
+        dest="packages",
+        nargs="+",
+        metavar="PACKAGE",
+        default=[],
+        help="import packages that register networks, models, data sets, losses or metrics",
     )
     parser.add_argument(
         "--debug",
@@ -50,31 +58,6 @@ def build_parser(*, train: bool) -> argparse.ArgumentParser:
         nargs="+",
         metavar="KEY=VALUE",
         default=[],
-        help="replace values of the option file, such as train:total_iter=1000",
+        help="set values of the option file, such as train:total_iter=1000",
     )
     return parser
-
-
-def with_readable_numbers(entry: str, parse: Callable[[str], Any]) -> str:
-    """Mark a number that BasicSR would take for a string (``-1``, ``1e-4``) as a number.
-
-    Args:
-        entry: An entry of ``--force_yml``, ``a:b=value``.
-        parse: How BasicSR reads a value.
-    """
-    key, equals, value = entry.partition("=")
-    text = value.strip()
-    if isinstance(parse(text), str) and _NUMBER.fullmatch(text):
-        return f"{key}{equals}!!float {text}"
-    return entry
-
-
-def for_basicsr(arguments: argparse.Namespace) -> list[str]:
-    """Turn parsed arguments back into the command line that BasicSR's own parser takes."""
-    argv = ["-opt", str(arguments.opt), "--launcher", arguments.launcher]
-    argv += ["--local_rank", str(arguments.local_rank)]
-    argv += ["--auto_resume"] * arguments.auto_resume
-    argv += ["--debug"] * arguments.debug
-    if arguments.force_yml:
-        argv += ["--force_yml", *arguments.force_yml]
-    return argv

@@ -19,6 +19,10 @@ _PATIENCE = timedelta(days=30)
 _DEFAULT_PORT = "29500"  # PyTorch's own
 
 
+class ElsewhereError(UserError):
+    """Another process of the run has an error, which it reports itself."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
@@ -60,6 +64,20 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.gather(None)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every process if one has an error; each must call.
+
+        Raises:
+            Exception: `error` itself, on the process that has it.
+            ElsewhereError: On the others.
+        """
+        found = self.gather(None if error is None else str(error).partition("\n")[0])
+        if error is not None:
+            raise error
+        for rank, text in enumerate(found):
+            if text is not None:
+                raise ElsewhereError(f"process {rank} stopped: {text}")
 
     def flag(self) -> "Flag":
         """Return a flag that any process may raise and all see at the same iteration."""

@@ -178,9 +178,7 @@ class Saver:
             error = caught
         finally:
             self._label = None
-        failed = self._processes.share(error)
-        if failed is not None:
-            raise failed
+        self._processes.agree(error)
 
     def save(self, progress: Progress) -> None:
         """Write a pair; every process calls.

@@ -1,0 +1,220 @@
+"""What a person and a program read of a run: BasicSR's log, TensorBoard, wandb, JSON lines.
+
+The text log is BasicSR's logger, so that its models write to it; the JSON lines are always there.
+TensorBoard and wandb are used where they are asked for and installed.
+"""
+
+import datetime
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dlgsanet_arch.pipeline.processes import Processes
+
+_FORMAT = "%(asctime)s %(levelname)s: %(message)s"
+_NAME = "basicsr"
+
+
+class _Console(logging.Handler):
+    """Writes lines to stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _readable(value: Any) -> Any:
+    """Return what JSON can hold: it knows neither infinity nor NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _readable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+class RunLog:
+    """The logs of a run; on a process that is not the main one it only prints errors.
+
+    Args:
+        processes: The processes of the run.
+        json_lines: File to append to.
+
+    Attributes:
+        tensorboard: TensorBoard's writer, None where it is not used.
+    """
+
+    def __init__(self, processes: Processes, json_lines: Path) -> None:
+        self.tensorboard: Any = None
+        self._logger = logging.getLogger(_NAME)
+        self._json_lines = json_lines if processes.is_main else None
+
+    def info(self, text: str) -> None:
+        """Write a line."""
+        self._logger.info(text)
+
+    def warning(self, text: str) -> None:
+        """Write a line that should be read."""
+        self._logger.warning(text)
+
+    def record(self, event: str, **values: Any) -> None:  # free-form by nature
+        """Append a JSON line: time, event and values."""
+        if self._json_lines is None:
+            return
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        line = json.dumps({"time": now, "event": event, **_readable(values)}, ensure_ascii=False)
+        with self._json_lines.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+@contextmanager
+def run_log(processes: Processes, folder: Path, text_log: str) -> Iterator[RunLog]:
+    """Open the logs of a run in its folder; at the end BasicSR's logger is as it was.
+
+    Args:
+        processes: The processes of the run.
+        folder: The run's folder.
+        text_log: Name of the text log in it, as BasicSR names it.
+    """
+    from basicsr.utils.logger import initialized_logger
+
+    logger = logging.getLogger(_NAME)
+    before = logger.handlers[:], logger.level, logger.propagate, _NAME in initialized_logger
+    handlers: list[logging.Handler] = [_Console()]
+    if processes.is_main:
+        handlers.append(logging.FileHandler(folder / text_log, "w", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT))
+    logger.handlers[:] = handlers
+    logger.setLevel(logging.INFO if processes.is_main else logging.ERROR)
+    logger.propagate = False
+    initialized_logger[_NAME] = True
+    log = RunLog(processes, folder / "log.jsonl")
+    try:
+        yield log
+    finally:
+        if log.tensorboard is not None:
+            log.tensorboard.close()
+        for handler in handlers:
+            handler.close()
+        logger.handlers[:], logger.level, logger.propagate = before[:3]
+        if not before[3]:
+            initialized_logger.pop(_NAME, None)
+
+
+def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first: int) -> None:
+    """Start wandb and TensorBoard as the options ask; what is missing is one warning.
+
+    Args:
+        log: Gets the writer.
+        opt: The run's options.
+        processes: The processes of the run.
+        first: The first iteration to come; what TensorBoard has of later ones is replaced.
+    """
+    wanted = opt["logger"]
+    if not processes.is_main or "debug" in opt["name"]:
+        return
+    wants_wandb = (wanted.get("wandb") or {}).get("project") is not None
+    wants_tensorboard = bool(wanted.get("use_tb_logger")) or wants_wandb
+    missing = [
+        name
+        for name, asked in (("tensorboard", wants_tensorboard), ("wandb", wants_wandb))
+        if asked and find_spec(name) is None
+    ]
+    if missing:
+        log.warning(
+            f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
+            f"{' '.join(missing)}); the run goes on without, log.jsonl in its folder has the same"
+        )
+    if wants_wandb and "wandb" not in missing:
+        from basicsr.utils import init_wandb_logger
+
+        init_wandb_logger(opt)  # before TensorBoard's writer, whose files it follows
+    if wants_tensorboard and "tensorboard" not in missing:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
+        log.tensorboard = SummaryWriter(str(folder), purge_step=first)
+
+
+class Pace:
+    """How fast a training goes, counted from where this process began.
+
+    Args:
+        start: Iterations that were done before.
+        total: Iterations to reach.
+        samples: Samples of an iteration, of all processes.
+    """
+
+    def __init__(self, start: int, total: int, samples: int) -> None:
+        self._start, self._total, self._samples = start, total, samples
+        self._began = self._since = time.perf_counter()
+        self._waited = 0.0
+        self._iterations = 0
+
+    def waited(self, seconds: float) -> None:
+        """Note an iteration, and how long it waited for its samples."""
+        self._iterations += 1
+        self._waited += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Leave time out of the pace of iterations: a validation, a save."""
+        self._since += seconds
+
+    def take(self, iteration: int) -> dict[str, float]:
+        """Return time and waiting an iteration, samples a second and time left, in seconds.
+
+        All but the last since the call before.
+        """
+        now = time.perf_counter()
+        count = max(1, self._iterations)
+        each = max(1e-9, (now - self._since) / count)
+        whole = (now - self._began) / max(1, iteration - self._start)
+        taken = {
+            "time": each,
+            "data_time": self._waited / count,
+            "samples_per_second": self._samples / each,
+            "eta": whole * (self._total - iteration),
+        }
+        self._since, self._waited, self._iterations = now, 0.0, 0
+        return taken
+
+
+def training_line(
+    name: str,
+    epoch: int,
+    iteration: int,
+    rates: Sequence[float],
+    pace: Mapping[str, float],
+    losses: Mapping[str, float],
+) -> str:
+    """Format the line of an iteration as BasicSR does, with pace and GPU memory added."""
+    shown = "".join(f"{rate:.3e}," for rate in rates)
+    eta = datetime.timedelta(seconds=int(pace["eta"]))
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return (
+        f"[{name[:5]}..][epoch:{epoch:3d}, iter:{iteration:8,d}, lr:({shown})] "
+        f"[eta: {eta}, time (data): {pace['time']:.3f} ({pace['data_time']:.3f}), "
+        f"{pace['samples_per_second']:.1f} samples/s{memory}] "
+        + "".join(f"{key}: {value:.4e} " for key, value in losses.items())
+    )
+
+
+def progress_bar(processes: Processes, total: int, done: int, unit: str) -> tqdm:
+    """Return a bar on a terminal; one that shows nothing in a file or on another process."""
+    hidden = not processes.is_main or not sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=done, unit=unit, disable=hidden, dynamic_ncols=True, leave=False
+    )

@@ -1,0 +1,228 @@
+"""From a command line to the complete options of a run that can start: nothing is created here."""
+
+import argparse
+import copy
+import importlib
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dlgsanet_arch import options as option_files
+from dlgsanet_arch import plugin
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline import flags, scan, weights
+from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.pipeline.resume import Start, find_start
+
+_REGISTRIES = ("arch", "model", "dataset", "metric", "loss")
+
+
+def import_basicsr(name: str) -> ModuleType:
+    """Import a module of BasicSR.
+
+    Raises:
+        UserError: BasicSR is absent or broken; the message says what to do.
+    """
+    if not plugin.basicsr_installed():
+        raise UserError(
+            "training and testing need BasicSR, which is not installed; run: "
+            f"{plugin.INSTALL_BASICSR} (`dlgsanet doctor` names what else is missing)"
+        )
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever another package's import may raise
+        raise UserError(
+            f"BasicSR is installed, but its import fails ({type(error).__name__}: {error}); "
+            "`dlgsanet doctor` says what to do"
+        ) from error
+
+
+def _import_packages(names: Sequence[str], root: Path) -> None:
+    """Import third-party packages, which register their networks and models in BasicSR."""
+    if str(root) not in sys.path:
+        sys.path.append(str(root))  # a file beside train.py can be named, too
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever another package's import may raise
+            raise UserError(
+                f"--import {name}: it cannot be imported ({type(error).__name__}: {error}); give "
+                "the name of an installed package, or of a module below the root folder"
+            ) from error
+
+
+def registered() -> dict[str, dict[str, Any]]:
+    """Return what BasicSR's registries hold, by registry and name."""
+    for package in ("archs", "models", "data", "losses", "metrics"):
+        import_basicsr(f"basicsr.{package}")
+    registries = import_basicsr("basicsr.utils.registry")
+    found = {kind: getattr(registries, f"{kind.upper()}_REGISTRY") for kind in _REGISTRIES}
+    return {
+        kind: {name: registry.get(name) for name in registry.keys()}
+        for kind, registry in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start.
+
+    Args:
+        opt: Its options as BasicSR's parts take them, with `root_path`, `as_given` and paths.
+        option_file: The file they are from.
+        start: What a training goes on from.
+        notes: What the log should say, as (is a warning, line).
+        arguments: The command line's.
+    """
+
+    opt: dict[str, Any]
+    option_file: Path
+    start: Start
+    notes: tuple[tuple[bool, str], ...] = ()
+    arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+
+def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
+    asked, there = options.get("num_gpu"), torch.cuda.device_count()
+    if isinstance(asked, int) and asked > there:
+        return [
+            f"num_gpu: is {asked}, but PyTorch sees {there} CUDA devices here; write `num_gpu: "
+            f"auto`, or add --force_yml num_gpu={there}"
+        ]
+    return []
+
+
+def _for_parts(
+    options: Mapping[str, Any], root: Path, processes: Processes, *, train: bool
+) -> dict[str, Any]:
+    """Complete options as BasicSR's models, data sets and loggers expect them."""
+    opt = copy.deepcopy(dict(options))
+    opt |= {
+        "is_train": train,
+        "dist": processes.distributed,
+        "rank": processes.rank,
+        "world_size": processes.world,
+        "root_path": str(root),
+        "as_given": copy.deepcopy(dict(options)),
+    }
+    if opt["num_gpu"] == "auto":
+        opt["num_gpu"] = torch.cuda.device_count()
+    if opt.get("manual_seed") is None:
+        opt["manual_seed"] = processes.share(random.SystemRandom().randint(1, 10000))
+    for phase, dataset in opt["datasets"].items():
+        dataset |= {"phase": phase.split("_")[0], "scale": opt["scale"]}
+        for key in ("dataroot_gt", "dataroot_lq"):
+            if dataset.get(key) is not None:
+                dataset[key] = str(Path(dataset[key]).expanduser())
+    path = opt["path"]
+    for key, value in path.items():
+        if value is not None and ("resume_state" in key or "pretrain_network" in key):
+            path[key] = str(Path(value).expanduser())
+    kind = "experiments" if train else "results"
+    run = root / kind / opt["name"]
+    path |= {f"{kind}_root": str(run), "log": str(run), "visualization": str(run / "visualization")}
+    if train:
+        path |= {"models": str(run / "models"), "training_states": str(run / "training_states")}
+    return opt
+
+
+def _shorten_for_debugging(options: dict[str, Any]) -> None:
+    """Name a run `debug_…`, and let it print and save often: `--debug`, as BasicSR has it."""
+    if not options["name"].startswith("debug"):
+        options["name"] = f"debug_{options['name']}"
+    if options.get("val") is not None:
+        options["val"]["val_freq"] = 8
+    if "logger" in options:
+        options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 8}
+
+
+def read(root: Path, argv: Sequence[str], *, train: bool) -> tuple[argparse.Namespace, dict]:
+    """Read a command line and the option file that it names.
+
+    Returns:
+        The arguments, `opt` and `root` as whole paths; and the options with `--force_yml` applied.
+    """
+    arguments = flags.build_parser(train=train).parse_args(argv)
+    arguments.root = (arguments.root or root).expanduser().resolve()
+    if not arguments.root.is_dir():
+        raise UserError(f"--root: there is no folder {arguments.root}")
+    arguments.opt = arguments.opt.expanduser().resolve()
+    options = option_files.load(arguments.opt)
+    option_files.override(options, arguments.force_yml)
+    if arguments.debug and isinstance(options.get("name"), str):
+        _shorten_for_debugging(options)
+    return arguments, options
+
+
+def prepare(
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    processes: Processes,
+    *,
+    train: bool,
+) -> Prepared:
+    """Check all that a run needs, and complete its options.
+
+    Raises:
+        UserError: Lists every problem, of options, data, weights and disk together.
+    """
+    root = arguments.root
+    import_basicsr("basicsr")
+    _import_packages(arguments.packages, root)
+    error: Exception | None = None
+    checked: tuple[Start, list[tuple[bool, str]], dict[str, Any]] | None = None
+    if processes.is_main:
+        try:
+            checked = _check(arguments, options, processes, train=train)
+        except UserError as caught:
+            error = caught
+    processes.agree(error)
+    start, notes, changes = processes.share(checked)
+    for path, value in changes.items():
+        section, _, key = path.rpartition(":")
+        (options[section] if section else options)[key] = value
+    opt = _for_parts(options, root, processes, train=train)
+    opt["auto_resume"] = train and arguments.auto_resume
+    return Prepared(opt, arguments.opt, start, tuple(notes), arguments)
+
+
+def _check(
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    processes: Processes,
+    *,
+    train: bool,
+) -> tuple[Start, list[tuple[bool, str]], dict[str, Any]]:
+    """Return start, notes and changes of the options; raise one error for all problems."""
+    root = arguments.root
+    known = registered()
+    problems = option_files.problems(options, train=train, root=root, registered=known)
+    problems += _gpu_problem(options)
+    scanned = scan.scan(options, root, train=train)
+    problems += scanned.problems
+    notes = [(True, line) for line in scanned.warnings]
+    start, changes = Start(), {}
+    if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
+        if train:
+            start = find_start(options, root, auto_resume=arguments.auto_resume)
+        found = weights.check(
+            options, root, train=train, registered=known, resumed=dict(start.networks)
+        )
+        problems += found.problems
+        notes += [(False, line) for line in found.notes]
+        changes = dict(found.changes)
+    notes += [(True, f"not whole, and passed over: {line}") for line in start.passed_over]
+    option_files.refuse(problems)
+    copies = processes.world if processes.distributed else max(1, torch.cuda.device_count())
+    disk_problems, disk_warnings = scan.check_disk(options, root, train=train)
+    if train:
+        disk_problems += scan.batch_problems(options, scanned.samples, copies)
+    option_files.refuse(disk_problems)
+    notes += [(True, line) for line in disk_warnings]
+    return start, notes, changes
