@@ -201,7 +201,7 @@ def read(repository):
 
 @pytest.fixture(scope="module")
 def registered():
-    """The names that BasicSR's registries hold."""
+    """What BasicSR's registries hold."""
     import basicsr.data
     import basicsr.losses
     import basicsr.metrics
@@ -209,7 +209,7 @@ def registered():
     from basicsr.utils import registry
 
     return {
-        name: list(getattr(registry, f"{name.upper()}_REGISTRY").keys())
+        name: dict(iter(getattr(registry, f"{name.upper()}_REGISTRY")))
         for name in ("arch", "model", "dataset", "metric", "loss")
     }
 
