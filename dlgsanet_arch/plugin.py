@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from dlgsanet_arch import compat
 from dlgsanet_arch.network import DLGSANet
@@ -22,18 +24,48 @@ def basicsr_installed() -> bool:
     )
 
 
-def register() -> None:
-    """Repair BasicSR and register DLGSANet in it, where BasicSR is installed.
+def DLGSANetModel(opt: dict[str, Any]) -> Any:
+    """Build the model of this name in training.py, which is imported here and not before.
 
-    A second call, and a name that our class has already, change nothing. A name that another class
-    has stays with it, and a BasicSR whose import fails stays unused; each gives a RuntimeWarning
-    with the cause.
+    It imports basicsr.models, which is half-initialised while BasicSR itself is being imported.
+
+    Args:
+        opt: The parsed options, of which the model keeps what it is given.
+
+    Raises:
+        UserError: An option of the training step has a wrong value, or cannot work here.
+    """
+    return importlib.import_module("dlgsanet_arch.training").DLGSANetModel(opt)
+
+
+def _add(registry: Any, ours: Callable[..., Any]) -> None:
+    """Register a class or function of ours under its name, unless the name is taken."""
+    name = ours.__name__
+    if name not in registry:
+        registry.register(ours)
+        return
+    # Compared by name: a class from a reloaded module is another object, and still ours.
+    our, their = (f"{each.__module__}.{each.__qualname__}" for each in (ours, registry.get(name)))
+    if our != their:
+        warnings.warn(
+            f"BasicSR's name {name!r} belongs to {their} already, so {our} is not registered",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def register() -> None:
+    """Repair BasicSR and register the network and its model in it, where BasicSR is installed.
+
+    A second call, and a name that is ours already, change nothing. A name that something else has
+    stays with it, and a BasicSR whose import fails stays unused; each gives a RuntimeWarning with
+    the cause.
     """
     if not basicsr_installed():
         return
     compat.repair()
     try:
-        registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
+        registries = importlib.import_module("basicsr.utils.registry")
     except Exception as error:
         warnings.warn(
             "DLGSANet is not registered: BasicSR is installed, but its import fails "
@@ -42,15 +74,5 @@ def register() -> None:
             stacklevel=2,
         )
         return
-    name = DLGSANet.__name__
-    if name not in registry:
-        registry.register(DLGSANet)
-        return
-    # Compared by name: a class from a reloaded module is another object, and still ours.
-    ours, theirs = (f"{c.__module__}.{c.__qualname__}" for c in (DLGSANet, registry.get(name)))
-    if ours != theirs:
-        warnings.warn(
-            f"BasicSR's name {name!r} belongs to {theirs} already, so {ours} is not registered",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _add(registries.ARCH_REGISTRY, DLGSANet)
+    _add(registries.MODEL_REGISTRY, DLGSANetModel)
