@@ -1,0 +1,236 @@
+"""PSNR and SSIM of pictures where they are, equal to BasicSR's figures of 8-bit pictures.
+
+BasicSR's `calculate_psnr` and `calculate_ssim` are the definition: pictures are rounded to 8 bits,
+Y is BT.601's, and SSIM has the Gaussian window of 11x11 pixels (Wang et al., 2004), away from the
+border. Here they come from tensors on any device, without a NumPy picture in between.
+
+For the window's means E, SSIM needs E[a], E[b], E[a² + b²] and E[ab]. With s = a + b and d = a - b
+these follow from E[s], E[d], E[s²] and E[d²]: four filters instead of five. They are computed in
+float64, because flat regions lose a variance of float32 in the squares of the means.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WINDOW = 11  # side of SSIM's Gaussian window in pixels
+_SIGMA = 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_Y_OF_RGB = (65.481, 128.553, 24.966)  # BT.601, for RGB in [0, 1] and Y in [16, 235]
+_Y_OFFSET = 16.0
+# What is worked on at a time: on a CPU what fits a core's cache, and is less than what PyTorch
+# divides among threads, which would wait for cores that a loader's workers use; else what keeps a
+# GPU busy and its memory small.
+_VALUES_ON_CPU, _COLUMNS_ON_CPU = 60 * 512, 512
+_VALUES_ELSEWHERE = 2**22
+
+
+def to_8_bits(picture: Tensor) -> Tensor:
+    """Round RGB in [0, 1] to the 256 values of a file, as float32; NaN stays NaN.
+
+    Args:
+        picture: Any shape and float dtype; values outside [0, 1] are clamped.
+
+    Returns:
+        Whole numbers in [0, 255], halves rounded to even.
+    """
+    scaled = picture.detach().float().clamp(0, 1).mul_(255)
+    # From 2²³ up float32 has no fractions: the sum is rounded, as `round` does. That wakes threads.
+    return scaled.add_(2**23).sub_(2**23)
+
+
+def _blocks(like: Tensor, margin: int = 0) -> Iterator[tuple[Any, slice, slice]]:
+    """Cut (..., H, W) into blocks, to be used as indices.
+
+    Args:
+        like: What is cut.
+        margin: Rows and columns that a block shares with the next: a window's side less one.
+    """
+    height, width = like.shape[-2:]
+    on_cpu = like.device.type == "cpu"
+    columns = min(width, _COLUMNS_ON_CPU) if on_cpu else width
+    planes = like.numel() // (height * width)
+    rows = (_VALUES_ON_CPU if on_cpu else _VALUES_ELSEWHERE) // (planes * columns)
+    rows = max(rows, 2 * margin, 1)
+    for top in range(0, height - margin, rows - margin):
+        for left in range(0, width - margin, columns - margin):
+            yield ..., slice(top, top + rows), slice(left, left + columns)
+
+
+def _luma(channels: Sequence[Tensor]) -> Tensor:
+    """Map 8-bit R, G and B, or Y alone, to Y in float32, rounded where BasicSR rounds."""
+    # A tensor on the device, as CUDA multiplies by the reciprocal of a Python number.
+    white = torch.full((), 255.0, device=channels[0].device)
+    if len(channels) == 1:
+        return (channels[0] / white).mul_(white)
+    weighted = [
+        (channel / white).double().mul_(weight)
+        for channel, weight in zip(channels, _Y_OF_RGB, strict=True)
+    ]
+    total = weighted[0].add_(weighted[1]).add_(weighted[2]).add_(_Y_OFFSET)
+    return total.div_(white).float().mul_(white)
+
+
+def _planes(picture: Tensor, *, y_channel: bool) -> Tensor:
+    """Return a picture (B, C, H, W) in 8 bits, or its Y channel, as float32 in [0, 255]."""
+    # Apple's GPUs have no float64
+    picture = picture.detach().cpu() if picture.device.type == "mps" else picture.detach()
+    batch, channels, height, width = picture.shape
+    shape = (batch, 1 if y_channel else channels, height, width)
+    planes = torch.empty(shape, dtype=torch.float32, device=picture.device)
+    for block in _blocks(picture[:, 0]):
+        rounded = [to_8_bits(picture[:, i][block]) for i in range(channels)]
+        for i, values in enumerate([_luma(rounded)] if y_channel else rounded):
+            planes[:, i][block] = values
+    return planes
+
+
+def _weights() -> list[float]:
+    distances = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    weights = torch.exp(distances**2 / (-2 * _SIGMA**2))
+    return (weights / weights.sum()).tolist()
+
+
+def _blur_by_shifts(plane: Tensor) -> Tensor:
+    """Filter (H, W) float64 by the Gaussian window; (H - 10, W - 10), on any device."""
+    for axis in (0, 1):
+        size = plane.shape[axis] - WINDOW + 1
+        shifted = [plane.narrow(axis, i, size) for i in range(WINDOW)]
+        blurred = torch.zeros_like(shifted[0])
+        for weight, each in zip(_weights(), shifted, strict=True):
+            blurred.add_(each, alpha=weight)
+        plane = blurred
+    return plane
+
+
+def _blur_on_cpu() -> Callable[[Tensor], Tensor]:
+    """Return the fastest there is on a CPU for `_blur_by_shifts`."""
+    try:
+        import cv2
+        import numpy as np
+    except ImportError:  # the package works without OpenCV, and this does with less speed
+        return _blur_by_shifts
+    window, border = np.array(_weights()), WINDOW // 2
+
+    def blur(plane: Tensor) -> Tensor:
+        # sepFilter2D reads the tensor's own memory; its made-up border is cut off.
+        blurred = cv2.sepFilter2D(plane.numpy(), -1, window, window)
+        return torch.from_numpy(blurred)[border:-border, border:-border]
+
+    return blur
+
+
+def _ssim_total(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of SSIM over the windows inside two planes (H, W)."""
+    a, b = a.double(), b.double()
+    s, d = a + b, a - b
+    mean_s, mean_d = blur(s).square_(), blur(d).square_()  # the means' squares from here on
+    var_s, var_d = blur(s.square_()).sub_(mean_s), blur(d.square_()).sub_(mean_d)
+    # 2·E[a]·E[b] = (E[s]² - E[d]²)/2, and alike for sums of squares, variances and covariance
+    above = ((mean_s - mean_d) / 2 + _C1) * ((var_s - var_d) / 2 + _C2)
+    below = ((mean_s + mean_d) / 2 + _C1) * ((var_s + var_d) / 2 + _C2)
+    return above.div_(below).sum()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two pictures as they are measured; made by `compare`.
+
+    Args:
+        output: (B, C, H, W) float32 in [0, 255]: whole numbers, or Y.
+        target: The same for the ground truth.
+    """
+
+    output: Tensor
+    target: Tensor
+
+    def psnr(self) -> Tensor:
+        """Return PSNR in dB, (B,) float64: inf where the pictures are identical."""
+        errors = torch.zeros(len(self.output), dtype=torch.float64, device=self.output.device)
+        for block in _blocks(self.output):
+            difference = self.output[block].double() - self.target[block].double()
+            errors += difference.square_().sum((1, 2, 3))
+        return 10 * torch.log10(255.0**2 / (errors / self.output[0].numel()))
+
+    def ssim(self) -> Tensor:
+        """Return the mean SSIM of the channels, (B,) float64.
+
+        Raises:
+            ValueError: The pictures are smaller than the window.
+        """
+        batch, channels, height, width = self.output.shape
+        if min(height, width) < WINDOW:
+            raise ValueError(
+                f"SSIM needs {WINDOW}x{WINDOW} pixels and what is left of the picture after "
+                f"crop_border is {width}x{height}"
+            )
+        device = self.output.device
+        blur = _blur_on_cpu() if device.type == "cpu" else _blur_by_shifts
+        totals = torch.zeros(batch, dtype=torch.float64, device=device)
+        for i in range(batch):
+            for channel in range(channels):
+                a, b = self.output[i, channel], self.target[i, channel]
+                for block in _blocks(a, WINDOW - 1):
+                    totals[i] += _ssim_total(a[block], b[block], blur)
+        return totals / (channels * (height - WINDOW + 1) * (width - WINDOW + 1))
+
+
+def compare(
+    output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
+) -> Compared:
+    """Make two pictures ready to be measured, by one metric or several.
+
+    Args:
+        output: (B, 3, H, W) or (B, 1, H, W), RGB in [0, 1], any float dtype and device.
+        target: The ground truth, of the same shape.
+        crop_border: Pixels that are left out at each side.
+        y_channel: Whether Y of YCbCr is compared, instead of all channels.
+
+    Raises:
+        ValueError: The shapes differ, are no pictures, or nothing is left after the crop.
+    """
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the output's shape {tuple(output.shape)} is not the target's {tuple(target.shape)}"
+        )
+    if output.dim() != 4 or output.shape[1] not in (1, 3):
+        raise ValueError(
+            f"pictures are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(output.shape)}"
+        )
+    height, width = output.shape[-2:]
+    if not 0 <= 2 * crop_border < min(height, width):
+        raise ValueError(
+            f"crop_border {crop_border} leaves nothing of a picture of {width}x{height}"
+            if crop_border > 0
+            else f"crop_border must be 0 or more; got {crop_border}, of {width}x{height}"
+        )
+    inside = (
+        ...,
+        slice(crop_border, height - crop_border),
+        slice(crop_border, width - crop_border),
+    )
+    return Compared(
+        _planes(output[inside], y_channel=y_channel),
+        _planes(target.to(output.device)[inside], y_channel=y_channel),
+    )
+
+
+def psnr(
+    output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
+) -> Tensor:
+    """Return the PSNR of each picture in dB, (B,) float64; `compare` says what it takes."""
+    return compare(output, target, crop_border=crop_border, y_channel=y_channel).psnr()
+
+
+def ssim(
+    output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
+) -> Tensor:
+    """Return the SSIM of each picture, (B,) float64; `compare` says what it takes.
+
+    Raises:
+        ValueError: As `compare`, or less than 11x11 pixels are left after the crop.
+    """
+    return compare(output, target, crop_border=crop_border, y_channel=y_channel).ssim()

@@ -1,0 +1,170 @@
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from basicsr.metrics.metric_util import to_y_channel
+from basicsr.utils import tensor2img
+from torch import Tensor
+
+from dlgsanet_arch import metrics
+
+CLOSE_DB, CLOSE_SSIM = 1e-4, 1e-6
+
+
+def smooth(height: int, width: int, channels: int = 3) -> Tensor:
+    coarse = torch.rand(1, channels, 6, 8)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+
+
+def nearly(picture: Tensor, pixels: int, step: float) -> Tensor:
+    """The picture with a few pixels changed by a few of 255 steps."""
+    changed = picture.clone()
+    rows = torch.randint(picture.shape[-2], (pixels,))
+    columns = torch.randint(picture.shape[-1], (pixels,))
+    changed[..., rows, columns] += step / 255
+    return changed
+
+
+def pairs() -> dict[str, tuple[Tensor, Tensor]]:
+    """Outputs and targets on which careless arithmetic shows."""
+    torch.manual_seed(0)
+    noise, clean = torch.rand(1, 3, 70, 90), smooth(70, 90)
+    flat = torch.full((1, 3, 48, 52), 250 / 255)
+    halves = torch.arange(-16, 528).repeat(64, 4).view(1, 1, 64, -1).expand(1, 3, -1, -1) / 510
+    large = smooth(141, 1203)
+    two_sides = torch.cat([flat, flat / 50], 3)
+    return {
+        "noise": (noise, torch.rand(1, 3, 70, 90)),
+        "outside the range": (clean * 3 - 1, clean),
+        "a little noise": (clean + 0.03 * torch.randn_like(clean), clean),
+        "nearly identical": (nearly(clean, 3, 1), clean),
+        "flat": (flat, flat - 1 / 255),
+        "flat and nearly identical": (nearly(flat, 2, -1), flat),
+        "flat and dark beside flat and bright": (nearly(two_sides, 2, 1), two_sides),
+        "halves are rounded to even": (halves, halves.flip(2, 3)),
+        "several blocks": (large + 0.01 * torch.randn_like(large), large),
+        "black and white": (noise.round(), noise.roll(1, 2).round()),
+        "grey": (smooth(40, 33, 1), smooth(40, 33, 1)),
+    }
+
+
+PAIRS = pairs()
+
+
+def of_basicsr(output: Tensor, target: Tensor, crop_border: int, y: bool) -> tuple[float, float]:
+    pictures = tensor2img([output]), tensor2img([target])
+    settings = {"crop_border": crop_border, "test_y_channel": y}
+    return calculate_psnr(*pictures, **settings), calculate_ssim(*pictures, **settings)
+
+
+def assert_equals_basicsr(output: Tensor, target: Tensor, crop_border: int, y: bool) -> None:
+    psnr, ssim = of_basicsr(output, target, crop_border, y)
+    settings = {"crop_border": crop_border, "y_channel": y}
+    ours = metrics.psnr(output, target, **settings), metrics.ssim(output, target, **settings)
+    assert [figure.dtype for figure in ours] == [torch.float64] * 2
+    assert [tuple(figure.shape) for figure in ours] == [(1,)] * 2
+    assert ours[0].item() == pytest.approx(psnr, rel=0, abs=CLOSE_DB)
+    assert ours[1].item() == pytest.approx(ssim, rel=0, abs=CLOSE_SSIM)
+
+
+@pytest.mark.parametrize("y", [False, True], ids=["RGB", "Y"])
+@pytest.mark.parametrize("crop_border", [0, 3])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_figures_equal_basicsr(kind, crop_border, y):
+    assert_equals_basicsr(*PAIRS[kind], crop_border, y)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_figures_equal_basicsr_without_opencv(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    ours = metrics.ssim(*PAIRS[kind], y_channel=True)
+    monkeypatch.undo()
+    expected = of_basicsr(*PAIRS[kind], 0, True)[1]
+    assert ours.item() == pytest.approx(expected, rel=0, abs=CLOSE_SSIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes_are_rounded_as_basicsr_does(dtype):
+    output, target = (picture.to(dtype) for picture in PAIRS["a little noise"])
+    assert_equals_basicsr(output, target, 2, True)
+
+
+def test_views_are_measured_as_they_look():
+    output, target = PAIRS["a little noise"]
+    apart = torch.stack([output, output], -1)[..., 0].transpose(2, 3)
+    assert not apart.is_contiguous()
+    assert_equals_basicsr(apart, target.transpose(2, 3), 2, True)
+
+
+def test_every_value_of_8_bits_comes_back():
+    values = torch.arange(256.0)
+    assert torch.equal(metrics.to_8_bits(values / 255), values)
+    halves = torch.arange(-64, 576) / 510
+    expected = tensor2img(halves.view(1, 1, -1)).ravel()
+    assert np.array_equal(metrics.to_8_bits(halves).numpy(), expected)
+
+
+def test_y_is_basicsr_s_bit_for_bit():
+    rgb = torch.randint(256, (1, 3, 300, 400)) / 255
+    ours = metrics.compare(rgb, rgb, y_channel=True).output[0, 0].numpy()
+    assert np.array_equal(ours, to_y_channel(tensor2img(rgb))[..., 0])
+
+
+def test_each_picture_of_a_batch_has_its_own_figure():
+    one, other = PAIRS["noise"][0], PAIRS["a little noise"][0]
+    output = torch.cat([one, other, other])
+    target = torch.cat([other, one, other])
+    for measure in (metrics.psnr, metrics.ssim):
+        alone = [measure(output[i : i + 1], target[i : i + 1]).item() for i in range(3)]
+        assert measure(output, target).tolist() == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("y", [False, True], ids=["RGB", "Y"])
+def test_identical_pictures(y):
+    picture = PAIRS["noise"][0]
+    invisible = picture + 1e-6 * (picture * 255 % 1 - 0.5).sign()  # same 8 bits
+    assert metrics.psnr(invisible, picture, y_channel=y).tolist() == [math.inf]
+    assert metrics.ssim(invisible, picture, y_channel=y).item() == pytest.approx(1, abs=1e-12)
+
+
+def test_what_is_no_number_shows():
+    output, target = (picture.clone() for picture in PAIRS["noise"])
+    output[0, 1, 20, 20] = math.nan
+    assert metrics.psnr(output, target).isnan().all()
+    assert metrics.ssim(output, target, y_channel=True).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "other", "crop_border", "message"),
+    [
+        ((1, 3, 16, 16), (1, 3, 16, 17), 0, r"\(1, 3, 16, 16\).*\(1, 3, 16, 17\)"),
+        ((1, 3, 16, 16), (1, 1, 16, 16), 0, "is not the target's"),
+        ((3, 16, 16), (3, 16, 16), 0, r"got the shape \(3, 16, 16\)"),
+        ((1, 4, 16, 16), (1, 4, 16, 16), 0, r"got the shape \(1, 4, 16, 16\)"),
+        ((1, 3, 16, 20), (1, 3, 16, 20), 8, "crop_border 8 leaves nothing of a picture of 20x16"),
+        ((1, 3, 16, 20), (1, 3, 16, 20), -1, "crop_border must be 0 or more; got -1"),
+        ((1, 3, 16, 20), (1, 3, 16, 20), 3, "11x11 pixels and .* crop_border is 14x10"),
+    ],
+)
+def test_pictures_that_cannot_be_compared(shape, other, crop_border, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.ssim(torch.rand(shape), torch.rand(other), crop_border=crop_border)
+
+
+def test_the_smallest_pictures():
+    assert_equals_basicsr(torch.rand(1, 3, 15, 16), torch.rand(1, 3, 15, 16), 2, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("y", [False, True], ids=["RGB", "Y"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_gpu_gives_the_figures_of_a_cpu(kind, y):
+    output, target = PAIRS[kind]
+    on_gpu = metrics.compare(output.cuda(), target.cuda(), crop_border=2, y_channel=y)
+    on_cpu = metrics.compare(output, target, crop_border=2, y_channel=y)
+    assert torch.equal(on_gpu.output.cpu(), on_cpu.output)
+    assert on_gpu.psnr().item() == pytest.approx(on_cpu.psnr().item(), abs=1e-9)
+    assert on_gpu.ssim().item() == pytest.approx(on_cpu.ssim().item(), abs=1e-9)
