@@ -15,11 +15,12 @@ RUN := "$(ENVIRONMENT)/bin/python"
 GPU_RUN := $(or $(PYTHON),$(wildcard $(ENVIRONMENT)/bin/python),python3)
 export PYTHON
 
-.PHONY: help demo test lint gpu clean environment
+.PHONY: help demo test test-faults lint gpu clean environment
 
 help:
 	@echo "make demo   train, resume and test a small network on real pictures, with the install at most 6 minutes"
 	@echo "make test   lint and the whole test suite"
+	@echo "make test-faults  kills, full disks and damaged files for real, minutes"
 	@echo "make lint   ruff's rules and format"
 	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
 	@echo "            with PYTHON=python3 as it is: nothing is installed"
@@ -30,7 +31,10 @@ demo: environment
 	$(RUN) scripts/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu and not faults" -n auto --maxprocesses 8
+
+test-faults: environment
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults -n 2
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -54,21 +54,22 @@ class Repair:
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs an action on a module just after it was imported, whoever imports it."""
+    """Runs actions on a module just after it was imported, whoever imports it."""
 
     def __init__(self):
-        self.actions: dict[str, Callable[[ModuleType], None]] = {}
+        self.actions: dict[str, list[Callable[[ModuleType], None]]] = {}
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        action = self.actions.get(fullname)
-        spec = PathFinder.find_spec(fullname, path, target) if action else None
+        actions = self.actions.get(fullname, ())
+        spec = PathFinder.find_spec(fullname, path, target) if actions else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            action(module)
+            for action in actions:
+                action(module)
 
         # The loader itself stays: `python -m` asks the loader of an imported module for its code.
         spec.loader.exec_module = execute_and_act
@@ -83,7 +84,7 @@ def _when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
     if name in sys.modules:
         action(sys.modules[name])
         return
-    _after_import.actions[name] = action
+    _after_import.actions.setdefault(name, []).append(action)
     if _after_import not in sys.meta_path:
         sys.meta_path.insert(0, _after_import)
 

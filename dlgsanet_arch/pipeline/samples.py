@@ -118,7 +118,8 @@ def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
         fault = _fault(client, place, key) if client is not None else ""
         if fault:
             return BadSample(name, shown[key], fault)
-    return BadSample(name, " and ".join(shown.values()), f"{type(error).__name__}: {error}")
+    said = " ".join(map(str, error.args))
+    return BadSample(name, " and ".join(shown.values()), f"{type(error).__name__}: {said}")
 
 
 class Samples(Dataset):

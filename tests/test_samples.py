@@ -1,0 +1,203 @@
+import pickle
+import random
+import re
+from pathlib import Path
+
+import cv2
+import helpers
+import lmdb
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataset
+from torch.utils.data import DataLoader, StackDataset
+
+from dlgsanet_arch.pipeline.samples import Draw, Samples, collate, start_worker
+
+
+class Dice(torch.utils.data.Dataset):
+    """A data set that draws from all three generators."""
+
+    def __init__(self):
+        self.opt = {"name": "dice"}
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
+        return {"lq": torch.tensor([index, *drawn], dtype=torch.float64)}
+
+
+def paired(folder: Path, **changes) -> dict:
+    options = helpers.small_train_options(folder)["datasets"]["train"]
+    return {**options, "phase": "train", "scale": 2, **changes}
+
+
+def write_database(pictures: Path, out: Path, *, leave_out=(), empty=()) -> None:
+    names = sorted(path.stem for path in pictures.iterdir())
+    out.mkdir(parents=True)
+    environment = lmdb.open(str(out), map_size=1 << 24)
+    with environment, environment.begin(write=True) as write:
+        for name in names:
+            if name not in leave_out:
+                data = b"" if name in empty else (pictures / f"{name}.png").read_bytes()
+                write.put(name.encode(), data)
+    lines = [f"{name}.png (48,64,3) 1\n" for name in names]
+    (out / "meta_info.txt").write_text("".join(lines))
+
+
+@pytest.fixture
+def databases(tmp_path):
+    helpers.write_pairs(tmp_path / "data", 4)
+    for part in ("HR", "LR"):
+        write_database(tmp_path / "data" / part, tmp_path / f"{part}.lmdb")
+    return {
+        "dataroot_gt": str(tmp_path / "HR.lmdb"),
+        "dataroot_lq": str(tmp_path / "LR.lmdb"),
+        "io_backend": {"type": "lmdb"},
+    }
+
+
+def test_a_sample_depends_on_seed_epoch_and_position_alone():
+    samples = Samples(Dice(), seed=3)
+
+    def drawn(*draw, of=samples):
+        return of[Draw(*draw)].content["lq"].tolist()
+
+    once = drawn(1, 20, 7)
+    random.random(), np.random.rand(), torch.rand(3)
+    assert drawn(1, 20, 7) == once
+    others = [drawn(2, 20, 7), drawn(1, 21, 7), drawn(1, 20, 7, of=Samples(Dice(), seed=4))]
+    for other in others:
+        assert all(mine != theirs for mine, theirs in zip(once[1:], other[1:], strict=True))
+
+
+def test_the_generators_of_the_process_are_left_as_they_were():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    Samples(Dice())[Draw(0, 0, 0)]
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_draw_what_the_process_itself_draws(workers):
+    samples = Samples(Dice(), seed=1)
+    batches = [[Draw(0, place, place % 7) for place in range(at, at + 3)] for at in (0, 3, 6, 9)]
+
+    def read(count):
+        loader = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=count,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
+        )
+        return torch.stack([batch["lq"] for batch, _ in loader])
+
+    before = torch.get_rng_state()
+    assert torch.equal(read(workers), read(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+FAULTS = {
+    "missing": (lambda path: path.unlink(), r"cannot be read \(FileNotFoundError"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "text": (lambda path: path.write_text("no picture"), "cannot be decoded"),
+    "truncated": (
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        "cannot be decoded",
+    ),
+    "too small": (
+        lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8)),
+        r"ValueError: Scale mismatches. GT \(48, 64\) is not 2x  multiplication of LQ \(8, 8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_file_is_named_with_its_reason(tmp_path, fault):
+    helpers.write_pairs(tmp_path, 3)
+    samples = Samples(build_dataset(paired(tmp_path)))
+    spoil, reason = FAULTS[fault]
+    index = next(i for i, p in enumerate(samples.dataset.paths) if "picture1" in p["lq_path"])
+    path = Path(samples.dataset.paths[index]["lq_path"])
+    spoil(path)
+    sample = samples[index]
+    assert sample.content is None
+    (bad,) = sample.bad
+    assert bad.dataset == "made"
+    assert str(path) in bad.sample
+    assert re.search(reason, bad.reason), bad.reason
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"), [("leave_out", "the LMDB has no such key"), ("empty", "is empty")]
+)
+def test_a_bad_entry_of_a_database_is_named_by_database_and_key(tmp_path, left, reason):
+    helpers.write_pairs(tmp_path / "data", 3)
+    write_database(tmp_path / "data/HR", tmp_path / "HR.lmdb")
+    write_database(tmp_path / "data/LR", tmp_path / "LR.lmdb", **{left: ("picture1",)})
+    backend = {
+        "dataroot_gt": str(tmp_path / "HR.lmdb"),
+        "dataroot_lq": str(tmp_path / "LR.lmdb"),
+        "io_backend": {"type": "lmdb"},
+    }
+    sample = Samples(build_dataset(paired(tmp_path, **backend)))[1]
+    (bad,) = sample.bad
+    assert bad.sample == f"{tmp_path / 'LR.lmdb'}, key 'picture1'"
+    assert bad.reason == reason
+
+
+def test_another_sample_takes_the_place_of_a_bad_one(tmp_path):
+    helpers.write_pairs(tmp_path, 3)
+    dataset = build_dataset(paired(tmp_path))
+    Path(dataset.paths[2]["lq_path"]).write_bytes(b"")
+    sample = Samples(dataset, replace_bad=True)[Draw(0, 0, 2)]
+    assert sample.content["lq_path"] == dataset.paths[0]["lq_path"]
+    assert [Path(bad.sample).name for bad in sample.bad] == [Path(dataset.paths[2]["lq_path"]).name]
+    for entry in dataset.paths:
+        Path(entry["lq_path"]).write_bytes(b"")
+    nothing = Samples(dataset, replace_bad=True)[Draw(0, 0, 2)]
+    assert nothing.content is None
+    assert len({bad.sample for bad in nothing.bad}) == 3
+
+
+def test_a_batch_says_which_of_its_samples_are_bad(tmp_path):
+    helpers.write_pairs(tmp_path, 3)
+    samples = Samples(build_dataset(paired(tmp_path)))
+    Path(samples.dataset.paths[1]["gt_path"]).write_bytes(b"")
+    batch, bad = collate([samples[0], samples[1]])
+    assert batch is None
+    assert [each.sample for each in bad] == [samples.dataset.paths[1]["gt_path"]]
+    batch, bad = collate([samples[0], samples[2]])
+    assert batch["lq"].shape == (2, 3, 16, 16)
+    assert not bad
+
+
+def test_a_database_that_was_read_goes_to_another_process(databases):
+    samples = Samples(build_dataset(paired(Path("unused"), **databases)), seed=1)
+    first = samples[Draw(0, 0, 1)].content["lq"]
+    again = pickle.loads(pickle.dumps(samples))
+    assert torch.equal(again[Draw(0, 0, 1)].content["lq"], first)
+
+
+@pytest.mark.parametrize(
+    "start_method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.faults)]
+)
+def test_two_data_sets_share_a_database_in_every_kind_of_worker(databases, start_method):
+    sets = [Samples(build_dataset(paired(Path("unused"), **databases)), seed=1) for _ in range(2)]
+    expected = [each[Draw(0, 0, 1)].content["lq"] for each in sets]  # opened here, too
+    loader = DataLoader(
+        StackDataset(*sets),
+        batch_sampler=[[Draw(0, 0, 1)]],
+        num_workers=1,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+        multiprocessing_context=start_method,
+    )
+    ((found,),) = loader
+    for sample, wanted in zip(found, expected, strict=True):
+        assert torch.equal(sample.content["lq"], wanted)
