@@ -85,6 +85,13 @@ class Progress:
         }
 
 
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy's, which third parties' metrics give, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def bare(network: nn.Module) -> nn.Module:
     """Return a network without what wraps it for several devices."""
     wrapped = isinstance(network, DataParallel | DistributedDataParallel)
@@ -162,7 +169,7 @@ class Saver:
                 if isinstance(value, torch.amp.GradScaler)
             },
             "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
-            "best_metric_results": getattr(model, "best_metric_results", {}),
+            "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
             "best": self.best,
             **self._extra,
         }
