@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dlgsanet_arch.options import OptionsError, check
+from dlgsanet_arch.options import problems
 
 VARIANTS = {
     "tiny": {"dim": 48, "groups": 3, "blocks": 3},
@@ -215,11 +215,7 @@ def registered():
 
 
 def report(options, kind, root, registered):
-    try:
-        check(options, train=kind == "train", root=root, registered=registered)
-    except OptionsError as error:
-        return str(error).splitlines()[1:]
-    return []
+    return problems(options, train=kind == "train", root=root, registered=registered)
 
 
 def make_tree(root, options):

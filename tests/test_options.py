@@ -9,7 +9,8 @@ import torch
 import yaml
 from helpers import small_test_options, small_train_options, write_pairs
 
-from dlgsanet_arch.options import OptionsError, check, load, override, parse_value
+from dlgsanet_arch import options as option_files
+from dlgsanet_arch.options import OptionsError, load, override, parse_value, refuse
 
 ABSENT = "<absent>"  # a key to delete
 
@@ -79,15 +80,11 @@ def changed(options, changes):
 
 
 def problems(options, root, registered, train=True):
-    """Return the lines of the report, without its heading."""
+    """Return the lines of the report."""
     before = copy.deepcopy(options)
-    try:
-        check(options, train=train, root=root, registered=registered)
-    except OptionsError as error:
-        return [line.strip() for line in str(error).splitlines()[1:]]
-    finally:
-        assert options == before
-    return []
+    found = option_files.problems(options, train=train, root=root, registered=registered)
+    assert options == before
+    return found
 
 
 def test_good_options_pass(root, registered):
@@ -307,6 +304,9 @@ TRAIN_FAULTS = [
       "datasets:val:dataroot_lq": "empty.lmdb"}, "datasets:val:dataroot_lq: ", "no data.mdb"),
     ({"datasets:val:io_backend": {"type": "lmdb"}, "datasets:val:dataroot_gt": "pairs.lmdb"},
      "datasets:val:dataroot_lq: ", "LR is no LMDB by its name", "`type: disk`"),
+    ({"datasets:val": {"name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR"}
+      | {"io_backend": {"type": "disk"}, "meta_info_file": None}},
+     "datasets:val:meta_info_file: SingleImageDataset fails on ~; leave it out"),
     ({"datasets:val:meta_info_file": "gone.txt"}, "datasets:val:meta_info_file: the list of the "
      "validation set made_val: ", "gone.txt does not exist"),
     # paths
@@ -361,6 +361,14 @@ def test_paths_may_start_from_the_home_folder(root, registered, monkeypatch):
     monkeypatch.setenv("HOME", str(root))
     changes = {"path:pretrain_network_g": "~/weights.pth", "datasets:val:dataroot_gt": "~/data/HR"}
     assert problems(changed(train_options(root), changes), root, registered) == []
+
+
+def test_problems_are_raised_as_one_error():
+    refuse([])
+    with pytest.raises(OptionsError, match=r"^the options have a problem:\n  a: b$"):
+        refuse(["a: b"])
+    with pytest.raises(OptionsError, match=r"^the options have 2 problems:\n  a\n  b$"):
+        refuse(["a", "b"])
 
 
 def test_all_faults_come_in_one_report(root, registered):

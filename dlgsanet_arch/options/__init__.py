@@ -1,15 +1,15 @@
 """What an option file may say: read, overridden and checked before anything is created.
 
-`check` runs every function of `CHECKS` and raises one error that lists all they found. A check is a
-generator: it takes a `Subject` and yields one line a problem, "datasets:train:gt_size: what is
-wrong; the fix". To add a check, write it where its like are and name it in that file's `CHECKS`:
-`presence` has what must be there, `keys` what may be there, `values` what it may be, `agreement`
-what must fit together, and `places` the files that are named. A check must bear any YAML: a section
-may be absent, empty or no section at all, which `presence` alone reports. What pictures and weights
-hold is looked at by the pipeline.
+`problems` runs every function of `CHECKS` and lists all they found; `refuse` makes one error of it.
+A check is a generator: it takes a `Subject` and yields one line a problem, "datasets:train:gt_size:
+what is wrong; the fix". To add a check, write it where its like are and name it in that file's
+`CHECKS`: `presence` has what must be there, `keys` what may be there, `values` what it may be,
+`agreement` what must fit together, and `places` the files that are named. A check must bear any
+YAML: a section may be absent, empty or no section at all, which `presence` alone reports. What
+pictures and weights hold is looked at by the pipeline.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ __all__ = [
     "OptionsError",
     "Registered",
     "Subject",
-    "check",
     "load",
     "override",
     "parse_value",
@@ -65,28 +64,3 @@ def refuse(found: Sequence[str]) -> None:
     if found:
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
         raise OptionsError("\n  ".join([f"the options have {count}:", *found]))
-
-
-def check(
-    options: Mapping[str, Any],
-    *,
-    train: bool,
-    root: Path,
-    registered: Mapping[str, Collection[str]] | None,
-) -> None:
-    """Refuse options that could not run as they are meant.
-
-    Args:
-        options: As `problems` takes them.
-        train: As there.
-        root: As there.
-        registered: As there.
-
-    Raises:
-        OptionsError: Lists every problem, one a line.
-    """
-    known = registered and {
-        kind: entries if isinstance(entries, Mapping) else dict.fromkeys(entries)
-        for kind, entries in registered.items()
-    }
-    refuse(problems(options, train=train, root=root, registered=known))

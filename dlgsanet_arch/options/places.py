@@ -72,6 +72,9 @@ def data_faults(subject: Subject, phase: str, dataset: Mapping[str, Any]) -> Ite
         if fault := _list_fault(listing):
             what = f"datasets:{phase}:{reads.listing}: the list of {owner(phase, dataset)}"
             yield f"{what}: {listing} {fault}; correct the path"
+    single = backend == "disk" and dataset.get("type") == "SingleImageDataset"
+    if single and dataset.get("meta_info_file", "") is None:
+        yield f"datasets:{phase}:meta_info_file: SingleImageDataset fails on ~; leave it out"
     for key in reads.folders:
         if dataset.get(key) is None:
             continue

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def _fault_of_new(subject: Subject, section: str, key: str) -> str:
         return f"{above} has no key {key!r}{near(key, subject.section(section))}"
     known = known_in(subject, section)
     if section in ("", "train") and read_by(key):
-        return ""  # another model may be meant; `check` looks at the whole
+        return ""  # another model may be meant: `problems` looks at the whole
     meant = None if known is None else known.misspelt(key)
     if meant is None:
         return ""
@@ -131,15 +131,12 @@ def _set(options: dict[str, Any], path: str, value: Any) -> str:
     return ""
 
 
-def override(
-    options: dict[str, Any], entries: Sequence[str], parse: Callable[[str], Any] = parse_value
-) -> None:
+def override(options: dict[str, Any], entries: Sequence[str]) -> None:
     """Set keys of `options` in place, and add keys that are known and absent.
 
     Args:
         options: As `load` returns them. Unchanged if an entry is wrong.
-        entries: Texts "a:b=value": the path of a key, then its new value.
-        parse: Makes the value of the text behind the first "=".
+        entries: Texts "a:b=value": the path of a key, then its new value as `parse_value` reads it.
 
     Raises:
         OptionsError: Lists every entry that is no assignment or whose key is not known.
@@ -150,7 +147,7 @@ def override(
         path, assigned, text = (part.strip() for part in entry.partition("="))
         if not (path and assigned):
             problems.append(f"{entry!r}: write KEY=VALUE, for example train:total_iter=1000")
-        elif fault := _set(trial, path, parse(text)):
+        elif fault := _set(trial, path, parse_value(text)):
             problems.append(f"{entry!r}: {fault}")
     if problems:
         raise OptionsError("\n  ".join(["these options cannot be overridden:", *problems]))

@@ -1,6 +1,16 @@
-"""Whether the weights that a run starts from are whole, and of the network it asks for."""
+"""Whether the weights that a run starts from are whole, and of the networks it asks for.
 
+Nothing is loaded into a network here: names and sizes of tensors are compared. BasicSR finds out
+when it loads, after the old run was renamed, or never: with a misspelt `param_key_g` it takes other
+weights, and with `strict_load_g: false` it goes on when no tensor fits.
+"""
+
+import functools
+import importlib
+import inspect
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,88 +18,260 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.checkpoint import CheckpointError, check_compatible, read_weights
-from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.options import Registered, Subject
+from dlgsanet_arch.options.subject import is_number
 
-# Where BasicSR keeps weights, by what each kind of run wants first.
-_KEYS_TO_TRAIN = ("params", "params_ema")
-_KEYS_TO_TEST = ("params_ema", "params")
-
-
-def _is_dlgsanet(options: Mapping[str, Any]) -> bool:
-    return options["network_g"]["type"] == "DLGSANet"
+# Where files keep weights, by what each kind of run wants first.
+_KEYS_TO_TRAIN = ("params", "params_ema", "state_dict")
+_KEYS_TO_TEST = ("params_ema", "params", "state_dict")
+_MOST_NAMED = 3
 
 
-def _check_fits(weights: Mapping[str, Tensor], options: Mapping[str, Any], file: Path) -> None:
-    if not _is_dlgsanet(options):
-        return
-    try:
-        check_compatible(weights, options["network_g"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def _check_fits_partly(
-    weights: Mapping[str, Tensor], options: Mapping[str, Any], file: Path
-) -> None:
-    """With `strict_load_g: false` BasicSR skips what does not fit, be it everything."""
-    if not _is_dlgsanet(options):
-        return
-    arguments = {name: value for name, value in options["network_g"].items() if name != "type"}
-    with torch.device("meta"):
-        network = DLGSANet(**arguments)
-    sizes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    if not any(sizes.get(name) == tensor.shape for name, tensor in weights.items()):
-        raise CheckpointError(
-            f"{file}: none of its {len(weights)} tensors fits network_g; with path:strict_load_g "
-            "false BasicSR would go on with random weights"
-        )
-
-
-def check_start_weights(options: Mapping[str, Any], root: Path, *, train: bool) -> list[str]:
-    """Check the weights that `path:pretrain_network_g` names, if it names any.
+@dataclass(frozen=True)
+class Network:
+    """What a network holds.
 
     Args:
-        options: Checked options.
-        root: Folder that relative paths are below.
-        train: Whether they are to be trained further, else tested.
+        shapes: Sizes of the tensors of its state dict, by name.
+        trained: Number of values of its parameters.
+        fault: Why it cannot be built; then it holds nothing.
+    """
+
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    trained: int = 0
+    fault: str = ""
+
+    @property
+    def values(self) -> int:
+        """Number of values of its state dict."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class WeightsCheck:
+    """What was found out about the weights.
+
+    Args:
+        problems: What is wrong, one a line.
+        notes: Which weights are used and how many of them, one a line.
+        changes: Values of options by path: which key of a file BasicSR must take.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=8)
+def _built(thing: Any, arguments: str) -> Network:
+    values = json.loads(arguments)
+    try:
+        # Without memory where that works; some constructors compute with tensors.
+        with torch.device("meta"):
+            network = thing(**values)
+    except Exception:  # a constructor may raise anything; what it does off "meta" decides
+        try:
+            with torch.random.fork_rng(devices=[]):
+                network = thing(**values)
+        except Exception as error:
+            return Network(fault=f"{type(error).__name__}: {error}")
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    return Network(shapes, sum(parameter.numel() for parameter in network.parameters()))
+
+
+def build(subject: Subject, key: str) -> Network | None:
+    """Find out what the network of an option file's section holds.
+
+    Args:
+        subject: The options.
+        key: The section, such as "network_g".
 
     Returns:
-        Entries for BasicSR's ``--force_yml``. Where the options do not say which key of the file
-        holds the weights, BasicSR always takes `params`; a test then takes the averaged weights
-        `params_ema` where there are any, as the training's own validation does.
+        What it holds; None where its type or its arguments are wrong, which the check of the
+        options reports.
+    """
+    arguments = {name: value for name, value in subject.section(key).items() if name != "type"}
+    thing = subject.registered_as("arch", subject.section(key).get("type"))
+    try:
+        inspect.signature(thing).bind(**arguments)
+        text = json.dumps(arguments)
+    except (TypeError, ValueError):
+        return None
+    return _built(thing, text)
+
+
+def registered_networks() -> Registered:
+    """Return the networks in BasicSR's registry."""
+    importlib.import_module("basicsr.archs")
+    registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
+    return {"arch": dict(iter(registry))}
+
+
+def _differences(network: Network, weights: Mapping[str, Tensor]) -> str:
+    """Name the first tensors that differ."""
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    parts = []
+    for what, names in (
+        ("absent from the file", [name for name in network.shapes if name not in found]),
+        ("unknown to the network", [name for name in found if name not in network.shapes]),
+        (
+            "of another size",
+            [name for name, shape in network.shapes.items() if found.get(name, shape) != shape],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            parts.append(f"{what}: {', '.join(names[:_MOST_NAMED])}{more}")
+    return "; ".join(parts)
+
+
+def _keys_of(file: Path) -> list[str]:
+    """Return the top-level keys of a checkpoint, its tensors left on the disk where that works.
 
     Raises:
-        CheckpointError: The file is no whole checkpoint, has not the key that the options name,
-            or holds weights of another configuration.
+        CheckpointError: It cannot be read, or holds no mapping.
     """
-    paths = options["path"]
-    if paths.get("pretrain_network_g") is None:
-        return []
-    file = root / Path(paths["pretrain_network_g"]).expanduser()
-    key = paths.get("param_key_g")
-    weights = read_weights(file, key)
-    check = _check_fits if paths.get("strict_load_g", True) else _check_fits_partly
-    check(weights, options, file)
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    keys = _KEYS_TO_TRAIN if train else _KEYS_TO_TEST
-    there = next((name for name in keys if name in content), None)
-    if train and there is None and options["train"].get("ema_decay", 0) > 0:
-        raise CheckpointError(
-            f"{file} has neither the key params nor params_ema, one of which BasicSR needs to "
-            "start the averaged weights of train:ema_decay; save the state dict under params"
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # damaged, or of before PyTorch 1.6: then it cannot be mapped
+        read_weights(file)  # says what is wrong with a damaged one
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        read_weights(file)  # says so
+    return [str(key) for key in content]
+
+
+class _Check:
+    def __init__(self, subject: Subject) -> None:
+        self.found = WeightsCheck()
+        self._subject = subject
+        self._paths = subject.section("path")
+
+    def resumed(self, key: str, file: Path) -> None:
+        """Check the weights that belong to the state that a run goes on from."""
+        try:
+            self._compare(key, read_weights(file, "params"), file, strict=True)
+        except CheckpointError as error:
+            self.found.problems.append(f"{key}: {error}")
+
+    def started(self, key: str) -> None:
+        """Check the weights that the options name for a network, if they name any."""
+        named = self._paths.get(f"pretrain_{key}")
+        if not isinstance(named, str) or not self._subject.resolve(named).is_file():
+            return  # whether it is there is a question to the options
+        file = self._subject.resolve(named)
+        label = key.removeprefix("network_")
+        strict = self._paths.get(f"strict_load_{label}", True)
+        try:
+            used = self._key_of(file, label)
+            self._compare(key, read_weights(file, used), file, strict=bool(strict))
+        except CheckpointError as error:
+            self.found.problems.append(f"path:pretrain_{key}: {error}")
+            return
+        if f"param_key_{label}" not in self._paths:
+            self.found.changes[f"path:param_key_{label}"] = used
+        does = f"{key} starts from" if self._subject.train else "testing"
+        self.found.notes.append(f"{does} {used or 'the weights'} of {file}")
+
+    def _key_of(self, file: Path, label: str) -> str | None:
+        """Return the key of a file that holds the weights to use, None for the file itself.
+
+        Raises:
+            CheckpointError: It is no whole checkpoint, or what is asked for is not in it.
+        """
+        keys = _keys_of(file)
+        average = self._subject.section("train").get("ema_decay", 0)
+        averaged = self._subject.train and label == "g" and is_number(average) and average > 0
+        if averaged and not {"params", "params_ema"} & set(keys):
+            raise CheckpointError(
+                f"{file} has neither the key params nor params_ema, one of which BasicSR needs to "
+                "start the averaged weights of train:ema_decay; save the state dict under params"
+            )
+        wanted = _KEYS_TO_TRAIN if self._subject.train else _KEYS_TO_TEST
+        there = next((key for key in wanted if key in keys), None)
+        chosen = f"param_key_{label}"
+        if chosen not in self._paths:
+            return there
+        asked = self._paths[chosen]
+        if asked is None and there is not None:
+            raise CheckpointError(
+                f"{file} is no bare state dict, as path:{chosen} ~ says; write {chosen}: {there}"
+            )
+        if asked is not None and asked not in keys:
+            read_weights(file, str(asked))  # lists the keys that are there
+        return asked
+
+    def _compare(
+        self, key: str, weights: Mapping[str, Tensor], file: Path, *, strict: bool
+    ) -> None:
+        """Compare weights with a network by the names and sizes of tensors.
+
+        Raises:
+            CheckpointError: They do not fit.
+        """
+        network = build(self._subject, key)
+        if network is None or network.fault:
+            return
+        section = self._subject.section(key)
+        if strict and section["type"] == "DLGSANet":
+            try:
+                check_compatible(weights, section)
+            except CheckpointError as error:
+                raise CheckpointError(f"{file}: {error}") from error
+            return
+        fitting = sum(
+            name in weights and weights[name].shape == shape
+            for name, shape in network.shapes.items()
         )
-    return [] if "param_key_g" in paths else [f"path:param_key_g={there or 'none'}"]
+        if strict and (differing := _differences(network, weights)):
+            raise CheckpointError(
+                f"{file}: the weights are of another network than this {section['type']}; "
+                f"{differing}"
+            )
+        strict_load = f"path:strict_load_{key.removeprefix('network_')}"
+        if not fitting and network.shapes:
+            raise CheckpointError(
+                f"{file}: none of its {len(weights)} tensors fits {key}; with {strict_load} false "
+                "BasicSR would go on with random weights"
+            )
+        if not strict:
+            self.found.notes.append(
+                f"{key}: loads {fitting} of {len(network.shapes)} tensors of {file}, as "
+                f"{strict_load} is false"
+            )
 
 
-def check_resumed_weights(file: Path, options: Mapping[str, Any]) -> None:
-    """Check the weights that belong to the state that a run goes on from.
+def check(
+    options: Mapping[str, Any],
+    root: Path,
+    *,
+    train: bool,
+    registered: Registered,
+    resumed: Mapping[str, Path],
+) -> WeightsCheck:
+    """Check the weights that a run starts from, and that its networks can be built.
+
+    Where the options do not say which key of a file holds the weights, BasicSR always takes
+    `params`; a test then takes the averaged weights `params_ema` where there are any, as the
+    training's own validation does.
 
     Args:
-        file: ``net_g_<iteration>.pth``.
-        options: Checked options.
-
-    Raises:
-        CheckpointError: The file is no whole checkpoint, or the options' network is another one
-            than the run was started with.
+        options: As `dlgsanet_arch.options.load` returns them; what is wrong with them by itself
+            is passed over.
+        root: Folder that relative paths are below.
+        train: Whether the weights are to be trained further, else tested.
+        registered: What is in BasicSR's registries.
+        resumed: The files of the networks that come with a saved state, by "network_g".
     """
-    _check_fits(read_weights(file, "params"), options, file)
+    subject = Subject(options, train, root, registered)
+    checking = _Check(subject)
+    for key in subject.networks():
+        network = build(subject, key)
+        if network is not None and network.fault and subject.section(key)["type"] != "DLGSANet":
+            kind = subject.section(key)["type"]
+            checking.found.problems.append(f"{key}: {kind} cannot be built: {network.fault}")
+        if key in resumed:
+            checking.resumed(key, resumed[key])
+        elif train or key == "network_g":
+            checking.started(key)
+    return checking.found

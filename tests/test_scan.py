@@ -1,0 +1,443 @@
+"""Every data set is looked at before a run: what BasicSR would fail on, or read otherwise."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import helpers
+import lmdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from dlgsanet_arch.data.databases import encode_png
+from dlgsanet_arch.pipeline import scan as module
+from dlgsanet_arch.pipeline.scan import batch_problems, check_disk, read_header, scan
+
+SAMPLES = 3
+DATABASE = {"type": "lmdb"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    helpers.write_pairs(tmp_path / "data", SAMPLES)
+    return tmp_path
+
+
+@pytest.fixture
+def options():
+    return json.loads(json.dumps(helpers.small_train_options(Path("data"))))
+
+
+def write_database(path, pictures, lines=None, scale=1):
+    """Write an LMDB of pictures by key, as BasicSR's tools do, or with other lines."""
+    with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as put:
+        for key, picture in pictures.items():
+            data = encode_png(picture[::scale, ::scale]) if picture is not None else b""
+            put.put(key.encode(), data)
+    lines = [f"{key}.png (48,64,3) 1" for key in pictures] if lines is None else lines
+    (path / "meta_info.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def picture(height=48, width=64):
+    return np.full((height, width, 3), 127, np.uint8)
+
+
+def use_databases(options, phase="train", hr="hr.lmdb", lr="lr.lmdb"):
+    options["datasets"][phase] |= {"dataroot_gt": hr, "dataroot_lq": lr, "io_backend": DATABASE}
+
+
+def basicsr_reads(options, phase, root):
+    """Read every sample of a set as BasicSR does."""
+    from basicsr.data import build_dataset
+
+    dataset = options["datasets"][phase] | {"phase": phase, "scale": options["scale"]}
+    roots = {key: str(root / dataset[key]) for key in ("dataroot_gt", "dataroot_lq")}
+    built = build_dataset(dataset | roots)
+    return [built[index] for index in range(len(built))]
+
+
+def only(lines):
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_good_folders_pass(root, options):
+    found = scan(options, root, train=True)
+    assert (found.problems, found.warnings) == ([], [])
+    assert found.samples == {"train": SAMPLES, "val": SAMPLES}
+    assert "datasets:val: 3 pairs; looked at the headers of all" in found.notes
+    assert len(basicsr_reads(options, "train", root)) == SAMPLES
+
+
+def test_good_databases_pass(root, options):
+    pictures = {f"a{index}": picture() for index in range(4)}
+    write_database(root / "hr.lmdb", pictures)
+    write_database(root / "lr.lmdb", pictures, scale=2)
+    use_databases(options, "train")
+    use_databases(options, "val")
+    found = scan(options, root, train=True)
+    assert (found.problems, found.warnings) == ([], [])
+    assert found.samples == {"train": 4, "val": 4}
+    # nothing stays open: BasicSR may open them
+    assert len(basicsr_reads(options, "val", root)) == 4
+
+
+def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
+    write_database(root / "hr.lmdb", {"a": picture()})
+    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    use_databases(options, "val")
+
+    class Earlier:
+        def __init__(self, path):
+            self.environment = lmdb.open(str(path), readonly=True, lock=False)
+            self.itself = self  # freed by the garbage collector alone
+
+    Earlier(root / "hr.lmdb")
+    assert scan(options, root, train=True).problems == []
+
+
+DATABASE_FAULTS = [
+    (["a.png (48,64,3) 1"], {"a": 1, "b": 1}, "holds 1 pictures that meta_info.txt does not list"),
+    (["a.png", "b.png", "c.png"], {"a": 1, "b": 1}, "lists keys that it does not hold: 'c'"),
+    (["a.png", "", "b.png"], {"a": 1, "b": 1}, "has 1 blank lines"),
+    (["a.png", "a.png", "b.png"], {"a": 1, "b": 1}, "lists keys more than once", "'a'"),
+    (["a.x4.png", "b.png"], {"a.x4": 1, "b": 1}, "that it does not hold (keys end at their first "
+     "dot: name them without): 'a'"),
+    (["a.png", "b.png"], {"a": 1, "b": 0}, "holds entries without content: 'b'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "entries", "expected"), [(a, b, c) for a, b, *c in DATABASE_FAULTS]
+)
+def test_what_is_wrong_with_a_database_is_said(root, options, lines, entries, expected):
+    contents = {key: picture() if filled else None for key, filled in entries.items()}
+    write_database(root / "hr.lmdb", contents, lines)
+    write_database(root / "lr.lmdb", {"a": picture(), "b": picture()}, scale=2)
+    use_databases(options)
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith("datasets:train:dataroot_gt: the training set made: ")
+    assert all(part in problem for part in expected)
+    assert "dlgsanet data verify --fix" in problem
+
+
+def test_unequal_keys_are_named(root, options):
+    write_database(root / "hr.lmdb", {"a": picture(), "b": picture()})
+    write_database(root / "lr.lmdb", {"a": picture(), "c": picture()}, scale=2)
+    use_databases(options)
+    problem = only(scan(options, root, train=True).problems)
+    assert "'b' not in" in problem
+    assert "'c' not in" in problem
+    with pytest.raises(ValueError, match="are different"):
+        basicsr_reads(options, "train", root)
+
+
+def test_a_cut_database_is_named(root, options):
+    write_database(root / "hr.lmdb", {"a": picture()})
+    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    data = root / "lr.lmdb" / "data.mdb"
+    data.write_bytes(data.read_bytes()[:5000])
+    use_databases(options)
+    assert "is cut short" in only(scan(options, root, train=True).problems)
+
+
+def test_an_entry_that_is_no_picture_is_named(root, options):
+    write_database(root / "hr.lmdb", {"a": picture()})
+    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    environment = lmdb.open(str(root / "lr.lmdb"))
+    with environment, environment.begin(write=True) as put:
+        put.put(b"a", b"no picture")
+    use_databases(options)
+    problem = only(scan(options, root, train=True).problems)
+    assert "1 of 1 files looked at" in problem
+    assert "no pictures that can be read: 'a'" in problem
+
+
+def test_pictures_without_a_partner_are_named(root, options):
+    (root / "data/LR/picture1.png").rename(root / "data/LR/other.png")
+    problems = scan(options, root, train=True).problems
+    assert [problem.split(": ")[0] for problem in problems] == [
+        "datasets:train:dataroot_lq",
+        "datasets:val:dataroot_lq",
+    ]
+    assert "HR without LR: 'picture1.png'" in problems[0]
+    assert "LR without HR: 'other.png'" in problems[0]
+    assert "the validation set made_val" in problems[1]
+    with pytest.raises(AssertionError):
+        basicsr_reads(options, "val", root)
+
+
+def test_names_follow_the_template(root, options):
+    for file in (root / "data/LR").iterdir():
+        file.rename(file.with_name(f"{file.stem}x2.png"))
+    for phase in ("train", "val"):
+        options["datasets"][phase]["filename_tmpl"] = "{}x2"
+    assert scan(options, root, train=True).problems == []
+    assert len(basicsr_reads(options, "val", root)) == SAMPLES
+
+
+def test_hidden_files_and_folders_are_passed_over_as_basicsr_does(root, options):
+    (root / "data/LR/.hidden").touch()
+    (root / "data/HR/folder").mkdir()
+    assert scan(options, root, train=True).problems == []
+    assert len(basicsr_reads(options, "val", root)) == SAMPLES
+
+
+def test_a_file_that_is_no_picture_is_named(root, options):
+    for side in ("HR", "LR"):
+        (root / "data" / side / "Thumbs.db").write_bytes(b"x")
+    problems = scan(options, root, train=True).problems
+    assert len(problems) == 4
+    assert "1 of 4 files looked at" in problems[0]
+    assert "'Thumbs.db'" in problems[0]
+
+
+LISTED = "picture0.png (48,64,3)\npicture2.png (48,64,3)\n"
+
+
+def test_a_list_says_which_pictures_there_are(root, options):
+    (root / "list.txt").write_text(LISTED)
+    options["datasets"]["val"]["meta_info_file"] = "list.txt"
+    found = scan(options, root, train=True)
+    assert found.problems == []
+    assert found.samples == {"train": SAMPLES, "val": 2}
+    options["datasets"]["val"]["meta_info_file"] = str(root / "list.txt")
+    assert len(basicsr_reads(options, "val", root)) == 2
+
+
+def test_what_is_wrong_with_a_list_is_said(root, options):
+    (root / "list.txt").write_text(LISTED + "\npicture9.png\n")
+    options["datasets"]["val"]["meta_info_file"] = "list.txt"
+    problems = scan(options, root, train=True).problems
+    assert [problem.split(": ")[0].split(":")[-1] for problem in problems] == [
+        "meta_info_file",
+        "dataroot_gt",
+        "dataroot_lq",
+    ]
+    assert "has 1 blank lines" in problems[0]
+    assert "1 of 3 listed pictures are not in" in problems[1]
+    assert "'picture9.png'" in problems[2]
+
+
+def test_sets_of_real_esrgan_are_read_as_it_lists_them(root, options):
+    (root / "pairs.txt").write_text("HR/picture0.png, LR/picture0.png\n")
+    dataset = options["datasets"]["train"]
+    dataset |= {"type": "RealESRGANPairedDataset", "meta_info": "pairs.txt"}
+    dataset |= {"dataroot_gt": "data", "dataroot_lq": "data"}
+    assert scan(options, root, train=True).samples["train"] == 1
+    dataset["meta_info"] = str(root / "pairs.txt")
+    assert len(basicsr_reads(options, "train", root)) == 1
+    (root / "pairs.txt").write_text("HR/picture0.png LR/picture0.png\n")
+    assert "write `HR, LR` in each line" in only(scan(options, root, train=True).problems)
+
+
+def test_single_pictures_need_no_hr(root, options):
+    options["datasets"]["val"] = {
+        "name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR",
+        "io_backend": {"type": "disk"},
+    }  # fmt: skip
+    found = scan(options, root, train=True)
+    assert found.problems == []
+    assert found.samples["val"] == SAMPLES
+
+
+@pytest.mark.parametrize("template", ["{x}", "{1}", "{"])
+def test_a_template_that_is_none_is_named(root, options, template):
+    options["datasets"]["val"]["filename_tmpl"] = template
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith(f"datasets:val: filename_tmpl {template!r} is no template")
+
+
+def test_patches_must_fit_into_hr(root, options):
+    options["datasets"]["train"]["gt_size"] = 50
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith("datasets:train:dataroot_gt: the training set made: 3 of 3 pictures")
+    assert "smaller than 50 x 50 pixels, gt_size: " in problem
+    assert "the first 48 x 64" in problem
+    with pytest.raises(ValueError, match="is smaller than patch size"):
+        basicsr_reads(options, "train", root)
+
+
+def test_a_border_must_leave_something_to_measure(root, options):
+    options["val"]["metrics"]["psnr"]["crop_border"] = 24
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith("datasets:val:dataroot_gt: ")
+    assert "smaller than 49 x 49 pixels, of which crop_border 24 leaves nothing" in problem
+    options["val"]["metrics"]["psnr"]["crop_border"] = 23
+    assert scan(options, root, train=True).problems == []
+
+
+def test_hr_is_lr_times_the_scale(root, options):
+    """For a benchmark, HR may be larger by less than one LR pixel; BasicSR crops any rest."""
+    hr = root / "data/HR/picture1.png"
+    for size, wrong in (
+        ((48, 65), ["train"]), ((49, 65), ["train"]), ((48, 66), ["train", "val"]),
+        ((47, 64), ["train", "val"]), ((64, 48), ["train", "val"]),
+    ):  # fmt: skip
+        cv2.imwrite(str(hr), picture(*size))
+        problems = scan(options, root, train=True).problems
+        assert [problem.split(":")[1] for problem in problems] == wrong, size
+        assert f"HR {size[0]} x {size[1]} and LR 24 x 32, a scale of" in problems[0]
+        assert "1 of 3 pairs looked at" in problems[0]
+        assert "'picture1.png'" in problems[0]
+        with pytest.raises(ValueError, match="Scale mismatches"):
+            basicsr_reads(options, "train", root)
+
+
+def test_rotated_photographs_have_the_size_that_basicsr_reads(root, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=exif)
+    assert cv2.imread(str(tmp_path / "a.jpg")).shape == (32, 16, 3)
+    assert read_header(tmp_path / "a.jpg")[:2] == (32, 16)
+
+
+def test_headers_tell_what_opencv_decodes(tmp_path):
+    for suffix in ("png", "jpg", "bmp", "webp", "tif", "ppm"):
+        file = tmp_path / f"a.{suffix}"
+        assert cv2.imwrite(str(file), picture(5, 9))
+        assert read_header(file) == (5, 9, False, False, False), suffix
+    for suffix in ("png", "tif"):
+        for channels in (1, 3, 4):
+            file = tmp_path / f"deep{channels}.{suffix}"
+            assert cv2.imwrite(str(file), np.full((5, 9, channels), 40_000, np.uint16))
+            assert read_header(file) == (5, 9, channels == 1, channels == 4, True), file
+
+
+@pytest.mark.parametrize(
+    ("channels", "type", "said"),
+    [
+        (1, np.uint8, "are gray: 'picture1.png'; BasicSR makes three equal channels of them"),
+        (4, np.uint8, "have transparency: 'picture1.png'; BasicSR drops it"),
+        (3, np.uint16, "have more than 8 bits: 'picture1.png'; BasicSR reads 8 of them"),
+    ],
+)
+def test_what_basicsr_changes_in_pictures_is_a_warning(root, options, channels, type, said):
+    content = np.full((48, 64, channels), np.iinfo(type).max // 2, type)
+    assert cv2.imwrite(str(root / "data/HR/picture1.png"), content)
+    found = scan(options, root, train=True)
+    assert found.problems == []
+    assert [line.split(": ")[0] for line in found.warnings] == [
+        "datasets:train:dataroot_gt",
+        "datasets:val:dataroot_gt",
+    ]
+    assert "1 of 3 pictures looked at" in found.warnings[0]
+    assert said in found.warnings[0]
+    assert basicsr_reads(options, "val", root)[0]["gt"].shape == (3, 48, 64)
+
+
+def test_of_many_pictures_headers_of_some_are_read(root, options, monkeypatch):
+    monkeypatch.setattr(module, "MOST_HEADERS", 2)
+    read = []
+    monkeypatch.setattr(module, "read_header", lambda file: read.append(file) or read_header(file))
+    found = scan(options, root, train=True)
+    assert "datasets:val: 3 pairs; looked at the headers of 2" in found.notes
+    assert [file.name for file in read] == ["picture0.png", "picture2.png"] * 4
+    (root / "data/LR/picture1.png").unlink()
+    assert len(scan(options, root, train=True).problems) == 2  # names are looked at in full
+
+
+def test_values_of_a_database_are_not_read_for_its_keys(root):
+    """Only pictures whose headers are looked at are touched: 32,592 keys in seconds."""
+    pictures = {f"a{index:04}": picture(1, 1) for index in range(3000)}
+    write_database(root / "hr.lmdb", pictures)
+    database = module._read_database(root / "hr.lmdb")
+    assert (len(database.keys), len(database.headers)) == (3000, 1500)
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", [], {}, {1: {}}, {"type": "lmdb"}])
+def test_faulty_options_are_passed_over(root, options, value):
+    assert scan({"datasets": value}, root, train=True).problems == []
+    paths = [("datasets", "train"), ("scale",), ("val",), ("name",)]
+    keys = ("type", "io_backend", "dataroot_gt", "gt_size", "filename_tmpl", "name")
+    paths += [("datasets", "train", key) for key in keys]
+    for *sections, key in paths:
+        changed = json.loads(json.dumps(options))
+        node = changed
+        for section in sections:
+            node = node[section]
+        node[key] = value
+        scan(changed, root, train=True)
+
+
+def test_sets_of_somebody_elses_type_are_left_alone(root, options):
+    shutil.rmtree(root / "data/LR")
+
+    class PairedImageDataset:
+        pass
+
+    registered = {"dataset": {"PairedImageDataset": PairedImageDataset}}
+    assert scan(options, root, train=True, registered=registered).samples == {}
+
+
+def test_an_epoch_must_have_a_whole_batch(options):
+    options["datasets"]["train"] |= {"batch_size_per_gpu": 4, "dataset_enlarge_ratio": 2}
+    for copies, enough in ((1, True), (2, True), (3, False)):
+        problems = batch_problems(options, {"train": 4}, copies)
+        assert (problems == []) == enough
+    assert only(problems) == (
+        "datasets:train:batch_size_per_gpu: 4 samples times dataset_enlarge_ratio 2 are less than "
+        "one batch of 4 samples for each of 3 processes or GPUs; raise the ratio to 3, or write a "
+        "smaller batch"
+    )
+    options["datasets"]["train"]["dataset_enlarge_ratio"] = 3
+    assert batch_problems(options, {"train": 4}, 3) == []
+    assert batch_problems(options, {}, 3) == []
+
+
+def pair_size(root, options):
+    """What BasicSR's model really writes for a pair."""
+    import torch
+    from basicsr.archs import build_network
+
+    network = build_network(options["network_g"])
+    optimizer = torch.optim.Adam(network.parameters())
+    sum(parameter.sum() for parameter in network.parameters()).backward()
+    optimizer.step()
+    weights = network.state_dict()
+    torch.save({"params": weights, "params_ema": weights | {}}, root / "a.pth")
+    copied = {name: tensor.clone() for name, tensor in weights.items()}
+    torch.save({"params": weights, "params_ema": copied}, root / "a.pth")
+    torch.save(optimizer.state_dict(), root / "a.state")
+    return sum((root / name).stat().st_size for name in ("a.pth", "a.state"))
+
+
+@pytest.mark.parametrize("network", [None, {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}])
+def test_the_room_for_checkpoints_is_estimated(root, options, monkeypatch, network):
+    if network is not None:
+        options["network_g"] = network
+    size = pair_size(root, options)
+    options["train"]["total_iter"], options["logger"]["save_checkpoint_freq"] = 10, 2
+
+    def with_room_for(pairs):
+        usage = shutil._ntuple_diskusage(0, 0, int(pairs * size))
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
+        return check_disk(options, root, train=True)
+
+    assert with_room_for(6.5) == ([], [])
+    problems, warnings = with_room_for(5)
+    assert problems == []
+    assert "GB for 6; they will not all fit" in only(warnings)
+    problems, warnings = with_room_for(1.5)
+    assert warnings == []
+    assert "make room for at least two" in only(problems)
+    options["logger"]["keep_last"] = 2
+    assert with_room_for(3.3) == ([], [])
+
+
+def test_folders_must_take_what_is_written(root, options, monkeypatch):
+    assert check_disk(options, root, train=True) == ([], [])
+    assert check_disk(options, root, train=False) == ([], [])
+    (root / "results").touch()
+    problem = only(check_disk(options, root, train=False)[0])
+    assert problem.startswith(f"{root / 'results'} is no folder")
+    (root / "experiments").mkdir(mode=0o500)
+    allowed = os.access
+    closed = root / "experiments"
+    monkeypatch.setattr(
+        module.os, "access", lambda path, how: path != closed and allowed(path, how)
+    )
+    assert f"{closed} cannot be written to" in only(check_disk(options, root, train=True)[0])

@@ -1,0 +1,258 @@
+"""Weights that a run starts from: whole, of the network asked for, and the ones that are meant."""
+
+import copy
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from torch import nn
+
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.pipeline import weights as module
+from dlgsanet_arch.pipeline.weights import check
+
+EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1}
+SWINIR = {
+    "type": "SwinIR", "img_size": 8, "embed_dim": 12, "depths": [2], "num_heads": [2],
+    "window_size": 4, "upscale": 2, "upsampler": "pixelshuffledirect",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def registered():
+    class OnTheCPU(nn.Module):
+        """Computes with values while it is built, as some networks do."""
+
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+            self.layer = nn.Conv2d(channels, channels, 1)
+
+    class Broken(nn.Module):
+        def __init__(self, channels: int) -> None:
+            raise AssertionError(f"{channels} is too few")
+
+    found = module.registered_networks()
+    return {"arch": dict(found["arch"]) | {"OnTheCPU": OnTheCPU, "Broken": Broken}}
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(content, name="weights.pth"):
+        torch.save(content, tmp_path / name)
+        return name
+
+    return save
+
+
+def state(network):
+    from basicsr.archs import build_network
+
+    return build_network(network).state_dict()
+
+
+def options_of(network, train=False, **paths):
+    options = helpers.small_train_options(Path("data"), network_g=network)
+    options = copy.deepcopy(options)
+    options["path"] = {"strict_load_g": True} | paths
+    if not train:
+        del options["train"]
+    return options
+
+
+def load_in_basicsr(options, root, changes):
+    """Load the weights as BasicSR does; returns the values of the first tensor."""
+    from basicsr.models import build_model
+
+    options = copy.deepcopy(options) | {"is_train": False, "num_gpu": 0, "dist": False}
+    options["path"]["pretrain_network_g"] = str(root / options["path"]["pretrain_network_g"])
+    for path, value in changes.items():
+        options["path"][path.removeprefix("path:")] = value
+    return next(build_model(options).net_g.parameters()).flatten()[0].item()
+
+
+@pytest.fixture
+def found(tmp_path, registered):
+    def found(options, train=False, resumed=None):
+        before = copy.deepcopy(options)
+        result = check(options, tmp_path, train=train, registered=registered, resumed=resumed or {})
+        assert options == before
+        return result
+
+    return found
+
+
+def constant(state_dict, value):
+    return {name: torch.full_like(tensor, value) for name, tensor in state_dict.items()}
+
+
+LAYOUTS = [
+    ({"params": 1, "params_ema": 2}, "params_ema", "params"),
+    ({"params": 1}, "params", "params"),
+    ({"params_ema": 2}, "params_ema", "params_ema"),
+    ({"state_dict": 3, "epoch": None}, "state_dict", "state_dict"),
+    (4, None, None),
+]
+
+
+@pytest.mark.parametrize(("layout", "tested", "trained"), LAYOUTS, ids=str)
+def test_the_weights_that_are_meant_are_found(save, found, tmp_path, layout, tested, trained):
+    """The average in a test, as the training validated it; whatever layout the file has."""
+    weights = state(EDSR)
+    if isinstance(layout, dict):
+        content = {key: value and constant(weights, value) for key, value in layout.items()}
+    else:
+        content = constant(weights, layout)
+    options = options_of(EDSR, pretrain_network_g=save(content))
+    result = found(options)
+    assert result.problems == []
+    assert result.changes == {"path:param_key_g": tested}
+    assert result.notes == [f"testing {tested or 'the weights'} of {tmp_path / 'weights.pth'}"]
+    value = layout[tested] if tested else layout
+    assert load_in_basicsr(options, tmp_path, result.changes) == value
+    training = options_of(EDSR, train=True, pretrain_network_g="weights.pth")
+    training["train"]["ema_decay"] = 0
+    result = found(training, train=True)
+    assert result.changes == {"path:param_key_g": trained}
+    assert result.notes[0].startswith(f"network_g starts from {trained or 'the weights'} of ")
+
+
+def test_a_key_that_is_asked_for_is_used(save, found, tmp_path):
+    content = {"params": state(EDSR), "params_ema": state(EDSR)}
+    options = options_of(EDSR, pretrain_network_g=save(content), param_key_g="params")
+    result = found(options)
+    assert (result.problems, result.changes) == ([], {})
+    assert result.notes == [f"testing params of {tmp_path / 'weights.pth'}"]
+
+
+FAULTS = [
+    (lambda weights: {"params": weights}, {"param_key_g": "params_emma"},
+     "has no 'params_emma': it has the keys params"),
+    (lambda weights: {"params": weights}, {"param_key_g": None},
+     "is no bare state dict, as path:param_key_g ~ says; write param_key_g: params"),
+    (lambda weights: weights, {"param_key_g": "params"}, "it is a bare state dict; write"),
+    (lambda weights: [1], {}, "holds a list"),
+    (lambda weights: {"iter": 1, "optimizers": []}, {}, "it is a training state"),
+    (lambda weights: {"params": {"a": Path()}}, {}, "holds a Python object"),
+    (lambda weights: {"params": dict(list(weights.items())[1:])}, {}, "of another network than "
+     "this EDSR; absent from the file: "),
+    (lambda weights: {"params": weights | {"b": torch.zeros(1)}}, {}, "unknown to the network: b"),
+    (lambda weights: {"params": weights | {"conv_first.weight": torch.zeros(1)}}, {},
+     "of another size: conv_first.weight"),
+    (lambda weights: {"params": {f"x.{name}": weights[name] for name in weights}},
+     {"strict_load_g": False},
+     "fits network_g; with path:strict_load_g false BasicSR would go on with random weights"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "paths", "said"), FAULTS)
+def test_what_is_wrong_with_weights_is_said(save, found, tmp_path, make, paths, said):
+    content = make(state(EDSR))
+    result = found(options_of(EDSR, pretrain_network_g=save(content), **paths))
+    assert len(result.problems) == 1, result
+    assert result.problems[0].startswith(f"path:pretrain_network_g: {tmp_path / 'weights.pth'}")
+    assert said in result.problems[0]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_cut_file_is_named(save, found, tmp_path, share):
+    file = tmp_path / save({"params": state(EDSR)})
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    (problem,) = found(options_of(EDSR, pretrain_network_g=file.name)).problems
+    assert "is truncated or damaged" in problem or "is empty" in problem
+
+
+def test_files_of_old_pytorch_are_read(found, tmp_path):
+    file = tmp_path / "old.pth"
+    torch.save({"params": state(EDSR)}, file, _use_new_zipfile_serialization=False)
+    assert found(options_of(EDSR, pretrain_network_g="old.pth")).problems == []
+
+
+def test_weights_that_fit_in_part_are_counted(save, found, tmp_path):
+    weights = state(EDSR)
+    part = {name: weights[name] for name in list(weights)[:3]} | {"other": torch.zeros(1)}
+    options = options_of(EDSR, pretrain_network_g=save({"params": part}), strict_load_g=False)
+    result = found(options)
+    assert result.problems == []
+    assert result.notes[0] == (
+        f"network_g: loads 3 of {len(weights)} tensors of {tmp_path / 'weights.pth'}, as "
+        "path:strict_load_g is false"
+    )
+    load_in_basicsr(options, tmp_path, result.changes)
+
+
+def test_a_dlgsanet_of_another_configuration_is_named_by_its_arguments(save, found):
+    network = dict(helpers.SMALL_NETWORK)
+    arguments = {name: value for name, value in network.items() if name != "type"}
+    weights = DLGSANet(**(arguments | {"blocks": 2})).state_dict()
+    (problem,) = found(options_of(network, pretrain_network_g=save({"params": weights}))).problems
+    assert "the weights are of another configuration: they are DLGSANet (blocks: 2)" in problem
+
+
+def test_every_network_of_a_training_is_checked(save, found):
+    options = options_of(
+        EDSR,
+        train=True,
+        pretrain_network_g=save({"params": state(EDSR)}),
+        pretrain_network_d=save({"params": constant(state(EDSR), 1)}, "d.pth"),
+    )
+    options["network_d"] = {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4}
+    result = found(options, train=True)
+    (problem,) = result.problems
+    assert problem.startswith("path:pretrain_network_d: ")
+    assert "than this UNetDiscriminatorSN" in problem
+    assert result.changes == {"path:param_key_g": "params"}
+    assert found(options).problems == []  # a test has no use for it
+
+
+def test_averages_must_start_from_something(save, found):
+    options = options_of(EDSR, train=True, pretrain_network_g=save(state(EDSR)))
+    (problem,) = found(options, train=True).problems
+    assert "has neither the key params nor params_ema" in problem
+    options["train"]["ema_decay"] = 0
+    assert found(options, train=True).problems == []
+
+
+def test_weights_of_a_saved_state_are_checked_instead_of_the_options(save, found, tmp_path):
+    resumed = {
+        "network_g": tmp_path / save({"params": state(EDSR), "params_ema": 1}, "net_g_2.pth")
+    }
+    options = options_of(EDSR, train=True, pretrain_network_g=save({"params": {}}))
+    result = found(options, train=True, resumed=resumed)
+    assert (result.problems, result.notes, result.changes) == ([], [], {})
+    options["network_g"] = EDSR | {"num_block": 2}
+    (problem,) = found(options, train=True, resumed=resumed).problems
+    assert problem.startswith(f"network_g: {resumed['network_g']}: ")
+    assert "absent from the file: body.1" in problem
+
+
+def test_networks_that_compute_while_they_are_built_are_compared(save, found):
+    """SwinIR cannot be built without memory; its real tensors are compared then."""
+    with pytest.raises(RuntimeError), torch.device("meta"):
+        state(SWINIR)
+    assert found(options_of(SWINIR, pretrain_network_g=save(state(SWINIR)))).problems == []
+    other = SWINIR | {"embed_dim": 24}
+    assert len(found(options_of(other, pretrain_network_g="weights.pth")).problems) == 1
+    before = torch.get_rng_state()
+    network = {"type": "OnTheCPU", "channels": 2}
+    (problem,) = found(options_of(network, pretrain_network_g="weights.pth")).problems
+    assert "absent from the file: layer.weight, layer.bias" in problem
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_cannot_be_built_is_a_problem(found):
+    assert found(options_of({"type": "Broken", "channels": 2})).problems == [
+        "network_g: Broken cannot be built: AssertionError: 2 is too few"
+    ]
+
+
+@pytest.mark.parametrize(
+    "network", [None, 5, {}, {"type": "No"}, {"type": "EDSR"}, {"type": "EDSR", "a": 1}]
+)
+def test_what_the_check_of_options_reports_is_passed_over(save, found, network):
+    result = found(options_of(network, pretrain_network_g=save({"params": state(EDSR)})))
+    assert result.problems == []
+    assert found(options_of(EDSR, pretrain_network_g="gone.pth")).problems == []
+    assert found({"network_g": EDSR, "path": network}).problems == []
