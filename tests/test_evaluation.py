@@ -1,0 +1,677 @@
+import copy
+import csv
+import json
+import logging
+import math
+import random
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import helpers
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.models.realesrnet_model import RealESRNetModel
+from basicsr.models.sr_model import SRModel
+from basicsr.models.swinir_model import SwinIRModel
+from basicsr.utils.registry import METRIC_REGISTRY
+from torch.nn.parallel import DistributedDataParallel
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline import evaluation
+from dlgsanet_arch.pipeline.evaluation import Evaluation, EvaluationError, Row
+from dlgsanet_arch.pipeline.processes import ElsewhereError, Processes
+from dlgsanet_arch.tiles import self_ensemble
+
+PICTURES = 5
+
+NETWORKS = {
+    "DLGSANet": dict(helpers.SMALL_NETWORK),
+    "EDSR": {
+        "type": "EDSR",
+        "num_in_ch": 3,
+        "num_out_ch": 3,
+        "num_feat": 8,
+        "num_block": 1,
+        "upscale": 2,
+    },
+    "SwinIR": {
+        "type": "SwinIR",
+        "upscale": 2,
+        "in_chans": 3,
+        "img_size": 14,
+        "window_size": 7,
+        "img_range": 1.0,
+        "depths": [1],
+        "embed_dim": 12,
+        "num_heads": [2],
+        "mlp_ratio": 1,
+        "upsampler": "pixelshuffledirect",
+        "resi_connection": "1conv",
+    },
+}
+
+
+class ThirdParty(SRModel):
+    """A model with a test of its own, and results that are not `output`."""
+
+    def test(self):
+        super().test()
+        self.blended = 0.5 * self.output + 0.5 * self.output.flip(1)
+
+    def get_current_visuals(self):
+        return OrderedDict(result=self.blended.cpu(), gt=self.gt.cpu())
+
+
+MODELS = {
+    "SRModel of DLGSANet": (SRModel, "DLGSANet"),
+    "SRModel of EDSR": (SRModel, "EDSR"),
+    "SwinIRModel": (SwinIRModel, "SwinIR"),
+    "a third party's": (ThirdParty, "EDSR"),
+}
+
+METRICS = {
+    "psnr": {"type": "calculate_psnr", "crop_border": 2, "test_y_channel": True},
+    "ssim": {"type": "calculate_ssim", "crop_border": 2, "test_y_channel": True},
+    "rgb": {"type": "calculate_psnr", "crop_border": 0, "better": "higher"},
+}
+
+
+@METRIC_REGISTRY.register()
+def mean_level(img, **settings):
+    return float(img.mean())
+
+
+@METRIC_REGISTRY.register()
+def largest_error(img, img2, **settings):
+    return np.abs(img.astype(float) - img2).max()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    helpers.write_pairs(folder, PICTURES)
+    return folder
+
+
+@pytest.fixture
+def logged():
+    """The lines that BasicSR's logger is given."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("basicsr")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def complete(folder: Path, data: Path, network: str = "EDSR", *, train: bool = True) -> dict:
+    opt = helpers.small_train_options(data)
+    val = {"suffix": None, "pbar": False, "metrics": copy.deepcopy(METRICS), "save_img": True}
+    paths = {"visualization": str(folder / "visualization"), "pretrain_network_g": None}
+    opt |= {
+        "is_train": train,
+        "dist": False,
+        "rank": 0,
+        "num_gpu": 0,
+        "network_g": copy.deepcopy(NETWORKS[network]),
+        "val": val,
+        "path": paths,
+    }
+    opt["datasets"]["val"] |= {"phase": "val", "scale": 2, "num_worker_per_gpu": 0}
+    return opt
+
+
+def built(kind: type[SRModel], opt: dict) -> SRModel:
+    torch.manual_seed(1)
+    model = kind(copy.deepcopy(opt))
+    for parameter in model.net_g.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def evaluate(
+    model: SRModel, opt: dict, processes: Processes | None = None, writer: Any = None
+) -> Evaluation:
+    processes = processes or Processes()
+    loader = evaluation.build_loader(opt["datasets"]["val"], processes)
+    evaluation.install(model, processes)
+    return model.validation(loader, 7, writer, opt["val"]["save_img"])
+
+
+def of_basicsr(model: SRModel, opt: dict) -> dict[str, float]:
+    dataset_opt = opt["datasets"]["val"]
+    loader = build_dataloader(build_dataset(dataset_opt), dataset_opt)
+    SRModel.nondist_validation(model, loader, 7, None, True)
+    return model.metric_results
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_figures_pictures_and_records_are_basicsr_s(kind, train, data, tmp_path, logged):
+    model_class, network = MODELS[kind]
+    made = []
+    for folder, validate in ((tmp_path / "ours", evaluate), (tmp_path / "theirs", of_basicsr)):
+        opt = complete(folder, data, network, train=train)
+        model = built(model_class, opt)
+        validate(model, opt)
+        made.append((model, files(folder), logged[-1]))
+    (ours, our_files, our_line), (theirs, their_files, their_line) = made
+    for name, value in theirs.metric_results.items():
+        close = 1e-6 if name == "ssim" else 1e-4
+        assert ours.metric_results[name] == pytest.approx(value, rel=0, abs=close)
+        best = theirs.best_metric_results["made_val"][name]
+        assert ours.best_metric_results["made_val"][name] == {
+            **best,
+            "val": pytest.approx(best["val"], rel=0, abs=close),
+        }
+    assert list(ours.metric_results) == list(theirs.metric_results)
+    assert len(our_files) == PICTURES
+    assert our_files == their_files
+    assert our_line == their_line
+    assert our_line.startswith("Validation made_val\n\t # psnr: ")
+
+
+def test_what_comes_back_is_each_picture_and_the_means(data, tmp_path):
+    opt = complete(tmp_path, data)
+    found = evaluate(built(SRModel, opt), opt)
+    assert (found.dataset, found.iteration, found.identical) == ("made_val", 7, 0)
+    assert [row.name for row in found.rows] == [f"picture{i}" for i in range(PICTURES)]
+    for name, mean in found.means.items():
+        assert mean == pytest.approx(np.mean([row.values[name] for row in found.rows]), rel=1e-12)
+
+
+def test_workers_read_what_this_process_reads(data, tmp_path):
+    opt = complete(tmp_path, data)
+    alone = evaluate(built(SRModel, opt), opt)
+    opt["datasets"]["val"]["num_worker_per_gpu"] = 2
+    assert evaluate(built(SRModel, opt), opt) == alone
+
+
+@pytest.mark.parametrize(
+    ("model_class", "network"), [(SRModel, "DLGSANet"), (SwinIRModel, "SwinIR")]
+)
+def test_ensemble_and_tiles_go_through_the_model_s_own_test(model_class, network, data, tmp_path):
+    opt = complete(tmp_path, data, network)
+    seen = []
+
+    class Watched(model_class):
+        def test(self):
+            seen.append(tuple(self.lq.shape[2:]))
+            super().test()
+
+    plain = evaluate(built(Watched, opt), opt)
+    assert seen == [(24, 32)] * PICTURES
+    opt["val"]["self_ensemble"] = True
+    seen.clear()
+    model = built(Watched, opt)
+    ensemble = evaluate(model, opt)
+    assert len(seen) == 8 * PICTURES
+    assert seen.count((32, 24)) == 4 * PICTURES
+    assert ensemble.means != plain.means
+    saved = cv2.imread(str(tmp_path / "visualization/picture2/picture2_7.png"))
+    lq = cv2.imread(str(data / "LR/picture2.png"))[..., ::-1].astype(np.float32) / 255
+    model.lq = torch.from_numpy(lq.copy()).permute(2, 0, 1)[None]
+
+    def run(picture):
+        model.lq = picture
+        model.test()
+        return model.output
+
+    expected = self_ensemble(run, model.lq).clamp(0, 1).mul(255).round()[0]
+    assert np.array_equal(saved[..., ::-1], expected.permute(1, 2, 0).numpy())
+    opt["val"] |= {"self_ensemble": False, "tile": 16, "tile_overlap": 8}
+    seen.clear()
+    tiled = evaluate(built(Watched, opt), opt)
+    assert seen == [(16, 16)] * 6 * PICTURES
+    assert 0 < abs(tiled.means["psnr"] - plain.means["psnr"]) < 2
+
+
+def test_tiles_of_a_network_that_sees_little_change_nothing(data, tmp_path):
+    opt = complete(tmp_path, data, "EDSR")
+    plain = evaluate(built(SRModel, opt), opt)
+    opt["val"]["tile"] = 28  # 14 shared: the margin of 3 is not all that EDSR sees
+    assert evaluate(built(SRModel, opt), opt).means["ssim"] != plain.means["ssim"]
+    opt["val"] |= {"tile": 30, "tile_overlap": 28}  # 7 pixels: 5 layers of 3x3, one of them at x2
+    tiled = evaluate(built(SRModel, opt), opt)
+    assert tiled.means == pytest.approx(plain.means, abs=1e-4)
+
+
+@dataclass(frozen=True)
+class Thread(Processes):
+    """One of several processes, in threads of this one."""
+
+    board: tuple[threading.Barrier, list] = ()
+
+    def gather(self, value):
+        barrier, values = self.board
+        values[self.rank] = value
+        barrier.wait(timeout=60)
+        gathered = list(values)
+        barrier.wait(timeout=60)
+        return gathered
+
+
+def in_ranks(world: int, run) -> list:
+    """Call run(processes) once for each of several ranks; return results or errors."""
+    board = threading.Barrier(world), [None] * world
+    results = [None] * world
+
+    def call(rank):
+        try:
+            results[rank] = run(Thread(rank, world, board=board))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_find_together_what_one_finds_alone(world, data, tmp_path, monkeypatch):
+    opt = complete(tmp_path / "one", data)
+    alone = evaluate(built(SRModel, opt), opt)
+    whole = files(tmp_path / "one")
+
+    def as_another_disk_lists_it(dataset_opt):
+        dataset = build_dataset(dataset_opt)
+        random.shuffle(dataset.paths)
+        return dataset
+
+    monkeypatch.setattr(evaluation, "build_dataset", as_another_disk_lists_it)
+    opt = complete(tmp_path / "many", data)
+    models = [built(SRModel, opt) for _ in range(world)]
+    found = in_ranks(world, lambda each: evaluate(models[each.rank], opt, each))
+    assert found == [alone] * world  # to the bit
+    assert files(tmp_path / "many") == whole
+    bests = [model.best_metric_results for model in models]
+    assert bests == [bests[0]] * world
+
+
+def test_a_rank_that_fails_stops_the_others_with_its_reason(data, tmp_path):
+    broken = tmp_path / "broken"
+    helpers.write_pairs(broken, PICTURES)
+    (broken / "LR/picture1.png").write_bytes(b"no picture")
+    opt = complete(tmp_path, broken)
+    models = [built(SRModel, opt) for _ in range(3)]
+    found = in_ranks(3, lambda each: evaluate(models[each.rank], opt, each))
+    assert [type(error) for error in found] == [ElsewhereError, EvaluationError, ElsewhereError]
+    assert all("LR/picture1.png of the data set made_val" in str(error) for error in found)
+
+
+class Painter(SRModel):
+    """Gives the ground truth, or what is no number, for the pictures that it is told."""
+
+    perfect, broken = (), ()
+
+    def feed_data(self, data):
+        super().feed_data(data)
+        self.name = Path(data["lq_path"][0]).stem
+
+    def test(self):
+        super().test()
+        if self.name in self.perfect:
+            self.output = self.gt + 1e-4
+        if self.name in self.broken:
+            self.output[0, 0, 3, 3] = self.broken[self.name]
+
+
+def test_identical_pictures_are_counted_and_left_out_of_the_mean(data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    plain = evaluate(built(SRModel, opt), opt)
+    model = built(Painter, opt)
+    model.perfect = ("picture1", "picture4")
+    found = evaluate(model, opt)
+    psnr = [row.values["psnr"] for row in found.rows]
+    assert [value == math.inf for value in psnr] == [False, True, False, False, True]
+    rest = [plain.rows[i].values for i in (0, 2, 3)]
+    assert found.means["psnr"] == pytest.approx(np.mean([row["psnr"] for row in rest]))
+    expected = (sum(row["ssim"] for row in rest) + 2) / PICTURES
+    assert found.means["ssim"] == pytest.approx(expected)
+    assert found.identical == 2
+    lines = logged[-1].splitlines()
+    assert lines[1].endswith("\tidentical (inf, not in the mean): 2 of 5")
+    assert "identical" not in lines[2]
+
+
+def test_all_identical_is_infinite(data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    model = built(Painter, opt)
+    model.perfect = [f"picture{i}" for i in range(PICTURES)]
+    found = evaluate(model, opt)
+    assert (found.means["psnr"], found.identical) == (math.inf, PICTURES)
+    assert model.best_metric_results["made_val"]["psnr"]["val"] == math.inf
+    assert "# psnr: inf\tBest: inf @ 7 iter\tidentical" in logged[-1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    opt["val"]["metrics"]["level"] = {"type": "mean_level"}
+    model = built(Painter, opt)
+    model.broken = {"picture3": value}
+    found = evaluate(model, opt)
+    assert all(math.isnan(figure) for figure in found.rows[3].values.values())
+    assert all(math.isfinite(figure) for figure in found.rows[2].values.values())
+    assert all(math.isnan(mean) for mean in found.means.values())
+    assert any("picture3 of the data set made_val is not finite" in line for line in logged)
+    assert model.best_metric_results["made_val"]["psnr"]["iter"] == -1
+
+
+def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    opt["val"]["metrics"]["error"] = {"type": "largest_error", "better": "lower"}
+    model = built(Painter, opt)
+    loader = evaluation.build_loader(opt["datasets"]["val"], Processes())
+    evaluation.install(model, Processes())
+    first = model.validation(loader, 5, None)
+    model.perfect = ("picture0", "picture1")
+    del model.best_metric_results["made_val"]["ssim"]  # as resumed from a run without it
+    second = model.validation(loader, 10, None)
+    model.perfect = ()
+    model.validation(loader, 15, None)
+    bests = model.best_metric_results["made_val"]
+    assert bests["error"] == {"better": "lower", "val": second.means["error"], "iter": 10}
+    assert bests["ssim"] == {"better": "higher", "val": second.means["ssim"], "iter": 10}
+    assert first.means["error"] > second.means["error"]
+    assert (
+        f"# error: {first.means['error']:.4f}\tBest: {bests['error']['val']:.4f} @ 10 iter"
+        in (logged[-1])
+    )
+
+
+def test_a_set_without_ground_truth(data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    opt["datasets"]["val"]["type"] = "SingleImageDataset"
+    opt["val"]["metrics"] |= {"level": {"type": "mean_level"}, "error": {"type": "largest_error"}}
+    model = built(SRModel, opt)
+    model.gt = torch.zeros(1, 3, 48, 64)  # of the training's last batch
+    found = evaluate(model, opt)
+    pictures = [cv2.imread(str(path)) for path in sorted(tmp_path.rglob("*_7.png"))]
+    assert found.means == {"level": pytest.approx(np.mean([each.mean() for each in pictures]))}
+    warnings = [line for line in logged if "no ground truth" in line]
+    assert len(warnings) == 1
+    assert "psnr, ssim, rgb, error of val:metrics" in warnings[0]
+
+
+def test_other_metrics_are_given_basicsr_s_pictures(data, tmp_path):
+    opt = complete(tmp_path, data)
+    opt["val"]["metrics"] = {
+        "error": {"type": "largest_error", "better": "lower"},
+        "level": {"type": "mean_level"},
+    }
+    found = evaluate(built(SRModel, opt), opt)
+    expected = of_basicsr(built(SRModel, opt), opt)
+    assert found.means == pytest.approx(expected, rel=1e-12)
+
+
+def test_nothing_to_measure_still_runs_and_saves(data, tmp_path):
+    opt = complete(tmp_path, data)
+    del opt["val"]["metrics"]
+    found = evaluate(built(SRModel, opt), opt)
+    assert found.means == {}
+    assert found.rows[4] == Row("picture4", {})
+    assert len(files(tmp_path)) == PICTURES
+
+
+class Careless(SRModel):
+    """Draws random numbers, changes modes, notes what it is, and may fail."""
+
+    failing = False
+
+    def test(self):
+        self.seen = type(self.net_g), self.is_train, torch.is_grad_enabled()
+        random.random(), np.random.rand(), torch.rand(1)
+        self.net_g.train()
+        self.net_g_ema.train()
+        super().test()
+        if self.failing:
+            raise RuntimeError("no luck")
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_nothing_is_disturbed(failing, data, tmp_path, group):
+    opt = complete(tmp_path, data)
+    model = built(Careless, opt)
+    model.failing = failing
+    model.net_g = wrapped = DistributedDataParallel(model.net_g)
+    first = next(wrapped.module.children()).eval()  # as a frozen layer
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    if failing:
+        with pytest.raises(RuntimeError, match="no luck"):
+            evaluate(model, opt)
+    else:
+        evaluate(model, opt)
+    assert model.seen == (type(wrapped.module), True, False)
+    assert model.net_g is wrapped
+    assert wrapped.training
+    assert wrapped.module.training
+    assert not first.training
+    assert not any(module.training for module in model.net_g_ema.modules())
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.get_rng_state().tolist() == states[2]
+
+
+def test_real_esrgan_s_synthesis_is_off(data, tmp_path):
+    class RealLike(Careless):  # the real ones need CUDA
+        nondist_validation = RealESRNetModel.nondist_validation
+
+    opt = complete(tmp_path, data)
+    model = built(RealLike, opt)
+    assert len(evaluate(model, opt).rows) == PICTURES
+    assert model.seen[1] is False
+    assert model.is_train is True
+
+
+class OwnWay(SRModel):
+    """Validates by its own method, which uses the loader as BasicSR's does."""
+
+    def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        self.calls = dataloader.dataset.opt["name"], len(dataloader), current_iter, save_img
+        self.read = [batch["lq_path"][0] for batch in dataloader]
+        assert not isinstance(self.net_g, DistributedDataParallel)
+        torch.rand(1)
+        self.metric_results = {"psnr": np.float64(12.5)}
+
+
+def test_a_validation_of_a_class_s_own_is_left_alone(data, tmp_path, logged):
+    opt = complete(tmp_path, data)
+    model = built(OwnWay, opt)
+    state = torch.get_rng_state()
+    found = evaluate(model, opt)
+    assert model.calls == ("made_val", PICTURES, 7, True)
+    assert [Path(path).stem for path in model.read] == [f"picture{i}" for i in range(PICTURES)]
+    assert found == Evaluation("made_val", 7, (), {"psnr": 12.5})
+    assert torch.equal(torch.get_rng_state(), state)
+    said = [line for line in logged if "OwnWay has a method nondist_validation of its own" in line]
+    assert len(said) == 1
+
+
+def test_a_validation_of_a_class_s_own_gives_all_ranks_the_figures(data, tmp_path):
+    opt = complete(tmp_path, data)
+    opt["dist"], models = False, [built(OwnWay, opt) for _ in range(2)]
+
+    def run(processes):
+        model = models[processes.rank]
+        model.opt |= {"dist": True, "rank": processes.rank}
+        return evaluate(model, opt, processes)
+
+    assert in_ranks(2, run) == [Evaluation("made_val", 7, (), {"psnr": 12.5})] * 2
+    assert len(models[0].read) == PICTURES
+    assert not hasattr(models[1], "read")
+
+
+def test_pictures_that_cannot_be_compared_are_named(data, tmp_path):
+    opt = complete(tmp_path, data)
+    opt["val"]["metrics"]["psnr"]["crop_border"] = 24
+    with pytest.raises(EvaluationError, match=r"picture0 of the data set made_val: .* 64x48"):
+        evaluate(built(SRModel, opt), opt)
+
+
+def test_a_model_without_lq_and_output_has_no_tiles(data, tmp_path):
+    class Other(SRModel):
+        def feed_data(self, data):
+            self.given = data["lq"]
+
+    opt = complete(tmp_path, data)
+    opt["val"]["tile"] = 16
+    with pytest.raises(EvaluationError, match="Other has no `lq`"):
+        evaluate(built(Other, opt), opt)
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(data, tmp_path):
+    opt = complete(tmp_path, data)
+    (tmp_path / "visualization").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"picture0_7\.png cannot be written"):
+        evaluate(built(SRModel, opt), opt)
+
+
+def test_an_empty_set_is_an_error(tmp_path, data):
+    opt = complete(tmp_path, data)
+    opt["datasets"]["val"] |= {"type": "SingleImageDataset", "dataroot_lq": str(tmp_path)}
+    with pytest.raises(EvaluationError, match="made_val has no picture"):
+        evaluation.build_loader(opt["datasets"]["val"], Processes())
+
+
+class Writer:
+    """What of TensorBoard's writer is used."""
+
+    def __init__(self):
+        self.scalars, self.images = {}, {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag, step] = value
+
+    def add_image(self, tag, picture, step):
+        self.images[tag, step] = picture
+
+
+def test_tensorboard_shows_figures_and_the_first_pictures(data, tmp_path, monkeypatch):
+    opt = complete(tmp_path, data)
+    writer = Writer()
+    models = [built(SRModel, opt) for _ in range(3)]
+    found = in_ranks(
+        3,
+        lambda each: evaluate(models[each.rank], opt, each, writer if each.is_main else None),
+    )[0]
+    assert writer.scalars == {(f"metrics/made_val/{k}", 7): v for k, v in found.means.items()}
+    assert list(writer.images) == [(f"validation/made_val/picture{i}", 7) for i in range(4)]
+    for (tag, _), picture in writer.images.items():
+        name = Path(tag).name
+        saved = cv2.imread(str(tmp_path / f"visualization/{name}/{name}_7.png"))
+        assert np.array_equal(picture, saved[..., ::-1].transpose(2, 0, 1))
+    monkeypatch.setattr(evaluation, "_SHOWN_SIDE", 20)
+    evaluate(built(SRModel, opt), opt, writer=writer)
+    part = writer.images["validation/made_val/picture3", 7]
+    assert np.array_equal(part, picture[:, 14:34, 22:42])
+
+
+def test_a_test_shows_no_pictures(data, tmp_path):
+    opt = complete(tmp_path, data, train=False)
+    writer = Writer()
+    evaluate(built(SRModel, opt), opt, writer=writer)
+    assert writer.images == {}
+
+
+def test_tensorboard_takes_what_it_is_given(data, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    opt = complete(tmp_path, data)
+    with SummaryWriter(str(tmp_path / "tb")) as writer:
+        evaluate(built(SRModel, opt), opt, writer=writer)
+    assert sum(path.stat().st_size for path in (tmp_path / "tb").iterdir()) > 4 * 48 * 64
+
+
+def test_a_bar_counts_the_pictures_of_this_process(data, tmp_path, monkeypatch, capsys):
+    opt = complete(tmp_path, data)
+    bars = []
+
+    def watched(*arguments):
+        bars.append(original(*arguments))
+        return bars[-1]
+
+    original = evaluation.progress_bar
+    monkeypatch.setattr(evaluation, "progress_bar", watched)
+    evaluate(built(SRModel, opt), opt)
+    assert bars == []
+    del opt["val"]["pbar"]
+    evaluate(built(SRModel, opt), opt)
+    assert "picture" not in capsys.readouterr().err.split("Validation")[0]  # no terminal, no bar
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    evaluate(built(SRModel, opt), opt)
+    assert [bar.n for bar in bars[1:]] == [PICTURES]
+
+
+def test_reports_hold_every_figure(tmp_path):
+    rows = (
+        Row("a", {"psnr": 30.123456789012345, "ssim": 0.9}),
+        Row("b", {"psnr": math.inf, "ssim": 1.0}),
+    )
+    broken = (Row("c", {"psnr": math.nan, "ssim": math.nan}),)
+    found = [
+        Evaluation("Set5", "run", rows, {"psnr": 30.123456789012345, "ssim": 0.95}, 1),
+        Evaluation("Set14", "run", broken, {"psnr": math.nan, "ssim": math.nan}),
+    ]
+    evaluation.write_reports(found, tmp_path / "results")
+    assert sorted(files(tmp_path)) == [
+        "results/Set14.csv",
+        "results/Set5.csv",
+        "results/evaluation.json",
+    ]
+    with (tmp_path / "results/Set5.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert table[1] == {"picture": "b", "psnr": "inf", "ssim": "1.0"}
+    assert float(table[0]["psnr"]) == 30.123456789012345
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "results/evaluation.json").read_text()
+    report = json.loads(text, parse_constant=refuse)
+    assert report["Set5"] == {
+        "iteration": "run",
+        "means": {"psnr": 30.123456789012345, "ssim": 0.95},
+        "identical": 1,
+        "pictures": [
+            {"picture": "a", "psnr": 30.123456789012345, "ssim": 0.9},
+            {"picture": "b", "psnr": "inf", "ssim": 1.0},
+        ],
+    }
+    assert report["Set14"]["means"] == {"psnr": "nan", "ssim": "nan"}
+
+
+def test_reports_that_cannot_be_written_are_an_error(tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(UserError, match=r"reports in .*results cannot be written"):
+        evaluation.write_reports([], tmp_path / "results")
