@@ -5,6 +5,7 @@ A state that is saved before its iteration's validation says so, and a resumed r
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +186,7 @@ class Training:
             rank=processes.rank,
             seed=opt["manual_seed"],
         )
-        if self._sampling.batches_an_epoch == 0:
+        if self._sampling.batches_an_epoch == 0:  # a third party's set, which is not scanned
             raise UserError(
                 f"datasets:train has {len(dataset)} samples x dataset_enlarge_ratio "
                 f"{self._sampling.ratio}, less than one batch of {self._sampling.taken} (all "
@@ -203,7 +204,7 @@ class Training:
         self._validations = [
             evaluation.build_loader(dataset_opt, processes)
             for phase, dataset_opt in opt["datasets"].items()
-            if phase.split("_")[0] == "val"
+            if phase.split("_")[0] == "val" and opt.get("val") is not None
         ]
 
     def _restore(self, state: dict[str, Any], iteration: int, *, apply_edits: bool) -> None:
@@ -272,9 +273,12 @@ class Training:
             self._finish_again()
             return
         with (
+            warnings.catch_warnings(),
             stop_on_signals() as self._stop,
             progress_bar(self._processes, self._total, done, "iter") as self._bar,
         ):
+            # BasicSR steps the schedule before the optimizer, in a resumed run before any step
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._pace = Pace(done, self._total, self._sampling.taken)
             try:
                 if self._progress.validate:

@@ -15,7 +15,9 @@ import torch
 
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch import plugin
+from dlgsanet_arch.compat import ResumeError
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.options.subject import is_whole
 from dlgsanet_arch.pipeline import flags, scan, weights
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.resume import Start, find_start
@@ -63,10 +65,7 @@ def registered() -> dict[str, dict[str, Any]]:
         import_basicsr(f"basicsr.{package}")
     registries = import_basicsr("basicsr.utils.registry")
     found = {kind: getattr(registries, f"{kind.upper()}_REGISTRY") for kind in _REGISTRIES}
-    return {
-        kind: {name: registry.get(name) for name in registry.keys()}
-        for kind, registry in found.items()
-    }
+    return {kind: dict(iter(registry)) for kind, registry in found.items()}
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,13 @@ def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
             f"auto`, or add --force_yml num_gpu={there}"
         ]
     return []
+
+
+def _copies(options: Mapping[str, Any], processes: Processes) -> int:
+    """Return how many processes, or GPUs of a single one, take a batch each."""
+    asked = options.get("num_gpu")
+    gpus = torch.cuda.device_count() if asked == "auto" else asked
+    return processes.world if processes.distributed else max(1, gpus if is_whole(gpus) else 1)
 
 
 def _for_parts(
@@ -204,13 +210,16 @@ def _check(
     known = registered()
     problems = option_files.problems(options, train=train, root=root, registered=known)
     problems += _gpu_problem(options)
-    scanned = scan.scan(options, root, train=train)
+    scanned = scan.scan(options, root, train=train, registered=known)
     problems += scanned.problems
-    notes = [(True, line) for line in scanned.warnings]
+    notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
     start, changes = Start(), {}
     if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
         if train:
-            start = find_start(options, root, auto_resume=arguments.auto_resume)
+            try:
+                start = find_start(options, root, auto_resume=arguments.auto_resume)
+            except ResumeError as error:
+                problems.append(str(error))
         found = weights.check(
             options, root, train=train, registered=known, resumed=dict(start.networks)
         )
@@ -218,11 +227,10 @@ def _check(
         notes += [(False, line) for line in found.notes]
         changes = dict(found.changes)
     notes += [(True, f"not whole, and passed over: {line}") for line in start.passed_over]
-    option_files.refuse(problems)
-    copies = processes.world if processes.distributed else max(1, torch.cuda.device_count())
-    disk_problems, disk_warnings = scan.check_disk(options, root, train=train)
     if train:
-        disk_problems += scan.batch_problems(options, scanned.samples, copies)
-    option_files.refuse(disk_problems)
-    notes += [(True, line) for line in disk_warnings]
+        problems += scan.batch_problems(options, scanned.samples, _copies(options, processes))
+    option_files.refuse(problems)
+    problems, warnings = scan.check_disk(options, root, train=train, registered=known)
+    option_files.refuse(problems)
+    notes += [(True, line) for line in warnings]
     return start, notes, changes

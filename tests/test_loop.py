@@ -1,0 +1,370 @@
+"""Whole trainings: their length, their resumes, their ends, and what they leave behind."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
+from training_runs import (
+    SAMPLES,
+    Forked,
+    assert_equal,
+    events,
+    make_root,
+    small_options,
+    train,
+    weights,
+)
+
+from dlgsanet_arch import cli
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline import loop
+from dlgsanet_arch.pipeline.lock import LockedError
+
+
+class DroppingNet(nn.Module):
+    """A network of a third party that draws at random and has statistics of its own."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.3)
+        )
+        self.up = nn.Sequential(nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x):
+        return self.up(self.body(x))
+
+
+if "DroppingNet" not in ARCH_REGISTRY:
+    ARCH_REGISTRY.register(DroppingNet)
+
+SWINIR = {
+    "type": "SwinIR",
+    "upscale": 2,
+    "img_size": 16,
+    "window_size": 4,
+    "depths": [1],
+    "embed_dim": 8,
+    "num_heads": [2],
+    "upsampler": "pixelshuffledirect",
+}
+GAN = {
+    "model_type": "SRGANModel",
+    "network_g": {"type": "DroppingNet"},
+    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
+}
+KINDS = {
+    "SRModel": {},
+    "own": {"model_type": "DLGSANetModel"},
+    "dropout": {"network_g": {"type": "DroppingNet"}},
+    "SwinIRModel": {"model_type": "SwinIRModel", "network_g": SWINIR},
+    "SRGANModel": GAN,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_root(tmp_path_factory.mktemp("loop"))
+
+
+def options_of(kind: str, name: str, **train_set) -> dict:
+    options = {**small_options(name, **train_set), **KINDS[kind]}
+    if kind == "SRGANModel":
+        options["train"]["optim_d"] = dict(options["train"]["optim_g"])
+        options["train"]["gan_opt"] = {
+            "type": "GANLoss",
+            "gan_type": "vanilla",
+            "real_label_val": 1.0,
+            "fake_label_val": 0.0,
+            "loss_weight": 0.1,
+        }
+    return options
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root):
+    """The weights of runs that nothing stopped, by kind; each is trained once."""
+    done = {}
+
+    def of(kind: str) -> dict:
+        if kind not in done:
+            train(root, options_of(kind, f"whole_{kind}"))
+            done[kind] = weights(root, f"whole_{kind}")
+        return done[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_with_the_same_weights(root, undisturbed, kind):
+    name = f"cut_{kind}"
+    for until, workers in ((2, 0), (3, 2), (8, 1), (12, 0)):
+        options = options_of(kind, name, num_worker_per_gpu=workers)
+        options["train"]["total_iter"] = until
+        train(root, options, "--auto_resume")
+    assert_equal(weights(root, name), undisturbed(kind))
+    losses = [
+        [entry["losses"] for entry in events(root, run, "train")] for run in (name, f"whole_{kind}")
+    ]
+    assert losses[0] == losses[1]
+    if kind == "SRGANModel":
+        expected = weights(root, f"whole_{kind}", "net_d_latest")
+        assert_equal(weights(root, name, "net_d_latest"), expected)
+
+
+def test_averages_have_the_buffers_of_the_network(undisturbed):
+    found = undisturbed("dropout")
+    assert found["params/body.1.running_mean"].abs().max() > 0
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(found[f"params_ema/body.1.{name}"], found[f"params/body.1.{name}"])
+
+
+def test_it_ends_at_total_iter_whatever_the_epochs(root):
+    options = small_options("length", batch_size_per_gpu=4)
+    del options["val"]
+    train(root, options)  # 7 samples: BasicSR would end at iteration 7, see its fault 1
+    assert [entry["iter"] for entry in events(root, "length", "train")] == list(range(1, 13))
+    state = torch.load(root / "experiments/length/training_states/12.state")
+    assert state["iter"] == 12
+
+
+def test_validations_are_where_they_belong(root, undisturbed):
+    undisturbed("SRModel")
+    found = [entry["iter"] for entry in events(root, "whole_SRModel", "validation")]
+    assert found == [4, 8, 12]
+    options = small_options("between")
+    options["train"]["total_iter"] = 6
+    train(root, options)
+    assert [entry["iter"] for entry in events(root, "between", "validation")] == [4, 6]
+
+
+def test_a_complete_run_is_left_as_it_is(root, undisturbed):
+    undisturbed("SRModel")
+    folder = root / "experiments/whole_SRModel"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.pth")}
+    train(root, options_of("SRModel", "whole_SRModel"), "--auto_resume")
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.pth")} == before
+    (folder / "models/net_g_latest.pth").unlink()
+    train(root, options_of("SRModel", "whole_SRModel"), "--auto_resume")
+    assert_equal(weights(root, "whole_SRModel"), undisturbed("SRModel"))
+
+
+def test_the_best_weights_are_kept_over_a_resume(root, monkeypatch):
+    figures = iter([30.0, 32.0, 31.0, 29.0, 33.0, 28.0])
+
+    def evaluated(self):
+        from dlgsanet_arch.pipeline.evaluation import Evaluation
+
+        iteration = self._progress.iteration
+        return [Evaluation("made_val", iteration, (), {"psnr": next(figures)})]
+
+    monkeypatch.setattr(loop.Training, "_evaluated", evaluated)
+    options = small_options("best")
+    options["val"]["val_freq"] = 2
+    options["logger"] |= {"save_best": "psnr", "keep_last": 1}
+    options["train"]["total_iter"] = 8  # validated at 2, 4, 6 and 8
+    train(root, options)
+    models = root / "experiments/best/models"
+    fourth = weights(root, "best", "net_g_best")
+    options["train"]["total_iter"] = 9  # 33.0 at 9, where the run ends
+    train(root, options, "--auto_resume")
+    assert_equal(weights(root, "best", "net_g_best"), weights(root, "best"))
+    options["train"]["total_iter"] = 10
+    train(root, options, "--auto_resume")
+    assert_equal(weights(root, "best", "net_g_best"), weights(root, "best", "net_g_best"))
+    state = torch.load(root / "experiments/best/training_states/10.state")
+    assert state["best"] == {"value": 33.0, "iter": 9}
+    assert sorted(p.name for p in models.iterdir()) == [
+        "net_g_10.pth",
+        "net_g_best.pth",
+        "net_g_latest.pth",
+    ]
+    assert any(not torch.equal(fourth[k], v) for k, v in weights(root, "best").items())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_iteration_and_the_run_goes_on(root, undisturbed, number, status):
+    name = f"stopped_{status}"
+    options = options_of("SRModel", name)
+    options["logger"]["save_checkpoint_freq"] = 1000
+    run = Forked(root, options)
+    run.reaches(3)
+    run.signal(number)
+    assert run.wait() == status
+    said = run.output.read_text()
+    assert f"stopped by {number.name} at iteration" in said
+    assert "Traceback" not in said
+    train(root, options, "--auto_resume")
+    assert_equal(weights(root, name), undisturbed("SRModel"))
+
+
+def test_a_signal_in_a_validation_does_not_wait_for_it(root, undisturbed):
+    options = options_of("SRModel", "in_validation")
+
+    def slow():
+        import time
+
+        from dlgsanet_arch.pipeline import loop
+
+        real = loop.Training._evaluated
+
+        def evaluated(self):
+            (root / "validating").touch()
+            time.sleep(60)
+            return real(self)
+
+        loop.Training._evaluated = evaluated
+
+    run = Forked(root, options, before=slow)
+    run.reaches(4)
+    while not (root / "validating").exists():
+        pass
+    run.signal(signal.SIGTERM)
+    assert run.wait(20) == 143
+    train(root, options, "--auto_resume")
+    assert [entry["iter"] for entry in events(root, "in_validation", "validation")] == [4, 8, 12]
+    assert_equal(weights(root, "in_validation"), undisturbed("SRModel"))
+
+
+def kill_and_resume(root: Path, kind: str, name: str, kills: list[int]) -> None:
+    """Kill a run after so many iterations each, going on every time, and let it end."""
+    options = options_of(kind, name)
+    options["logger"]["save_checkpoint_freq"] = 2
+    for count in kills:
+        run = Forked(root, options, "--auto_resume")
+        run.reaches(count)
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    run = Forked(root, options, "--auto_resume")
+    assert run.wait() == 0, run.output.read_text()[-2000:]
+
+
+def test_a_killed_run_ends_with_the_same_weights(root, undisturbed):
+    kill_and_resume(root, "SRModel", "killed", [3, 4, 2])
+    assert_equal(weights(root, "killed"), undisturbed("SRModel"))
+
+
+def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(root, undisturbed):
+    options = options_of("SRModel", "locked")
+    options["train"]["total_iter"] = 10_000
+    run = Forked(root, options)
+    run.reaches(2)
+    try:
+        for flags in ([], ["--auto_resume"]):
+            with pytest.raises(LockedError, match=f"the run locked .* process {run.pid} on "):
+                train(root, options, *flags)
+        assert sorted(p.name for p in (root / "experiments").glob("locked*")) == ["locked"]
+    finally:
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+def test_a_bad_sample_is_named_and_what_was_saved_stays(root):
+    for workers in (0, 2):
+        made = make_root(root / f"bad_{workers}")
+        options = small_options("bad", num_worker_per_gpu=workers)
+        options["logger"]["save_checkpoint_freq"] = 1
+        picture = made / "data/LR/picture3.png"
+        picture.write_bytes(picture.read_bytes()[:100])
+        with pytest.raises(UserError, match=r"(?s)bad samples.*picture3\.png of the data set made"):
+            train(made, options)
+        assert "Traceback" not in (made / "experiments/bad/log.jsonl").read_text()
+
+
+def test_tolerated_bad_samples_are_replaced_and_counted_over_a_resume(root):
+    made = make_root(root / "tolerated")
+    spoilt = [made / f"data/LR/picture{number}.png" for number in (3, 5)]
+    for picture in spoilt:
+        picture.write_bytes(picture.read_bytes()[:100])
+    del_val = small_options("tolerant", skip_bad_samples=2)
+    del del_val["val"], del_val["datasets"]["val"]
+    train(made, {**del_val, "name": "whole"})
+    for until in (5, 12):
+        del_val["train"]["total_iter"] = until
+        train(made, del_val, "--auto_resume")
+    assert_equal(weights(made, "tolerant"), weights(made, "whole"))
+    state = torch.load(made / "experiments/tolerant/training_states/12.state")
+    found = {Path(sample).name for _, sample, _ in state["progress"]["bad_samples"]}
+    assert found == {"picture3.png", "picture5.png"}
+    del_val["datasets"]["train"]["skip_bad_samples"] = 1
+    with pytest.raises(UserError, match="tolerates 1"):
+        train(made, {**del_val, "name": "strict"})
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_names_of_its_batch(root):
+    options = small_options("diverged")
+    options["train"]["optim_g"]["lr"] = 1e30
+    with pytest.raises(UserError, match=r"not finite.*non_finite_\d+\.json"):
+        train(root, options)
+    (report,) = (root / "experiments/diverged").glob("non_finite_*.json")
+    content = json.loads(report.read_text())
+    assert len(content["samples"]) == 2
+    assert all(Path(root / name).is_file() for name in content["samples"])
+    saved = (root / "experiments/diverged").rglob("*.pth")
+    for path in saved:
+        for part in torch.load(path, weights_only=True).values():
+            assert all(value.isfinite().all() for value in part.values()), path
+
+
+def test_edits_that_a_resume_leaves_out_are_said_and_can_be_applied(root):
+    options = small_options("edited")
+    options["train"]["scheduler"]["milestones"] = [100]
+    options["train"]["total_iter"] = 4
+    train(root, options)
+    options["train"]["total_iter"] = 6
+    options["train"]["optim_g"]["lr"] = 0.25
+    train(root, options, "--auto_resume")
+    log = "".join(path.read_text() for path in (root / "experiments/edited").glob("*.log"))
+    assert "NOT used: train:optim_g:lr: was 0.001, is 0.25" in log
+    assert "edited since the run began: train:total_iter: was 4, is 6" in log
+    options["train"]["total_iter"] = 8
+    train(root, options, "--auto_resume", "--apply_edits")
+    rates = [entry["lr"] for entry in events(root, "edited", "train")]
+    assert rates == [[1e-3]] * 6 + [[0.25]] * 2
+
+
+def test_basicsr_itself_goes_on_from_our_checkpoints(root, monkeypatch):
+    import sys
+
+    from basicsr.train import train_pipeline
+    from helpers import write_options
+
+    options = small_options("handed_over")
+    options["logger"]["save_best"] = "psnr"
+    train(root, {**options, "train": {**options["train"], "total_iter": 6}})
+    file = write_options(root / "handed_over.yml", options)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-opt", str(file), "--auto_resume"])
+    train_pipeline(str(root))
+    state = torch.load(root / "experiments/handed_over/training_states/10.state")
+    assert state["iter"] == 10
+    # and ours from BasicSR's
+    train(root, options, "--auto_resume")
+    assert events(root, "handed_over", "train")[-1]["iter"] == 12
+
+
+def test_a_name_that_was_used_is_renamed_and_nothing_of_it_is_lost(root):
+    options = small_options("again")
+    options["train"]["total_iter"] = 2
+    train(root, options)
+    first = weights(root, "again")
+    train(root, {**options, "manual_seed": 1})
+    (archived,) = (root / "experiments").glob("again_archived_*")
+    assert_equal(weights(root, archived.name), first)
+
+
+def test_the_command_line_says_what_is_wrong_and_ends_with_1(root, capsys):
+    from helpers import write_options
+
+    file = write_options(root / "wrong.yml", {**small_options("wrong"), "scael": 2})
+    assert cli.main(["train", "-opt", str(file), "--root", str(root)]) == 1
+    assert "did you mean 'scale'" in capsys.readouterr().err
+    assert not (root / "experiments/wrong").exists()
+
+
+def test_the_number_of_samples_is_what_the_tests_assume():
+    assert SAMPLES % 2 == 1  # so that an epoch has an incomplete last batch

@@ -1,0 +1,127 @@
+"""What tests of whole trainings share: small runs, run here or in a process that can be killed."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import helpers
+import torch
+
+from dlgsanet_arch import cli, pipeline
+
+SAMPLES = 7
+
+
+def make_root(folder: Path) -> Path:
+    """Make a root folder with pictures to train on."""
+    helpers.write_pairs(folder / "data", SAMPLES)
+    return folder
+
+
+def small_options(name: str, **train_set: Any) -> dict[str, Any]:
+    """Options of a 12-iteration run that crosses epochs, whose workers and validation run too."""
+    options = helpers.small_train_options(Path("data"))
+    options["name"] = name
+    options["train"]["total_iter"] = 12
+    options["val"]["val_freq"] = 4
+    options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 5}
+    options["datasets"]["train"] |= {"num_worker_per_gpu": 1, **train_set}
+    return options
+
+
+def train(root: Path, options: Mapping[str, Any], *flags: str) -> None:
+    """Train in this process."""
+    file = helpers.write_options(root / f"{options['name']}.yml", options)
+    pipeline.train(root, ["-opt", str(file), *flags])
+
+
+def weights(root: Path, name: str, label: str = "net_g_latest") -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint by key and name."""
+    path = root / "experiments" / name / "models" / f"{label}.pth"
+    content = torch.load(path, weights_only=True)
+    return {f"{key}/{n}": tensor for key, part in content.items() for n, tensor in part.items()}
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare bit for bit."""
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, different
+
+
+def events(root: Path, name: str, event: str) -> list[dict[str, Any]]:
+    """Return the lines of a run's log.jsonl that tell of `event`."""
+    path = root / "experiments" / name / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+class Forked:
+    """A training in a process of its own, which has all modules already.
+
+    Args:
+        root: Its root folder.
+        options: Its options.
+        flags: More of its command line.
+        before: Called in that process before it starts.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        options: Mapping[str, Any],
+        *flags: str,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self._root, self._name = root, options["name"]
+        file = helpers.write_options(root / f"{options['name']}.yml", options)
+        self.output = root / f"{options['name']}.out"
+        self._lines = len(events(root, self._name, "train"))
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            with self.output.open("a") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+                sys.stdout = sys.stderr = out
+                if before is not None:
+                    before()
+                status = cli.main(["train", "-opt", str(file), "--root", str(root), *flags])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def wait(self, seconds: float = 60) -> int:
+        """Return its exit status, negative for a signal; killed when it takes too long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(self.pid, 9)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-2000:]}")
+
+    def reaches(self, iterations: int, seconds: float = 60) -> None:
+        """Wait until it has logged that many iterations."""
+        until = time.monotonic() + seconds
+        while len(events(self._root, self._name, "train")) - self._lines < iterations:
+            assert time.monotonic() < until, self.output.read_text()[-2000:]
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            assert not pid, f"it ended with {status}:\n{self.output.read_text()[-2000:]}"
+            time.sleep(0.005)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
