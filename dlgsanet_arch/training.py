@@ -397,12 +397,13 @@ def _check_compiler(backend: str, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=device))
     except Exception as error:  # compilers are many, and so are their errors
-        lines = str(error).strip().splitlines() or [""]
-        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
+        cause = getattr(error, "inner_exception", error)  # what the backend itself raised
+        lines = str(cause).strip().splitlines() or [""]
         raise TrainingError(
             f"train:compile: torch.compile does not run here with the backend {backend!r} "
-            f"({type(error).__name__}: {lines[0]}). The inductor needs a C++ compiler for a CPU "
-            f"and Triton for a GPU; backends: {known}; or leave train:compile out"
+            f"({type(cause).__name__}: {lines[0]}). Its inductor needs a C++ compiler for a CPU "
+            f"and Triton for a GPU; backends: {', '.join(torch.compiler.list_backends())}; or "
+            "leave train:compile out"
         ) from error
 
 

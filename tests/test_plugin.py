@@ -70,6 +70,24 @@ def test_importing_registers_in_basicsr():
     assert type(build_network(SMALL_NETWORK)) is DLGSANet
 
 
+def test_importing_registers_a_model_whose_module_comes_later():
+    registry = importlib.import_module("basicsr.utils.registry").MODEL_REGISTRY
+    assert registry.get("DLGSANetModel") is plugin.DLGSANetModel
+
+
+def test_a_models_name_that_is_taken_stays_with_its_owner(registry, monkeypatch):
+    module = importlib.import_module("basicsr.utils.registry")
+    models = module.Registry("model")
+    monkeypatch.setattr(module, "MODEL_REGISTRY", models)
+    theirs = type("DLGSANetModel", (), {"__module__": "their_plugin.models"})
+    models.register(theirs)
+    message = r"their_plugin\.models\.DLGSANetModel.*dlgsanet_arch\.plugin\.DLGSANetModel"
+    with pytest.warns(RuntimeWarning, match=message):
+        plugin.register()
+    assert models.get("DLGSANetModel") is theirs
+    assert list(registry) == [("DLGSANet", DLGSANet)]
+
+
 def test_a_second_registration_and_a_reload_change_nothing(registry, no_warnings):
     plugin.register()
     plugin.register()
@@ -216,6 +234,10 @@ from basicsr.train import load_resume_state
 assert os.path.dirname(basicsr.__path__[0]) == os.getcwd()
 assert type(build_network({{"type": "DLGSANet"}})) is dlgsanet_arch.DLGSANet
 assert load_resume_state.__module__ == "dlgsanet_arch.compat"
+from basicsr.utils.registry import MODEL_REGISTRY
+import sys
+assert MODEL_REGISTRY.get("DLGSANetModel") is dlgsanet_arch.plugin.DLGSANetModel
+assert "dlgsanet_arch.training" not in sys.modules
 """
 
 

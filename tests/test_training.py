@@ -1,0 +1,725 @@
+import gc
+import json
+import logging
+import math
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import helpers
+import pytest
+import torch
+from basicsr.models import build_model
+from basicsr.models.base_model import BaseModel
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from dlgsanet_arch import training
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.training import DLGSANetModel, FiniteLosses, average, update_learning_rate
+
+EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1}
+EDSR |= {"upscale": 2}
+
+
+class NormedNet(nn.Module):
+    """A network with each kind of tensor: parameters, running statistics, a count, a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, lq):
+        return F.pixel_shuffle(self.norm(self.conv(lq)), 2)
+
+
+if "NormedNet" not in ARCH_REGISTRY:
+    ARCH_REGISTRY.register(NormedNet)
+
+
+def build(tmp_path, network=EDSR, model_type="DLGSANetModel", top=(), **train):
+    """A model as BasicSR builds it, on the CPU, from the same weights at each call."""
+    options = helpers.small_train_options(tmp_path, model_type=model_type, num_gpu=0)
+    options["network_g"] = dict(network)
+    options["train"] |= train
+    options |= {"dist": False, "rank": 0, "world_size": 1, "is_train": True, **dict(top)}
+    torch.manual_seed(0)
+    return build_model(options)
+
+
+def batches(count, size=4):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        gt = torch.rand(size, 3, 24, 20, generator=generator)
+        yield {"lq": F.avg_pool2d(gt, 2), "gt": gt}
+
+
+def train(model, iterations=3, size=4):
+    logs = []
+    for iteration, data in enumerate(batches(iterations, size), 1):
+        model.update_learning_rate(iteration, model.opt["train"].get("warmup_iter", -1))
+        model.feed_data(data)
+        model.optimize_parameters(iteration)
+        logs.append(dict(model.get_current_log()))
+    return logs
+
+
+def weights(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def gradients(model):
+    return [parameter.grad.clone() for parameter in model.net_g.parameters()]
+
+
+def assert_equal(ours, theirs, atol=0.0):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=atol, msg=name)
+
+
+SGD = {"type": "SGD", "lr": 0.1}
+
+
+@pytest.mark.parametrize("network", [EDSR, helpers.SMALL_NETWORK])
+def test_with_everything_off_it_trains_what_srmodel_trains(tmp_path, network):
+    ours, theirs = (build(tmp_path, network, name) for name in ("DLGSANetModel", "SRModel"))
+    assert type(ours) is DLGSANetModel
+    assert train(ours, 5) == train(theirs, 5)
+    assert_equal(weights(ours.net_g), weights(theirs.net_g))
+    assert_equal(weights(ours.net_g_ema), weights(theirs.net_g_ema), atol=1e-6)
+    assert_equal({"output": ours.output}, {"output": theirs.output.detach()})
+    assert ours.scaler is None
+
+
+@pytest.fixture
+def messages():
+    """What BasicSR's logger, which hands nothing on to others, says during the test."""
+    handler = logging.Handler()
+    said = []
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("basicsr")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_basicsrs_own_pipeline_trains_it(tmp_path, monkeypatch, messages):
+    from basicsr.train import train_pipeline
+
+    helpers.write_pairs(tmp_path / "data", 4)
+    options = helpers.small_train_options(tmp_path / "data", model_type="DLGSANetModel")
+    options["train"] |= {"amp": "bf16", "channels_last": True, "clip_grad_norm": 0.5}
+    options["train"] |= {"accumulation": 2, "warmup_iter": 3}
+    options["train"]["optim_g"] |= {"type": "AdamW", "fused": True}
+    path = helpers.write_options(tmp_path / "train.yml", options)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-opt", str(path)])
+    train_pipeline(str(tmp_path))
+    run = tmp_path / "experiments/small"
+    state = torch.load(run / "training_states/4.state", weights_only=True)
+    assert state["iter"] == 4
+    # Without the warm-up's factor: 1e-3, halved at the milestone of 3 steps.
+    assert state["schedulers"][0]["_last_lr"] == [5e-4]
+    assert sum(" grad_norm: " in message for message in messages) == 4
+    saved = torch.load(run / "models/net_g_4.pth", weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in saved["params"].values())
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_amp_computes_in_half_and_trains_nearly_the_same(tmp_path, amp, dtype):
+    full, half = build(tmp_path), build(tmp_path, amp=amp)
+    seen = []
+    half.net_g.conv_first.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    losses, half_losses = train(full), train(half)
+    assert set(seen) == {dtype}
+    assert half.output.dtype == torch.float32
+    assert {value.dtype for value in weights(half.net_g).values()} == {torch.float32}
+    for one, other in zip(losses, half_losses, strict=True):
+        assert one["l_pix"] != other["l_pix"]
+        assert one["l_pix"] == pytest.approx(other["l_pix"], rel=2e-2)
+    assert (half.scaler is None) == (amp == "bf16")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_amp_validates_in_full_precision(tmp_path, amp):
+    ours, theirs = build(tmp_path, amp=amp), build(tmp_path, model_type="SRModel")
+    for model in (ours, theirs):
+        model.feed_data(next(batches(1)))
+        model.test()
+    assert torch.equal(ours.output, theirs.output)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path):
+    options = {"clip_grad_norm": 1e-3, "optim_g": SGD}
+    full, half = (build(tmp_path, amp=amp, **options) for amp in (None, "fp16"))
+    (log,), (half_log,) = train(full, 1), train(half, 1)
+    assert half_log["grad_norm"] == pytest.approx(log["grad_norm"], rel=1e-2)
+    for one, other in zip(gradients(full), gradients(half), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
+
+
+def test_an_overflow_passes_the_step_over_and_is_no_bad_loss(tmp_path):
+    model = build(tmp_path, amp="fp16", clip_grad_norm=1.0)
+    model.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = weights(model.net_g)
+    (log,) = train(model, 1)
+    assert not math.isfinite(log["grad_norm"])
+    assert_equal(weights(model.net_g), before)
+    assert model.scaler.get_scale() == 2.0**39
+    watch = FiniteLosses(tmp_path)
+    watch.watch(1, ["a"], model.log_dict)
+    watch.check()
+
+
+def test_channels_last_changes_the_layout_alone(tmp_path):
+    plain, model = build(tmp_path), build(tmp_path, channels_last=True)
+    logs, last_logs = train(plain), train(model)
+    layout = torch.channels_last
+    assert model.lq.is_contiguous(memory_format=layout)
+    for network in (model.net_g, model.net_g_ema):
+        weight = network.body[0].conv1.weight
+        assert weight.is_contiguous(memory_format=layout)
+        assert not weight.is_contiguous()
+    assert [log["l_pix"] for log in last_logs] == pytest.approx(
+        [log["l_pix"] for log in logs], rel=1e-5
+    )
+    assert_equal(weights(model.net_g), weights(plain.net_g), atol=1e-4)
+
+
+@pytest.fixture
+def backend():
+    """Call it to add a backend of torch.compile, which compiles a graph by the function given."""
+    registry = torch._dynamo.backends.registry
+    before = list(torch._dynamo.list_backends(exclude_tags=()))
+    torch._dynamo.reset()
+    yield lambda name, function: torch._dynamo.register_backend(function, name=name)
+    torch._dynamo.reset()
+    for name in set(torch._dynamo.list_backends(exclude_tags=())) - set(before):
+        del registry._BACKENDS[name], registry._COMPILER_FNS[name]
+
+
+def test_compile_works_in_place_and_not_in_validation(tmp_path, backend):
+    graphs = []
+
+    def as_it_is(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    backend("counting", as_it_is)
+    plain = build(tmp_path, ema_decay=0)
+    model = build(tmp_path, compile="counting", ema_decay=0)
+    graphs.clear()  # the check's
+    assert train(model) == train(plain)
+    trained = len(graphs)
+    assert trained > 0
+    model.feed_data(next(batches(1, size=1)))
+    model.test()
+    assert len(graphs) == trained
+    assert_equal(weights(model.net_g), weights(plain.net_g))
+
+
+def test_compile_keeps_the_average(tmp_path):
+    plain, model = build(tmp_path), build(tmp_path, compile="eager")
+    assert train(model) == train(plain)
+    assert_equal(weights(model.net_g_ema), weights(plain.net_g_ema))
+
+
+def test_a_compiler_that_does_not_run_is_refused_with_the_cause(tmp_path, backend):
+    def without_compiler(graph, _):
+        raise RuntimeError("No working C++ compiler found")
+
+    backend("broken", without_compiler)
+    with pytest.raises(UserError, match=r"train:compile.*'broken' \(.*No working C\+\+ compiler"):
+        build(tmp_path, compile="broken")
+
+
+def test_compile_true_is_the_inductor(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(training, "_check_compiler", lambda backend, _: checked.append(backend))
+    monkeypatch.setattr(nn.Module, "compile", lambda _, backend: checked.append(backend))
+    assert build(tmp_path, compile=True).settings.backend == "inductor"
+    assert checked == ["inductor", "inductor"]
+
+
+def test_compile_names_an_unknown_backend_and_those_there_are(tmp_path):
+    with pytest.raises(UserError, match=r"'indutcor'.*backends: .*inductor"):
+        build(tmp_path, compile="indutcor")
+
+
+def test_any_optimizer_of_torch_takes_its_own_arguments(tmp_path):
+    optim = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.5, "fused": True}
+    model = build(tmp_path, optim_g=optim)
+    (group,) = model.optimizer_g.param_groups
+    assert type(model.optimizer_g) is torch.optim.AdamW
+    assert (group["fused"], group["weight_decay"], group["lr"]) == (True, 0.5, 1e-3)
+    train(model)
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"type": "AdmaW"}, "no optimizer 'AdmaW'; did you mean 'AdamW'"),
+        ({"type": "lr_scheduler"}, "no optimizer 'lr_scheduler'"),
+        ({"type": "LBFGS"}, "LBFGS evaluates the loss several times"),
+        ({"type": "Rprop", "fused": True}, "Rprop does not take these arguments: .*fused"),
+        ({"type": "Adam", "betas": [2, 0]}, "Adam does not take these arguments: .*beta"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(tmp_path, optim, message):
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, optim_g={"lr": 1e-3, **optim})
+
+
+def norm_of(tensors):
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def test_gradients_are_clipped_and_their_norm_logged(tmp_path):
+    free, clipped = build(tmp_path, optim_g=SGD), build(tmp_path, optim_g=SGD, clip_grad_norm=0.01)
+    train(free, 1)
+    (log,) = train(clipped, 1)
+    norm = norm_of(gradients(free))
+    assert norm > 0.01
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm_of(gradients(clipped)) == pytest.approx(0.01, rel=1e-4)
+
+
+class Features(nn.Module):
+    """Stands for VGG, whose weights would be downloaded: features of a picture by name."""
+
+    def __init__(self, layer_name_list, **_):
+        super().__init__()
+        self.names = layer_name_list
+
+    def forward(self, x):
+        return {name: x * (index + 2) for index, name in enumerate(self.names)}
+
+
+@pytest.fixture
+def features(monkeypatch):
+    monkeypatch.setattr("basicsr.losses.basic_loss.VGGFeatureExtractor", Features)
+    return {"type": "PerceptualLoss", "layer_weights": {"a": 1.0, "b": 0.5}, "style_weight": 1.0}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_batch_in_parts_gives_the_whole_batchs_gradients(tmp_path, features, reduction):
+    losses = {"type": "CharbonnierLoss", "reduction": reduction}
+    options = {"optim_g": SGD | {"lr": 1e-9}, "pixel_opt": losses, "perceptual_opt": features}
+    whole, parts = (build(tmp_path, **options, accumulation=count) for count in (1, 3))
+    calls = []
+    parts.net_g.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    (log,), (log_of_parts,) = train(whole, 1, size=4), train(parts, 1, size=4)
+    assert calls == [2, 1, 1]
+    for one, other in zip(gradients(whole), gradients(parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * one.abs().max().item())
+    assert log.keys() == {"l_pix", "l_percep", "l_style"}
+    assert log_of_parts == pytest.approx(log, rel=1e-5)
+    torch.testing.assert_close(parts.output, whole.output, rtol=1e-5, atol=1e-6)
+
+
+def test_more_parts_than_samples_are_the_samples(tmp_path):
+    model = build(tmp_path, accumulation=8)
+    calls = []
+    model.net_g.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    train(model, 1, size=2)
+    assert calls == [1, 1]
+
+
+def test_a_loss_that_parts_cannot_give_is_refused(tmp_path, features):
+    with pytest.raises(UserError, match=r"criterion: fro .*accumulation"):
+        build(tmp_path, perceptual_opt=features | {"criterion": "fro"}, accumulation=2)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1
+    )
+    yield
+    # Networks freed after it would wait for gloo's threads with the lock that they wait for.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def test_parts_of_a_batch_share_gradients_once(tmp_path, group):
+    model = build(tmp_path, accumulation=3, ema_decay=0.9)
+    lone = build(tmp_path, accumulation=3, ema_decay=0.9)
+    shared = []
+
+    def hook(_, bucket):
+        shared.append(bucket.is_last())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.net_g = DistributedDataParallel(model.net_g)
+    model.net_g.register_comm_hook(None, hook)
+    model.opt["dist"] = True
+    assert train(model, 2) == train(lone, 2)
+    assert shared.count(True) == 2
+    assert_equal(weights(model.net_g.module), weights(lone.net_g))
+    assert_equal(weights(model.net_g_ema), weights(lone.net_g_ema))
+
+
+def test_the_log_is_the_mean_over_processes(monkeypatch):
+    store, here = torch.distributed.HashStore(), threading.local()
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor: here.group.allreduce([tensor]).wait()
+    )
+
+    def log_of(rank):  # ranks are threads here: processes would import everything once more
+        here.group = torch.distributed.ProcessGroupGloo(store, rank, 2)
+        losses = {"l_pix": torch.tensor(1.0 + rank), "l_style": torch.tensor(4.0 * rank)}
+        opt = {"dist": True, "world_size": 2}
+        model = SimpleNamespace(opt=opt, log_dict=losses, _may_overflow={})
+        return DLGSANetModel.get_current_log(model)
+
+    with ThreadPoolExecutor(2) as ranks:
+        logs = list(ranks.map(log_of, range(2)))
+    assert logs == [{"l_pix": 1.5, "l_style": 2.0}] * 2
+
+
+def test_losses_stay_tensors_until_they_are_printed(tmp_path):
+    model = build(tmp_path, clip_grad_norm=1.0)
+    assert model.get_current_log() == {}
+    train(model, 1)
+    assert model.log_dict.keys() == {"l_pix", "grad_norm"}
+    for value in model.log_dict.values():
+        assert isinstance(value, torch.Tensor)
+        assert not value.requires_grad
+    assert {type(value) for value in model.get_current_log().values()} == {float}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("amp", "half"),
+        ("amp", True),
+        ("channels_last", "yes"),
+        ("compile", 3),
+        ("clip_grad_norm", 0),
+        ("clip_grad_norm", -1),
+        ("clip_grad_norm", True),
+        ("clip_grad_norm", float("nan")),
+        ("accumulation", 0),
+        ("accumulation", 1.5),
+        ("accumulation", True),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, key, value):
+    with pytest.raises(UserError, match=rf"^train:{key} is {value!r}; it takes "):
+        build(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("key", ["amp", "channels_last", "compile", "clip_grad_norm"])
+@pytest.mark.parametrize("value", [None, False])
+def test_what_is_switched_off_is_off(tmp_path, key, value):
+    assert build(tmp_path, **{key: value}).settings == build(tmp_path).settings
+
+
+@pytest.mark.parametrize("option", [{"amp": "bf16"}, {"compile": True}])
+def test_several_gpus_in_one_process_are_refused(tmp_path, option):
+    with pytest.raises(UserError, match="a process for each GPU"):
+        build(tmp_path, top={"num_gpu": 2}, **option)
+
+
+def test_amp_on_a_device_without_it_is_refused(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise RuntimeError("Current CUDA Device does not support bfloat16")
+
+    monkeypatch.setattr(torch, "autocast", unsupported)
+    with pytest.raises(UserError, match=r"train:amp cannot .* not support bfloat16"):
+        build(tmp_path, amp="bf16")
+
+
+def test_it_tests_without_training_options(tmp_path):
+    options = helpers.small_test_options(tmp_path, None, num_gpu=0, network_g=EDSR)
+    options["path"]["pretrain_network_g"] = None
+    options |= {"model_type": "DLGSANetModel", "dist": False, "is_train": False}
+    model = build_model(options)
+    model.feed_data({"lq": torch.rand(1, 3, 5, 4)})
+    model.test()
+    assert model.output.shape == (1, 3, 10, 8)
+
+
+BASE = (1e-3, 2e-4)  # of two groups of parameters
+MULTI_STEP = {
+    "milestones": [2, 4, 11, 14, 14, 18],
+    "gamma": 0.5,
+    "restarts": [0, 12],
+    "restart_weights": [1, 0.7],
+}
+COSINE = {"periods": [8, 13], "restart_weights": [1, 0.5], "eta_min": 1e-7}
+
+
+def multi_step(base, step):
+    restart, weight = max(
+        pair
+        for pair in zip(MULTI_STEP["restarts"], MULTI_STEP["restart_weights"], strict=True)
+        if pair[0] <= step
+    )
+    drops = sum(restart < milestone <= step for milestone in MULTI_STEP["milestones"])
+    return base * weight * MULTI_STEP["gamma"] ** drops
+
+
+def cosine(base, step):
+    start, period, weight = (0, 8, 1) if step <= 8 else (8, 13, 0.5)
+    half = 0.5 * (1 + math.cos(math.pi * (step - start) / period))
+    return COSINE["eta_min"] + weight * half * (base - COSINE["eta_min"])
+
+
+SCHEDULES = [
+    (MultiStepRestartLR, MULTI_STEP, multi_step),
+    (CosineAnnealingRestartLR, COSINE, cosine),
+]
+
+
+def scheduled_model(scheduler, arguments):
+    """What update_learning_rate needs of a model."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASE]
+    optimizer = torch.optim.Adam(groups)
+    model = SimpleNamespace(optimizers=[optimizer], schedulers=[scheduler(optimizer, **arguments)])
+    model._get_init_lr = lambda: BaseModel._get_init_lr(model)
+    model._set_lr = lambda rates: BaseModel._set_lr(model, rates)
+    return model
+
+
+def resumed(model, scheduler, arguments, path):
+    """The same model after its states went through a file."""
+    parts = (model.optimizers[0], model.schedulers[0])
+    torch.save([part.state_dict() for part in parts], path)
+    model = scheduled_model(scheduler, arguments)
+    states = torch.load(path, weights_only=True)
+    for part, state in zip((model.optimizers[0], model.schedulers[0]), states, strict=True):
+        part.load_state_dict(state)
+    model.optimizers[0].step()  # schedulers warn of a step before the first one
+    return model
+
+
+def rates(model):
+    model.optimizers[0].step()
+    return [group["lr"] for group in model.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize("warmup", [-1, 0, 1, 5, 16])
+@pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
+def test_every_learning_rate_is_the_closed_form_also_through_resumes(
+    scheduler, arguments, formula, warmup, tmp_path
+):
+    through, stopped = (scheduled_model(scheduler, arguments) for _ in range(2))
+    for iteration in range(1, 22):
+        factor = min(1, iteration / warmup) if warmup > 0 else 1
+        expected = [formula(base, iteration - 1) * factor for base in BASE]
+        stopped = resumed(stopped, scheduler, arguments, tmp_path / "state")
+        for model in (through, stopped):
+            update_learning_rate(model, iteration, warmup)
+            assert rates(model) == pytest.approx(expected, rel=1e-12), iteration
+
+
+@pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
+def test_without_warm_up_the_rates_are_basicsrs_own(scheduler, arguments, formula):
+    ours, theirs = (scheduled_model(scheduler, arguments) for _ in range(2))
+    for iteration in range(1, 22):
+        update_learning_rate(ours, iteration, -1)
+        BaseModel.update_learning_rate(theirs, iteration, -1)
+        assert rates(ours) == rates(theirs)
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+@pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
+def test_a_run_of_basicsrs_own_loop_is_resumed_in_its_warm_up(
+    scheduler, arguments, formula, stop, tmp_path
+):
+    model = scheduled_model(scheduler, arguments)
+    for iteration in range(1, stop + 1):
+        BaseModel.update_learning_rate(model, iteration, 9)
+        rates(model)
+    model = resumed(model, scheduler, arguments, tmp_path / "state")
+    for iteration in range(stop + 1, 22):
+        update_learning_rate(model, iteration, 9)
+        expected = [formula(base, iteration - 1) * min(1, iteration / 9) for base in BASE]
+        assert rates(model) == pytest.approx(expected, rel=1e-12), iteration
+
+
+def test_the_average_holds_what_validation_needs(tmp_path):
+    model = build(tmp_path, {"type": "NormedNet"}, ema_decay=0.9)
+    expected = {n: value.detach().double() for n, value in model.net_g.named_parameters()}
+    for iteration, data in enumerate(batches(4), 1):
+        model.feed_data(data)
+        model.optimize_parameters(iteration)
+        for name, value in model.net_g.named_parameters():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.detach().double()
+    for name, value in model.net_g_ema.named_parameters():
+        torch.testing.assert_close(value.detach().double(), expected[name], rtol=0, atol=1e-6)
+    buffers, averaged = (dict(n.named_buffers()) for n in (model.net_g, model.net_g_ema))
+    assert buffers["norm.num_batches_tracked"].item() == 4
+    assert buffers["norm.running_mean"].abs().max() > 0
+    assert_equal(averaged, buffers)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    "wrap", [lambda n: n, DataParallel, lambda n: torch.compile(n, backend="eager")]
+)
+def test_the_average_of_a_wrapped_network_is_basicsrs(tmp_path, monkeypatch, wrap, foreach):
+    if not foreach:
+        monkeypatch.delattr(torch, "_foreach_lerp_")
+        monkeypatch.delattr(torch, "_foreach_copy_")
+    ours, theirs, network = NormedNet(), NormedNet(), NormedNet()
+    theirs.load_state_dict(ours.state_dict())
+    network.scratch = torch.ones(7)  # is in no checkpoint, and may have any size
+    network.norm.running_mean += 3
+    bare = SimpleNamespace(net_g=network, net_g_ema=theirs, get_bare_model=lambda n: n)
+    wrapped = wrap(network)
+    for decay in (0.9, 0, 0.999):
+        average(ours, wrapped, decay)
+        BaseModel.model_ema(bare, decay)
+        assert_equal(dict(ours.named_parameters()), dict(theirs.named_parameters()), atol=1e-6)
+        nn.init.normal_(network.conv.weight)
+    assert torch.equal(ours.norm.running_mean, network.norm.running_mean)
+    assert ours.scratch.shape == (1,)
+
+
+def test_a_shared_parameter_is_averaged_once_and_a_new_one_is_met():
+    def tied():
+        network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        network[1].weight = network[0].weight
+        return network
+
+    ema, network = tied(), tied()
+    start = ema[0].weight.detach().clone()
+    average(ema, network, 0.5)
+    torch.testing.assert_close(ema[0].weight, (start + network[0].weight) / 2)
+    network[0].weight = nn.Parameter(torch.full((2, 2), 7.0))
+    average(ema, network, 0)
+    assert torch.equal(ema[0].weight, torch.full((2, 2), 7.0))
+    average(ema, tied_to_nine := tied(), 0)
+    assert torch.equal(ema[0].weight, tied_to_nine[0].weight)
+
+
+def test_any_model_can_use_the_functions(tmp_path):
+    model = build(tmp_path, {"type": "NormedNet"}, "SRModel", ema_decay=0.9)
+    train(model)
+    training.update_average(model, decay=0)
+    assert_equal(weights(model.net_g_ema), weights(model.net_g))
+    update_learning_rate(model, 4, 8)
+    assert model.get_current_learning_rate() == [5e-4 * 4 / 8]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that passes for one on a GPU, and counts how often the host waits for one."""
+
+    waits = 0
+    is_cpu = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("item", "tolist", "__float__", "__bool__", "cpu"):
+            OnDevice.waits += 1
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.fixture
+def on_device():
+    OnDevice.waits = 0
+    return lambda value: torch.tensor(value).as_subclass(OnDevice)
+
+
+def report(folder, iteration):
+    return json.loads((folder / f"non_finite_{iteration}.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_loss_on_the_host_stops_at_once_and_names_the_batch(tmp_path, kind):
+    watch = FiniteLosses(tmp_path / "run")
+    watch.watch(1, ["a.png", "b.png"], {"l_pix": kind(1.0)})
+    watch.check()
+    message = r"iteration 2 .*\(l_pix 0\.5, l_style nan\).*non_finite_2\.json"
+    with pytest.raises(UserError, match=message):
+        watch.watch(2, ["c.png", "d.png"], {"l_pix": kind(0.5), "l_style": kind(math.nan)})
+    assert report(tmp_path / "run", 2) == {
+        "iteration": 2,
+        "losses": {"l_pix": 0.5, "l_style": "nan"},
+        "samples": ["c.png", "d.png"],
+    }
+
+
+def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device):
+    watch = FiniteLosses(tmp_path)
+    for iteration in range(1, 6):
+        bad = {3: math.inf, 4: math.nan}.get(iteration, 0.1)
+        watch.watch(iteration, [f"{iteration}.png"], {"a": on_device(0.2), "b": on_device(bad)})
+    assert OnDevice.waits == 0
+    with pytest.raises(UserError, match=r"iteration 3 .*b inf"):
+        watch.check()
+    assert OnDevice.waits == 1
+    assert report(tmp_path, 3)["samples"] == ["3.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["non_finite_3.json"]
+
+
+def test_what_is_kept_is_bounded(tmp_path, on_device, monkeypatch):
+    monkeypatch.setattr(training, "_KEPT", 3)
+    watch = FiniteLosses(tmp_path)
+    for iteration in range(1, 9):
+        watch.watch(iteration, [], {"a": on_device(0.2)})
+    assert OnDevice.waits == 2
+    assert len(watch._kept) == 2
+
+
+def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):
+    losses = {0: [0.1, 0.1, math.nan], 1: [0.1, math.inf, math.nan], 2: [0.1, math.inf, 0.1]}
+    collected = []
+
+    def gather(found):
+        collected.append(found)
+        return [None] * 3 if len(collected) < 4 else collected[:3]
+
+    ranks = [FiniteLosses(tmp_path, gather, writes=rank == 0) for rank in losses]
+    for rank, watch in enumerate(ranks):
+        for iteration, value in enumerate(losses[rank], 1):
+            watch.watch(iteration, [f"{rank}-{iteration}"], {"l": value})
+        watch.check()  # collects what each has found
+    messages = []
+    for watch in reversed(ranks):
+        with pytest.raises(UserError, match=r"iteration 2 .*l inf") as caught:
+            watch.check()
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
+    assert report(tmp_path, 2) == {
+        "iteration": 2,
+        "losses": {"l": "inf"},
+        "samples": ["1-2", "2-2"],
+    }
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_names_in_the_message(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    watch = FiniteLosses(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot be written .*\['a\.png'\]"):
+        watch.watch(1, ["a.png"], {"l_pix": math.nan})
+
+
+@pytest.mark.parametrize("model_type", ["DLGSANetModel", "SRModel"])
+def test_a_bad_sample_is_caught_through_a_models_log(tmp_path, model_type):
+    model, watch = build(tmp_path, model_type=model_type), FiniteLosses(tmp_path)
+    for iteration, data in enumerate(batches(3), 1):
+        if iteration == 2:
+            data["gt"][1, 0, 0, 0] = math.nan
+        model.feed_data(data)
+        model.optimize_parameters(iteration)
+        if iteration == 2:
+            with pytest.raises(UserError, match="iteration 2 "):
+                watch.watch(iteration, ["good.png", "bad.png"], model.log_dict)
+            break
+        watch.watch(iteration, ["good.png"], model.log_dict)
+    assert report(tmp_path, 2)["samples"] == ["good.png", "bad.png"]
