@@ -64,12 +64,14 @@ def events(root: Path, name: str, event: str) -> list[dict[str, Any]]:
 
 
 class Forked:
-    """A training in a process of its own, which has all modules already.
+    """A command in a process of its own, which has all modules already.
 
     Args:
         root: Its root folder.
         options: Its options.
         flags: More of its command line.
+        verb: What it does.
+        environment: More of its environment.
         before: Called in that process before it starts.
     """
 
@@ -78,11 +80,14 @@ class Forked:
         root: Path,
         options: Mapping[str, Any],
         *flags: str,
+        verb: str = "train",
+        environment: Mapping[str, str] | None = None,
         before: Callable[[], None] | None = None,
     ) -> None:
         self._root, self._name = root, options["name"]
         file = helpers.write_options(root / f"{options['name']}.yml", options)
-        self.output = root / f"{options['name']}.out"
+        rank = next((v for k, v in (environment or {}).items() if "RANK" in k or "PROCID" in k), "")
+        self.output = root / f"{options['name']}{rank}.out"
         self._lines = len(events(root, self._name, "train"))
         self.pid = os.fork()
         if self.pid:
@@ -93,9 +98,10 @@ class Forked:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
                 sys.stdout = sys.stderr = out
+                os.environ |= environment or {}
                 if before is not None:
                     before()
-                status = cli.main(["train", "-opt", str(file), "--root", str(root), *flags])
+                status = cli.main([verb, "-opt", str(file), "--root", str(root), *flags])
         except BaseException:
             traceback.print_exc()
         finally:

@@ -1,0 +1,221 @@
+"""Several processes on one machine, over gloo: what they compute together, and how they end."""
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_test_options
+from training_runs import (
+    SAMPLES,
+    Forked,
+    assert_equal,
+    events,
+    make_root,
+    small_options,
+    train,
+    weights,
+)
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline.processes import started
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def together(
+    root: Path,
+    options: dict,
+    *flags: str,
+    verb: str = "train",
+    world: int = 2,
+    before: Callable[[], None] | None = None,
+) -> list[Forked]:
+    """Run a verb in several processes, with the variables that torchrun sets."""
+    port = str(free_port())
+    return [
+        Forked(
+            root,
+            options,
+            "--launcher",
+            "pytorch",
+            *flags,
+            verb=verb,
+            before=before,
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(world)
+    ]
+
+
+def statuses(runs: list[Forked], seconds: float = 100) -> list[int]:
+    return [run.wait(seconds) for run in runs]
+
+
+def said(runs: list[Forked]) -> str:
+    return "\n".join(run.output.read_text()[-3000:] for run in runs)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_root(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def alone(root) -> dict:
+    """One process with batches of 4."""
+    options = small_options("alone", batch_size_per_gpu=4)
+    options["train"]["total_iter"] = 6
+    train(root, options)
+    return weights(root, "alone")
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        # Adam divides by the gradient's own size: where that is rounding, so is the step
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batch(root, alone):
+    options = small_options("two", batch_size_per_gpu=2)
+    options["train"]["total_iter"] = 6
+    options["dist_params"] = {"backend": "nccl", "port": 29500}  # as in the shipped files
+    runs = together(root, options)
+    assert statuses(runs) == [0, 0], said(runs)
+    found = [entry["losses"]["l_pix"] for entry in events(root, "two", "train")]
+    expected = [entry["losses"]["l_pix"] for entry in events(root, "alone", "train")]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_close(weights(root, "two"), alone)
+    validated = [entry["metrics"] for entry in events(root, "two", "validation")]
+    assert validated[-1]["psnr"] == pytest.approx(
+        events(root, "alone", "validation")[-1]["metrics"]["psnr"], abs=1e-3
+    )
+
+
+def test_a_stopped_run_of_two_goes_on_with_the_same_weights(root):
+    options = small_options("undisturbed")
+    runs = together(root, options)
+    assert statuses(runs) == [0, 0], said(runs)
+    options["name"] = "stopped"
+    options["logger"]["save_checkpoint_freq"] = 1000
+    runs = together(root, options)
+    runs[0].reaches(3)
+    runs[1].signal(signal.SIGTERM)  # one process is told, both end at the same iteration
+    assert statuses(runs) == [143, 143], said(runs)
+    runs = together(root, options, "--auto_resume")
+    assert statuses(runs) == [0, 0], said(runs)
+    assert_equal(weights(root, "stopped"), weights(root, "undisturbed"))
+
+
+def test_a_run_of_two_can_go_on_alone(root, alone):
+    options = small_options("fewer", batch_size_per_gpu=2)
+    options["train"]["total_iter"] = 3
+    runs = together(root, options)
+    assert statuses(runs) == [0, 0], said(runs)
+    options = small_options("fewer", batch_size_per_gpu=4)
+    options["train"]["total_iter"] = 6
+    train(root, options, "--auto_resume")
+    assert_close(weights(root, "fewer"), alone)
+
+
+def test_what_is_wrong_ends_all_of_them_and_is_said_once(root):
+    options = {**small_options("wrong"), "scael": 2}
+    runs = together(root, options)
+    assert statuses(runs) == [1, 1]
+    assert said(runs[:1]).count("did you mean 'scale'") == 1
+    assert "process 0 stopped" in said(runs[1:])
+    assert not (root / "experiments/wrong").exists()
+
+
+def test_a_validation_may_take_longer_than_a_collective_waits(root):
+    def slow_in_one():
+        import os
+
+        from dlgsanet_arch.pipeline import loop
+
+        real = loop.Training._evaluated
+
+        def evaluated(self):
+            if os.environ["RANK"] == "0":
+                time.sleep(9)
+            return real(self)
+
+        loop.Training._evaluated = evaluated
+
+    options = small_options("patient")
+    options["train"]["total_iter"] = 5
+    options["dist_params"] = {"timeout": 0.1}  # 6 seconds
+    runs = together(root, options, before=slow_in_one)
+    assert statuses(runs) == [0, 0], said(runs)
+
+
+def test_a_process_that_dies_does_not_leave_the_other_waiting_for_ever(root):
+    options = small_options("dying")
+    options["train"]["total_iter"] = 100_000
+    options["dist_params"] = {"timeout": 0.1}
+    runs = together(root, options)
+    runs[0].reaches(2)
+    runs[1].signal(signal.SIGKILL)
+    assert runs[1].wait() == -signal.SIGKILL
+    assert runs[0].wait(60) != 0  # torchrun would end it at once
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_uneven_shares_are_measured_once_each(root, alone, world):
+    options = small_test_options(Path("data"), Path("experiments/alone/models/net_g_latest.pth"))
+    options["name"] = f"tested_{world}"
+    runs = together(root, options, verb="test", world=world)
+    assert statuses(runs) == [0] * world, said(runs)
+    content = json.loads((root / f"results/tested_{world}/log.jsonl").read_text().splitlines()[-1])
+    one = Forked(root, {**options, "name": "tested_alone"}, verb="test")
+    assert one.wait() == 0, said([one])
+    alone_log = (root / "results/tested_alone/log.jsonl").read_text().splitlines()[-1]
+    assert content["metrics"] == json.loads(alone_log)["metrics"]
+    pictures = list((root / f"results/tested_{world}/visualization/made_val").glob("*.png"))
+    assert len(pictures) == SAMPLES
+
+
+@pytest.mark.parametrize("launcher", ["pytorch", "slurm"])
+def test_a_launcher_that_did_not_start_it_is_named(launcher, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    starter = {"pytorch": "torchrun", "slurm": "srun"}[launcher]
+    with pytest.raises(UserError, match=f"needs to be started by {starter}"), started(launcher, {}):
+        pass
+
+
+def test_slurm_s_variables_join_a_run(root):
+    options = small_options("slurm")
+    options["train"]["total_iter"] = 2
+    port = free_port()
+    runs = [
+        Forked(
+            root,
+            {**options, "dist_params": {"port": port}},
+            "--launcher",
+            "slurm",
+            environment={
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NTASKS": "2",
+                "SLURM_NODELIST": "127.0.0.1,other",
+            },
+        )
+        for rank in range(2)
+    ]
+    assert statuses(runs) == [0, 0], said(runs)
+    assert events(root, "slurm", "train")[-1]["iter"] == 2
