@@ -99,9 +99,10 @@ def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
 
 def _copies(options: Mapping[str, Any], processes: Processes) -> int:
     """Return how many processes, or GPUs of a single one, take a batch each."""
-    asked = options.get("num_gpu")
-    gpus = torch.cuda.device_count() if asked == "auto" else asked
-    return processes.world if processes.distributed else max(1, gpus if is_whole(gpus) else 1)
+    if processes.distributed:
+        return processes.world
+    asked, there = options.get("num_gpu"), torch.cuda.device_count()
+    return max(1, min(asked, there) if is_whole(asked) else there)
 
 
 def _for_parts(
