@@ -32,8 +32,8 @@ from dlgsanet_arch.pipeline.signals import stop_on_signals
 from dlgsanet_arch.training import FiniteLosses
 
 
-class BadSampleError(UserError):
-    """More samples cannot be read than the option file tolerates."""
+class ReadingError(UserError):
+    """The training set cannot be read on; the iterations so far are not touched by it."""
 
 
 class _BadSamples:
@@ -54,25 +54,24 @@ class _BadSamples:
         """Take in the bad samples of a batch.
 
         Raises:
-            BadSampleError: There are too many, or nothing could take the place of one.
+            ReadingError: There are too many, or nothing could take the place of one.
         """
-        new = [each for each in bad if each not in self.found]
-        self.found |= dict.fromkeys(new)
-        if not replaced or len(self.found) > self._tolerated:
-            lines = "\n  ".join(map(str, self.found))
-            more = (
-                f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
-                if replaced
-                else "no good sample could be found in their place"
-            )
-            raise BadSampleError(
-                f"bad samples in the training set ({more}; mend them, see `dlgsanet data verify`, "
+        new = [each for each in dict.fromkeys(bad) if each not in self.found]
+        found = [*self.found, *new]
+        if not replaced or len(found) > self._tolerated:
+            why = f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
+            if len(found) <= self._tolerated:
+                why = "no good sample could be found in their place"
+            lines = "\n  ".join(map(str, found))
+            raise ReadingError(
+                f"bad samples in the training set ({why}; mend them, see `dlgsanet data verify`, "
                 f"and go on with --auto_resume):\n  {lines}"
             )
-        for each in new:
+        self.found = dict.fromkeys(found)
+        for number, each in enumerate(new, len(found) - len(new) + 1):
             self._log.warning(
-                f"bad sample {len(self.found)} of {self._tolerated} tolerated, another takes its "
-                f"place: {each}"
+                f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
+                f"{each}"
             )
             self._log.record("bad_sample", sample=each.sample, reason=each.reason)
 
@@ -287,6 +286,10 @@ class Training:
                 self._finish()
             except Interrupted as request:
                 self._stopped(request)
+            except ReadingError:
+                if not self._processes.distributed:  # else the others are in their next iteration
+                    self._save_unsaved()
+                raise
 
     def _batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of the iterations to come, and note how long each was waited for."""
@@ -300,7 +303,7 @@ class Training:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error) or "exited" not in str(error):
                     raise
-                raise UserError(
+                raise ReadingError(
                     f"a worker that reads the training set died ({error}); where memory ran out, "
                     "lower datasets:train:num_worker_per_gpu; go on with --auto_resume"
                 ) from error
@@ -375,6 +378,11 @@ class Training:
         self._saved_at = self._progress.iteration
         self._log.record("save", iter=self._saved_at)
         self._pace.paused(time.perf_counter() - since)
+
+    def _save_unsaved(self) -> None:
+        """Save where the last checkpoint is older than the last iteration."""
+        if self._progress.iteration not in (0, self._saved_at):
+            self._save()
 
     def _validate(self) -> None:
         """Validate on every set, and keep the weights if they are the best so far."""
@@ -451,8 +459,7 @@ class Training:
         iteration = self._progress.iteration
         if iteration == 0:
             raise Interrupted(f"{request} before the first iteration", request.status)
-        if self._saved_at != iteration:
-            self._save()
+        self._save_unsaved()
         self._log.record("stop", iter=iteration, reason=str(request))
         raise Interrupted(
             f"{request} at iteration {iteration}, which is saved; go on with --auto_resume",
