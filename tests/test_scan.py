@@ -89,14 +89,8 @@ def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
     write_database(root / "hr.lmdb", {"a": picture()})
     write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
     use_databases(options, "val")
-
-    class Earlier:
-        def __init__(self, path):
-            self.environment = lmdb.open(str(path), readonly=True, lock=False)
-            self.itself = self  # freed by the garbage collector alone
-
-    Earlier(root / "hr.lmdb")
-    assert scan(options, root, train=True).problems == []
+    with lmdb.open(str(root / "hr.lmdb"), readonly=True, lock=False):
+        assert scan(options, root, train=True).problems == []
 
 
 DATABASE_FAULTS = [
@@ -340,12 +334,31 @@ def test_of_many_pictures_headers_of_some_are_read(root, options, monkeypatch):
     assert len(scan(options, root, train=True).problems) == 2  # names are looked at in full
 
 
-def test_values_of_a_database_are_not_read_for_its_keys(root):
-    """Only pictures whose headers are looked at are touched: 32,592 keys in seconds."""
-    pictures = {f"a{index:04}": picture(1, 1) for index in range(3000)}
+def test_of_many_entries_headers_of_some_are_read(root, options, monkeypatch):
+    monkeypatch.setattr(module, "MOST_HEADERS", 100)
+    pictures = {f"a{index:03}": picture() for index in range(999)}
     write_database(root / "hr.lmdb", pictures)
-    database = module._read_database(root / "hr.lmdb")
-    assert (len(database.keys), len(database.headers)) == (3000, 1500)
+    write_database(root / "lr.lmdb", pictures, scale=2)
+    use_databases(options)
+    read = []
+    monkeypatch.setattr(module, "read_header", lambda file: read.append(file) or read_header(file))
+    found = scan(options, root, train=True)
+    assert found.problems == []
+    assert "datasets:train: 999 pairs; looked at the headers of 100" in found.notes
+    assert len(read) == 2 * 100 + 2 * SAMPLES  # both sides, and the validation set
+
+
+def test_a_long_preamble_hides_no_header(root, options):
+    """What does not fit into the first bytes that are read is read in full."""
+    profile = bytes(range(256)) * 400
+    Image.new("RGB", (64, 48)).save(root / "a.png", icc_profile=profile, compress_level=0)
+    write_database(root / "hr.lmdb", {"a": picture()})
+    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    environment = lmdb.open(str(root / "hr.lmdb"))
+    with environment, environment.begin(write=True) as put:
+        put.put(b"a", (root / "a.png").read_bytes())
+    use_databases(options)
+    assert scan(options, root, train=True).problems == []
 
 
 @pytest.mark.parametrize("value", [None, 5, "text", [], {}, {1: {}}, {"type": "lmdb"}])

@@ -1,12 +1,11 @@
 """Every data set of an option file looked at before a run begins, and the room for what it writes.
 
-Names, keys and counts are looked at in full, in LMDBs without reading a picture; sizes and colours
+Names, keys and counts are looked at in full, of an LMDB its index alone; sizes and colours
 by the headers of at most `MOST_HEADERS` pictures of a set, evenly spread. BasicSR meets what is
 wrong here hours into a run, when it reads that sample, or says nothing: a list that names fewer
 pictures than there are, HR that is cropped to fit LR, 16 bits read as 8.
 """
 
-import gc
 import io
 import math
 import os
@@ -14,15 +13,13 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import lmdb
 from PIL import Image
 
-from dlgsanet_arch.data.databases import META_INFO, open_database
+from dlgsanet_arch.data.databases import DATA, META_INFO
 from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import Registered, Subject
@@ -30,11 +27,13 @@ from dlgsanet_arch.options.known import DatasetKeys, known_dataset
 from dlgsanet_arch.options.places import data_faults, owner
 from dlgsanet_arch.options.subject import is_number, is_whole
 from dlgsanet_arch.pipeline import weights
+from dlgsanet_arch.pipeline.lmdb_index import Value, read_index
 
 MOST_HEADERS = 2000
 _REMEDY = "make it again, or a new one by `dlgsanet data verify --fix`"
-# Enough of a picture for its header, unless it carries a large profile or preview.
-_HEAD = 2**16
+# Bytes of a picture that are enough for its header: one page of the disk for most, more for one
+# with a colour profile or a preview in front.
+_HEADS = (2**12, 2**16)
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
 _FFHQ_PICTURES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
@@ -137,24 +136,6 @@ def _quoted(names: Sequence[str]) -> str:
     return named([repr(name) for name in names], 3)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[lmdb.Environment]:
-    """Open an LMDB for reading; lmdb allows one opening in a process."""
-    try:
-        opening = open_database(path)
-        environment = opening.__enter__()
-    except UserError as error:
-        if "already open" not in str(error):
-            raise
-        gc.collect()  # the data sets of an earlier run in this process
-        opening = open_database(path)
-        environment = opening.__enter__()
-    try:
-        yield environment
-    finally:
-        opening.__exit__(None, None, None)
-
-
 @dataclass(frozen=True)
 class _Database:
     """What was found in an LMDB.
@@ -170,7 +151,7 @@ class _Database:
     headers: dict[str, Header | OSError]
 
 
-def _list_faults(lines: Sequence[str], lengths: Mapping[str, int]) -> Iterator[str]:
+def _list_faults(lines: Sequence[str], index: Mapping[str, Value]) -> Iterator[str]:
     """Compare the lines of a meta_info.txt with the entries that are there."""
     listed = Counter(line.split(".")[0] for line in lines if line.strip())
     blank = sum(not line.strip() for line in lines)
@@ -179,26 +160,27 @@ def _list_faults(lines: Sequence[str], lengths: Mapping[str, int]) -> Iterator[s
     twice = sorted(key for key, count in listed.items() if count > 1)
     if twice:
         yield f"lists keys more than once, or with more behind a dot: {_quoted(twice)}"
-    ghosts = sorted(listed.keys() - lengths.keys())
+    ghosts = sorted(listed.keys() - index.keys())
     if ghosts:
-        dots = any(key.split(".")[0] in listed for key in lengths if "." in key)
+        dots = any(key.split(".")[0] in listed for key in index if "." in key)
         reason = " (keys end at their first dot: name them without)" if dots else ""
         yield f"lists keys that it does not hold{reason}: {_quoted(ghosts)}"
-    silent = sorted(lengths.keys() - listed.keys())
+    silent = sorted(index.keys() - listed.keys())
     if silent and not ghosts:
         yield (
             f"holds {len(silent)} pictures that {META_INFO} does not list and that are never read: "
             f"{_quoted(silent)}"
         )
-    empty = sorted(key for key in listed if lengths.get(key) == 0)
+    empty = sorted(key for key in listed if key in index and not index[key].length)
     if empty:
         yield f"holds entries without content: {_quoted(empty)}"
 
 
-def _head_of(value: memoryview) -> Header | OSError:
-    for size in (_HEAD, len(value)):
+def _head_of(file: BinaryIO, value: Value) -> Header | OSError:
+    for size in (*_HEADS, value.length):
+        file.seek(value.start)
         try:
-            return read_header(io.BytesIO(value[:size]))
+            return read_header(io.BytesIO(file.read(min(size, value.length))))
         except OSError as error:
             fault = error
     return fault
@@ -211,16 +193,14 @@ def _lines(listing: Path) -> list[str]:
 def _read_database(path: Path) -> _Database:
     lines = _lines(path / META_INFO)
     keys = [line.split(".")[0] for line in lines if line.strip()]
-    with _opened(path) as environment, environment.begin(buffers=True) as transaction:
-        lengths = {
-            bytes(key).decode(errors="replace"): len(value) for key, value in transaction.cursor()
-        }
+    index = read_index(path / DATA)
+    with (path / DATA).open("rb") as file:
         headers = {
-            key: _head_of(transaction.get(key.encode()))
+            key: _head_of(file, index[key])
             for key in _spread(sorted(set(keys)))
-            if lengths.get(key)
+            if key in index and index[key].length
         }
-    return _Database(keys, list(_list_faults(lines, lengths)), headers)
+    return _Database(keys, list(_list_faults(lines, index)), headers)
 
 
 def _files_in(folder: Path) -> list[str]:
