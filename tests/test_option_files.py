@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dlgsanet_arch.options import problems
+from dlgsanet_arch.options import load, problems
 
 VARIANTS = {
     "tiny": {"dim": 48, "groups": 3, "blocks": 3},
@@ -145,6 +145,8 @@ TINY_X4 = {
     "logger": {
         "print_freq": 100,
         "save_checkpoint_freq": 5000,
+        "keep_last": None,
+        "save_best": "psnr",
         "use_tb_logger": True,
         "wandb": {"project": None, "resume_id": None},
     },
@@ -267,6 +269,12 @@ def test_the_check_misses_nothing_but_data(read, registered, tmp_path, kind, nam
     assert [line.split(": ")[0].strip() for line in missing] == roots
     make_tree(tmp_path, options)
     assert report(options, kind, tmp_path, registered) == []
+
+
+@pytest.mark.parametrize(("kind", "name"), [("train", "tiny_x4"), ("test", "light_x2")])
+def test_basicsr_and_this_package_read_the_same(repository, read, kind, name):
+    """BasicSR takes 5e-4 for text, so the files mark such numbers."""
+    assert load(repository / "options" / kind / f"{name}.yml") == read(kind, name)
 
 
 def test_one_epoch_holds_all_iterations():
