@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from basicsr.models.sr_model import SRModel  # noqa: TID251 - the model that is extended
+from basicsr.models.sr_model import SRModel
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 

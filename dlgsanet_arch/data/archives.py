@@ -24,10 +24,10 @@ from typing import IO, BinaryIO
 
 from tqdm import tqdm
 
-from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, unfinished
 from dlgsanet_arch.data.pictures import MAX_BYTES, SUFFIXES
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, unfinished
 
 CHUNK = 2**16
 # Photographs in PNG or JPEG do not shrink further. An archive that claims to grow by more than

@@ -18,6 +18,8 @@ from typing import Any
 import cv2
 import lmdb
 
+from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
     RECIPE,
     read_json,
@@ -26,8 +28,6 @@ from dlgsanet_arch.files import (
     write_json,
     write_whole,
 )
-from dlgsanet_arch.data.sub_images import Picture
-from dlgsanet_arch.errors import UserError
 
 DATA = "data.mdb"
 META_INFO = "meta_info.txt"

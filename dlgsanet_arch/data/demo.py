@@ -14,11 +14,11 @@ from pathlib import Path
 from dlgsanet_arch.data import training_sets
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.files import disk_faults_named, write_whole
 from dlgsanet_arch.data.pictures import PictureError, read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, Source, Summary
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named, write_whole
 
 # The two motorcycle pictures are one scene seen by a stereo camera: they stay on one side. The
 # retina is left out: bicubic restores it to 49 dB, so half the patches would teach nothing.

@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 import requests
 
-from dlgsanet_arch.files import check_space, disk_faults_named, lock_file
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import check_space, disk_faults_named, lock_file
 
 # urllib3 drops the piece in which a connection breaks: small pieces, small loss.
 RECEIVED = 2**13

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 from dlgsanet_arch.data.known_sets import known_name, set_name
 from dlgsanet_arch.data.pictures import find_pictures, picture_key
 from dlgsanet_arch.data.sub_images import SCALES
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 
 # A folder of originals, of originals cropped for several scales, and of LR.
 WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)

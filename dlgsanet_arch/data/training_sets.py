@@ -21,7 +21,6 @@ from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
 from dlgsanet_arch.data.pictures import PictureError, find_pictures, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.sub_images import (
@@ -34,6 +33,7 @@ from dlgsanet_arch.data.sub_images import (
 from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from dlgsanet_arch.data.alignment import Alignment, measure, summarise
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
 from dlgsanet_arch.data.known_sets import known_name
 from dlgsanet_arch.data.overlap import Patches, TrainingPatches, patches_of, pixel_digest
 from dlgsanet_arch.data.pictures import SUFFIXES, PictureError, decode_8_bits, picture_key
@@ -27,6 +26,7 @@ from dlgsanet_arch.data.sub_images import Picture
 from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
 
 MOST_LISTED = 50
 # Folders of pictures to test on, and of none to train on.
