@@ -412,6 +412,7 @@ def test_a_set_without_ground_truth(data, tmp_path, logged):
     found = evaluate(model, opt)
     pictures = [cv2.imread(str(path)) for path in sorted(tmp_path.rglob("*_7.png"))]
     assert found.means == {"level": pytest.approx(np.mean([each.mean() for each in pictures]))}
+    assert all(set(row.values) == {"level"} for row in found.rows)
     warnings = [line for line in logged if "no ground truth" in line]
     assert len(warnings) == 1
     assert "psnr, ssim, rgb, error of val:metrics" in warnings[0]
