@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,33 @@ def shares_lmdb():
     clients.clear()
     lmdb.open(folder).close()  # the last reader gone, it can be opened for writing
 
+def pickles_lmdb():
+    import pickle
+    import lmdb
+    from basicsr.utils import FileClient
+    folder = tempfile.mkdtemp()
+    with lmdb.open(folder) as env, env.begin(write=True) as transaction:
+        transaction.put(b"key", b"value")
+    client = FileClient("lmdb", db_paths=folder, client_keys="gt")
+    assert client.get("key", "gt") == b"value"  # as a data set has that was read in this process
+    again = pickle.loads(pickle.dumps(client))
+    assert again.get("key", "gt") == b"value"
+
+def distributes():
+    import torch
+    from basicsr.models.base_model import BaseModel
+    torch.distributed.init_process_group(
+        "gloo", init_method="file://" + os.path.join(tempfile.mkdtemp(), "meeting"),
+        rank=0, world_size=1)
+    try:
+        model = BaseModel({"num_gpu": 0, "is_train": True, "dist": True})
+        network = model.model_to_device(torch.nn.Conv2d(3, 3, 1))
+        assert type(network) is torch.nn.parallel.DistributedDataParallel
+        network(torch.ones(1, 3, 2, 2)).sum().backward()
+        assert network.module.weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
 def compresses():
     import numpy as np
     from basicsr.data.degradations import random_add_jpg_compression
@@ -64,7 +92,9 @@ def runs_as_a_script():  # a repaired module's loader still serves `python -m`
     runpy.run_module("basicsr.train", run_name="copy")
 
 found = {}
-for check in (imports, resumes, shares_lmdb, compresses, runs_as_a_script):
+checks = (
+    imports, resumes, shares_lmdb, pickles_lmdb, distributes, compresses, runs_as_a_script)
+for check in checks:
     try:
         check()
         found[check.__name__] = None
@@ -129,11 +159,14 @@ def test_no_fault_shows_once_repaired(symptoms):
 
 
 def test_faults_in_basicsr_show_without_their_repairs(symptoms):
-    found = symptoms("resume", "shared LMDB", "JPEG quality")
+    found = symptoms("resume", "shared LMDB", "pickled LMDB", "distributed CPU", "JPEG quality")
     assert found["imports"] is None
     # On a CPU it asks for CUDA; with CUDA it finds nothing, for it looks in the current folder.
     assert "CUDA" in found["resumes"] or "NVIDIA" in found["resumes"] or "None" in found["resumes"]
     assert "already open in this process" in found["shares_lmdb"]
+    assert "cannot pickle" in found["pickles_lmdb"]
+    # On a CPU it asks for CUDA; with CUDA it gives the network of a CPU a GPU.
+    assert re.search("CUDA|NVIDIA|device_ids", found["distributes"])
     assert "imencode" in found["compresses"]
     assert set(found["active"]) <= {"torchvision operators", "functional_tensor"}
 
@@ -231,3 +264,4 @@ def test_a_function_without_the_fault_is_left_alone():
 
     assert compat._resume_anywhere(load_resume_state) is None
     assert compat._share_environments(load_resume_state) is None
+    assert compat._wrap_on_cpu(load_resume_state) is None
