@@ -122,10 +122,9 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path, fault):
     helpers.write_pairs(tmp_path, 3)
     samples = Samples(build_dataset(paired(tmp_path)))
     spoil, reason = FAULTS[fault]
-    index = next(i for i, p in enumerate(samples.dataset.paths) if "picture1" in p["lq_path"])
-    path = Path(samples.dataset.paths[index]["lq_path"])
+    path = tmp_path / "LR/picture1.png"
     spoil(path)
-    sample = samples[index]
+    sample = samples[1]
     assert sample.content is None
     (bad,) = sample.bad
     assert bad.dataset == "made"
@@ -153,25 +152,38 @@ def test_a_bad_entry_of_a_database_is_named_by_database_and_key(tmp_path, left, 
 
 def test_another_sample_takes_the_place_of_a_bad_one(tmp_path):
     helpers.write_pairs(tmp_path, 3)
-    dataset = build_dataset(paired(tmp_path))
-    Path(dataset.paths[2]["lq_path"]).write_bytes(b"")
-    sample = Samples(dataset, replace_bad=True)[Draw(0, 0, 2)]
-    assert sample.content["lq_path"] == dataset.paths[0]["lq_path"]
-    assert [Path(bad.sample).name for bad in sample.bad] == [Path(dataset.paths[2]["lq_path"]).name]
-    for entry in dataset.paths:
-        Path(entry["lq_path"]).write_bytes(b"")
-    nothing = Samples(dataset, replace_bad=True)[Draw(0, 0, 2)]
+    samples = Samples(build_dataset(paired(tmp_path)), replace_bad=True)
+    pictures = [tmp_path / f"LR/picture{number}.png" for number in range(3)]
+    pictures[2].write_bytes(b"")
+    sample = samples[Draw(0, 0, 2)]
+    assert sample.content["lq_path"] == str(pictures[0])
+    assert [bad.sample for bad in sample.bad] == [str(pictures[2])]
+    for picture in pictures:
+        picture.write_bytes(b"")
+    nothing = samples[Draw(0, 0, 2)]
     assert nothing.content is None
-    assert len({bad.sample for bad in nothing.bad}) == 3
+    assert {bad.sample for bad in nothing.bad} == set(map(str, pictures))
+
+
+def test_samples_are_in_the_order_of_their_paths_whatever_the_disk_s(tmp_path):
+    helpers.write_pairs(tmp_path, 3)
+    dataset = build_dataset(paired(tmp_path))
+    expected = [str(tmp_path / f"LR/picture{number}.png") for number in range(3)]
+    for order in ([2, 0, 1], [1, 2, 0]):
+        by_name = sorted(dataset.paths, key=lambda pair: pair["lq_path"])
+        dataset.paths = [by_name[index] for index in order]
+        samples = Samples(dataset)
+        assert [samples[index].content["lq_path"] for index in range(3)] == expected
 
 
 def test_a_batch_says_which_of_its_samples_are_bad(tmp_path):
     helpers.write_pairs(tmp_path, 3)
     samples = Samples(build_dataset(paired(tmp_path)))
-    Path(samples.dataset.paths[1]["gt_path"]).write_bytes(b"")
+    spoilt = tmp_path / "HR/picture1.png"
+    spoilt.write_bytes(b"")
     batch, bad = collate([samples[0], samples[1]])
     assert batch is None
-    assert [each.sample for each in bad] == [samples.dataset.paths[1]["gt_path"]]
+    assert [each.sample for each in bad] == [str(spoilt)]
     batch, bad = collate([samples[0], samples[2]])
     assert batch["lq"].shape == (2, 3, 16, 16)
     assert not bad

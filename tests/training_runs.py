@@ -94,6 +94,7 @@ class Forked:
             return
         status = 1
         try:
+            os.setsid()  # a group of its own, as a terminal and a scheduler give it
             with self.output.open("a") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
@@ -131,3 +132,7 @@ class Forked:
     def signal(self, number: int) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to it and its workers, as a terminal and a scheduler do."""
+        os.killpg(self.pid, number)

@@ -100,22 +100,6 @@ class Evaluation:
 # -- what is read ------------------------------------------------------------------------------
 
 
-def _in_order(dataset: Any) -> list[int]:
-    """Return a data set's indices by path: BasicSR lists a folder in the order of the disk.
-
-    Machines that each have a copy of the folder would otherwise divide it each in its own way.
-    """
-    paths = getattr(dataset, "paths", None)
-    if not isinstance(paths, Sequence) or len(paths) != len(dataset):
-        return list(range(len(dataset)))
-
-    def place(index: int) -> str:
-        entry = paths[index]
-        return str(entry.get("lq_path", entry) if isinstance(entry, Mapping) else entry)
-
-    return sorted(range(len(dataset)), key=place)
-
-
 class Pictures:
     """A data set's pictures in the order of their paths, one at a time; made by `build_loader`.
 
@@ -134,7 +118,6 @@ class Pictures:
     ) -> None:
         self.dataset = dataset
         self.shared = range(processes.rank, len(dataset), processes.world)
-        self._order = _in_order(dataset.dataset)
         self._workers = workers
         self._pin_memory = pin_memory
 
@@ -155,7 +138,7 @@ class Pictures:
     def _read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
         loader = DataLoader(
             self.dataset,
-            sampler=[self._order[number] for number in numbers],
+            sampler=numbers,
             num_workers=min(self._workers, len(numbers)),
             collate_fn=collate,
             worker_init_fn=start_worker,

@@ -4,6 +4,7 @@ The order of an iteration is the learning rate, the step, the log, the checkpoin
 A state that is saved before its iteration's validation says so, and a resumed run validates first.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -424,6 +425,8 @@ class Training:
         else:
             return
         value, best = result.means[metric], self._saver.best.get("value")
+        if math.isnan(value):
+            return
         lower = self._validation_opt["metrics"][metric].get("better", "higher") == "lower"
         if best is None or (value < best if lower else value > best):
             self._saver.save_best(float(value), self._progress.iteration)

@@ -122,11 +122,28 @@ def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
     return BadSample(name, " and ".join(shown.values()), f"{type(error).__name__}: {said}")
 
 
+def _in_order(dataset: Any) -> list[int]:
+    """Return a data set's indices by path: BasicSR lists a folder in the order of the disk.
+
+    A run that goes on from a copy of the folder would otherwise draw other samples, and machines
+    that each have one would divide it each in its own way.
+    """
+    paths = getattr(dataset, "paths", None)
+    if not isinstance(paths, Sequence) or len(paths) != len(dataset):
+        return list(range(len(dataset)))
+
+    def place(index: int) -> str:
+        entry = paths[index]
+        return str(entry.get("lq_path", entry) if isinstance(entry, Mapping) else entry)
+
+    return sorted(range(len(dataset)), key=place)
+
+
 class Samples(Dataset):
     """A data set of BasicSR's, the only kind that goes to a loader's workers.
 
-    A worker that is spawned imports this package, and with it the repairs, before it unpickles
-    what belongs to BasicSR.
+    Its samples are in the order of their paths. A worker that is spawned imports this package, and
+    with it the repairs, before it unpickles what belongs to BasicSR.
 
     Args:
         dataset: A data set of BasicSR's or a third party's.
@@ -138,6 +155,7 @@ class Samples(Dataset):
         self.dataset = dataset
         self.seed = seed
         self.replace_bad = replace_bad
+        self._order = _in_order(dataset)
 
     @property
     def opt(self) -> dict[str, Any]:
@@ -156,7 +174,7 @@ class Samples(Dataset):
     def _read(self, index: int, draw: Draw | None) -> Sample:
         bad = []
         for attempt in range(_MOST_REPLACEMENTS if self.replace_bad else 1):
-            candidate = (index + attempt) % len(self.dataset)
+            candidate = self._order[(index + attempt) % len(self.dataset)]
             if draw is not None:
                 _seed_all(self.seed % 2**32, draw.epoch, draw.position)
             try:
