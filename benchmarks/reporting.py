@@ -29,6 +29,10 @@ SECTIONS = {
     "network": ("benchmarks/network.py", "--only-tiny"),
     "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
     "training_step": ("benchmarks/training_step.py",),
+    "training_loop": ("benchmarks/training_loop.py", "--only", "loop"),
+    "training_loop_validation": ("benchmarks/training_loop.py", "--only", "validation"),
+    "training_loop_checkpoints": ("benchmarks/training_loop.py", "--only", "checkpoints"),
+    "training_loop_metrics": ("benchmarks/training_loop.py", "--only", "metrics"),
     "accuracy": ("benchmarks/network.py", "--accuracy"),
     "profile": ("benchmarks/network.py", "--profile"),
     "memory": ("benchmarks/network.py", "--memory"),
@@ -40,12 +44,18 @@ SECTIONS = {
 TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
 LIMITS = "limits"  # measured within each of the others, too
 DATA = "data"  # has nothing to do on a GPU
+# Measured beside BasicSR, and only where that is installed.
+BESIDE_BASICSR = tuple(name for name in SECTIONS if name.startswith("training_loop"))
 # Pipeline, data and command line take no part in a forward or a backward.
 SOURCES = (
     *(f"dlgsanet_arch/{files}" for files in ("*.py", "ops/*.py", "cpu/*.py", "cpu/*.c")),
     "benchmarks/*.py",
 )
 SOURCES_OF = {
+    **dict.fromkeys(
+        BESIDE_BASICSR,
+        (*SOURCES, *(f"dlgsanet_arch/{folder}/*.py" for folder in ("pipeline", "data", "options"))),
+    ),
     TESTS: (*SOURCES, "tests/*.py"),
     DATA: ("dlgsanet_arch/data/*.py", "benchmarks/data.py", "benchmarks/measuring.py"),
 }

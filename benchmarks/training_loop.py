@@ -1,0 +1,890 @@
+"""The training loop, validation, checkpoints and metrics, beside those of BasicSR.
+
+Contestants take turns within one process, lap after lap, so that a change in the machine's load
+meets all of them; a ratio is taken within a lap. BasicSR's own code runs with this package's
+repairs, without which it does not import.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import itertools
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+import contestants
+import cv2
+import data
+import measuring
+import reporting
+import torch
+import yaml
+from measuring import Cell, Record, Section, Setting
+from torch import Tensor
+
+from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.databases import encode_png
+from dlgsanet_arch.data.pictures import find_pictures, read_8_bits
+from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
+
+T = TypeVar("T")
+
+SCALE = 4
+DATA = "DLGSANET_BENCHMARK_DATA"  # the variable that names the folder of what is trained on
+BLOCKS = 5  # of iterations in a run; the first is not timed, validation and save end the third
+SAVE_EVERY = 5000  # iterations, in the option files
+MADE_SIZE = (480, 480)
+METRIC_SIZE = (720, 1280)
+QUICK_SIZE = (64, 72)
+TOLERANCES = {"psnr": 1e-4, "ssim": 1e-6}
+METRICS = {"PSNR": ["psnr"], "SSIM": ["ssim"], "PSNR and SSIM": ["psnr", "ssim"]}
+NOTICED = 0.02  # a difference of speed that is told
+
+EDSR = "EDSR, 16 channels"
+TINY = "DLGSANet Tiny"
+QUICK = "DLGSANet, quick"
+RRDB = "RRDBNet"
+
+BASICSR = "BasicSR"
+OURS = "ours"
+OWN_MODEL = "ours, DLGSANetModel"
+# What takes part in training: model_type, changes of `train`, and of its `optim_g`.
+_FUSED, _LAYOUT, _HALF = {"fused": True}, {"channels_last": True}, {"amp": "bf16"}
+LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"{BASICSR}, SRModel": ("SRModel", {}, {}),
+    f"{OURS}, SRModel": ("SRModel", {}, {}),
+    OWN_MODEL: ("DLGSANetModel", {}, {}),
+    f"{OWN_MODEL}, fused Adam": ("DLGSANetModel", {}, _FUSED),
+    f"{OWN_MODEL}, channels_last": ("DLGSANetModel", _LAYOUT, {}),
+    f"{OWN_MODEL}, bf16": ("DLGSANetModel", _HALF, {}),
+    f"{OWN_MODEL}, all three": ("DLGSANetModel", {**_LAYOUT, **_HALF}, _FUSED),
+}
+_SAME_NUMBERS = list(LOOPS)[:4]  # where the network's arithmetic is the same
+
+
+_OPENCV_THREADS = cv2.getNumThreads()
+
+
+# -- what all have in common -------------------------------------------------------------------
+
+
+def _set_opencv_threads(name: str) -> None:
+    """Give BasicSR OpenCV's threads as it has them, and none to what forks workers after it.
+
+    A process that is forked after OpenCV used its threads has a pool without any, and waits for
+    ever in the `setNumThreads` that ours calls there; not where the threads ended before.
+    """
+    alone = BASICSR in name and "workers" not in name
+    cv2.setNumThreads(_OPENCV_THREADS if alone else 1)
+
+
+def in_turns(works: Mapping[str, Callable[[], T]], laps: int) -> dict[str, list[T]]:
+    """Call each work once a lap, each lap beginning with another one, and tell of it."""
+    found: dict[str, list[T]] = {name: [] for name in works}
+    names = list(works)
+    threads = cv2.getNumThreads()
+    for lap in range(laps):
+        first = lap % len(names)
+        for name in names[first:] + names[:first]:
+            _set_opencv_threads(name)
+            start = time.perf_counter()
+            found[name].append(works[name]())
+            took = time.perf_counter() - start
+            print(f"lap {lap + 1} of {laps}: {name}: {took:.3g} s", file=sys.__stderr__, flush=True)
+    cv2.setNumThreads(threads)
+    return found
+
+
+def _seconds(run: Callable[[], T], device: str) -> tuple[float, T]:
+    """Time one call; return its result, too."""
+    measuring.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    measuring.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def ratios(base: Sequence[float], laps: Sequence[float]) -> tuple[float, float, float]:
+    """Return how many times faster than `base` the laps are: median, least and most of them."""
+    each = sorted(theirs / ours for theirs, ours in zip(base, laps, strict=True))
+    return statistics.median(each), each[0], each[-1]
+
+
+def _ratio_cells(base: Sequence[float], laps: Sequence[float]) -> list[str]:
+    middle, least, most = ratios(base, laps)
+    return [f"{middle:.2f}", f"{least:.2f} to {most:.2f}"]
+
+
+def _milliseconds(seconds: Sequence[float]) -> list[str]:
+    return measuring.milliseconds({"seconds": list(seconds)})
+
+
+def _told(faster: Mapping[str, float]) -> str:
+    """Name who is slower than BasicSR by more than what is noise, from the ratios by name."""
+    if not faster:
+        return "Nothing is compared yet."
+    slower = [f"{name} ({ratio:.2f})" for name, ratio in faster.items() if ratio < 1 - NOTICED]
+    limit = f"{NOTICED:.0%}".replace("%", " %")
+    if not slower:
+        return f"Nothing of ours is slower than BasicSR's by more than {limit}."
+    return f"**Slower than BasicSR's by more than {limit}:** {'; '.join(slower)}."
+
+
+def _load_note(records: Sequence[Record]) -> str:
+    loads = [record["load"] for record in records if "load" in record]
+    if not loads:
+        return "Nothing is measured yet."
+    return (
+        f"The machine has {os.cpu_count()} cores, and its load average when a measurement began "
+        f"was {min(loads):.1f} to {max(loads):.1f}: above the number of cores others work on it, "
+        "times stretch, and the range over the laps tells how far a ratio can be trusted."
+    )
+
+
+@contextlib.contextmanager
+def _apart(folder: Path) -> Iterator[None]:
+    """Keep what a run prints in a file of `folder`, and the process as it was before."""
+    from basicsr.utils.logger import initialized_logger
+
+    logger = logging.getLogger("basicsr")
+    handlers, known = logger.handlers[:], dict(initialized_logger)
+    level, propagates = logger.level, logger.propagate
+    trying = torch.backends.cudnn.benchmark
+    said = folder / "said.txt"
+    try:
+        with (
+            said.open("w") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            try:
+                yield
+            finally:
+                for handler in set(logger.handlers) - set(handlers):
+                    handler.close()
+                logger.handlers[:] = handlers
+    except Exception:
+        print(said.read_text()[-2000:], file=sys.__stderr__)
+        raise
+    finally:
+        logger.level, logger.propagate = level, propagates
+        initialized_logger.clear()
+        initialized_logger.update(known)
+        torch.backends.cudnn.benchmark = trying
+
+
+def network_options(name: str) -> dict[str, Any]:
+    """Return `network_g` of an option file."""
+    if name == EDSR:
+        return {
+            "type": "EDSR",
+            "num_in_ch": 3,
+            "num_out_ch": 3,
+            "num_feat": 16,
+            "num_block": 4,
+            "upscale": SCALE,
+            "img_range": 255.0,
+            "rgb_mean": [0.4488, 0.4371, 0.4040],
+        }
+    if name == RRDB:
+        return {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "scale": SCALE}
+    variant = contestants.QUICK if name == QUICK else "tiny"
+    return {"type": "DLGSANet", **contestants.configuration(variant, SCALE)}
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def _shared_pictures(*names: str) -> Path | None:
+    """Return a folder of the shared data, where it is at hand."""
+    shared = Path(os.environ.get("DLGSANET_SHARED", reporting.ROOT.parent / "shared"))
+    folder = shared.joinpath("data", *names)
+    return folder if folder.is_dir() else None
+
+
+def _made(index: int, size: Sequence[int]) -> Any:
+    photographs = _shared_pictures("BSDS400")
+    made = {"size": tuple(size), "photographs": photographs and str(photographs)}
+    return data.picture(made, index)
+
+
+def _write(path: Path, picture: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(picture))
+
+
+def _paired(hr: Path, lr: Path, backend: str) -> dict[str, Any]:
+    return {
+        "type": "PairedImageDataset",
+        "dataroot_gt": str(hr),
+        "dataroot_lq": str(lr),
+        "filename_tmpl": "{}",
+        "io_backend": {"type": backend},
+    }
+
+
+def training_set(patch: int, size: Sequence[int]) -> dict[str, Any]:
+    """Make LMDBs of sub-images where they are missing; return BasicSR's options for them.
+
+    Args:
+        patch: Side of the patches in LR pixels; a sub-image has 1.25 times that.
+        size: Height and width of the pictures that are cut.
+    """
+    folder = Path(os.environ[DATA]) / f"train_{patch}"
+    if not folder.exists():
+        for index in range(data.PICTURES):
+            _write(folder / "HR" / f"{index}.png", _made(index, size))
+        side = SCALE * patch * 5 // 4
+        cutting = Cutting(side, side // 2 // SCALE * SCALE, patch)
+        build(find_sources(folder / "HR", None, [SCALE]), [SCALE], folder, cutting=cutting)
+    return _paired(folder / database_name(1), folder / database_name(SCALE), "lmdb")
+
+
+def validation_set(count: int, size: Sequence[int]) -> dict[str, Any]:
+    """Write pairs where they are missing, Set14's first or made ones; return BasicSR's options."""
+    folder = Path(os.environ[DATA]) / f"val_{count}"
+    if not folder.exists():
+        given = _shared_pictures("Set14", "HR") if tuple(size) == MADE_SIZE else None
+        paths = [file.path for file in find_pictures(given)] if given else []
+        for index in range(count):
+            picture = read_8_bits(paths[index]).pixels if paths else _made(index, size)
+            hr = crop_to_multiple(picture, SCALE)
+            _write(folder / "HR" / f"{index:02d}.png", hr)
+            _write(folder / "LR" / f"{index:02d}.png", bicubic(hr, 1 / SCALE))
+    return _paired(folder / "HR", folder / "LR", "disk")
+
+
+# -- the loop ----------------------------------------------------------------------------------
+
+
+def loop_options(cell: Cell, loop: str, device: str) -> dict[str, Any]:
+    """Return a complete option file: Tiny's recipe with the cell's network, data and length."""
+    recipe = reporting.ROOT / "options" / "train" / f"tiny_x{SCALE}.yml"
+    options = yaml.safe_load(recipe.read_text())
+    model, train, optimizer = LOOPS[loop]
+    block = cell["block"]
+    options |= {
+        "name": "measured",
+        "model_type": model,
+        "num_gpu": int(device == "cuda"),
+        "network_g": network_options(cell["network"]),
+    }
+    options["datasets"]["train"] |= {
+        **training_set(cell["patch"], cell["size"]),
+        "gt_size": SCALE * cell["patch"],
+        "num_worker_per_gpu": cell["workers"],
+        "batch_size_per_gpu": cell["batch"],
+        "dataset_enlarge_ratio": 1000,  # a single epoch, as in the recipe
+        "pin_memory": device == "cuda",
+    }
+    options["datasets"]["val"] |= validation_set(cell["pictures"], cell["size"])
+    options["train"] |= {"total_iter": BLOCKS * block, **train}
+    options["train"]["optim_g"] |= optimizer
+    options["val"]["val_freq"] = 3 * block
+    options["logger"] |= {
+        "print_freq": block,
+        "save_checkpoint_freq": 3 * block,
+        "use_tb_logger": False,
+    }
+    return options
+
+
+@contextlib.contextmanager
+def _stamps(model_type: str, block: int, device: str) -> Iterator[list[float]]:
+    """Note when the first iteration begins, and then when each step of the model ends."""
+    from basicsr.models.sr_model import SRModel
+
+    from dlgsanet_arch.training import DLGSANetModel
+
+    kind = {"SRModel": SRModel, "DLGSANetModel": DLGSANetModel}[model_type]
+    step, stamps = kind.optimize_parameters, []
+
+    def timed(self: Any, current_iter: int) -> None:
+        if not stamps:
+            stamps.append(time.perf_counter())
+        step(self, current_iter)
+        if current_iter % block == 0:
+            measuring.synchronize(device)
+        stamps.append(time.perf_counter())
+
+    with mock.patch.object(kind, "optimize_parameters", timed):
+        yield stamps
+
+
+def pace(stamps: Sequence[float], block: int) -> dict[str, Any]:
+    """Return seconds an iteration, from the times that `_stamps` notes.
+
+    Returns:
+        `steady`, the mean of each block after the first, without the iteration that a validation
+        and a save came before; and `whole`, the mean of all of them with both.
+    """
+    seconds = [after - before for before, after in itertools.pairwise(stamps[block:])]
+    paused = 2 * block  # the one after the third block
+    steady = []
+    for start in range(0, len(seconds), block):
+        kept = [seconds[i] for i in range(start, start + block) if i != paused]
+        if kept:
+            steady.append(statistics.mean(kept))
+    return {"steady": steady, "whole": statistics.mean(seconds)}
+
+
+def _train(cell: Cell, loop: str, device: str) -> Record:
+    """Train once; return the pace, and the seconds from the call to the first iteration."""
+    from basicsr.train import train_pipeline
+
+    from dlgsanet_arch import pipeline
+
+    importlib.import_module("dlgsanet_arch.pipeline.loop")  # else its import would be timed
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        file = root / "measured.yml"
+        file.write_text(yaml.safe_dump(loop_options(cell, loop, device)))
+        arguments = ["-opt", str(file)]
+        with _apart(root), _stamps(LOOPS[loop][0], cell["block"], device) as stamps:
+            begin = time.perf_counter()
+            if loop.startswith(BASICSR):
+                with mock.patch.object(sys, "argv", ["train.py", *arguments]):
+                    train_pipeline(name)
+            else:
+                pipeline.train(root, arguments)
+    if len(stamps) != BLOCKS * cell["block"] + 1:
+        raise RuntimeError(f"{loop} made {len(stamps) - 1} iterations of {BLOCKS * cell['block']}")
+    return {**pace(stamps, cell["block"]), "start": stamps[0] - begin}
+
+
+def loops(cell: Cell, setting: Setting) -> Record:
+    """Measure all loops with a network."""
+    load = os.getloadavg()[0]
+    works = {
+        loop: functools.partial(_train, cell, loop, setting.device) for loop in cell["contestants"]
+    }
+    return {"load": load, "laps": in_turns(works, setting.runs)}
+
+
+def _paces(laps: Sequence[Record]) -> list[float]:
+    return [statistics.median(lap["steady"]) for lap in laps]
+
+
+def _loop_rows(records: list[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        cell = record["cell"]
+        size = f"{cell['batch']}x{cell['patch']}x{cell['patch']}"
+        if "laps" not in record:
+            rows.append([cell["network"], size, record["error"], *"–––––––"])
+            continue
+        base = record["laps"][cell["contestants"][0]]
+        for name, laps in record["laps"].items():
+            blocks = [seconds for lap in laps for seconds in lap["steady"]]
+            whole = [lap["whole"] for lap in laps]
+            rows.append(
+                [
+                    cell["network"],
+                    size,
+                    name,
+                    f"{1 / statistics.median(blocks):.3g}",
+                    *_milliseconds(blocks),
+                    *_ratio_cells(_paces(base), _paces(laps)),
+                    f"{1 / statistics.median(whole):.3g}",
+                    f"{statistics.median(lap['start'] for lap in laps):.2f}",
+                ]
+            )
+    return rows
+
+
+def _loop_notes(records: list[Record]) -> list[str]:
+    done = [record for record in records if "laps" in record]
+    faster = {
+        f"{record['cell']['network']}, {name}": ratios(
+            _paces(record["laps"][record["cell"]["contestants"][0]]), _paces(laps)
+        )[0]
+        for record in done
+        for name, laps in record["laps"].items()
+    }
+    sizes = "; ".join(
+        f"{record['cell']['network']}: {4 * record['cell']['block']} timed iterations, "
+        f"{record['cell']['workers']} workers, {record['cell']['pictures']} pictures to validate on"
+        for record in done
+    )
+    return [
+        "`basicsr.train.train_pipeline` with `SRModel` against `dlgsanet_arch.pipeline.train`, by",
+        "option files that differ in what the table names: Tiny's recipe with its optimizer,",
+        "average of weights and augmentation, on LMDBs of sub-images. Rates and ms are of",
+        "iterations alone, by the clock at the end of the model's steps, in blocks. 'x BasicSR' is",
+        "the median over laps of the ratio within a lap, its range beside it. 'with pauses' has a",
+        f"validation and a checkpoint in the timed iterations, where the recipe has {SAVE_EVERY}",
+        "between two. 'start, s' is from the call to the first iteration: ours looks at options,",
+        f"data, weights and disk before. bf16 and channels_last compute otherwise. {sizes}.",
+        _told(faster),
+        _load_note(records),
+    ]
+
+
+def loop_section(asked: argparse.Namespace) -> Section:
+    """Iterations a second."""
+    on_gpu = asked.device == "cuda"
+    light = {"batch": 16 if on_gpu else 4, "patch": 24, "block": 100 if on_gpu else 50}
+    tiny = {"batch": 16 if on_gpu else 2, "patch": 48, "block": 20 if on_gpu else 2}
+    works = [(EDSR, light, _SAME_NUMBERS), (TINY, tiny, list(LOOPS))]
+    if asked.quick:
+        works = [(QUICK, {"batch": 2, "patch": 8, "block": 1}, list(LOOPS))]
+    cells = [
+        {
+            "measure": "training_loop:loops",
+            "network": network,
+            **sizes,
+            "workers": 6 if on_gpu else int(not asked.quick) * 2,
+            "pictures": 1 if asked.quick else 3,
+            "size": QUICK_SIZE if asked.quick else MADE_SIZE,
+            "contestants": names,
+        }
+        for network, sizes, names in works
+    ]
+    columns = ["network", "batch", "loop", "iterations a second", "ms", "range", "x BasicSR"]
+    columns += ["in the laps", "a second with pauses", "start, s"]
+    return Section(
+        name="training_loop",
+        title="Training loop beside BasicSR's",
+        cells=cells,
+        columns=columns,
+        rows=_loop_rows,
+        notes=_loop_notes,
+        group=measuring.key,
+        rounds=1,
+        runs=3,
+    )
+
+
+# -- validation --------------------------------------------------------------------------------
+
+
+def check_agreement(theirs: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """Return how far figures are apart.
+
+    Raises:
+        ValueError: Too far: then no time of them means anything.
+    """
+    apart = {name: abs(ours[name] - theirs[name]) for name in theirs}
+    for name, difference in apart.items():
+        if not difference <= TOLERANCES[name]:
+            raise ValueError(f"{name} is {ours[name]!r} and BasicSR's is {theirs[name]!r}")
+    return apart
+
+
+def _widest(differences: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: max(each[name] for each in differences) for name in TOLERANCES}
+
+
+def _model(network: str, folder: Path, device: str, *, train: bool) -> Any:
+    """Build BasicSR's SRModel with a network of random weights."""
+    from basicsr.models import build_model
+
+    recipe = reporting.ROOT / "options" / "train" / f"tiny_x{SCALE}.yml"
+    options = yaml.safe_load(recipe.read_text())
+    paths = {
+        "experiments_root": folder,
+        "models": folder / "models",
+        "training_states": folder / "training_states",
+        "visualization": folder / "visualization",
+    }
+    for path in paths.values():
+        path.mkdir(exist_ok=True)
+    options["path"] |= {name: str(path) for name, path in paths.items()}
+    options |= {
+        "name": "measured",
+        "network_g": network_options(network),
+        "is_train": train,
+        "num_gpu": int(device == "cuda"),
+        "dist": False,
+        "rank": 0,
+        "world_size": 1,
+    }
+    torch.manual_seed(0)
+    return build_model(options)
+
+
+def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], Any]]:
+    """Return what validates, each with its loader; all return the figures."""
+    from basicsr.data import build_dataloader, build_dataset
+
+    from dlgsanet_arch.pipeline import evaluation
+    from dlgsanet_arch.pipeline.processes import Processes
+
+    options = {
+        "name": "pictures",
+        "phase": "val",
+        "scale": SCALE,
+        **validation_set(cell["pictures"], cell["size"]),
+    }
+    num_gpu = int(device == "cuda")
+
+    def theirs(workers: int) -> Callable[[], dict[str, float]]:
+        dataset = build_dataset(options)
+        loader = build_dataloader(dataset, options, num_gpu=num_gpu, dist=False, seed=0)
+        if workers:
+            loader = torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=workers)
+
+        def run() -> dict[str, float]:
+            model.nondist_validation(loader, 0, None, False)
+            return dict(model.metric_results)
+
+        return run
+
+    def ours(workers: int) -> Callable[[], dict[str, float]]:
+        pictures = evaluation.build_loader({**options, "num_worker_per_gpu": workers}, Processes())
+        return lambda: model.validation(pictures, 0, None, False).means
+
+    evaluation.install(model, Processes())
+    return {
+        BASICSR: theirs(0),
+        f"{BASICSR}, loaded by 2 workers": theirs(2),
+        f"{OURS}, 0 workers": ours(0),
+        f"{OURS}, 2 workers": ours(2),
+    }
+
+
+def validation(cell: Cell, setting: Setting) -> Record:
+    """Measure validations with a network; figures that differ are an error."""
+    load, differences = os.getloadavg()[0], []
+    with tempfile.TemporaryDirectory() as name, _apart(Path(name)):
+        model = _model(cell["network"], Path(name), setting.device, train=False)
+        validations = _validations(cell, model, setting.device)
+        expected = validations[BASICSR]()
+
+        def timed(run: Callable[[], dict[str, float]]) -> float:
+            seconds, figures = _seconds(run, setting.device)
+            differences.append(check_agreement(expected, figures))
+            return seconds
+
+        works = {each: functools.partial(timed, run) for each, run in validations.items()}
+        in_turns(works, 1)  # a warm-up of all
+        laps = in_turns(works, setting.runs)
+    return {"load": load, "laps": laps, "figures": expected, "apart": _widest(differences)}
+
+
+def _validation_rows(records: list[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        cell = record["cell"]
+        if "laps" not in record:
+            rows.append([cell["network"], record["error"], *"–––––"])
+            continue
+        for name, laps in record["laps"].items():
+            rows.append(
+                [
+                    cell["network"],
+                    name,
+                    f"{cell['pictures'] / statistics.median(laps):.3g}",
+                    *_milliseconds([seconds / cell["pictures"] for seconds in laps]),
+                    *_ratio_cells(record["laps"][BASICSR], laps),
+                ]
+            )
+    return rows
+
+
+def _faster(records: Sequence[Record], what: str) -> dict[str, float]:
+    """Return the ratios of ours to BasicSR's by what they are of."""
+    return {
+        f"{record['cell'][what]}, {name}": ratios(record["laps"][BASICSR], laps)[0]
+        for record in records
+        for name, laps in record.get("laps", {}).items()
+        if name.startswith(OURS)
+    }
+
+
+def _apart_note(records: Sequence[Record]) -> str:
+    found = [record["apart"] for record in records if "apart" in record]
+    if not found:
+        return "No figures are compared yet."
+    widest = _widest(found)
+    return (
+        f"The figures are at most {widest['psnr']:.0e} dB and {widest['ssim']:.0e} of SSIM apart; "
+        f"more than {TOLERANCES['psnr']:.0e} dB or {TOLERANCES['ssim']:.0e} would be an error."
+    )
+
+
+def validation_section(asked: argparse.Namespace) -> Section:
+    """Pictures a second in a validation."""
+    set14 = _shared_pictures("Set14", "HR") is not None and not asked.quick
+    cells = [
+        {
+            "measure": "training_loop:validation",
+            "network": network,
+            "pictures": 2 if asked.quick else 12,
+            "size": QUICK_SIZE if asked.quick else MADE_SIZE,
+        }
+        for network in ([QUICK] if asked.quick else [EDSR, TINY])
+    ]
+    what = "Set14's first 12" if set14 else f"{cells[0]['pictures']} made"
+    return Section(
+        name="training_loop_validation",
+        title="Validation beside BasicSR's",
+        cells=cells,
+        columns=[
+            "network",
+            "validation",
+            "pictures a second",
+            "ms a picture",
+            "range",
+            "x BasicSR",
+            "in the laps",
+        ],
+        rows=_validation_rows,
+        notes=lambda records: [
+            "`SRModel.nondist_validation` against what `evaluation.install` puts on the same",
+            f"model: {what} pictures, x{SCALE}, PSNR and SSIM of Y, workers' start included.",
+            "BasicSR has no option for workers in a validation; the row that has them tells how",
+            "much of the difference is loading.",
+            _apart_note(records),
+            _told(_faster(records, "network")),
+            _load_note(records),
+        ],
+        group=measuring.key,
+        rounds=1,
+        runs=3,
+    )
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+def _train_once(model: Any) -> None:
+    """Let the optimizer have its state, which a checkpoint holds."""
+    lq = torch.rand(1, 3, 16, 16)
+    model.feed_data({"lq": lq, "gt": torch.rand(1, 3, 16 * SCALE, 16 * SCALE)})
+    model.optimize_parameters(1)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.*") if path.suffix in (".pth", ".state")]
+
+
+def checkpoints(cell: Cell, setting: Setting) -> Record:
+    """Measure a checkpoint of a network: weights, their average, and the state."""
+    from dlgsanet_arch.pipeline.processes import Processes
+    from dlgsanet_arch.pipeline.sampling import Place
+    from dlgsanet_arch.pipeline.saving import Progress, Saver
+
+    load, sizes = os.getloadavg()[0], {}
+    with tempfile.TemporaryDirectory() as name, _apart(Path(name)):
+        folders = {by: Path(name) / by for by in (BASICSR, OURS)}
+        models = {}
+        for by, folder in folders.items():
+            folder.mkdir()
+            models[by] = _model(cell["network"], folder, setting.device, train=True)
+            _train_once(models[by])
+        saver = Saver(models[OURS], Processes())
+        progress = Progress(iteration=SAVE_EVERY, place=Place(), epoch_length=1, seed=0)
+        saves = {
+            BASICSR: lambda: models[BASICSR].save(0, SAVE_EVERY),
+            OURS: lambda: saver.save(progress),
+        }
+
+        def timed(by: str) -> float:
+            seconds, _ = _seconds(saves[by], setting.device)
+            files = _files(folders[by])
+            sizes[by] = sum(path.stat().st_size for path in files)
+            for path in files:  # the next has to make them, as in a run
+                path.unlink()
+            return seconds
+
+        works = {by: functools.partial(timed, by) for by in saves}
+        in_turns(works, 1)
+        laps = in_turns(works, setting.runs)
+        count = sum(each.numel() for each in models[OURS].net_g.parameters())
+    return {"load": load, "laps": laps, "sizes": sizes, "parameters": count}
+
+
+def _checkpoint_rows(records: list[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        network = record["cell"]["network"]
+        if "laps" not in record:
+            rows.append([network, "–", record["error"], *"––––––"])
+            continue
+        for name, laps in record["laps"].items():
+            rows.append(
+                [
+                    network,
+                    f"{record['parameters'] / 1e6:.3g} M",
+                    name,
+                    f"{record['sizes'][name] / 1e6:.1f}",
+                    *_milliseconds(laps),
+                    f"{1e3 * statistics.median(laps) / SAVE_EVERY:.3g}",
+                    *_ratio_cells(record["laps"][BASICSR], laps),
+                ]
+            )
+    return rows
+
+
+def checkpoint_section(asked: argparse.Namespace) -> Section:
+    """The cost of a checkpoint."""
+    cells = [
+        {"measure": "training_loop:checkpoints", "network": network}
+        for network in ([QUICK] if asked.quick else [TINY, RRDB])
+    ]
+    return Section(
+        name="training_loop_checkpoints",
+        title="Checkpoints beside BasicSR's",
+        cells=cells,
+        columns=[
+            "network",
+            "parameters",
+            "checkpoint",
+            "MB",
+            "ms",
+            "range",
+            "ms an iteration",
+            "x BasicSR",
+            "in the laps",
+        ],
+        rows=_checkpoint_rows,
+        notes=lambda records: [
+            "A checkpoint is the weights, their average and Adam's state, in two new files in the",
+            "temporary folder. BasicSR's is handed to the system's cache and not looked at again;",
+            "ours is flushed to the disk, read again, checked by its sums and renamed. 'ms an",
+            f"iteration' is the cost spread over the recipe's {SAVE_EVERY} iterations between two.",
+            _told(_faster(records, "network")),
+            _load_note(records),
+        ],
+        group=measuring.key,
+        rounds=1,
+        runs=9,
+    )
+
+
+# -- metrics -----------------------------------------------------------------------------------
+
+
+def _outputs(size: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
+    """Return a network's made output and the ground truth, (1, 3, H, W) in [0, 1]."""
+    target = torch.from_numpy(_made(0, size).copy()).permute(2, 0, 1)[None].float() / 255
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    return (target + noise / 25).to(device), target.to(device)
+
+
+def _metric_works(
+    names: Sequence[str], output: Tensor, target: Tensor
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """Return what computes figures, from the network's output to numbers."""
+    from basicsr.metrics import calculate_psnr, calculate_ssim
+    from basicsr.utils import tensor2img
+
+    from dlgsanet_arch import metrics
+
+    functions = {"psnr": calculate_psnr, "ssim": calculate_ssim}
+
+    def theirs() -> dict[str, float]:
+        pictures = [tensor2img([each.detach().cpu()]) for each in (output, target)]
+        return {
+            name: float(functions[name](*pictures, crop_border=SCALE, test_y_channel=True))
+            for name in names
+        }
+
+    def ours() -> dict[str, float]:
+        compared = metrics.compare(output, target, crop_border=SCALE, y_channel=True)
+        return {name: getattr(compared, name)().item() for name in names}
+
+    return {BASICSR: theirs, OURS: ours}
+
+
+def metric_times(cell: Cell, setting: Setting) -> Record:
+    """Measure each metric, and both together; figures that differ are an error."""
+    load, differences = os.getloadavg()[0], []
+    output, target = _outputs(cell["size"], setting.device)
+    expected = _metric_works(list(TOLERANCES), output, target)[BASICSR]()
+
+    def timed(names: Sequence[str], run: Callable[[], dict[str, float]]) -> float:
+        seconds, figures = _seconds(run, setting.device)
+        apart = check_agreement({name: expected[name] for name in names}, figures)
+        differences.append({**dict.fromkeys(TOLERANCES, 0.0), **apart})
+        return seconds
+
+    works = {
+        f"{metric}, {by}": functools.partial(timed, names, run)
+        for metric, names in METRICS.items()
+        for by, run in _metric_works(names, output, target).items()
+    }
+    in_turns(works, 1)
+    laps = in_turns(works, setting.runs)
+    return {"load": load, "laps": laps, "apart": _widest(differences)}
+
+
+def _metric_laps(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """Return the laps by metric, and by whose it is."""
+    return {
+        metric: {by: record["laps"][f"{metric}, {by}"] for by in (BASICSR, OURS)}
+        for record in records
+        for metric in METRICS
+        if "laps" in record
+    }
+
+
+def _metric_rows(records: list[Record]) -> list[list[str]]:
+    rows = [["–", record["error"], *"––––"] for record in records if "laps" not in record]
+    for metric, both in _metric_laps(records).items():
+        for by, laps in both.items():
+            rows.append([metric, by, *_milliseconds(laps), *_ratio_cells(both[BASICSR], laps)])
+    return rows
+
+
+def metric_section(asked: argparse.Namespace) -> Section:
+    """The cost of PSNR and SSIM."""
+    size = QUICK_SIZE if asked.quick else METRIC_SIZE
+    return Section(
+        name="training_loop_metrics",
+        title="Metrics beside BasicSR's",
+        cells=[{"measure": "training_loop:metric_times", "size": size}],
+        columns=["metric", "by", "ms", "range", "x BasicSR", "in the laps"],
+        rows=_metric_rows,
+        notes=lambda records: [
+            f"Y of a picture of {size[1]}x{size[0]}, from the network's output to the figure:",
+            "BasicSR's by `tensor2img` and NumPy, as its validation does it, ours from the tensor",
+            "on its device. Together, ours makes Y once.",
+            _apart_note(records),
+            _told(
+                {
+                    metric: ratios(both[BASICSR], both[OURS])[0]
+                    for metric, both in _metric_laps(records).items()
+                }
+            ),
+            _load_note(records),
+        ],
+        rounds=1,
+        runs=9,
+    )
+
+
+SECTIONS = {
+    "loop": loop_section,
+    "validation": validation_section,
+    "checkpoints": checkpoint_section,
+    "metrics": metric_section,
+}
+
+
+def _sections(asked: argparse.Namespace) -> list[Section]:
+    names = [asked.only] if asked.only else list(SECTIONS)
+    return [SECTIONS[name](asked) for name in names]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=list(SECTIONS), help="one of the four")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {DATA: folder}):
+        return measuring.run(_sections, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
