@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -50,9 +51,14 @@ def path_of(section: str, results: Path) -> Path:
     return results / f"{section}_{reporting.label(DEVICE)}.json"
 
 
+def left_out() -> tuple[str, ...]:
+    """Return the sections that need BasicSR where it is not installed."""
+    return () if find_spec("basicsr") else reporting.BESIDE_BASICSR
+
+
 def pieces() -> list[str]:
     """Return the sections, the most valuable first."""
-    apart = (reporting.LIMITS, reporting.DATA)
+    apart = (reporting.LIMITS, reporting.DATA, *left_out())
     return [section for section in reporting.SECTIONS if section not in apart]
 
 
@@ -194,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in failed:
         print(f"failed: {name}")
     waiting = [section for section in pieces() if not is_done(section, asked.results)]
+    if left_out():
+        print(f"left out, since BasicSR is not installed: {', '.join(left_out())}")
     if broken:
         print(f"broken: {', '.join(broken)}")
     if waiting:
