@@ -192,6 +192,7 @@ def test_a_signal_saves_the_iteration_and_the_run_goes_on(root, undisturbed, num
     name = f"stopped_{status}"
     options = options_of("SRModel", name)
     options["logger"]["save_checkpoint_freq"] = 1000
+    options["train"]["total_iter"] = 300  # so that its worker is at work when the signal comes
     run = Forked(root, options)
     run.reaches(3)
     run.signal_all(number)
@@ -199,6 +200,7 @@ def test_a_signal_saves_the_iteration_and_the_run_goes_on(root, undisturbed, num
     said = run.output.read_text()
     assert f"stopped by {number.name} at iteration" in said
     assert "Traceback" not in said
+    options["train"]["total_iter"] = 12
     train(root, options, "--auto_resume")
     assert_equal(weights(root, name), undisturbed("SRModel"))
 
