@@ -433,7 +433,7 @@ def _loop_notes(records: list[Record]) -> list[str]:
 def loop_section(asked: argparse.Namespace) -> Section:
     """Iterations a second."""
     on_gpu = asked.device == "cuda"
-    light = {"batch": 16 if on_gpu else 4, "patch": 24, "block": 100 if on_gpu else 50}
+    light = {"batch": 16 if on_gpu else 4, "patch": 24, "block": 100 if on_gpu else 20}
     tiny = {"batch": 16 if on_gpu else 2, "patch": 48, "block": 20 if on_gpu else 2}
     works = [(EDSR, light, _SAME_NUMBERS), (TINY, tiny, list(LOOPS))]
     if asked.quick:

@@ -29,6 +29,7 @@ measuring = importlib.import_module("measuring")
 network = importlib.import_module("network")
 published_kernels = importlib.import_module("published_kernels")
 reporting = importlib.import_module("reporting")
+training_loop = importlib.import_module("training_loop")
 training_step = importlib.import_module("training_step")
 
 _spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "scripts" / "gpu.py")
@@ -220,6 +221,10 @@ def test_operations_are_the_published_count():
         (network.main, ["--profile"], "profile", network.PROFILED_OPERATORS),
         (network.main, ["--accuracy"], "accuracy", 2),
         (data.main, [], "data", 16),
+        (training_loop.main, ["--only", "loop"], "training_loop", 4),
+        (training_loop.main, ["--only", "validation"], "training_loop_validation", 4),
+        (training_loop.main, ["--only", "checkpoints"], "training_loop_checkpoints", 2),
+        (training_loop.main, ["--only", "metrics"], "training_loop_metrics", 6),
     ],
 )
 def test_scripts_measure_and_write_their_table(main, arguments, section, rows, results):
@@ -365,6 +370,29 @@ def test_how_a_gpu_is_measured(made_gpu):
     assert measured["memory"] == 3 * measuring.MIB
 
 
+def laps_of(cell):
+    """Made laps of what is measured beside BasicSR, ours twice as fast; nothing of other cells."""
+    names = {
+        "training_loop:loops": cell.get("contestants"),
+        "training_loop:validation": ["BasicSR", "ours, 2 workers"],
+        "training_loop:checkpoints": ["BasicSR", "ours"],
+        "training_loop:metric_times": [
+            f"{metric}, {by}" for metric in training_loop.METRICS for by in ("BasicSR", "ours")
+        ],
+    }.get(cell["measure"])
+    if names is None:
+        return {}
+    laps = {}
+    for name in names:
+        seconds = 0.02 if "BasicSR" in name else 0.01
+        lap = seconds
+        if cell["measure"] == "training_loop:loops":
+            lap = {"steady": [seconds, seconds], "whole": 3 * seconds, "start": 1.0}
+        laps[name] = [lap, lap]
+    apart = {"psnr": 1e-9, "ssim": 1e-9}
+    return {"laps": laps, "load": 1.0, "apart": apart, "sizes": dict.fromkeys(names, 1e6)}
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "names"),
     [
@@ -377,6 +405,7 @@ def test_how_a_gpu_is_measured(made_gpu):
         (dynamic_dwconv, [], ["dynamic_dwconv"]),
         (training_step, [], ["training_step"]),
         (limits, [], ["limits"]),
+        (training_loop, [], list(reporting.BESIDE_BASICSR)),
     ],
 )
 def test_what_a_gpu_would_measure(module, arguments, names, made_gpu, results, monkeypatch):
@@ -387,6 +416,7 @@ def test_what_a_gpu_would_measure(module, arguments, names, made_gpu, results, m
             if cell["measure"] == "network:accuracy":
                 figures = {"fp32": 30.0, "this": 30.1, "between": 60.0}
                 reply = {"relative": 1e-7, "worst": 1e-6, "pictures": [figures]}
+            reply |= laps_of(cell)
             yield reply | {"parameters": 1, "operations": 1, "total_memory": 2 * measuring.MIB}
 
     parser_run = measuring.run
@@ -438,6 +468,75 @@ def test_gpu_plan_of_the_goals(made_gpu):
     every = network.configurations_section(asked).cells
     configurations = {(c["variant"], c["scale"]) for c in every if c.get("contestant") == "ours"}
     assert len(configurations) == 9
+
+
+def test_the_pace_leaves_the_pause_out():
+    stamps = [0.0]
+    for iteration in range(1, 16):  # five blocks of three; the validation follows the ninth
+        stamps.append(stamps[-1] + (7.0 if iteration <= 3 else 21.0 if iteration == 10 else 1.0))
+    assert training_loop.pace(stamps, 3) == {
+        "steady": [1.0, 1.0, 1.0, 1.0],
+        "whole": pytest.approx((11 + 21) / 12),
+    }
+
+
+def test_contestants_take_turns_and_ratios_are_within_laps():
+    order = []
+    works = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    assert training_loop.in_turns(works, 2) == {"a": [1, 6], "b": [2, 4], "c": [3, 5]}
+    assert order == ["a", "b", "c", "b", "c", "a"]
+    assert training_loop.ratios([2, 8, 3], [1, 2, 3]) == (2, 1, 4)
+
+
+def test_losses_are_told():
+    records = [
+        {"cell": {"size": (1, 2)}, "load": 3.0, "apart": {"psnr": 1e-6, "ssim": 1e-8}, "laps": laps}
+        for laps in [
+            {
+                f"{metric}, {by}": [0.001 if by == "BasicSR" else seconds] * 2
+                for metric, seconds in (("PSNR", 0.002), ("SSIM", 1e-4), ("PSNR and SSIM", 0.00101))
+                for by in ("BasicSR", "ours")
+            }
+        ]
+    ]
+    section = training_loop.metric_section(argparse.Namespace(quick=True, device="cpu"))
+    notes = " ".join(section.notes(records))
+    assert "**Slower than BasicSR's by more than 2 %:** PSNR (0.50)." in notes
+    assert "1e-06 dB" in notes
+    assert section.rows(records)[1] == ["PSNR", "ours", "2", "2 to 2", "0.50", "0.50 to 0.50"]
+    assert section.rows([{"cell": {}, "error": "broken"}])[0][1] == "broken"
+
+
+def test_figures_that_differ_are_no_result():
+    theirs = {"psnr": 30.0, "ssim": 0.9}
+    apart = training_loop.check_agreement(theirs, {"psnr": 30.00009, "ssim": 0.9})
+    assert apart == {"psnr": pytest.approx(9e-5), "ssim": 0.0}
+    for ours in ({"psnr": 30.0002, "ssim": 0.9}, {"psnr": 30.0, "ssim": 0.900002}):
+        with pytest.raises(ValueError, match="BasicSR's is"):
+            training_loop.check_agreement(theirs, ours)
+    with pytest.raises(ValueError, match="psnr is nan"):
+        training_loop.check_agreement(theirs, {"psnr": float("nan"), "ssim": 0.9})
+
+
+def test_loops_differ_in_what_the_table_names(tmp_path, monkeypatch):
+    monkeypatch.setenv(training_loop.DATA, str(tmp_path))
+    asked = argparse.Namespace(device="cpu", quick=True)
+    (cell,) = training_loop.loop_section(asked).cells
+    theirs, ours, own, _, _, _, every = (
+        training_loop.loop_options(cell, name, "cpu") for name in training_loop.LOOPS
+    )
+    assert theirs == ours
+    assert own == ours | {"model_type": "DLGSANetModel"}
+    assert theirs["train"].keys() ^ every["train"].keys() == {"amp", "channels_last"}
+    assert every["train"]["optim_g"] == theirs["train"]["optim_g"] | {"fused": True}
+
+
+def test_without_basicsr_make_gpu_leaves_what_is_beside_it_out(monkeypatch):
+    beside = set(reporting.BESIDE_BASICSR)
+    assert len(beside) == 4
+    assert beside <= set(gpu_script.pieces())
+    monkeypatch.setattr(gpu_script, "find_spec", lambda name: None)
+    assert not beside & set(gpu_script.pieces())
 
 
 def test_tests_outcome_is_read(tmp_path):
