@@ -8,6 +8,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,6 +216,14 @@ def training_line(
 def progress_bar(processes: Processes, total: int, done: int, unit: str) -> tqdm:
     """Return a bar on a terminal; one that shows nothing in a file or on another process."""
     hidden = not processes.is_main or not sys.stderr.isatty()
+    # Terminals of containers may not tell their width, and tqdm then shows nothing.
+    knows_width = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
-        total=total, initial=done, unit=unit, disable=hidden, dynamic_ncols=True, leave=False
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=hidden,
+        dynamic_ncols=knows_width,
+        ncols=None if knows_width else 80,
+        leave=False,
     )

@@ -1,0 +1,146 @@
+import json
+import logging
+import os
+import pty
+import sys
+import types
+
+import pytest
+from basicsr.utils import get_root_logger
+from basicsr.utils.logger import initialized_logger
+
+from dlgsanet_arch.pipeline import logs
+from dlgsanet_arch.pipeline.logs import Pace, progress_bar, run_log, start_trackers, training_line
+from dlgsanet_arch.pipeline.processes import Processes
+
+
+@pytest.fixture
+def log(tmp_path):
+    with run_log(Processes(), tmp_path, "train.log") as log:
+        yield log
+
+
+def test_basicsr_s_logger_writes_to_the_run_s_log_and_is_left_as_it_was(tmp_path, capsys):
+    before = logging.getLogger("basicsr").handlers[:], dict(initialized_logger)
+    with run_log(Processes(), tmp_path, "train.log") as log:
+        get_root_logger().info("from a model")
+        log.warning("from the loop")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "INFO: from a model",
+        "WARNING: from the loop",
+    ]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert (logging.getLogger("basicsr").handlers, initialized_logger) == before
+
+
+def test_another_process_writes_no_file_and_only_errors(tmp_path, capsys):
+    with run_log(Processes(rank=1, world=2), tmp_path, "train.log") as log:
+        log.info("hidden")
+        log.record("train", iter=1)
+        logging.getLogger("basicsr").error("shown")
+    assert list(tmp_path.iterdir()) == []
+    assert "shown" in (said := capsys.readouterr().err)
+    assert "hidden" not in said
+
+
+def test_json_lines_hold_what_json_cannot_and_are_appended(tmp_path):
+    for value in (float("inf"), 1.5):
+        with run_log(Processes(), tmp_path, "train.log") as log:
+            log.record("validation", metrics={"psnr": value}, name="späti")
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["metrics"]["psnr"] for entry in entries] == ["inf", 1.5]
+    assert all(entry["event"] == "validation" for entry in entries)
+
+
+@pytest.mark.parametrize("missing", [("tensorboard",), ("tensorboard", "wandb")])
+def test_what_is_not_installed_is_one_warning(log, tmp_path, monkeypatch, missing):
+    real = logs.find_spec
+    monkeypatch.setattr(logs, "find_spec", lambda name: None if name in missing else real(name))
+    project = "sr" if "wandb" in missing else None
+    opt = {
+        "name": "small",
+        "root_path": str(tmp_path),
+        "logger": {"use_tb_logger": True, "wandb": {"project": project}},
+    }
+    start_trackers(log, opt, Processes(), 1)
+    assert log.tensorboard is None
+    warnings = [x for x in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in x]
+    assert len(warnings) == 1
+    assert f"pip install {' '.join(missing)}" in warnings[0]
+
+
+def test_tensorboard_is_written_below_the_root(log, tmp_path):
+    opt = {"name": "small", "root_path": str(tmp_path), "logger": {"use_tb_logger": True}}
+    start_trackers(log, opt, Processes(), 6)
+    log.tensorboard.add_scalar("losses/l_pix", 0.5, 6)
+    assert list((tmp_path / "tb_logger/small").glob("events.*"))
+
+
+def test_wandb_starts_before_tensorboard(log, tmp_path, monkeypatch):
+    started = []
+    wandb = types.SimpleNamespace(
+        init=lambda **values: started.append(values["project"]),
+        util=types.SimpleNamespace(generate_id=lambda: "id"),
+    )
+    wandb.__spec__ = object()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    opt = {
+        "name": "small",
+        "root_path": str(tmp_path),
+        "logger": {"use_tb_logger": False, "wandb": {"project": "sr"}},
+    }
+    start_trackers(log, opt, Processes(), 1)
+    assert started == ["sr"]
+    assert log.tensorboard is not None  # which wandb follows
+
+
+def test_the_time_left_counts_from_the_resume(monkeypatch):
+    clock = iter([100.0, 110.0, 130.0])
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: next(clock))
+    pace = Pace(start=1000, total=1100, samples=16)
+    for _ in range(10):
+        pace.waited(0.25)
+    taken = pace.take(1010)  # 10 iterations in 10 s, 90 left
+    assert taken == {"time": 1.0, "data_time": 0.25, "samples_per_second": 16.0, "eta": 90.0}
+    pace.paused(10.0)  # a validation
+    for _ in range(5):
+        pace.waited(0.0)
+    taken = pace.take(1015)
+    assert taken["time"] == 2.0
+    assert taken["eta"] == pytest.approx(30.0 / 15 * 85)
+
+
+def test_the_line_is_basicsr_s_with_the_pace_added():
+    pace = {"time": 0.5, "data_time": 0.125, "samples_per_second": 32.0, "eta": 3723.0}
+    line = training_line("tiny_x4", 3, 12345, [5e-4], pace, {"l_pix": 0.0123})
+    assert line.startswith(
+        "[tiny_..][epoch:  3, iter:  12,345, lr:(5.000e-04,)] "
+        "[eta: 1:02:03, time (data): 0.500 (0.125), 32.0 samples/s"
+    )
+    assert line.endswith("] l_pix: 1.2300e-02 ")
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, columns):
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress_bar(Processes(), 10, 4, "iter") as bar:
+            bar.update()
+            bar.refresh()
+        shown = os.read(ours, 10_000).decode()
+        assert "5/10" in shown
+        assert progress_bar(Processes(rank=1, world=2), 10, 4, "iter").disable
+    os.close(ours)
+
+
+def test_a_file_gets_no_bar(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        assert progress_bar(Processes(), 10, 0, "iter").disable
