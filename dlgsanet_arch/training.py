@@ -394,6 +394,8 @@ class _Settings:
 
 def _check_compiler(backend: str, device: torch.device) -> None:
     """Compile one addition: what is missing shows now, with its cause, not within the network."""
+    if not hasattr(torch.compiler, "set_stance"):
+        raise TrainingError(f"train:compile needs PyTorch 2.6, and this is {torch.__version__}")
     try:
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=device))
     except Exception as error:  # compilers are many, and so are their errors
@@ -405,6 +407,27 @@ def _check_compiler(backend: str, device: torch.device) -> None:
             f"and Triton for a GPU; backends: {', '.join(torch.compiler.list_backends())}; or "
             "leave train:compile out"
         ) from error
+
+
+def problems(options: Mapping[str, Any]) -> list[str]:
+    """Say what keeps a DLGSANetModel from being trained with these options, before it is built.
+
+    Args:
+        options: The whole option file's, `num_gpu` a number and `dist` as BasicSR sets it.
+
+    Returns:
+        One line a problem; none for another model, and for a test.
+    """
+    if options.get("model_type") != "DLGSANetModel" or "train" not in options:
+        return []
+    try:
+        settings = _Settings.read(options)
+        if settings.backend:
+            device = torch.device("cuda" if options["num_gpu"] else "cpu")
+            _check_compiler(settings.backend, device)
+    except TrainingError as error:
+        return [str(error)]
+    return []
 
 
 def _to_channels_last(network: nn.Module) -> None:

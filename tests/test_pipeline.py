@@ -144,6 +144,18 @@ TRAIN_FAULTS = {
     "cut weights": (edit("path:pretrain_network_g", "cut.pth"), r"cut\.pth is truncated"),
     "no weights": (edit("path:pretrain_network_g", "text.pth"), r"text\.pth is no checkpoint"),
     "bare weights": (edit("path:pretrain_network_g", "bare.pth"), r"neither the key params"),
+    "type of amp": (
+        lambda options: options.update(
+            model_type="DLGSANetModel", train={**options["train"], "amp": "fp8"}
+        ),
+        r"train:amp.*fp8.*bf16",
+    ),
+    "backend": (
+        lambda options: options.update(
+            model_type="DLGSANetModel", train={**options["train"], "compile": "fastest"}
+        ),
+        r"train:compile.*'fastest'",
+    ),
     "absent state": (edit("path:resume_state", "10.state"), r"10\.state"),
     "damaged state": (edit("path:resume_state", "cut.pth"), r"cut\.pth is truncated or damaged"),
 }

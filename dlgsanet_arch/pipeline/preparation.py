@@ -99,10 +99,12 @@ def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
 
 def _copies(options: Mapping[str, Any], processes: Processes) -> int:
     """Return how many processes, or GPUs of a single one, take a batch each."""
-    if processes.distributed:
-        return processes.world
+    return processes.world if processes.distributed else max(1, _gpus(options))
+
+
+def _gpus(options: Mapping[str, Any]) -> int:
     asked, there = options.get("num_gpu"), torch.cuda.device_count()
-    return max(1, min(asked, there) if is_whole(asked) else there)
+    return min(asked, there) if is_whole(asked) else there
 
 
 def _for_parts(
@@ -209,8 +211,13 @@ def _check(
     """Return start, notes and changes of the options; raise one error for all problems."""
     root = arguments.root
     known = registered()
+    from dlgsanet_arch import training  # imports BasicSR's models
+
     problems = option_files.problems(options, train=train, root=root, registered=known)
     problems += _gpu_problem(options)
+    problems += training.problems(
+        {**options, "num_gpu": _gpus(options), "dist": processes.distributed}
+    )
     scanned = scan.scan(options, root, train=train, registered=known)
     problems += scanned.problems
     notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
