@@ -97,9 +97,6 @@ class Evaluation:
     identical: int = 0
 
 
-# -- what is read ------------------------------------------------------------------------------
-
-
 class Pictures:
     """A data set's pictures in the order of their paths, one at a time; made by `build_loader`.
 
@@ -174,9 +171,6 @@ def build_loader(dataset_opt: Mapping[str, Any], processes: Processes) -> Pictur
         workers=1 if workers is None else int(workers),
         pin_memory=bool(dataset_opt.get("pin_memory")) and torch.cuda.is_available(),
     )
-
-
-# -- one picture -------------------------------------------------------------------------------
 
 
 def _run_otherwise(model: Any) -> None:
@@ -286,9 +280,6 @@ def _shown(picture: Tensor) -> np.ndarray:
     return metrics.to_8_bits(picture).nan_to_num().to(torch.uint8).cpu().numpy()
 
 
-# -- the pictures of one process ---------------------------------------------------------------
-
-
 class _Measured(NamedTuple):
     """A picture's place in the data set, its row, and what TensorBoard is to show of it."""
 
@@ -392,9 +383,6 @@ def _row(name: str, values: dict[str, float], dataset: str) -> Row:
         )
         return Row(name, dict.fromkeys(values, math.nan))
     return Row(name, values)
-
-
-# -- a validation ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -583,9 +571,6 @@ def install(model: Any, processes: Processes) -> None:
             model.validation = partial(_validate_by_its_own, model, processes, model.validation)
             return
     model.validation = partial(_validate, model, processes)
-
-
-# -- reports -----------------------------------------------------------------------------------
 
 
 def _readable(values: Mapping[str, float]) -> dict[str, float | str]:

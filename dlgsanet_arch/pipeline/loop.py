@@ -164,8 +164,6 @@ class Training:
         self._saved_at = start.iteration if state is not None else None
         self._log.info(f"Start training from epoch: {place.epoch}, iter: {start.iteration}")
 
-    # -- what is built once ----------------------------------------------------------------------
-
     def _build_data(self, train_opt: Mapping[str, Any]) -> None:
         from basicsr.data import build_dataset
 
@@ -258,8 +256,6 @@ class Training:
             generator=torch.Generator(),  # or starting to read would draw from the global one
             **with_workers,
         )
-
-    # -- the run ---------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train.
@@ -434,8 +430,6 @@ class Training:
                 f"net_g_best.pth has the weights of iteration {self._progress.iteration}: "
                 f"{result.dataset} {metric} {value:.4f}"
             )
-
-    # -- its ends --------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         self._log.info(f"End of training at iteration {self._progress.iteration}.")
