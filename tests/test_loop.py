@@ -242,8 +242,11 @@ def kill_and_resume(root: Path, kind: str, name: str, kills: list[int]) -> None:
         run.reaches(count)
         run.signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
+    left = root / "experiments" / name / "models" / "net_g_99.pth.unfinished"
+    left.write_bytes(b"what a killed save leaves")
     run = Forked(root, options, "--auto_resume")
     assert run.wait() == 0, run.output.read_text()[-2000:]
+    assert not left.exists()
 
 
 def test_a_killed_run_ends_with_the_same_weights(root, undisturbed):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dlgsanet_arch.files import disk_faults_named
+from dlgsanet_arch.files import UNFINISHED, disk_faults_named
 from dlgsanet_arch.pipeline import preparation
 from dlgsanet_arch.pipeline.lock import one_run
 from dlgsanet_arch.pipeline.logs import RunLog, run_log, start_trackers
@@ -67,6 +67,8 @@ def _make_folders(prepared: Prepared, processes: Processes) -> list[str]:
         for key in (kind, "models", "training_states", "visualization"):
             if key in path:
                 Path(path[key]).mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"*/*{UNFINISHED}"):  # by a run that was killed while it wrote
+            left.unlink()
         if opt["is_train"]:
             tensorboard = Path(opt["root_path"]) / "tb_logger" / opt["name"]
             if prepared.start.state is None and tensorboard.exists():
