@@ -187,7 +187,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             "Topic :: Scientific/Engineering :: Image Processing",
         ],
         packages=find_packages(include=["dlgsanet_arch", "dlgsanet_arch.*"]),
-        package_data={"dlgsanet_arch": ["py.typed"]},
+        package_data={"dlgsanet_arch": ["py.typed", "weights/*.safetensors"]},
         ext_modules=_extensions(),
         cmdclass={"build_ext": BuildKernels},
         python_requires=">=3.10",
@@ -208,6 +208,14 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
                 "setuptools; python_version >= '3.12'",  # it imports distutils
                 "tensorboard>=2.11",
                 "torchvision>=0.19",
+                "tqdm>=4.64",
+            ],
+            # What `dlgsanet upscale` and the other tools import; OpenCV only for 16-bit colour.
+            "tools": [
+                "pillow>=10.1",
+                "psutil>=5.9",  # free memory on macOS and Windows
+                "safetensors>=0.4",
+                "tifffile>=2022.8",  # 16-bit TIFF files out
                 "tqdm>=4.64",
             ],
         },
