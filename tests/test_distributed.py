@@ -174,6 +174,15 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting_for_ever(root):
     assert runs[0].wait(60) != 0  # torchrun would end it at once
 
 
+def test_a_bad_sample_of_one_process_is_named_and_ends_both(root):
+    made = make_root(root / "bad")
+    (made / "data/LR/picture3.png").write_bytes(b"")
+    options = small_options("bad")
+    runs = together(made, options)
+    assert 0 not in statuses(runs), said(runs)
+    assert "picture3.png of the data set made: is empty" in said(runs)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_uneven_shares_are_measured_once_each(root, alone, world):
     options = small_test_options(Path("data"), Path("experiments/alone/models/net_g_latest.pth"))
