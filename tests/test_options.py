@@ -134,6 +134,7 @@ GOOD_CHANGES = [
      "train:optim_g": {"type": "AdamW", "lr": 1e-4, "fused": True}},
     {"model_type": "TwoStepModel", "train:step": 3, "train:total_iters": 4, "steps": {"a": 1},
      "train:optim_g": {"type": "Lion", "lr": 1e-4, "anything": 1}},
+    {"model_type": "TwoStepModel", "train:optim_g:anything": 1},
     {"datasets:train": {"name": "a", "type": "Frames", "dataroot_lr": "data", "frames": 7,
                         "batch_size_per_gpu": 1, "num_worker_per_gpu": 0}},
     {"train:scheduler": {"type": "CosineAnnealingRestartLR", "periods": [2, 2],

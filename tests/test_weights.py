@@ -173,6 +173,7 @@ def test_files_of_old_pytorch_are_read(found, tmp_path):
 def test_weights_that_fit_in_part_are_counted(save, found, tmp_path):
     weights = state(EDSR)
     part = {name: weights[name] for name in list(weights)[:3]} | {"other": torch.zeros(1)}
+    part[list(weights)[3]] = torch.zeros(1)  # of another size: BasicSR passes it over
     options = options_of(EDSR, pretrain_network_g=save({"params": part}), strict_load_g=False)
     result = found(options)
     assert result.problems == []
