@@ -1,4 +1,8 @@
-"""Weights in and out: which key of a file holds them, which configuration they are, whole files."""
+"""Weights in and out: which key of a file holds them, which configuration they are, whole files.
+
+`read_weights` and `check_compatible` serve the pipeline, whose files are BasicSR's; what follows
+`read_checkpoint` serves whoever has a file of weights, `.pth` or `.safetensors`, and no options.
+"""
 
 import errno
 import inspect
@@ -8,7 +12,8 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from dlgsanet_arch.network import DLGSANet
 _TRAINED_KEYS = ("params_ema", "params")  # where BasicSR keeps weights; the averaged ones first
 _PARALLEL_PREFIX = "module."  # put before names by DataParallel and DistributedDataParallel
 _ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
+_ARCHITECTURE = "DLGSANet"  # as it stands beside the configuration
 
 # Network file systems fail for a moment now and then.
 _ATTEMPTS = 3
@@ -180,7 +186,11 @@ def read_weights(path: Path, param_key: str | None = None) -> dict[str, Tensor]:
         CheckpointError: If the file cannot be read, is truncated or no checkpoint, holds objects
             other than tensors, or has no weights under `param_key` (the keys there are listed).
     """
-    content = _load(path)
+    return _weights_in(_load(path), path, param_key)
+
+
+def _weights_in(content: Any, path: Path, param_key: str | None) -> dict[str, Tensor]:
+    """Find the state dict in what a file holds; see `read_weights`."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, no network's weights (a state dict)"
@@ -417,3 +427,264 @@ def check_compatible(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
         f"the weights do not fit {_name(wanted)}; absent, unknown or of another size: "
         f"{', '.join(names[:3])}{more}"
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A network's weights and what is known about them.
+
+    Args:
+        weights: The state dict, its tensors on the CPU.
+        config: Arguments of DLGSANet, which then takes the weights with strict=True.
+        is_told: Whether the configuration was in the file. Otherwise it comes from the weights,
+            and what these do not tell is as published; see `infer_config`.
+        iteration: How many iterations it was trained for; None where that is not known.
+    """
+
+    weights: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    is_told: bool = False
+    iteration: int | None = None
+
+    @property
+    def scale(self) -> int:
+        """How many times larger the sides become."""
+        return self.config["upscale"] if self.config["upsampler"] else 1
+
+    @property
+    def name(self) -> str:
+        """The published variant and scale where it is one, such as "DLGSANet Tiny x4"."""
+        return _name(_told_by_weights(self.config))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+    def network(self) -> DLGSANet:
+        """Build the network with these weights, on the CPU in eval mode."""
+        network = DLGSANet(**self.config)
+        network.load_state_dict(self.weights, strict=True)
+        return network.eval()
+
+
+def _complete(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Complete a configuration by the weights, and hold it against them.
+
+    Raises:
+        CheckpointError: It has unknown or impossible arguments, or is of another network.
+    """
+    parameters = inspect.signature(DLGSANet).parameters
+    unknown = [name for name in config if name not in parameters]
+    if unknown:
+        raise CheckpointError(
+            f"DLGSANet has no argument {unknown[0]!r}, which the configuration of {path} names; "
+            f"there are: {', '.join(parameters)}"
+        )
+    try:
+        complete = {**infer_config(weights), **config}
+        check_compatible(weights, complete)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration of {path} makes no DLGSANet: {error}") from error
+    return complete
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError(
+            "files of .safetensors need a package that is not there: pip install safetensors"
+        ) from error
+    return safetensors
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell the format by the content: the length of a JSON object, and the object."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False  # whoever reads the file says why it cannot be read
+    return start[8:] == b"{" or path.suffix == ".safetensors"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata."""
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except OSError as error:
+        raise CheckpointError(
+            f"the weights {path} cannot be read: {error.strerror or error}"
+        ) from error
+    except package.SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no .safetensors file ({error}); get it again"
+        ) from error
+    return tensors, metadata
+
+
+def _config_in(stated: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Take the configuration from what stands beside the weights; others' files have none."""
+    if stated.get("architecture") != _ARCHITECTURE:
+        return {}
+    config = stated.get("config")
+    try:
+        config = json.loads(config) if isinstance(config, str) else config
+    except ValueError as error:
+        raise CheckpointError(f"the configuration in {path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"the configuration in {path} is no object of names and values")
+    return config
+
+
+def _iteration(path: Path, stated: object) -> int | None:
+    """Take the iteration from what the file states, else from its name, net_g_5000.pth."""
+    if isinstance(stated, int | str) and re.fullmatch("[0-9]+", str(stated)):
+        return int(stated)
+    named = re.fullmatch(r"net_\w+?_([0-9]+)", path.stem)
+    return int(named[1]) if named else None
+
+
+def read_checkpoint(
+    path: Path | str, param_key: str | None = None, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Read weights of a DLGSANet from any file, and tell which network they are of.
+
+    Args:
+        path: A `.pth` file as `read_weights` takes it, or a `.safetensors` file; the content
+            decides which. Code in it is never run.
+        param_key: As in `read_weights`; of no meaning for `.safetensors`.
+        config: Arguments of DLGSANet that are known better than the file tells them.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds no DLGSANet, or the configuration in it
+            or in `config` is not that of its weights.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        tensors, beside = _read_safetensors(path)
+        weights = {name.removeprefix(_PARALLEL_PREFIX): each for name, each in tensors.items()}
+    else:
+        beside = _load(path)
+        weights = _weights_in(beside, path, param_key)
+    told = _config_in(beside, path)
+    complete = _complete(weights, {**told, **(config or {})}, path)
+    return Checkpoint(weights, complete, bool(told), _iteration(path, beside.get("iteration")))
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
+    """Write weights with their configuration: after a crash the file is the old or the new one.
+
+    Args:
+        checkpoint: What to write.
+        path: `.pth` is written as BasicSR reads it, the weights under `params` and `params_ema`,
+            once in the file; `.safetensors` has the configuration as metadata.
+
+    Raises:
+        CheckpointError: The suffix is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    beside = {"architecture": _ARCHITECTURE, "config": json.dumps(dict(checkpoint.config))}
+    if checkpoint.iteration is not None:
+        beside["iteration"] = str(checkpoint.iteration)
+    if path.suffix == ".pth":
+        save_whole({"params": weights, "params_ema": weights, **beside}, path)
+    elif path.suffix == ".safetensors":
+        data = _safetensors().torch.save(weights, {"format": "pt", **beside})
+        try:
+            with written_whole(path) as file:
+                file.write(data)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror or error}; what was there before is "
+                "untouched"
+            ) from error
+    else:
+        raise CheckpointError(f"{path} is to be written: its suffix must be .pth or .safetensors")
+
+
+def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the mean of several checkpoints' weights; the iteration is the last of theirs.
+
+    Raises:
+        CheckpointError: There is none, or they are of different configurations.
+    """
+    if not checkpoints:
+        raise CheckpointError("there are no checkpoints to average")
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        names = [name for name in first.config if first.config[name] != other.config[name]]
+        if names:
+            raise CheckpointError(
+                "only checkpoints of one configuration have a mean: the first is "
+                f"{_with(first.config, names)}, another is {_with(other.config, names)}"
+            )
+    weights = {}
+    for name, tensor in first.weights.items():
+        total = sum(each.weights[name].double() for each in checkpoints)
+        weights[name] = (total / len(checkpoints)).to(tensor.dtype)
+    known = [each.iteration for each in checkpoints if each.iteration is not None]
+    return replace(first, weights=weights, iteration=max(known, default=None))
+
+
+def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
+    """Make a start for another scale: all weights but those of the upsampler, which start anew.
+
+    Args:
+        checkpoint: Trained weights, usually of x2.
+        scale: The scale to be trained for.
+        seed: For the new weights, drawn as a new network's are.
+
+    Raises:
+        CheckpointError: The network has no upsampler, or it cannot make this scale.
+    """
+    if not checkpoint.config["upsampler"]:
+        raise CheckpointError("these weights have no upsampler: they keep the size of a picture")
+    kernel = _TLC_KERNELS.get(scale, checkpoint.config["tlc_kernel"])
+    config = {**checkpoint.config, "upscale": scale, "tlc_kernel": kernel}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            weights = DLGSANet(**config).state_dict()
+        except ValueError as error:
+            raise CheckpointError(f"there is no such network: {error}") from error
+    kept = {
+        name: tensor
+        for name, tensor in checkpoint.weights.items()
+        if not name.startswith("upsample.")
+    }
+    return Checkpoint({**weights, **kept}, config, checkpoint.is_told)
+
+
+def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
+    """Find the published network that a configuration is most like.
+
+    Returns:
+        Its name, and the arguments that differ: by name the configuration's value, and its own.
+    """
+    found = []
+    for (dim, groups, blocks), variant in _VARIANTS.items():
+        for scale, kernel in _TLC_KERNELS.items():
+            published = {
+                **_PUBLISHED,
+                **{"dim": dim, "groups": groups, "blocks": blocks},
+                **{"upscale": scale, "tlc_kernel": kernel, "tlc_flag": True},
+                **{"activation": "relu", "img_range": 1},
+            }
+            differing = {
+                name: (config[name], value)
+                for name, value in published.items()
+                if config[name] != value
+            }
+            apart = sum(abs(config[name] - published[name]) for name in ("dim", "groups", "blocks"))
+            found.append((len(differing), apart, f"DLGSANet {variant} x{scale}", differing))
+    return min(found, key=lambda each: each[:2])[2:]

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from dlgsanet_arch.checkpoint import CheckpointError, check_compatible, infer_config, read_weights
+from dlgsanet_arch.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    average,
+    check_compatible,
+    infer_config,
+    nearest_published,
+    read_checkpoint,
+    read_weights,
+    save_checkpoint,
+    transfer,
+)
 from dlgsanet_arch.network import DLGSANet
 
 # Every argument that the weights tell, with values that are not the defaults.
@@ -256,3 +267,177 @@ def test_what_is_no_dlgsanet_is_refused():
     assert "deep_feature_extraction.1.body.3.norm3.body.weight" in refusal(
         check_compatible, damaged, TINY_X4
     )
+
+
+def _checkpoint(iteration=None, **changes):
+    config = {"dim": 12, "groups": 1, "blocks": 1, "window_size": 3, "upscale": 2, "tlc_kernel": 8}
+    config |= {"buildblock_type": "sparseedge", "upsampler": "pixelshuffledirect"} | changes
+    weights = DLGSANet(**config).state_dict()
+    return Checkpoint(weights, {**infer_config(weights), **config}, True, iteration)
+
+
+def _equal(one, other):
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_checkpoint_keeps_all_that_is_known_of_it(tmp_path, suffix):
+    # None of these is in the weights.
+    told = {"tlc_flag": False, "activation": "gelu", "img_range": 255.0, "buildblock_type": "edge"}
+    saved = _checkpoint(iteration=5000, **told)
+    save_checkpoint(saved, tmp_path / f"weights{suffix}")
+    read = read_checkpoint(tmp_path / f"weights{suffix}")
+    assert read.config == saved.config
+    assert (read.iteration, read.is_told, read.scale) == (5000, True, 2)
+    assert _equal(dict(sorted(read.weights.items())), dict(sorted(saved.weights.items())))
+    network = read.network()
+    picture = torch.rand(1, 3, 9, 12)
+    with torch.no_grad():
+        expected = DLGSANet(**saved.config)
+        expected.load_state_dict(saved.weights)
+        assert torch.equal(network(picture), expected.eval()(picture))
+    assert list(tmp_path.iterdir()) == [tmp_path / f"weights{suffix}"]
+
+
+def test_basicsr_loads_what_is_saved(tmp_path):
+    from basicsr.models.base_model import BaseModel
+
+    saved = _checkpoint(iteration=7)
+    save_checkpoint(saved, tmp_path / "net.pth")
+    model = BaseModel({"num_gpu": 0, "is_train": False})
+    for key in ("params", "params_ema"):
+        network = DLGSANet(**saved.config)
+        model.load_network(network, str(tmp_path / "net.pth"), True, key)
+        assert _equal(network.state_dict(), saved.weights)
+
+
+def test_equal_weights_are_in_a_pth_once(tmp_path):
+    saved = _checkpoint(dim=48)
+    save_checkpoint(saved, tmp_path / "net.pth")
+    numbers = 4 * sum(tensor.numel() for tensor in saved.weights.values())
+    assert (tmp_path / "net.pth").stat().st_size < 1.7 * numbers
+
+
+def test_files_of_other_programs_are_read_by_their_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    saved = _checkpoint()
+    for metadata in (None, {"format": "pt"}, {"architecture": "ESRGAN", "config": "{}"}):
+        prefixed = {f"module.{name}": tensor for name, tensor in saved.weights.items()}
+        save_file(prefixed, tmp_path / "net.bin", metadata)
+        read = read_checkpoint(tmp_path / "net.bin")
+        assert not read.is_told
+        assert read.config == infer_config(saved.weights)
+        assert all(torch.equal(read.weights[name], saved.weights[name]) for name in saved.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("net_g_5000.pth", 5000), ("net_g_latest.pth", None), ("tiny_x4.pth", None)],
+)
+def test_the_iteration_is_told_by_basicsrs_names(tmp_path, name, expected, weights):
+    torch.save({"params": weights}, tmp_path / name)
+    assert read_checkpoint(tmp_path / name).iteration == expected
+
+
+def test_what_is_known_better_is_taken(tmp_path, weights):
+    torch.save(weights, tmp_path / "net.pth")
+    read = read_checkpoint(tmp_path / "net.pth", config={"tlc_flag": False})
+    assert read.config["tlc_flag"] is False
+    message = refusal(read_checkpoint, tmp_path / "net.pth", None, {"tlcflag": False})
+    assert "no argument 'tlcflag'" in message
+    message = refusal(read_checkpoint, tmp_path / "net.pth", None, {"activation": "tanh"})
+    assert "net.pth" in message
+    assert "tanh" in message
+
+
+def test_a_configuration_that_is_not_the_weights_own_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = dict(_checkpoint().weights)
+    for config, said in (
+        ('{"dim": 24}', "dim: 24"),
+        ('{"dims": 24}', "no argument 'dims'"),
+        ("[1]", "no object"),
+        ("{", "no JSON"),
+    ):
+        save_file(
+            weights, tmp_path / "net.safetensors", {"architecture": "DLGSANet", "config": config}
+        )
+        message = refusal(read_checkpoint, tmp_path / "net.safetensors")
+        assert said in message
+        assert "net.safetensors" in message
+
+
+def test_bad_safetensors_are_called_by_their_name(tmp_path):
+    path = tmp_path / "net.safetensors"
+    assert "cannot be read" in refusal(read_checkpoint, path)
+    save_checkpoint(_checkpoint(), path)
+    whole = path.read_bytes()
+    for part in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:part])
+        assert str(path) in refusal(read_checkpoint, path)
+    path.unlink()
+    path.mkdir()
+    assert "cannot be read" in refusal(read_checkpoint, path)
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
+    assert "must be .pth or .safetensors" in refusal(
+        save_checkpoint, _checkpoint(), tmp_path / "net.onnx"
+    )
+    assert "cannot be written" in refusal(
+        save_checkpoint, _checkpoint(), tmp_path / "none" / "net.safetensors"
+    )
+
+
+def test_the_mean_of_checkpoints():
+    several = [_checkpoint(iteration) for iteration in (None, 10, 5)]
+    mean = average(several)
+    for name, tensor in mean.weights.items():
+        stacked = np.stack([each.weights[name].double().numpy() for each in several])
+        np.testing.assert_allclose(tensor.numpy(), stacked.mean(0), rtol=1e-6, atol=1e-8)
+        assert tensor.dtype == several[0].weights[name].dtype
+    assert mean.iteration == 10
+    assert mean.config == several[0].config
+    other = _checkpoint(blocks=2, tlc_flag=False)
+    message = refusal(average, [several[0], other])
+    assert "blocks: 1" in message
+    assert "tlc_flag: false" in message
+    assert "no checkpoints" in refusal(average, [])
+
+
+@pytest.mark.parametrize("upsampler", ["pixelshuffledirect", "pixelshuffle"])
+@pytest.mark.parametrize("scale", [3, 4])
+def test_only_the_upsampler_starts_anew(upsampler, scale):
+    x2 = _checkpoint(iteration=9, upsampler=upsampler, tlc_kernel=96)
+    start = transfer(x2, scale)
+    assert (start.scale, start.iteration) == (scale, None)
+    assert start.config == {
+        **x2.config,
+        "upscale": scale,
+        "tlc_kernel": {3: 72, 4: 48}[scale],
+    }
+    assert start.network()(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5 * scale, 6 * scale)
+    kept = [name for name in x2.weights if not name.startswith("upsample.")]
+    assert _equal({name: start.weights[name] for name in kept}, {n: x2.weights[n] for n in kept})
+    new = [name for name in start.weights if name not in kept]
+    assert new
+    again, other = transfer(x2, scale), transfer(x2, scale, seed=1)
+    assert all(torch.equal(start.weights[name], again.weights[name]) for name in new)
+    assert not any(torch.equal(start.weights[name], other.weights[name]) for name in new)
+
+
+def test_transfers_that_make_no_sense_are_refused():
+    assert "no upsampler" in refusal(transfer, _checkpoint(upsampler=""), 4)
+    assert "no such network" in refusal(transfer, _checkpoint(upsampler="pixelshuffle"), 5)
+
+
+def test_the_nearest_published_network_and_the_differences():
+    for name, config in (("Tiny", {"dim": 48, "groups": 3}), ("Light", {"dim": 48, "groups": 4})):
+        published = infer_config(weights_of(**{**TINY_X4, **config}))
+        assert nearest_published(published) == (f"DLGSANet {name} x4", {})
+    changed = {**TINY_X4, "groups": 5, "upscale": 2, "idynamic_ffn_type": "BaseFFN"}
+    nearest, differing = nearest_published(infer_config(weights_of(**changed)))
+    assert nearest == "DLGSANet Light x2"
+    assert differing == {"groups": (5, 4), "idynamic_ffn_type": ("BaseFFN", "GDFN")}

@@ -1,0 +1,126 @@
+"""`dlgsanet inspect`, `convert`, `average` and `transfer`, as they are called."""
+
+import json
+
+import pytest
+import torch
+from helpers import SMALL_NETWORK
+
+from dlgsanet_arch.checkpoint import read_checkpoint, read_weights
+from dlgsanet_arch.cli import main
+from dlgsanet_arch.network import DLGSANet
+
+SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
+
+
+def small(**changes):
+    return DLGSANet(**{**SMALL, **changes}).state_dict()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "net_g_4000.pth"
+    torch.save({"params": small()}, path)
+    return path
+
+
+def test_inspect_says_what_a_file_holds(weights, capsys):
+    assert main(["inspect", str(weights)]) == 0
+    text = capsys.readouterr().out
+    count = sum(tensor.numel() for tensor in small().values())
+    for said in ("x2", f"{count:,} (float32)", "4,000", "DLGSANet Tiny x2", "from the weights"):
+        assert said in text
+    assert "dim: 12 (published: 48)" in text
+    assert "window_size: 3 (published: 7)" in text
+    assert "idynamic_num_heads: 6 (" not in text  # it does not differ
+
+
+def test_inspect_json(weights, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    main(["convert", str(weights), str(other), "--set", "tlc_flag=false"])
+    capsys.readouterr()
+    assert main(["inspect", "--json", str(weights), str(other)]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["iteration"] == second["iteration"] == 4000
+    assert (first["config_from"], second["config_from"]) == ("the weights", "the file")
+    assert second["config"] == {**first["config"], "tlc_flag": False}
+    assert second["differences"]["tlc_flag"] == {"here": False, "published": True}
+
+
+def test_inspect_finds_weights_that_are_not_finite(tmp_path, capsys):
+    weights = small()
+    next(iter(weights.values()))[0, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    torch.save(weights, tmp_path / "net.pth")
+    assert main(["inspect", str(tmp_path / "net.pth")]) == 1
+    assert "DAMAGED: 2 weights" in capsys.readouterr().out
+
+
+def test_files_that_are_no_weights_are_named(tmp_path, capsys):
+    path = tmp_path / "x.pth"
+    path.write_text("no weights")
+    for verb in (["inspect"], ["convert"], ["average"], ["transfer"]):
+        more = {"convert": [str(tmp_path / "o.pth")], "inspect": []}.get(
+            verb[0], ["-o", str(tmp_path / "o.pth"), *(["--scale", "4"] * (verb[0] == "transfer"))]
+        )
+        assert main([*verb, str(path), *more]) == 1
+        assert f"dlgsanet: {path} is no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "o.pth").exists()
+
+
+def test_convert_there_and_back(weights, tmp_path, capsys):
+    middle, back = tmp_path / "net.safetensors", tmp_path / "back.pth"
+    assert main(["convert", str(weights), str(middle), "--set", "activation=gelu"]) == 0
+    assert main(["convert", str(middle), str(back)]) == 0
+    first, last = read_weights(weights), read_weights(back, "params")
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert read_checkpoint(back).config["activation"] == "gelu"
+    assert read_checkpoint(back).iteration == 4000
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_convert_takes_the_key_that_is_asked_for(tmp_path):
+    params, averaged = small(), small()
+    torch.save({"params": params, "params_ema": averaged}, tmp_path / "net.pth")
+    out = tmp_path / "net.safetensors"
+    for key, expected in ((None, averaged), ("params", params)):
+        assert main(["convert", str(tmp_path / "net.pth"), str(out), *_key(key)]) == 0
+        read = read_checkpoint(out).weights
+        assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def _key(key):
+    return [] if key is None else ["--param-key", key]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tlc_flag", "'tlc_flag' is not NAME=VALUE"),
+        ("tlc_flag=[", "'[' is no value"),
+        ("nonsense=1", "no argument 'nonsense'"),
+    ],
+)
+def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, capsys):
+    command = ["convert", str(weights), str(tmp_path / "o.pth"), "--set", text]
+    try:
+        status = main(command)
+    except SystemExit as error:  # argparse's own refusal
+        status = error.code
+    assert status in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_average_and_transfer(weights, tmp_path, capsys):
+    torch.save({"params": {name: t + 2 for name, t in small().items()}}, tmp_path / "other.pth")
+    assert (
+        main(["average", str(weights), str(tmp_path / "other.pth"), "-o", str(tmp_path / "a.pth")])
+        == 0
+    )
+    one, two, mean = (
+        read_weights(each) for each in (weights, tmp_path / "other.pth", tmp_path / "a.pth")
+    )
+    assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2) for name in one)
+    out = tmp_path / "start.pth"
+    assert main(["transfer", str(tmp_path / "a.pth"), "--scale", "4", "-o", str(out)]) == 0
+    assert read_checkpoint(out).scale == 4
+    assert "the upsampler is new" in capsys.readouterr().out
