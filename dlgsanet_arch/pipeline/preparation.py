@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,6 +87,20 @@ class Prepared:
     arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
+class _Checked(NamedTuple):
+    """What was found out before a run; start and notes as in Prepared.
+
+    Args:
+        start: What a training goes on from.
+        notes: What the log should say.
+        changes: Values of options by path that follow from the weights.
+    """
+
+    start: Start
+    notes: tuple[tuple[bool, str], ...]
+    changes: dict[str, Any]
+
+
 def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
     asked, there = options.get("num_gpu"), torch.cuda.device_count()
     if isinstance(asked, int) and asked > there:
@@ -145,10 +159,10 @@ def _shorten_for_debugging(options: dict[str, Any]) -> None:
     """Name a run `debug_…`, and let it print and save often: `--debug`, as BasicSR has it."""
     if not options["name"].startswith("debug"):
         options["name"] = f"debug_{options['name']}"
-    if options.get("val") is not None:
-        options["val"]["val_freq"] = 8
-    if "logger" in options:
-        options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 8}
+    changes = {"val": {"val_freq": 8}, "logger": {"print_freq": 1, "save_checkpoint_freq": 8}}
+    for section, values in changes.items():
+        if isinstance(options.get(section), dict):
+            options[section] |= values
 
 
 def read(root: Path, argv: Sequence[str], *, train: bool) -> tuple[argparse.Namespace, dict]:
@@ -185,20 +199,20 @@ def prepare(
     import_basicsr("basicsr")
     _import_packages(arguments.packages, root)
     error: Exception | None = None
-    checked: tuple[Start, list[tuple[bool, str]], dict[str, Any]] | None = None
+    checked: _Checked | None = None
     if processes.is_main:
         try:
             checked = _check(arguments, options, processes, train=train)
         except UserError as caught:
             error = caught
     processes.agree(error)
-    start, notes, changes = processes.share(checked)
-    for path, value in changes.items():
+    checked = processes.share(checked)
+    for path, value in checked.changes.items():
         section, _, key = path.rpartition(":")
         (options[section] if section else options)[key] = value
     opt = _for_parts(options, root, processes, train=train)
     opt["auto_resume"] = train and arguments.auto_resume
-    return Prepared(opt, arguments.opt, start, tuple(notes), arguments)
+    return Prepared(opt, arguments.opt, checked.start, checked.notes, arguments)
 
 
 def _check(
@@ -207,8 +221,8 @@ def _check(
     processes: Processes,
     *,
     train: bool,
-) -> tuple[Start, list[tuple[bool, str]], dict[str, Any]]:
-    """Return start, notes and changes of the options; raise one error for all problems."""
+) -> _Checked:
+    """Look at options, data, weights and disk; raise one error for all problems."""
     root = arguments.root
     known = registered()
     from dlgsanet_arch import training  # imports BasicSR's models
@@ -241,4 +255,4 @@ def _check(
     problems, warnings = scan.check_disk(options, root, train=train, registered=known)
     option_files.refuse(problems)
     notes += [(True, line) for line in warnings]
-    return start, notes, changes
+    return _Checked(start, tuple(notes), changes)
