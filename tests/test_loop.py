@@ -260,9 +260,10 @@ def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(root, undi
     run = Forked(root, options)
     run.reaches(2)
     try:
+        short = {**options, "train": {**options["train"], "total_iter": 2}}
         for flags in ([], ["--auto_resume"]):
             with pytest.raises(LockedError, match=f"the run locked .* process {run.pid} on "):
-                train(root, options, *flags)
+                train(root, short, *flags)
         assert sorted(p.name for p in (root / "experiments").glob("locked*")) == ["locked"]
     finally:
         run.signal(signal.SIGTERM)
