@@ -212,6 +212,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             ],
             # What `dlgsanet upscale` and the other tools import; OpenCV only for 16-bit colour.
             "tools": [
+                "matplotlib>=3.6",
                 "pillow>=10.1",
                 "psutil>=5.9",  # free memory on macOS and Windows
                 "safetensors>=0.4",
