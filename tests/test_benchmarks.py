@@ -388,7 +388,7 @@ def laps_of(cell):
         lap = {"seconds": seconds, "cpu": seconds}
         if cell["measure"] == "training_loop:loops":
             lap = {"steady": [seconds, seconds], "whole": 3 * seconds, "start": 1.0}
-            lap["cpu"] = [seconds]
+            lap |= {"cpu": [seconds], "own": [seconds]}
         laps[name] = [lap, lap]
     apart = {"psnr": 1e-9, "ssim": 1e-9}
     return {"laps": laps, "load": 1.0, "apart": apart, "sizes": dict.fromkeys(names, 1e6)}
@@ -479,6 +479,25 @@ def test_the_pace_leaves_the_pause_out():
         "steady": [1.0, 1.0, 1.0, 1.0],
         "whole": pytest.approx((11 + 21) / 12),
     }
+
+
+def test_what_a_loop_spends_itself(monkeypatch):
+    from basicsr.models.sr_model import SRModel
+
+    clock = [0.0]
+
+    def work(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(training_loop.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(SRModel, "optimize_parameters", lambda self, current_iter: work(8.0))
+    work(100.0)
+    with training_loop._stamps("SRModel", 1, "cpu") as stamps:
+        for iteration in (1, 2, 3):
+            SRModel.optimize_parameters(None, iteration)
+            work(0.5)
+    assert [stamp["cpu"] for stamp in stamps] == [100.0, 108.0, 116.5, 125.0]
+    assert [stamp["own"] for stamp in stamps] == [100.0, 100.0, 100.5, 101.0]
 
 
 def test_contestants_take_turns_and_ratios_are_within_laps():
