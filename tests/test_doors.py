@@ -28,7 +28,14 @@ def test_train_py_reads_by_spawned_workers(tmp_path, repository):
     options = without_validation(small_options("spawned", multiprocessing_context="spawn"))
     options["train"]["total_iter"] = 2
     file = helpers.write_options(elsewhere / "spawned.yml", options)
-    result = helpers.run([checkout / "train.py", "-opt", file], cwd=elsewhere, timeout=300)
+    # where this environment keeps no bytecode, the worker need not compile all imports again
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    result = helpers.run(
+        [checkout / "train.py", "-opt", file],
+        cwd=elsewhere,
+        env=bytecode if sys.dont_write_bytecode else {},
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     assert [entry["iter"] for entry in events(checkout, "spawned", "train")] == [1, 2]
     options |= {"name": "here"}
