@@ -4,7 +4,7 @@ Both take the network as a function of pictures (B, C, H, W), so that a bare net
 by `repeat` and one of BasicSR's models do alike, and one can be given to the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 
 import torch
@@ -79,6 +79,101 @@ def _join(whole: Tensor, piece: Tensor, start: int, end: int, margin: int, axis:
     whole.narrow(axis, last, rest).copy_(piece.narrow(axis, last - start, rest))
 
 
+def _row_of_tiles(
+    run: Run,
+    strip: Tensor,
+    scale: int,
+    lefts: Sequence[int],
+    wide: int,
+    margin: int,
+    batch: int,
+    on_tiles: Callable[[int], None],
+) -> Tensor:
+    """Return `run` of a strip (B, C, h, W) as high as a tile, its tiles blended."""
+    count, _, tall, width = strip.shape
+    row: Tensor | None = None
+    right = 0  # where what is done ends
+    for first in range(0, len(lefts), batch):
+        together = lefts[first : first + batch]
+        tiles = [strip[..., left : left + wide] for left in together]
+        pieces = run(torch.cat(tiles) if len(tiles) > 1 else tiles[0].contiguous())
+        if pieces.shape[0] != count * len(tiles) or pieces.shape[2:] != (
+            scale * tall,
+            scale * wide,
+        ):
+            raise ValueError(
+                f"at {scale=} a tile of {wide}x{tall} pixels becomes one of "
+                f"{scale * wide}x{scale * tall}; the network gave the shape "
+                f"{tuple(pieces.shape)}"
+            )
+        if row is None:
+            row = pieces.new_empty(count, *pieces.shape[1:3], scale * width)
+        for left, piece in zip(together, pieces.split(count), strict=True):
+            _join(row, piece, scale * left, right, margin, 3)
+            right = scale * (left + wide)
+        on_tiles(len(tiles))
+    return row
+
+
+def rows_in_tiles(
+    run: Run,
+    picture: Tensor,
+    scale: int,
+    tile: int,
+    overlap: int,
+    on_tile: Callable[[int, int], None] | None = None,
+    batch: int = 1,
+) -> Iterator[Tensor]:
+    """Yield the rows of what `run_in_tiles` returns, from the top, as they are finished.
+
+    Memory holds the tiles that are computed together and at most two rows of tiles.
+
+    Args:
+        run: As in `run_in_tiles`.
+        picture: (B, C, H, W), of any dtype and place that `run` takes.
+        scale: As in `run_in_tiles`.
+        tile: As in `run_in_tiles`.
+        overlap: As in `run_in_tiles`.
+        on_tile: As in `run_in_tiles`.
+        batch: How many neighbouring tiles are given to `run` at once: (batch·B, C, h, w).
+
+    Yields:
+        (B, C', n, scale·W); the n sum to scale·H. Not to be written to.
+
+    Raises:
+        ValueError: As `run_in_tiles`.
+    """
+    if tile < 1 or not 0 <= overlap < tile or batch < 1:
+        raise ValueError(
+            "tile and batch must be 1 or more, and overlap 0 or more and less than tile; got "
+            f"{tile=}, {overlap=}, {batch=}"
+        )
+    height, width = picture.shape[2:]
+    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
+    tall, wide = min(tile, height), min(tile, width)
+    margin = overlap // 4 * scale
+    done = 0
+
+    def count(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        if on_tile is not None:
+            on_tile(done, len(tops) * len(lefts))
+
+    held: Tensor | None = None  # rows that the next tiles still have a say in
+    for top, following in zip(tops, [*tops[1:], height], strict=True):
+        strip = picture[:, :, top : top + tall]
+        row = _row_of_tiles(run, strip, scale, lefts, wide, margin, batch, count)
+        if held is not None:
+            joined = torch.empty_like(row)
+            joined[:, :, : held.shape[2]] = held
+            _join(joined, row, 0, held.shape[2], margin, 2)
+            row = joined
+        finished = scale * (following - top)
+        yield row[:, :, :finished]
+        held = row[:, :, finished:]
+
+
 def run_in_tiles(
     run: Run,
     picture: Tensor,
@@ -89,10 +184,10 @@ def run_in_tiles(
 ) -> Tensor:
     """Return `run` of a picture, computed on overlapping squares that are blended.
 
-    Besides the result, memory holds one tile and one row of them. All tiles have one size. In an
-    overlap, the outer quarter at the edge of a tile has no weight, and between the weights of the
-    two tiles rise and fall and sum to 1: where pixels depend on neighbours at most `overlap // 4`
-    away, the result is that of the whole picture.
+    Besides the result, memory holds one tile and at most two rows of them. All tiles have one
+    size. In an overlap, the outer quarter at the edge of a tile has no weight, and between the
+    weights of the two tiles rise and fall and sum to 1: where pixels depend on neighbours at most
+    `overlap // 4` away, the result is that of the whole picture.
 
     Args:
         run: Maps (B, C, h, w) to (B, C', scale·h, scale·w).
@@ -108,36 +203,11 @@ def run_in_tiles(
     Raises:
         ValueError: An argument is out of range, or `run` gives another size than `scale` says.
     """
-    if tile < 1 or not 0 <= overlap < tile:
-        raise ValueError(
-            f"tile must be 1 or more, and overlap 0 or more and less than tile; got {tile=}, "
-            f"{overlap=}"
-        )
-    batch, _, height, width = picture.shape
-    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
-    tall, wide = min(tile, height), min(tile, width)
-    margin = overlap // 4 * scale
     whole: Tensor | None = None
-    below = 0  # where what is done ends
-    for i, top in enumerate(tops):
-        row: Tensor | None = None
-        right = 0
-        for j, left in enumerate(lefts):
-            piece = run(picture[..., top : top + tall, left : left + wide].contiguous())
-            if piece.shape[0] != batch or piece.shape[2:] != (scale * tall, scale * wide):
-                raise ValueError(
-                    f"at {scale=} a tile of {wide}x{tall} pixels becomes one of "
-                    f"{scale * wide}x{scale * tall}; the network gave the shape "
-                    f"{tuple(piece.shape)}"
-                )
-            if row is None:
-                row = piece.new_empty(*piece.shape[:3], scale * width)
-            _join(row, piece, scale * left, right, margin, 3)
-            right = scale * (left + wide)
-            if on_tile is not None:
-                on_tile(i * len(lefts) + j + 1, len(tops) * len(lefts))
+    done = 0
+    for rows in rows_in_tiles(run, picture, scale, tile, overlap, on_tile):
         if whole is None:
-            whole = row.new_empty(*row.shape[:2], scale * height, scale * width)
-        _join(whole, row, scale * top, below, margin, 2)
-        below = scale * (top + tall)
+            whole = rows.new_empty(*rows.shape[:2], scale * picture.shape[2], rows.shape[3])
+        whole[:, :, done : done + rows.shape[2]] = rows
+        done += rows.shape[2]
     return whole

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dlgsanet_arch.tiles import run_in_tiles, self_ensemble
+from dlgsanet_arch.tiles import rows_in_tiles, run_in_tiles, self_ensemble
 
 SCALE = 2
 
@@ -162,3 +162,23 @@ def test_tiles_that_cannot_be(tile, overlap):
 def test_another_scale_than_the_network_s():
     with pytest.raises(ValueError, match=r"at scale=3 a tile of 8x8 .* 24x24; .*\(1, 3, 16, 16\)"):
         run_in_tiles(upsample, torch.rand(1, 3, 20, 20), 3, 8, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 50])
+def test_rows_come_from_the_top_and_tiles_are_computed_together(batch):
+    sizes, counted = [], []
+    picture, plain = whole_numbers(2, 3, 37, 50), network(1)
+
+    def run(given):
+        sizes.append(len(given))
+        return plain(given)
+
+    def count(*done):
+        counted.append(done)
+
+    rows = list(rows_in_tiles(run, picture, SCALE, 16, 6, on_tile=count, batch=batch))
+    assert len(rows) == 4
+    assert torch.equal(torch.cat(rows, 2), plain(picture))
+    assert sum(sizes) == 2 * 4 * 5
+    assert max(sizes) == 2 * min(batch, 5)
+    assert counted[-1] == (20, 20)

@@ -2,8 +2,8 @@
 
 Nothing is printed: what a user should hear is in a result's notices or in an error's text.
 Decoded by Pillow, which refuses cut files where OpenCV fills the rest with gray; OpenCV reads
-the samples of 16-bit colour, for which Pillow has no type. ICC profiles are not applied, as
-BasicSR's readers apply none.
+the samples of 16-bit colour, for which Pillow has no type, and is imported for these alone. ICC
+profiles are not applied, as BasicSR's readers apply none; `read_stored` hands them on.
 """
 
 import os
@@ -21,10 +21,17 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from urllib.parse import quote
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    ImageCms,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from PIL.ImageFile import ImageFile
 
 from dlgsanet_arch.data.wording import named
@@ -60,6 +67,11 @@ READERS = {
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 EXIF_ORIENTATION = 0x0112
+# What stays true of a picture that was turned or resized: description, camera, resolution,
+# software, time, author, rights, then the EXIF and GPS folders, of which offsets and sizes go.
+EXIF_KEPT = (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x8298)
+EXIF_FOLDERS = (0x8769, 0x8825)
+EXIF_STALE = (0x927C, 0xA002, 0xA003, 0xA005)
 # Pictures are composited in bands of rows, so that wide intermediates stay small.
 BAND = 256
 
@@ -111,6 +123,24 @@ class ReadPicture:
     """
 
     pixels: Pixels
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPicture:
+    """A picture as its file holds it, upright.
+
+    Args:
+        pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha, colours
+            not multiplied by alpha.
+        icc: The ICC profile of the colours; None for none.
+        exif: EXIF data that stays true, without orientation, thumbnail and size; None for none.
+        notices: What was changed or left out on the way, one sentence without its subject each.
+    """
+
+    pixels: Pixels
+    icc: bytes | None = None
+    exif: bytes | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -183,6 +213,28 @@ def _walk(folder: Path) -> Iterator[Path]:
                     yield current / entry.name
 
 
+def walk_pictures(folder: Path) -> list[Path]:
+    """Find all pictures below a folder, as `find_pictures` does.
+
+    Returns:
+        Ways from `folder`, in natural order: ``a2`` before ``a10``.
+
+    Raises:
+        UserError: There is no such folder, it or a folder in it cannot be read, or it holds no
+            pictures.
+    """
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {reason}: name a folder of pictures")
+    try:
+        paths = list(_walk(folder))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not paths:
+        raise UserError(f"no pictures below {folder}: looked for {', '.join(SUFFIXES)}")
+    return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
+
+
 def find_pictures(folder: Path) -> list[PictureFile]:
     """Find all pictures below a folder.
 
@@ -199,17 +251,8 @@ def find_pictures(folder: Path) -> list[PictureFile]:
         UserError: There is no such folder, it or a folder in it cannot be read, it holds no
             pictures, or pictures of one folder differ in their suffixes only.
     """
-    if not folder.is_dir():
-        reason = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {reason}: name a folder of pictures")
-    try:
-        paths = list(_walk(folder))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    if not paths:
-        raise UserError(f"no pictures below {folder}: looked for {', '.join(SUFFIXES)}")
     by_key = defaultdict(list)
-    for relative in sorted((path.relative_to(folder) for path in paths), key=_natural_order):
+    for relative in walk_pictures(folder):
         by_key[picture_key(relative)].append(relative)
     equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
     if equal:
@@ -325,8 +368,8 @@ def _decoding() -> Iterator[None]:
             ) from error
 
 
-def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int | None]:
-    """Decode a whole file.
+def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile, int | None]:
+    """Decode a whole file; unless it `converts` them, CMYK and Lab are refused.
 
     Returns:
         The loaded picture, and its EXIF orientation as the file states it, None where that cannot
@@ -346,7 +389,7 @@ def _load(data: bytes, name: str, least: int) -> tuple[ImageFile, int | None]:
     # Pillow stops behind the header of the first scan: pictures within EXIF lie before it.
     if name == "JPEG" and data.find(b"\xff\xd9", stream.tell()) < 0:
         raise _Refusal("is cut short: the end of the JPEG file is missing")
-    if image.mode in ("CMYK", "LAB"):
+    if image.mode in ("CMYK", "LAB") and not converts:
         raise _Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
     stated = _orientation(image)
     image.load()
@@ -391,6 +434,12 @@ def _deep_colour(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> ND
     Returns:
         (H, W, C), turned as `coarse` is.
     """
+    try:
+        import cv2
+    except ImportError as error:
+        raise _Refusal(
+            "holds 16-bit colour, which OpenCV reads: pip install opencv-python-headless"
+        ) from error
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     channels = coarse.shape[2]
     if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
@@ -400,6 +449,18 @@ def _deep_colour(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> ND
         if candidate.shape == coarse.shape and np.array_equal(candidate >> 8, coarse):
             return candidate
     raise _Refusal("cannot be decoded: Pillow and OpenCV read different samples from it")
+
+
+def _in_rgb(image: ImageFile) -> Image.Image:
+    """Convert CMYK or Lab colours to sRGB, by the file's profile where it has one."""
+    profile = image.info.get("icc_profile")
+    if profile is None and image.mode == "LAB":
+        own = ImageCms.createProfile("LAB")
+    elif profile is None:
+        return image.convert("RGB")
+    else:
+        own = ImageCms.ImageCmsProfile(BytesIO(profile))
+    return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
 def _samples(
@@ -422,6 +483,8 @@ def _samples(
         transparent = None
     elif image.mode in ("1", "La", "YCbCr"):
         array = np.asarray(image.convert({"1": "L", "La": "LA", "YCbCr": "RGB"}[image.mode]))
+    elif image.mode in ("CMYK", "LAB"):
+        array = np.asarray(_in_rgb(image))
     else:
         array = np.asarray(image)
     if array.ndim == 2:
@@ -430,6 +493,8 @@ def _samples(
         # Pillow holds 16-bit gray in types of more than one width and byte order
         gray = array.shape[2] == 1
         array = array.astype(np.uint16) if gray else _deep_colour(data, array, orientation)
+        if name == "PNG" and data[25] == 4:  # gray and alpha, for which Pillow has no 16-bit mode
+            array = array[..., 2:]
     if array.shape[2] in (2, 4):
         return array[..., :-1], array[..., -1]
     if transparent is None:
@@ -459,7 +524,34 @@ def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
     return result
 
 
-def _decode(data: bytes, path: Path, least: int) -> ReadPicture:
+def _exif(image: ImageFile) -> bytes | None:
+    """What `StoredPicture.exif` holds; data that cannot be read or written is left out."""
+    try:
+        found, kept = image.getexif(), Image.Exif()
+        for tag in EXIF_KEPT:
+            if tag in found:
+                kept[tag] = found[tag]
+        for folder in EXIF_FOLDERS:
+            entries = found.get_ifd(folder).items()
+            left = {tag: value for tag, value in entries if tag not in EXIF_STALE}
+            if left:
+                kept[folder] = left
+        return kept.tobytes() if len(kept) else None
+    except Exception:  # as in _decoding; the pixels are fine
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """Upright colours (H, W, 1) or (H, W, 3), alpha (H, W) where it is not opaque, and the rest."""
+
+    image: ImageFile
+    colour: Pixels
+    alpha: Pixels | None
+    notices: tuple[str, ...]
+
+
+def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Decoded:
     if not data:
         raise _Refusal("is empty: zero bytes")
     name = _format_of(data)
@@ -468,7 +560,7 @@ def _decode(data: bytes, path: Path, least: int) -> ReadPicture:
     if announced != name:
         notices.append(f"is named as {announced} and holds {name}")
     with _decoding():
-        image, stated = _load(data, name, least)
+        image, stated = _load(data, name, least, converts)
         colour, alpha = _samples(image, data, name, stated or 1)
         # asked a second time, Pillow takes EXIF data that it could not read for none
         left = None if stated is None else _orientation(image)
@@ -476,12 +568,28 @@ def _decode(data: bytes, path: Path, least: int) -> ReadPicture:
         notices.append("holds more than one picture; the first was read")
     if left is None:
         notices.append("has EXIF data that cannot be read; it was not rotated")
-    if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
-        colour = _on_white(colour, alpha)
-        notices.append("has transparent parts; it was composited on white")
-    turned = np.ascontiguousarray(_turned(colour, left or 1))
-    code = cv2.COLOR_GRAY2BGR if turned.shape[2] == 1 else cv2.COLOR_RGB2BGR
-    return ReadPicture(cv2.cvtColor(turned, code), tuple(notices))
+    if image.mode in ("CMYK", "LAB"):
+        by = (
+            "its profile"
+            if "icc_profile" in image.info
+            else "a rule of thumb, for want of a profile"
+        )
+        notices.append(f"holds {image.mode} colours; they were converted to sRGB by {by}")
+    if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
+        alpha = None
+    turned = [each if each is None else _turned(each, left or 1) for each in (colour, alpha)]
+    return _Decoded(image, *turned, tuple(notices))
+
+
+def _for_training(decoded: _Decoded) -> ReadPicture:
+    """Make three channels in BGR, on white."""
+    colour, notices = decoded.colour, decoded.notices
+    if decoded.alpha is not None:
+        colour = _on_white(colour, decoded.alpha)
+        notices += ("has transparent parts; it was composited on white",)
+    if colour.shape[2] == 1:
+        return ReadPicture(np.repeat(colour, 3, 2), notices)
+    return ReadPicture(np.ascontiguousarray(colour[..., ::-1]), notices)
 
 
 def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
@@ -504,9 +612,34 @@ def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
             are not read: CMYK, Lab, floating-point, signed, 32-bit.
     """
     try:
-        return _decode(_read_bytes(path), path, least)
+        return _for_training(_decode(_read_bytes(path), path, least))
     except _Refusal as error:
         raise PictureError(path, str(error)) from error
+
+
+def read_stored(path: Path) -> StoredPicture:
+    """Read a picture with what belongs to it: alpha, colour profile, EXIF data.
+
+    Gray stays gray, EXIF rotation is applied, palettes and fewer than 8 bits are expanded, CMYK
+    and Lab are converted to sRGB, opaque alpha is left out, and of several pages or frames the
+    first is read; conversion and that give a notice.
+
+    Args:
+        path: As `read_picture` takes it, of any size from 1 x 1 pixels.
+
+    Raises:
+        PictureError: As `read_picture` raises it, but for CMYK and Lab.
+    """
+    try:
+        decoded = _decode(_read_bytes(path), path, 1, converts=True)
+    except _Refusal as error:
+        raise PictureError(path, str(error)) from error
+    pixels = decoded.colour
+    if decoded.alpha is not None:
+        pixels = np.concatenate([pixels, decoded.alpha[..., None]], 2)
+    image = decoded.image
+    icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
+    return StoredPicture(np.ascontiguousarray(pixels), icc, _exif(image), decoded.notices)
 
 
 def _in_8_bits(picture: ReadPicture) -> ReadPicture:
@@ -550,6 +683,6 @@ def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadPicture:
         PictureError: As `read_picture` raises it.
     """
     try:
-        return _in_8_bits(_decode(data, path, least))
+        return _in_8_bits(_for_training(_decode(data, path, least)))
     except _Refusal as error:
         raise PictureError(path, str(error)) from error

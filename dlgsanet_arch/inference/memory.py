@@ -1,0 +1,107 @@
+"""How much memory there is, how much a tile takes, and when there was too little."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Peak of a forward, in maps of `dim` channels of float32, and in pictures of the result's size.
+# Measured on CPUs in float32: 14 maps for small pictures and 5 for large ones, which are worked on
+# in strips. On other devices, and under autocast, no strips: three maps for q, k and v, as many cut
+# into windows and normalised, four and two within GDFN, and what is normalised.
+_MAPS_IN_STRIPS = 16
+_MAPS = 26
+_RESULTS = 4
+_SHARE = 0.5  # of the free memory: others want some, and allocators lose some
+LARGEST_TILE = 2048
+_UNKNOWN = 2 << 30  # where nobody tells
+
+_SAID = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|failed to allocate|ALLOC_FAILED", re.I
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Return whether an error says that memory did not suffice, of a device's or the machine's."""
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
+    )
+
+
+def let_go(device: torch.device) -> None:
+    """Give back what PyTorch keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _of_group() -> int | None:
+    """Free memory of the Linux control group, as containers have it; None for no limit."""
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (most, used))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        return limit - now
+    return None
+
+
+def _of_machine() -> int | None:
+    try:
+        import psutil
+    except ImportError:
+        pass
+    else:
+        return psutil.virtual_memory().available
+    try:
+        found = re.search(r"MemAvailable:\s+([0-9]+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) << 10 if found else None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a device has free; where nobody tells, 2 GiB."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    known = [each for each in (_of_machine(), _of_group()) if each is not None]
+    return max(0, min(known, default=_UNKNOWN))
+
+
+def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, strips: bool = True) -> int:
+    """Return an upper estimate of a forward's peak memory, in bytes for each pixel that goes in.
+
+    Args:
+        config: The network's arguments.
+        device: Where it runs.
+        strips: Whether a CPU works in strips, as it does in float32.
+    """
+    maps = _MAPS_IN_STRIPS if device.type == "cpu" and strips else _MAPS
+    scale = config["upscale"] if config["upsampler"] else 1
+    results = _RESULTS * config["in_chans"] * scale**2
+    if config["upsampler"] == "pixelshuffle":
+        results += 3 * 64 * scale**2
+    return 4 * (maps * config["dim"] + results)
+
+
+def fitting_tile(
+    config: Mapping[str, Any], device: torch.device, batch: int, overlap: int, *, strips: bool
+) -> int:
+    """Return the side of the largest tile that half of the free memory holds.
+
+    It is a multiple of 8, at most `LARGEST_TILE`, and holds at least one window of TLC and what it
+    shares with its neighbours, however little memory there is.
+    """
+    pixels = _SHARE * free_memory(device) / (bytes_a_pixel(config, device, strips=strips) * batch)
+    least = (config["tlc_kernel"] if config["tlc_flag"] else 48) + 2 * overlap
+    return min(LARGEST_TILE, max(math.isqrt(int(pixels)), least) // 8 * 8 + 8)
