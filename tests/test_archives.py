@@ -17,9 +17,9 @@ from processes import started
 
 from dlgsanet_arch.data import archives
 from dlgsanet_arch.data.archives import extract
-from dlgsanet_arch.files import lock_file
 from dlgsanet_arch.data.pictures import MAX_BYTES, find_pictures, read_picture
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import lock_file
 
 LONG = random.Random(0).randbytes(300_000)
 
