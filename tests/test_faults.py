@@ -269,6 +269,7 @@ def test_kills_inside_a_save_leave_the_only_pair_whole(root, undisturbed):
     completes(root, uncut)
     assert_equal(weights(root, "cut"), weights(root, "uncut"))
     assert list(numbered(run_folder)) == [total]
+    assert not list(run_folder.rglob("*.unfinished"))
 
 
 @pytest.mark.xfail(
