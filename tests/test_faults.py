@@ -117,9 +117,6 @@ def undisturbed(root) -> tuple[dict, float]:
     return weights(root, "undisturbed"), time.monotonic() - began
 
 
-# -- kills -------------------------------------------------------------------------------------
-
-
 def whole_files(run: Path) -> dict[Path, tuple[int, int]]:
     """Read every numbered file to its end; return size and checksum of those that are a pair."""
     found = {
@@ -272,10 +269,6 @@ def test_kills_inside_a_save_leave_the_only_pair_whole(root, undisturbed):
     assert not list(run_folder.rglob("*.unfinished"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="not mended: weights of a first save without their state make --auto_resume refuse",
-)
 def test_a_run_killed_in_its_very_first_save_can_be_started_the_same_way(root, undisturbed):
     options = options_of("first")
     run = Forked(root, options, "--auto_resume", before=dying_in("replace", 2))  # no state yet
@@ -285,10 +278,6 @@ def test_a_run_killed_in_its_very_first_save_can_be_started_the_same_way(root, u
     assert_equal(weights(root, "first"), undisturbed[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="not mended: keep_last counts files of later iterations that no state belongs to",
-)
 def test_what_a_kill_left_does_not_push_out_what_is_saved_after(root, undisturbed):
     options = options_of("orphan")
     options["logger"] |= {"keep_last": 1, "save_checkpoint_freq": 5}
@@ -303,9 +292,6 @@ def test_what_a_kill_left_does_not_push_out_what_is_saved_after(root, undisturbe
         assert newest_pair(folder_of(root, "orphan")) == stopped_at
     completes(root, options)
     assert_equal(weights(root, "orphan"), undisturbed[0])
-
-
-# -- disks and files ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -346,9 +332,6 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_with_more_room(root, undisturbe
         assert_equal(weights(made, "full"), undisturbed[0])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="not mended: log.jsonl on a full disk ends the run with a traceback"
-)
 def test_a_disk_that_others_fill_ends_the_run_with_a_message(root, undisturbed, tmp_path):
     made = make_root(tmp_path)
     options = options_of("filled")
@@ -420,9 +403,6 @@ def test_a_folder_s_order_on_the_disk_does_not_matter(root, monkeypatch):
     assert_equal(*(weights(root, name) for name in names))
 
 
-# -- two runs ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flags", [[], ["--auto_resume"]], ids=["new", "going on"])
 def test_of_two_runs_started_together_one_runs(root, flags):
     name = "together_" + "_".join(flags).strip("-")
@@ -462,9 +442,6 @@ def test_of_two_runs_started_together_one_runs(root, flags):
         time.sleep(1)  # the name of what is renamed has the second
     folders = sorted(path.name for path in (root / "experiments").glob(f"{name}*"))
     assert len(folders) == (1 if flags else 3), folders
-
-
-# -- samples -----------------------------------------------------------------------------------
 
 
 def write_database(pictures: Path, out: Path, *, cut: str = "") -> None:
@@ -564,9 +541,6 @@ def test_a_corrupt_validation_picture_is_named(tmp_path, workers):
     assert "Traceback" not in said
     assert "other/HR/picture3.png of the data set made_val: cannot be decoded" in said
     assert newest_pair(folder_of(root, "validated")) == 4
-
-
-# -- processes that Python starts --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,19 @@ def test_json_lines_hold_what_json_cannot_and_are_appended(tmp_path):
     assert all(entry["event"] == "validation" for entry in entries)
 
 
+def test_a_line_that_was_cut_short_stays_the_only_one(log, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "tr')
+    log.record("end", iter=7)
+    assert json.loads(path.read_text().splitlines()[-1])["iter"] == 7
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(log, tmp_path, capsys):
+    (tmp_path / "log.jsonl").mkdir()
+    log.record("end", iter=7)
+    assert "log.jsonl cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", [("tensorboard",), ("tensorboard", "wandb")])
 def test_what_is_not_installed_is_one_warning(log, tmp_path, monkeypatch, missing):
     real = logs.find_spec

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ def events(root: Path, name: str, event: str) -> list[dict[str, Any]]:
     path = root / "experiments" / name / "log.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+    found = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # what a full disk or a kill cut short
+            found.append(json.loads(line))
+    return [entry for entry in found if entry["event"] == event]
 
 
 class Forked:

@@ -24,6 +24,7 @@ from dlgsanet_arch.pipeline.processes import Processes
 
 _FORMAT = "%(asctime)s %(levelname)s: %(message)s"
 _NAME = "basicsr"
+LOG = "log.jsonl"  # of each run, in its folder
 
 
 class _Console(logging.Handler):
@@ -31,6 +32,14 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """Writes lines to a file; where that fails, a full disk say, the run goes on and it is said."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        tqdm.write(f"the log {self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
 def _readable(value: Any) -> Any:
@@ -74,8 +83,15 @@ class RunLog:
             return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         line = json.dumps({"time": now, "event": event, **_readable(values)}, ensure_ascii=False)
-        with self._json_lines.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._json_lines.open("ab+") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a full disk or a kill cut this line short
+                        file.write(b"\n")
+                file.write(f"{line}\n".encode())
+        except OSError as error:  # a checkpoint that cannot be written ends the run, not its log
+            self.warning(f"{self._json_lines} cannot be written: {error}")
 
 
 @contextmanager
@@ -93,14 +109,14 @@ def run_log(processes: Processes, folder: Path, text_log: str) -> Iterator[RunLo
     before = logger.handlers[:], logger.level, logger.propagate, _NAME in initialized_logger
     handlers: list[logging.Handler] = [_Console()]
     if processes.is_main:
-        handlers.append(logging.FileHandler(folder / text_log, "w", encoding="utf-8"))
+        handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))
     logger.handlers[:] = handlers
     logger.setLevel(logging.INFO if processes.is_main else logging.ERROR)
     logger.propagate = False
     initialized_logger[_NAME] = True
-    log = RunLog(processes, folder / "log.jsonl")
+    log = RunLog(processes, folder / LOG)
     try:
         yield log
     finally:

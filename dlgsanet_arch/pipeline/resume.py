@@ -13,6 +13,7 @@ from typing import Any
 
 from dlgsanet_arch.checkpoint import CheckpointError, check_whole
 from dlgsanet_arch.compat import ResumeError, read_state
+from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.saving import numbered
 
 # What a state holds and the option file says too; the state's is what a resumed run uses.
@@ -76,14 +77,24 @@ def _checked(state_path: Path, options: Mapping[str, Any]) -> Start:
     return Start(state_path, iteration, saved)
 
 
+def _never_saved(run: Path) -> bool:
+    """Whether a run of ours ended before its first pair was complete: nothing of it is lost."""
+    try:
+        log = (run / LOG).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return '"event": "save"' not in log
+
+
 def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
     """Find where a run starts.
 
     Args:
         options: The run's options, `name` as the run will use it.
         root: Folder that holds ``experiments/`` and that relative paths are below.
-        auto_resume: Whether to go on from the newest whole pair of the run's own folder; else
-            ``path:resume_state`` names a state, if anything does. Its networks are beside it.
+        auto_resume: Whether to go on from the newest whole pair of the run's own folder; a run
+            that ended within its first save starts anew. Else ``path:resume_state`` names a
+            state, if anything does. Its networks are beside it.
 
     Raises:
         ResumeError: There is something to go on from, but no whole pair.
@@ -105,6 +116,8 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
             passed_over.append(f"{iteration}: {error}")
             continue
         return Start(start.state, start.iteration, start.networks, tuple(passed_over))
+    if _never_saved(run):
+        return Start(passed_over=tuple(passed_over))
     saved = [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]
     if passed_over or saved:
         raise ResumeError(

@@ -199,7 +199,7 @@ class Saver:
         }
         self._write(None, progress.place.epoch, progress.iteration)
         if self._processes.is_main:
-            self._remove_old()
+            self._remove_old(progress.iteration)
 
     def save_latest(self) -> None:
         """Write `net_*_latest.pth`; every process calls."""
@@ -210,13 +210,26 @@ class Saver:
         self._write("best", -1, -1)
         self.best = {"value": value, "iter": iteration}
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, iteration: int) -> None:
+        """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
+
+        What a kill or a fault left of later iterations is no pair to go on from, and does not
+        count; the run writes it anew when it comes there.
+        """
         if self._keep_last is None:
             return
-        pairs = numbered(self._run)
-        for iteration in sorted(pairs)[: -self._keep_last]:
+        files = numbered(self._run)
+        pairs = [
+            number
+            for number, paths in files.items()
+            if number <= iteration and any(path.suffix == ".state" for path in paths)
+        ]
+        oldest = sorted(pairs)[-self._keep_last :][0]
+        for number in sorted(files):
+            if number >= oldest:
+                break
             # the state first: a pair without one is never resumed from
-            for path in sorted(pairs[iteration], key=lambda path: path.suffix != ".state"):
+            for path in sorted(files[number], key=lambda path: path.suffix != ".state"):
                 path.unlink(missing_ok=True)
 
 
