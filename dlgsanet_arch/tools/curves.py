@@ -103,15 +103,15 @@ def _lines(path: Path) -> list[str]:
 
 def _read_json_lines(run: Run, paths: Sequence[Path]) -> None:
     for path in paths:
-        lines = _lines(path)
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_lines(path), 1):
             try:
                 entry = json.loads(line)
+            except ValueError:
+                continue  # a run that was killed, or whose disk was full, wrote half of it
+            try:
                 if isinstance(entry, dict):
                     _read_json_line(run, entry)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if number == len(lines):
-                    continue  # a killed run wrote half of it
                 raise UserError(
                     f"{path}:{number}: this is no line of a run's log ({error}); remove it"
                 ) from error
