@@ -15,6 +15,10 @@ RUN := "$(ENVIRONMENT)/bin/python"
 GPU_RUN := $(or $(PYTHON),$(wildcard $(ENVIRONMENT)/bin/python),python3)
 export PYTHON
 
+# Tests start Python dozens of times: what it compiles at an import is kept, beside the packages and
+# not in the checkout, also where the environment says that nothing is to be written.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(ENVIRONMENT))/pycache" $(RUN) -m pytest
+
 .PHONY: help demo test test-faults lint gpu clean environment
 
 help:
@@ -31,10 +35,10 @@ demo: environment
 	$(RUN) scripts/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu and not faults" -n auto --maxprocesses 8
+	$(PYTEST) -m "not gpu and not faults" -n auto --maxprocesses 8
 
 test-faults: environment
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults -n 2
+	$(PYTEST) -m faults -n 2
 
 lint: environment
 	$(RUN) -m ruff check .
