@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from dlgsanet_arch.data.pictures import (
@@ -163,6 +164,8 @@ def _write(job: Job, picture: StoredPicture, made: Pixels, writing: Writing, tel
             raise UserError(f"{reason}, and {job.instead} is taken: use --suffix or --format png")
         target = job.instead
         tell(Event("notice", job.source, f"{reason}: {target.name} is written"))
+    if picture.exif and made.dtype == np.uint16 and format_of(target) == "tiff":
+        tell(Event("notice", job.source, "has EXIF data, which 16-bit TIFF files go without"))
     write_picture(
         target, format_of(target), made, icc=picture.icc, exif=picture.exif, quality=writing.quality
     )
@@ -234,14 +237,14 @@ def _alike(one: Pixels, other: Pixels) -> bool:
 def _work(
     connection: Connection,
     device: str,
+    threads: int,
     make: partial[Upscaler],
     jobs: Sequence[Job],
     writing: Writing,
 ) -> None:
     """Enlarge a share of the pictures in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it too, and ends this
-    if device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    torch.set_num_threads(threads)
     try:
         upscaler = make(
             device=device, notice=lambda text: connection.send(Event("notice", Path(device), text))
@@ -268,14 +271,16 @@ def run_on_devices(
         tell: As in `run`. Pictures of a process that died are "bad".
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    threads = max(1, torch.get_num_threads() // len(devices))
     shares = [shard(jobs, index, len(devices)) for index in range(1, len(devices) + 1)]
     left: dict[Connection, set[Path]] = {}
     processes = []
     try:
         for device, share in zip(devices, shares, strict=True):
             ours, theirs = context.Pipe(duplex=False)
+            make = partial(Upscaler, **arguments)
             process = context.Process(
-                target=_work, args=(theirs, device, partial(Upscaler, **arguments), share, writing)
+                target=_work, args=(theirs, device, threads, make, share, writing)
             )
             process.start()
             theirs.close()

@@ -1,6 +1,5 @@
 """How much memory there is, how much a tile takes, and when there was too little."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,9 @@ _MAPS_IN_STRIPS = 16
 _MAPS = 26
 _RESULTS = 4
 _SHARE = 0.5  # of the free memory: others want some, and allocators lose some
-LARGEST_TILE = 2048
 _UNKNOWN = 2 << 30  # where nobody tells
 
+_GROUPS = Path("/sys/fs/cgroup")
 _SAID = re.compile(
     r"out of memory|can't allocate memory|not enough memory|failed to allocate|ALLOC_FAILED", re.I
 )
@@ -41,15 +40,20 @@ def let_go(device: torch.device) -> None:
 
 def _of_group() -> int | None:
     """Free memory of the Linux control group, as containers have it; None for no limit."""
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for most, used, cached in (
+        ("memory.max", "memory.current", ("memory.stat", "inactive_file")),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            ("memory/memory.stat", "total_inactive_file"),
+        ),
     ):
         try:
-            limit, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (most, used))
+            limit, now = (int((_GROUPS / name).read_text()) for name in (most, used))
+            facts = dict(line.split() for line in (_GROUPS / cached[0]).read_text().splitlines())
         except (OSError, ValueError):  # absent, or "max"
             continue
-        return limit - now
+        return limit - now + int(facts.get(cached[1], 0))  # cached files make room when asked
     return None
 
 
@@ -94,14 +98,6 @@ def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, strips: bo
     return 4 * (maps * config["dim"] + results)
 
 
-def fitting_tile(
-    config: Mapping[str, Any], device: torch.device, batch: int, overlap: int, *, strips: bool
-) -> int:
-    """Return the side of the largest tile that half of the free memory holds.
-
-    It is a multiple of 8, at most `LARGEST_TILE`, and holds at least one window of TLC and what it
-    shares with its neighbours, however little memory there is.
-    """
-    pixels = _SHARE * free_memory(device) / (bytes_a_pixel(config, device, strips=strips) * batch)
-    least = (config["tlc_kernel"] if config["tlc_flag"] else 48) + 2 * overlap
-    return min(LARGEST_TILE, max(math.isqrt(int(pixels)), least) // 8 * 8 + 8)
+def fitting_pixels(config: Mapping[str, Any], device: torch.device, *, strips: bool) -> int:
+    """Return how many pixels can go in at once, so that half of the free memory is used."""
+    return int(_SHARE * free_memory(device) / bytes_a_pixel(config, device, strips=strips))

@@ -1,5 +1,6 @@
 """Arrays and tensors enlarged: channels, depth, alpha, tiles, memory, precision, another scale."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ Progress = Callable[[int, int], None]
 Depth = TypeVar("Depth", np.uint8, np.uint16)
 
 DEFAULT_OVERLAP = 32
+LARGEST_TILE = 2048  # chosen by itself; larger ones make nothing better
 LEAST_TILE = 16  # below it, memory is not what is lacking
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LUMA = (0.299, 0.587, 0.114)  # BT.601, the Y that super-resolution is measured on
@@ -247,17 +249,16 @@ class Upscaler:
         """Return the side of the tiles for a picture of a size; 0 where it is computed whole."""
         tile = self.tile
         if tile == "auto":
-            tile = 0
             strips = self._dtype == "fp32"
-            needed = memory.bytes_a_pixel(self.checkpoint.config, self.device, strips=strips)
-            largest = memory.fitting_tile(
-                self.checkpoint.config, self.device, batch, self.overlap, strips=strips
-            )
-            if height * width * batch * needed > memory.free_memory(self.device) / 2:
-                tile = largest
+            config = self.checkpoint.config
+            pixels = memory.fitting_pixels(config, self.device, strips=strips) // batch
+            # One window of TLC and what is shared stay together, however little memory there is.
+            least = (config["tlc_kernel"] if config["tlc_flag"] else 48) + 2 * self.overlap
+            largest = min(LARGEST_TILE, max(math.isqrt(pixels), least))
+            tile = 0 if height * width <= pixels else largest
         side = max(height, width)
         if self._most is not None and height * width * batch > self._most:
-            limit = max(LEAST_TILE, int((self._most / batch) ** 0.5))
+            limit = max(LEAST_TILE, math.isqrt(self._most // batch))
             tile = min(tile or side, limit)
         return 0 if tile >= side else tile
 
@@ -314,6 +315,7 @@ class Upscaler:
         resizes = self.scale != times
         # Between the two steps, 16 bits: rounded to 8 once.
         levels, depth = (_DEEP, np.dtype(np.uint16)) if resizes else (peak, pictures.dtype)
+        self._check_room(count * channels * times**2 * height * width * depth.itemsize)
         made = np.empty((count, times * height, times * width, channels), depth)
         # int32: PyTorch does little with its own uint16.
         wide = pictures if pictures.dtype == np.uint8 else pictures.astype(np.int32)
@@ -327,6 +329,16 @@ class Upscaler:
             return made
         size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
         return np.stack([_resized(each, size, peak) for each in made])
+
+    @staticmethod
+    def _check_room(needed: int) -> None:
+        """Refuse a result that the machine's memory does not hold, before it is computed."""
+        free = memory.free_memory(torch.device("cpu"))
+        if needed > free:
+            raise UpscaleError(
+                f"the result needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
+                "are free: cut the picture into parts"
+            )
 
     def _pictures(
         self, pictures: NDArray[Depth], tile: int, progress: Progress | None
