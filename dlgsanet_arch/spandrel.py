@@ -1,0 +1,102 @@
+"""DLGSANet for spandrel, the library that ComfyUI, chaiNNer and others read weights with.
+
+    from dlgsanet_arch.spandrel import install
+
+    install()
+    model = spandrel.ModelLoader().load_from_file("net_g_latest.pth")
+
+spandrel knows a network by the names of its weights alone. What these do not tell is as in the
+paper, see `checkpoint.infer_config`: networks trained with softmax (`edge`), GELU or sigmoid
+attention, without TLC, with another `tlc_kernel` or `img_range` load as if they were the paper's,
+without an error, and give other pictures than they should; use `dlgsanet upscale` for them, with
+a file of .safetensors that has the configuration.
+"""
+
+from torch import Tensor
+
+from dlgsanet_arch.checkpoint import Checkpoint, infer_config
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.network import DLGSANet
+
+try:
+    from spandrel import (
+        MAIN_REGISTRY,
+        Architecture,
+        ArchRegistry,
+        ArchSupport,
+        ImageModelDescriptor,
+        ModelTiling,
+        SizeRequirements,
+    )
+    from spandrel.util import KeyCondition
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"spandrel cannot be imported, {error.name} is not installed; run: pip install "
+        "'dlgsanet-arch[export]' (or pip install spandrel)"
+    ) from error
+
+__all__ = ["DLGSANetArch", "install"]
+
+
+def _first_layers() -> list[str]:
+    """List names of the first layer's weights, with and without a norm before the groups."""
+    layers = [f"deep_feature_extraction.{group}.body.0" for group in (0, 1)]
+    parts = ("IDynamicDWConv.conv0.weight", "restormer_attn.temperature")
+    return [f"{layer}.{part}" for layer in layers for part in parts]
+
+
+class DLGSANetArch(Architecture[DLGSANet]):
+    """What spandrel asks of an architecture: to know its weights, and to build the network."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            id="DLGSANet",
+            detect=KeyCondition.has_all(
+                "overlap_embed.0.proj.weight", KeyCondition.has_any(*_first_layers())
+            ),
+        )
+
+    def load(self, state_dict: dict[str, Tensor]) -> ImageModelDescriptor[DLGSANet]:
+        """Build the network that `infer_config` tells, in eval mode, with these weights.
+
+        It takes pictures of any size from 1x1 up. Half precision is summed in float32 where
+        sums are long, so that float16 and bfloat16 both serve. Attention looks at windows of the
+        picture (TLC), at the same statistics in a tile as in the whole: tiles are supported, and
+        bound the memory, which windows do not.
+
+        Raises:
+            CheckpointError: The weights are of no DLGSANet that this package can build.
+        """
+        config = infer_config(state_dict)
+        checkpoint = Checkpoint(state_dict, config)
+        scale = checkpoint.scale
+        network = DLGSANet(**config).eval()
+        _, *variant = checkpoint.name.split()  # "DLGSANet Tiny x4", or no more than the first
+        return ImageModelDescriptor(
+            network,
+            state_dict,
+            architecture=self,
+            purpose="SR" if scale > 1 else "Restoration",
+            tags=[
+                *variant[:1],
+                f"{config['dim']}dim",
+                f"{config['groups']}groups",
+                f"{config['blocks']}blocks",
+            ],
+            supports_half=True,
+            supports_bfloat16=True,
+            scale=scale,
+            input_channels=config["in_chans"],
+            output_channels=config["in_chans"],
+            size_requirements=SizeRequirements(),
+            tiling=ModelTiling.SUPPORTED,
+        )
+
+
+def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
+    """Add DLGSANet to spandrel's architectures; doing it again changes nothing.
+
+    Args:
+        registry: Where to; spandrel's own is what `ModelLoader()` uses.
+    """
+    registry.add(ArchSupport.from_architecture(DLGSANetArch()), ignore_duplicates=True)

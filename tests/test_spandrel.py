@@ -1,0 +1,200 @@
+"""DLGSANet among spandrel's architectures: what is loaded, what is claimed, what is promised."""
+
+import importlib
+import itertools
+import sys
+
+import pytest
+import safetensors.torch
+import spandrel
+import torch
+from helpers import SMALL_NETWORK
+
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.spandrel import DLGSANetArch, install
+
+VARIANTS = {"Tiny": (48, 3, 3), "Light": (48, 4, 3), "Large": (90, 6, 4)}
+TLC_KERNELS = {2: 96, 3: 72, 4: 48}
+SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"} | {
+    "tlc_kernel": 96
+}
+
+# Networks whose names or sizes of weights differ from those of the paper's.
+ABLATIONS = {
+    "local": {"buildblock_type": "idynamic"},
+    "global": {"buildblock_type": "restormer"},
+    "static": {"idynamic": False},
+    "feed-forward": {"idynamic_ffn_type": "BaseFFN", "restormer_ffn_type": "BaseFFN"},
+    "expansion": {"idynamic_ffn_expansion_factor": 2.66, "restormer_ffn_expansion_factor": 1.5},
+    "heads": {"idynamic_num_heads": 4, "restormer_num_heads": 3},
+    "window": {"window_size": 5},
+    "norms": {"body_norm": True},
+    "norms of local": {"body_norm": True, "buildblock_type": "idynamic"},
+    "norms of global": {"body_norm": True, "buildblock_type": "restormer"},
+    "gray": {"in_chans": 1},
+    "pixelshuffle x3": {"upsampler": "pixelshuffle", "upscale": 3, "tlc_kernel": 72},
+    "pixelshuffle x4": {"upsampler": "pixelshuffle", "upscale": 4, "tlc_kernel": 48},
+    "same size": {"upsampler": "", "upscale": 1, "tlc_kernel": 48},
+    "deeper": {"groups": 2, "blocks": 2},
+}
+# Networks that only their option files tell from the paper's.
+ALIKE = {
+    "softmax": {"buildblock_type": "edge"},
+    "gelu": {"activation": "gelu"},
+    "sigmoid": {"activation": "sigmoid"},
+    "without TLC": {"tlc_flag": False},
+}
+
+install()
+
+
+def build(**changes):
+    return DLGSANet(**{**SMALL, **changes}).eval()
+
+
+def published(variant, scale):
+    dim, groups, blocks = VARIANTS[variant]
+    return DLGSANet(
+        dim=dim,
+        groups=groups,
+        blocks=blocks,
+        buildblock_type="sparseedge",
+        tlc_kernel=TLC_KERNELS[scale],
+        upscale=scale,
+        upsampler="pixelshuffledirect",
+    ).eval()
+
+
+def enlarge(network, picture):
+    """What a descriptor promises: the network's output, within its range."""
+    with torch.no_grad():
+        return network(picture).clamp(0, 1)
+
+
+@pytest.mark.parametrize(("variant", "scale"), list(itertools.product(VARIANTS, TLC_KERNELS)))
+def test_published_networks_load_from_files(variant, scale, tmp_path):
+    network = published(variant, scale)
+    path = tmp_path / "net_g_latest.pth"
+    torch.save({"params": {}, "params_ema": network.state_dict()}, path)
+    model = spandrel.ModelLoader().load_from_file(path)
+    assert isinstance(model, spandrel.ImageModelDescriptor)
+    assert isinstance(model.model, DLGSANet)
+    assert not model.model.training
+    assert (model.architecture.id, model.purpose, model.scale) == ("DLGSANet", "SR", scale)
+    assert (model.input_channels, model.output_channels) == (3, 3)
+    assert model.tags[0] == variant
+    picture = torch.rand(1, 3, 9, 11)
+    assert torch.equal(model(picture), enlarge(network, picture))
+
+
+@pytest.mark.parametrize("scale", TLC_KERNELS)
+def test_windows_are_the_published_ones(scale):
+    network = DLGSANet(**{**SMALL, "upscale": scale, "tlc_kernel": TLC_KERNELS[scale]}).eval()
+    model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
+    picture = torch.rand(1, 3, 100, 7)
+    assert torch.equal(model(picture), enlarge(network, picture))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_load_from_their_weights(name, tmp_path):
+    network = build(**ABLATIONS[name])
+    path = tmp_path / "weights.safetensors"
+    weights = {f"module.{key}": value for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(weights, path)
+    model = spandrel.ModelLoader().load_from_file(path)
+    scale = ABLATIONS[name].get("upscale", 2)
+    assert model.scale == scale
+    assert model.purpose == ("SR" if scale > 1 else "Restoration")
+    assert model.input_channels == model.output_channels == network.in_chans
+    picture = torch.rand(1, network.in_chans, 9, 12)
+    assert torch.equal(model(picture), enlarge(network, picture))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_weights_do_not_tell_is_as_in_the_paper(name):
+    network = build(**ALIKE[name])
+    paper = build()
+    paper.load_state_dict(network.state_dict())
+    model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
+    picture = torch.rand(1, 3, 100, 9)
+    assert torch.equal(model(picture), enlarge(paper, picture))
+    assert not torch.equal(model(picture), enlarge(network, picture))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 5)])
+def test_any_size_is_taken_as_it_is(size):
+    network = build()
+    model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
+    assert model.size_requirements.none
+    picture = torch.rand(1, 3, *size)
+    assert torch.equal(model(picture), enlarge(network, picture))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
+def test_half_precision_is_supported(dtype, bound):
+    network = build(dim=48)
+    model = spandrel.ModelLoader().load_from_state_dict(network.state_dict()).to(dtype)
+    picture = torch.rand(1, 3, 10, 130)  # over a window wide
+    enlarged = model(picture.to(dtype))
+    assert enlarged.dtype == dtype
+    difference = (enlarged.double() - enlarge(network.double(), picture.double())).abs().max()
+    assert difference < bound
+
+
+def test_tiles_are_like_the_whole():
+    network = build(buildblock_type="idynamic")
+    model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
+    assert model.tiling is spandrel.ModelTiling.SUPPORTED
+    picture = torch.rand(1, 3, 12, 60)
+    tile = model(picture[..., :40])
+    torch.testing.assert_close(tile[..., :48], model(picture)[..., :48], rtol=0, atol=1e-6)
+
+
+def _others():
+    """Yield the networks of spandrel's own that build without arguments."""
+    for support in spandrel.MAIN_REGISTRY:
+        module = sys.modules[type(support.architecture).__module__]
+        for name in module.__all__:
+            made = getattr(module, name)
+            if isinstance(made, type) and issubclass(made, torch.nn.Module):
+                try:
+                    with torch.device("meta"):
+                        yield support.architecture.id, made().state_dict()
+                except Exception:  # needs arguments, or values of tensors
+                    continue
+
+
+def test_no_weights_of_others_are_claimed():
+    found = {}
+    for name, weights in _others():
+        found.setdefault(name, []).append(weights)
+    found.pop("DLGSANet", None)
+    assert len(found) >= 15, sorted(found)
+    ours = DLGSANetArch()
+    assert not [name for name, each in found.items() if any(map(ours.detect, each))]
+
+
+@pytest.mark.parametrize("name", ["paper", *ABLATIONS, *ALIKE])
+def test_no_other_architecture_claims_these_weights(name):
+    with torch.device("meta"):
+        weights = build(**{**ABLATIONS, **ALIKE}.get(name, {})).state_dict()
+    claims = [each.architecture.id for each in spandrel.MAIN_REGISTRY if each.detect(weights)]
+    assert claims == ["DLGSANet"]
+
+
+def test_installs_once():
+    before = len(spandrel.MAIN_REGISTRY)
+    install()
+    assert len(spandrel.MAIN_REGISTRY) == before
+    registry = spandrel.ArchRegistry()
+    install(registry)
+    install(registry)
+    assert [each.architecture.id for each in registry] == ["DLGSANet"]
+
+
+def test_without_spandrel_the_install_line_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dlgsanet_arch.spandrel")
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    with pytest.raises(UserError, match=r"spandrel is not installed.*dlgsanet-arch\[export\]"):
+        importlib.import_module("dlgsanet_arch.spandrel")
