@@ -81,6 +81,24 @@ def test_the_generators_of_the_process_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_a_worker_starts_where_opencv_has_threads_already():
+    cv2.setNumThreads(2)
+    large = np.zeros((2000, 2000, 3), np.uint8)
+    cv2.resize(cv2.GaussianBlur(large, (9, 9), 2), None, fx=2, fy=2)  # starts its threads
+    loader = DataLoader(
+        Samples(Dice()),
+        batch_sampler=[[Draw(0, 0, 1)]],
+        num_workers=1,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
+        multiprocessing_context="fork",
+        timeout=30,
+    )
+    ((batch, bad),) = loader
+    assert batch["lq"][0, 0] == 1
+    assert not bad
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_draw_what_the_process_itself_draws(workers):
     samples = Samples(Dice(), seed=1)

@@ -218,4 +218,4 @@ def start_worker(worker: int) -> None:
     for name in ("SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    cv2.setNumThreads(1)  # there are as many workers as cores are wanted
+    # OpenCV's number of threads stays: to change it in a fork waits for threads that are not there.
