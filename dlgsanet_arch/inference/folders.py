@@ -1,6 +1,5 @@
 """Files and folders of pictures enlarged, on one device or several, bad ones named and counted."""
 
-import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from dlgsanet_arch.data.pictures import (
     read_stored,
     walk_pictures,
 )
+from dlgsanet_arch.data.workers import process_context
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference.upscaler import Upscaler
 from dlgsanet_arch.inference.writing import FORMATS, QUALITY, format_of, why_not, write_picture
@@ -270,7 +270,7 @@ def run_on_devices(
         writing: How results are written.
         tell: As in `run`. Pictures of a process that died are "bad".
     """
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = process_context(_work)
     threads = max(1, torch.get_num_threads() // len(devices))
     shares = [shard(jobs, index, len(devices)) for index in range(1, len(devices) + 1)]
     left: dict[Connection, set[Path]] = {}

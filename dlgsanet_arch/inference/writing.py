@@ -135,7 +135,8 @@ def _write(
     options = {
         "jpeg": {"quality": quality, "subsampling": 0},
         "webp": {"quality": quality, "exact": True},
-        "tiff": {"compression": "tiff_adobe_deflate"},
+        # Pillow compresses no TIFF file that has a folder of EXIF data.
+        "tiff": {} if exif else {"compression": "tiff_adobe_deflate"},
         "png": {},
     }
     image.save(file, format.upper(), **options[format], **kept)
@@ -172,3 +173,5 @@ def write_picture(
             _write(file, format, pixels, icc, exif, quality)
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (RuntimeError, ValueError, TypeError, struct.error) as error:  # an encoder's refusals
+        raise WriteError(f"{path} cannot be written as {format}: {error}") from error

@@ -1,0 +1,500 @@
+"""`dlgsanet upscale` on real and awkward files, and what its results hold."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from io import BytesIO
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+from test_inference import checkpoint, picture
+
+from dlgsanet_arch.checkpoint import save_checkpoint
+from dlgsanet_arch.cli import main
+from dlgsanet_arch.data.pictures import read_stored
+from dlgsanet_arch.inference import Upscaler, folders, writing
+from dlgsanet_arch.inference.folders import Job, plan
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_checkpoint(checkpoint(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(weights):
+    """What a picture should become, by the library."""
+    return Upscaler(weights, device="cpu")
+
+
+def call(weights, source, out, *more):
+    return main(
+        ["upscale", "-i", str(source), "-o", str(out), "-m", str(weights), "--device", "cpu", *more]
+    )
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def save_deep(path, array):
+    """Write 16 bits by OpenCV."""
+    order = array[..., [2, 1, 0, 3][: array.shape[2]]] if array.ndim == 3 else array
+    assert cv2.imwrite(str(path), order)
+    return path
+
+
+def deep_gray_alpha(path, array):
+    """Write 16-bit gray and alpha, for which neither library has a writer."""
+
+    def chunk(name, body):
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    height, width = array.shape[:2]
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0))]
+    parts += [chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (30, 41)], ids=str)
+@pytest.mark.parametrize("channels", [0, 2, 3, 4])
+def test_8_bits(weights, expected, tmp_path, channels, size):
+    array = picture(*size, channels)
+    source = save(tmp_path / "a.png", array)
+    assert call(weights, source, tmp_path / "out") == 0
+    made = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    assert made.shape == (2 * size[0], 2 * size[1], *array.shape[2:])
+    assert np.array_equal(made, expected(array))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("channels", [0, 3, 4])
+def test_16_bits(weights, expected, tmp_path, channels, suffix):
+    array = picture(70, 21, channels, np.uint16)
+    source = save_deep(tmp_path / f"a.{suffix}", array)
+    assert call(weights, source, tmp_path / "out") == 0
+    made = cv2.imread(str(tmp_path / "out" / f"a.{suffix}"), cv2.IMREAD_UNCHANGED)
+    assert made.dtype == np.uint16
+    if channels:
+        made = made[..., [2, 1, 0, 3][:channels]]
+    assert np.array_equal(made, expected(array))
+    stored = read_stored(tmp_path / "out" / f"a.{suffix}")
+    assert np.array_equal(stored.pixels.squeeze(), made)
+
+
+def test_16_bit_gray_with_alpha(weights, expected, tmp_path):
+    array = picture(20, 31, 2, np.uint16)
+    source = deep_gray_alpha(tmp_path / "a.png", array)
+    assert np.array_equal(read_stored(source).pixels, array)
+    assert call(weights, source, tmp_path / "out") == 0
+    data = (tmp_path / "out" / "a.png").read_bytes()
+    assert (data[24], data[25]) == (16, 4)
+    assert np.array_equal(read_stored(tmp_path / "out" / "a.png").pixels, expected(array))
+    assert call(weights, source, tmp_path / "out", "--format", "tiff") == 0
+    made = tifffile.imread(tmp_path / "out" / "a.tif")
+    assert np.array_equal(made, expected(array))
+
+
+def test_palettes_and_their_transparency(weights, tmp_path):
+    indexed = Image.fromarray(picture(20, 30)).quantize(16)
+    indexed.save(tmp_path / "opaque.png")
+    indexed.save(tmp_path / "clear.png", transparency=3)
+    assert call(weights, tmp_path, tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "opaque.png") as opaque:
+        assert opaque.mode == "RGB"
+    with Image.open(tmp_path / "out" / "clear.png") as clear:
+        assert clear.mode == "RGBA"
+        alpha = np.asarray(clear)[::2, ::2, 3]
+    assert ((alpha < 128) == (np.asarray(indexed) == 3)).mean() > 0
+    assert alpha.min() < 50
+    assert alpha.max() > 200
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "tif"])
+def test_the_format_stays(weights, tmp_path, suffix):
+    source = save(tmp_path / f"a.{suffix}", picture(30, 40), quality=95)
+    assert call(weights, source, tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / f"a.{suffix}") as made, Image.open(source) as before:
+        assert made.format == before.format
+        assert made.size == (80, 60)
+
+
+def test_cmyk_is_converted_and_said(weights, tmp_path, capsys):
+    rgb = picture(30, 40)
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "a.jpg", quality=98)
+    assert call(weights, tmp_path / "a.jpg", tmp_path / "out") == 0
+    assert "holds CMYK colours; they were converted to sRGB" in capsys.readouterr().err
+    with Image.open(tmp_path / "out" / "a.jpg") as made:
+        assert made.mode == "RGB"
+        small = np.asarray(made.resize((40, 30), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - rgb).mean() < 15
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("a.png", 8), ("a.jpg", 8), ("a.webp", 8), ("a.tif", 8), ("b.png", 16), ("b.tif", 16)],
+)
+def test_the_colour_profile_stays(weights, tmp_path, name, depth):
+    if depth == 8:
+        source = save(tmp_path / name, picture(9, 12), icc_profile=SRGB)
+    else:
+        source = tmp_path / name
+        pixels = picture(9, 12, 3, np.uint16)
+        writing.write_picture(source, writing.format_of(source), pixels, icc=SRGB)
+    assert call(weights, source, tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / name) as made:
+        assert made.info["icc_profile"] == SRGB
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_the_picture_is_seen_the_same_way_up(weights, tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "A camera"
+    exif[0x8769] = {0x9003: "2023:10:02 12:00:00", 0xA002: 24, 0x927C: b"offsets"}
+    smooth = picture(16, 24)
+    source = save(tmp_path / name, smooth, exif=exif.tobytes())
+    assert call(weights, source, tmp_path / "out") == 0
+    from PIL import ImageOps
+
+    with Image.open(source) as before, Image.open(tmp_path / "out" / name) as after:
+        kept = after.getexif()
+        assert kept.get(0x0112, 1) == 1
+        assert kept[0x010F] == "A camera"
+        folder = kept.get_ifd(0x8769)
+        assert folder[0x9003] == "2023:10:02 12:00:00"
+        assert not {0xA002, 0x927C} & set(folder)
+        seen = ImageOps.exif_transpose(before)
+        shrunk = after.resize(seen.size, Image.Resampling.BOX)
+        apart = np.abs(np.asarray(seen.convert("RGB")).astype(int) - np.asarray(shrunk))
+    assert apart.mean() < 8
+
+
+# Where results go
+
+
+def test_a_folder_keeps_its_tree_and_its_names(weights, tmp_path, capsys):
+    names = ["a.png", "sub/夜景 1.jpg", "sub/deep/é.webp", "sub/old.bmp", "sub/UPPER.PNG"]
+    for name in names:
+        save(tmp_path / "in" / name, picture(8, 10))
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--suffix", "_x2") == 0
+    found = {
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert found == {
+        "a_x2.png",
+        "sub/夜景 1_x2.jpg",
+        "sub/deep/é_x2.webp",
+        "sub/old_x2.png",
+        "sub/UPPER_x2.PNG",
+    }
+    assert capsys.readouterr().out == "5 upscaled\n"
+
+
+def test_a_file_by_name(weights, tmp_path):
+    source = save(tmp_path / "a.png", picture(8, 10))
+    assert call(weights, source, tmp_path / "new" / "b.jpg") == 0
+    with Image.open(tmp_path / "new" / "b.jpg") as made:
+        assert made.format == "JPEG"
+
+
+def test_what_a_format_cannot_hold_becomes_png(weights, tmp_path, capsys):
+    save(tmp_path / "in" / "wide.webp", picture(1, 9000))
+    save(tmp_path / "in" / "clear.png", picture(5, 6, 4)).rename(tmp_path / "in" / "clear.jpg")
+    assert call(weights, tmp_path / "in", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"wide.png", "clear.png"}
+    said = capsys.readouterr().err
+    assert "jpeg holds no transparency: clear.png is written" in said
+    assert "webp holds sides up to 16,383" in said
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--skip-existing") == 0
+    assert "2 skipped" in capsys.readouterr().out
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--format", "jpeg") == 1
+    assert "clear.jpg cannot be written: jpeg holds no transparency" in capsys.readouterr().err
+
+
+def test_wishes_that_cannot_be_met_are_named(weights, tmp_path, capsys):
+    source = save(tmp_path / "in" / "a.png", picture(5, 6))
+    save(tmp_path / "in" / "a.jpg", picture(5, 6))
+    for more, said in (
+        ((tmp_path / "none", tmp_path), "none does not exist"),
+        ((source, tmp_path / "in"), "a.png would be replaced by its result"),
+        ((source, tmp_path / "a.gif"), "a.gif has no suffix of a format"),
+        ((source, tmp_path / "a.jpg", "--format", "png"), "is not named as png"),
+        ((tmp_path / "in", tmp_path / "out", "--format", "png"), "would have one result"),
+        ((source, tmp_path / "out", "--quality", "0"), "--quality must be"),
+        ((source, tmp_path / "out", "--tile", "3"), "tile must be"),
+    ):
+        assert call(weights, *more) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_asked_for(tmp_path, capsys):
+    source = save(tmp_path / "a.png", picture(5, 6))
+    assert main(["upscale", "-i", str(source), "-o", str(tmp_path / "out")]) == 1
+    assert "dlgsanet upscale -m" in capsys.readouterr().err
+
+
+def test_results_of_before_are_no_pictures_of_now(weights, tmp_path):
+    save(tmp_path / "a.png", picture(5, 6))
+    for _ in range(2):
+        assert call(weights, tmp_path, tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    assert plan(tmp_path, tmp_path / "out")[0] == Job(
+        tmp_path / "a.png", tmp_path / "out" / "a.png", may_change=True
+    )
+
+
+# Bad files
+
+
+def test_bad_files_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "a.png", picture(8, 10))
+    save(folder / "z.jpg", picture(8, 10))
+    whole = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.jpg").write_bytes((folder / "z.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("This is no picture.")
+    (folder / "empty.png").touch()
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunk = (
+        struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    ending = b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    ending += b"\0\0\0\0IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + ending)
+    assert call(weights, folder, tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert said.out == "2 upscaled, 6 FAILED\n"
+    for name, reason in {
+        "cut.png": "cut short",
+        "cut.jpg": "cut short",
+        "text.png": "is not a picture",
+        "empty.png": "is empty",
+        "gone.png": "cannot be opened",
+        "bomb.png": "claims 100000 x 100000 pixels",
+    }.items():
+        lines = [
+            line for line in said.err.splitlines() if line.startswith(f"FAILED {folder}/{name}")
+        ]
+        assert len(lines) == 1, name
+        assert reason in lines[0]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "z.jpg"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_what_may_not_be_read_or_written_is_named(weights, tmp_path, capsys):
+    source = save(tmp_path / "in" / "a.png", picture(5, 6))
+    (tmp_path / "out").mkdir(mode=0o555)
+    assert call(weights, source, tmp_path / "out") == 1
+    source.chmod(0)
+    assert call(weights, source, tmp_path / "other") == 1
+    assert capsys.readouterr().err.count("Permission denied") == 2
+
+
+def test_what_cannot_be_read_or_written_is_named(weights, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("a.png", "b/c.png"):
+        save(folder / name, picture(5, 6))
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    (tmp_path / "out" / "b").touch()
+    assert call(weights, folder, tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert said.out == "0 upscaled, 2 FAILED\n"
+    assert f"{tmp_path / 'out' / 'a.png'} cannot be written: " in said.err
+    assert f"{tmp_path / 'out' / 'b' / 'c.png'} cannot be written: " in said.err
+    (folder / "d.png").mkdir()
+    assert call(weights, folder / "d.png", tmp_path / "out") == 1
+    assert "no pictures below" in capsys.readouterr().err
+
+
+def test_a_fault_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def fail(file, *_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "_write", fail)
+    with pytest.raises(writing.WriteError, match="No space left"):
+        writing.write_picture(path, "png", picture(4, 4))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# The run
+
+
+def test_what_is_there_is_passed_over(weights, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, picture(5, 6))
+    save(tmp_path / "out" / "a.png", picture(1, 1))
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--skip-existing") == 0
+    assert capsys.readouterr().out == "1 upscaled, 1 skipped, as their results are there\n"
+    with Image.open(tmp_path / "out" / "a.png") as kept:
+        assert kept.size == (1, 1)
+
+
+def test_parts_make_the_whole(weights, tmp_path):
+    for index in range(7):
+        save(tmp_path / "in" / f"{index}.png", picture(5, 6))
+    seen = []
+    for part in ("1/3", "2/3", "3/3"):
+        out = tmp_path / part[0]
+        assert call(weights, tmp_path / "in", out, "--shard", part) == 0
+        seen.append({path.name for path in out.iterdir()})
+    assert [len(each) for each in seen] == [3, 2, 2]
+    assert len(set.union(*seen)) == 7
+    with pytest.raises(SystemExit):
+        call(weights, tmp_path / "in", tmp_path, "--shard", "4/3")
+
+
+def test_pictures_of_one_size_are_computed_together(weights, expected, tmp_path, monkeypatch):
+    sizes = [(8, 10), (8, 10), (8, 10), (9, 10), (8, 10)]
+    arrays = [picture(*size, seed=index) for index, size in enumerate(sizes)]
+    for index, array in enumerate(arrays):
+        save(tmp_path / "in" / f"{index}.png", array)
+    together, whole = [], Upscaler.many
+
+    def many(self, pictures, progress=None):
+        together.append(len(pictures))
+        return whole(self, pictures, progress)
+
+    monkeypatch.setattr(Upscaler, "many", many)
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--batch", "2") == 0
+    assert together == [2, 1, 1, 1]
+    for index, array in enumerate(arrays):
+        made = np.asarray(Image.open(tmp_path / "out" / f"{index}.png"))
+        assert np.abs(made.astype(int) - expected(array)).max() <= 1
+
+
+def test_options_reach_the_network(weights, tmp_path):
+    array = picture(40, 50)
+    source = save(tmp_path / "a.png", array)
+    options = ("--tile", "32", "--overlap", "8", "--ensemble", "--scale", "3")
+    assert call(weights, source, tmp_path / "out", *options) == 0
+    ours = Upscaler(weights, device="cpu", tile=32, overlap=8, ensemble=True, scale=3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), ours(array))
+
+
+def test_how_far_tiles_are_off_is_printed(weights, tmp_path, capsys):
+    save(tmp_path / "in" / "a.png", picture(40, 50))
+    save(tmp_path / "in" / "b.png", picture(8, 8))
+    (tmp_path / "in" / "c.png").touch()
+    tiles = ("--tile", "32", "--overlap", "8", "--check-tiles")
+    assert call(weights, tmp_path / "in", tmp_path / "out", *tiles) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "a.png: tiles of 32 differ from the whole picture by at most" in first
+    assert "b.png: computed whole, no tiles" in second
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_a_folder(weights, expected, tmp_path, capsys):
+    arrays = [picture(6, 7, seed=index) for index in range(4)]
+    for index, array in enumerate(arrays):
+        save(tmp_path / "in" / f"{index}.png", array)
+    (tmp_path / "in" / "bad.png").touch()
+    assert call(weights, tmp_path / "in", tmp_path / "out", "--device", "cpu,cpu") == 1
+    assert capsys.readouterr().out == "4 upscaled, 1 FAILED\n"
+    for index, array in enumerate(arrays):
+        made = np.asarray(Image.open(tmp_path / "out" / f"{index}.png"))
+        assert np.array_equal(made, expected(array))
+
+
+def _dies(connection, device, threads, make, jobs, writing_):
+    connection.send(folders.Event("written", jobs[0].source))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_pictures_of_a_process_that_died_are_named(weights, tmp_path, monkeypatch):
+    for index in range(4):
+        save(tmp_path / "in" / f"{index}.png", picture(6, 7))
+    monkeypatch.setattr(folders, "_work", _dies)
+    events = []
+    jobs = plan(tmp_path / "in", tmp_path / "out")
+    folders.run_on_devices(["cpu", "cpu"], {}, jobs, folders.Writing(), events.append)
+    bad = {event.path.name for event in events if event.kind == "bad"}
+    assert bad == {"2.png", "3.png"}
+
+
+def test_an_interrupted_run_leaves_whole_pictures(weights, tmp_path):
+    for index in range(30):
+        save(tmp_path / "in" / f"{index}.png", picture(150, 150))
+    command = [sys.executable, "-m", "dlgsanet_arch", "upscale", "-i", str(tmp_path / "in")]
+    command += ["-o", str(tmp_path / "out"), "-m", str(weights), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 90
+        while not list((tmp_path / "out").glob("*.png")) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.endswith("dlgsanet: interrupted\n")
+    made = list((tmp_path / "out").iterdir())
+    assert 0 < len(made) < 30
+    for path in made:
+        with Image.open(path) as image:
+            image.load()
+            assert image.size == (300, 300)
+
+
+# The reader and the writer
+
+
+def test_opaque_alpha_is_left_out_and_colours_stay_bit_for_bit(tmp_path):
+    array = np.dstack([picture(6, 7), np.full((6, 7), 255, np.uint8)])
+    assert np.array_equal(read_stored(save(tmp_path / "a.png", array)).pixels, array[..., :3])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (64, 3), (65, 200), (200, 7)], ids=str)
+def test_16_bit_png_files_hold_what_they_were_given(tmp_path, channels, size):
+    rng = np.random.default_rng(channels)
+    array = rng.integers(0, 1 << 16, (*size, channels), np.uint16)
+    array[..., -1][0, 0] = 7  # not opaque
+    writing.write_picture(tmp_path / "a.png", "png", array, icc=SRGB, exif=b"Exif\0\0MM\0*")
+    assert np.array_equal(read_stored(tmp_path / "a.png").pixels, array)
+    with Image.open(BytesIO((tmp_path / "a.png").read_bytes())) as image:
+        image.load()
+        assert image.info["icc_profile"] == SRGB
+        assert image.info["exif"] == b"Exif\0\0MM\0*"
+
+
+def test_smooth_16_bit_png_files_are_small(tmp_path):
+    slope = np.add.outer(np.arange(200) * 90, np.arange(300) * 70).astype(np.uint16)
+    writing.write_picture(tmp_path / "a.png", "png", slope[..., None])
+    assert (tmp_path / "a.png").stat().st_size < slope.nbytes / 20
+
+
+def test_devices_are_found():
+    assert len(folders.local_devices()) == torch.cuda.device_count()
