@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import contestants
-import cv2
 import data
 import measuring
 import reporting
@@ -76,36 +75,20 @@ LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 _SAME_NUMBERS = list(LOOPS)[:4]  # where the network's arithmetic is the same
 
 
-_OPENCV_THREADS = cv2.getNumThreads()
-
-
 # -- what all have in common -------------------------------------------------------------------
-
-
-def _set_opencv_threads(name: str) -> None:
-    """Give BasicSR OpenCV's threads as it has them, and none to what forks workers after it.
-
-    A process that is forked after OpenCV used its threads has a pool without any, and waits for
-    ever in the `setNumThreads` that ours calls there; not where the threads ended before.
-    """
-    alone = BASICSR in name and "workers" not in name
-    cv2.setNumThreads(_OPENCV_THREADS if alone else 1)
 
 
 def in_turns(works: Mapping[str, Callable[[], T]], laps: int) -> dict[str, list[T]]:
     """Call each work once a lap, each lap beginning with another one, and tell of it."""
     found: dict[str, list[T]] = {name: [] for name in works}
     names = list(works)
-    threads = cv2.getNumThreads()
     for lap in range(laps):
         first = lap % len(names)
         for name in names[first:] + names[:first]:
-            _set_opencv_threads(name)
             start = time.perf_counter()
             found[name].append(works[name]())
             took = time.perf_counter() - start
             print(f"lap {lap + 1} of {laps}: {name}: {took:.3g} s", file=sys.__stderr__, flush=True)
-    cv2.setNumThreads(threads)
     return found
 
 
