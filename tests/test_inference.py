@@ -189,6 +189,22 @@ def test_the_rim_of_what_is_seen_is_not_dark(small, dtype, channels):
     assert np.abs(naive / white - even)[alpha > 0.02].max() > 0.1
 
 
+@pytest.mark.parametrize("scale", [2, 1.5])
+def test_opaque_stays_opaque_and_clear_stays_clear(scale):
+    weights = checkpoint()
+    weights.weights["upsample.0.bias"].sub_(0.02)  # makes everything darker
+    array = np.full((30, 40, 4), 128, np.uint8)
+    array[..., 3] = np.where(np.arange(40) < 20, 255, 0)
+    made = Upscaler(weights, device="cpu", scale=scale)(array)[..., 3]
+    away = round(1.5 * scale)
+    half = round(20 * scale)
+    assert (made[:, : half - away] == 255).all()
+    assert (made[:, half + away :] == 0).all()
+    middle = array.copy()
+    middle[..., 3] = 77
+    assert (Upscaler(weights, device="cpu", scale=scale)(middle)[..., 3] == 77).all()
+
+
 def test_only_what_nobody_sees_is_filled():
     rng = np.random.default_rng(0)
     colour, alpha = rng.integers(0, 256, (21, 30, 3), np.uint8), np.zeros((21, 30, 1), np.uint8)

@@ -110,6 +110,23 @@ def _continued(colour: NDArray[Depth], alpha: NDArray[Depth]) -> NDArray[Depth]:
     return filled[0].permute(1, 2, 0).round().numpy().astype(colour.dtype)
 
 
+def _keep_flat(made: NDArray[Depth], alpha: NDArray[Depth]) -> None:
+    """Write alpha where it is the same all around: opaque stays opaque, and clear stays clear.
+
+    The network gives nearly that, and one level less shows what is behind.
+
+    Args:
+        made: (H', W', 1), enlarged alpha; is written to.
+        alpha: (H, W, 1).
+    """
+    plane = torch.from_numpy(alpha.astype(np.float32)).permute(2, 0, 1)[None]
+    most, least = (F.max_pool2d(sign * plane, 3, 1, 1) * sign for sign in (1, -1))
+    flat = (most == least)[0, 0].numpy()
+    rows, columns = (np.arange(made.shape[i]) * alpha.shape[i] // made.shape[i] for i in (0, 1))
+    for new, old in enumerate(rows):  # a row at a time, for memory
+        np.copyto(made[new, :, 0], alpha[old, columns, 0], where=flat[old, columns])
+
+
 def _resized(picture: NDArray[np.uint16], size: tuple[int, int], peak: int) -> NDArray:
     """Resize (H, W, C) by PyTorch's antialiased bicubic, and bring it to the depth of `peak`."""
     result = np.empty((*size, picture.shape[2]), np.uint8 if peak < _DEEP else np.uint16)
@@ -353,6 +370,8 @@ class Upscaler:
         )
         steps = _Steps(progress, 2)
         parts = [self._enlarge(each, tile, steps.next()) for each in (colour, alpha)]
+        for each, before in zip(parts[1], alpha, strict=True):
+            _keep_flat(each, before)
         return np.concatenate(parts, 3)
 
     def many(
