@@ -1,13 +1,15 @@
-"""Registration in BasicSR; the only file that touches its registries."""
+"""BasicSR found, imported and registered in; the only file that touches its registries."""
 
 import importlib
 import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from dlgsanet_arch import compat
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
 
 # Its setup.py looks for Cython; without the two options pip would fetch torch again and tb-nightly.
@@ -22,6 +24,26 @@ def basicsr_installed() -> bool:
     return sys.modules.get("basicsr") is not None or (
         importlib.util.find_spec("basicsr") is not None
     )
+
+
+def import_basicsr(name: str) -> ModuleType:
+    """Import a module of BasicSR.
+
+    Raises:
+        UserError: BasicSR is absent or broken; the message says what to do.
+    """
+    if not basicsr_installed():
+        raise UserError(
+            "training and testing need BasicSR, which is not installed; run: "
+            f"{INSTALL_BASICSR} (`dlgsanet doctor` names what else is missing)"
+        )
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever another package's import may raise
+        raise UserError(
+            f"BasicSR is installed, but its import fails ({type(error).__name__}: {error}); "
+            "`dlgsanet doctor` says what to do"
+        ) from error
 
 
 def DLGSANetModel(opt: dict[str, Any]) -> Any:

@@ -13,7 +13,8 @@ import pytest
 from http_server import Served, proxies, serving
 from processes import started
 
-from dlgsanet_arch.data import downloads, files
+from dlgsanet_arch import files
+from dlgsanet_arch.data import downloads
 from dlgsanet_arch.data.downloads import download
 from dlgsanet_arch.errors import UserError
 

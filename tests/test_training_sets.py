@@ -16,8 +16,9 @@ from basicsr.utils.lmdb_util import LmdbMaker
 from basicsr.utils.matlab_functions import imresize
 from processes import started
 
+from dlgsanet_arch import files
 from dlgsanet_arch.cli import cmd_data
-from dlgsanet_arch.data import databases, files
+from dlgsanet_arch.data import databases
 
 HR, X2, X3, X4 = (
     f"train_{part}_sub.lmdb" for part in ("HR", *(f"LR_bicubic_X{s}" for s in (2, 3, 4)))

@@ -1,7 +1,9 @@
 """What tests of whole trainings share: small runs, run here or in a process that can be killed."""
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -103,6 +105,7 @@ class Forked:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
                 sys.stdout = sys.stderr = out
+                faulthandler.register(signal.SIGUSR2, out)  # where it hangs, if it does
                 os.environ |= environment or {}
                 if before is not None:
                     before()
@@ -120,9 +123,11 @@ class Forked:
             if pid:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.01)
-        os.kill(self.pid, 9)
+        os.kill(self.pid, signal.SIGUSR2)
+        time.sleep(0.5)
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-2000:]}")
+        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-4000:]}")
 
     def reaches(self, iterations: int, seconds: float = 60) -> None:
         """Wait until it has logged that many iterations."""

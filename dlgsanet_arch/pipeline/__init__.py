@@ -7,8 +7,20 @@ BasicSR's for a network of single pictures.
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+
+from dlgsanet_arch import plugin
+from dlgsanet_arch.pipeline import flags
 
 __all__ = ["test", "train"]
+
+
+def _runs() -> ModuleType:
+    """Import what runs are made of: it needs all that BasicSR does, whose absence is told first."""
+    plugin.import_basicsr("basicsr")
+    from dlgsanet_arch.pipeline import runs
+
+    return runs
 
 
 def train(root: Path, argv: Sequence[str]) -> None:
@@ -28,9 +40,8 @@ def train(root: Path, argv: Sequence[str]) -> None:
         Interrupted: A signal asked for the end; the iteration at hand is saved.
         SystemExit: The command line cannot be understood, or asks for help.
     """
-    from dlgsanet_arch.pipeline import runs
-
-    runs.train(root, argv)
+    arguments = flags.build_parser(train=True).parse_args(argv)
+    _runs().train(root, arguments)
 
 
 def test(root: Path, argv: Sequence[str]) -> None:
@@ -46,6 +57,5 @@ def test(root: Path, argv: Sequence[str]) -> None:
             created or renamed.
         SystemExit: The command line cannot be understood, or asks for help.
     """
-    from dlgsanet_arch.pipeline import runs
-
-    runs.test(root, argv)
+    arguments = flags.build_parser(train=False).parse_args(argv)
+    _runs().test(root, arguments)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,10 @@ def training_line(
 def progress_bar(processes: Processes, total: int, done: int, unit: str) -> tqdm:
     """Return a bar on a terminal; one that shows nothing in a file or on another process."""
     hidden = not processes.is_main or not sys.stderr.isatty()
-    # Terminals of containers may not tell their width, and tqdm then shows nothing.
-    knows_width = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    # Terminals of containers and notebooks may not tell their width, and tqdm then shows nothing.
+    knows_width = False
+    with suppress(OSError):
+        knows_width = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=total,
         initial=done,

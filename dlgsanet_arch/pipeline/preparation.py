@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,31 +17,11 @@ from dlgsanet_arch import plugin
 from dlgsanet_arch.compat import ResumeError
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options.subject import is_whole
-from dlgsanet_arch.pipeline import flags, scan, weights
+from dlgsanet_arch.pipeline import scan, weights
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.resume import Start, find_start
 
 _REGISTRIES = ("arch", "model", "dataset", "metric", "loss")
-
-
-def import_basicsr(name: str) -> ModuleType:
-    """Import a module of BasicSR.
-
-    Raises:
-        UserError: BasicSR is absent or broken; the message says what to do.
-    """
-    if not plugin.basicsr_installed():
-        raise UserError(
-            "training and testing need BasicSR, which is not installed; run: "
-            f"{plugin.INSTALL_BASICSR} (`dlgsanet doctor` names what else is missing)"
-        )
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever another package's import may raise
-        raise UserError(
-            f"BasicSR is installed, but its import fails ({type(error).__name__}: {error}); "
-            "`dlgsanet doctor` says what to do"
-        ) from error
 
 
 def _import_packages(names: Sequence[str], root: Path) -> None:
@@ -62,8 +41,8 @@ def _import_packages(names: Sequence[str], root: Path) -> None:
 def registered() -> dict[str, dict[str, Any]]:
     """Return what BasicSR's registries hold, by registry and name."""
     for package in ("archs", "models", "data", "losses", "metrics"):
-        import_basicsr(f"basicsr.{package}")
-    registries = import_basicsr("basicsr.utils.registry")
+        plugin.import_basicsr(f"basicsr.{package}")
+    registries = plugin.import_basicsr("basicsr.utils.registry")
     found = {kind: getattr(registries, f"{kind.upper()}_REGISTRY") for kind in _REGISTRIES}
     return {kind: dict(iter(registry)) for kind, registry in found.items()}
 
@@ -165,13 +144,13 @@ def _shorten_for_debugging(options: dict[str, Any]) -> None:
             options[section] |= values
 
 
-def read(root: Path, argv: Sequence[str], *, train: bool) -> tuple[argparse.Namespace, dict]:
-    """Read a command line and the option file that it names.
+def read(root: Path, arguments: argparse.Namespace) -> tuple[argparse.Namespace, dict]:
+    """Read the option file that a command line names.
 
     Returns:
         The arguments, `opt` and `root` as whole paths; and the options with `--force_yml` applied.
     """
-    arguments = flags.build_parser(train=train).parse_args(argv)
+    arguments = argparse.Namespace(**vars(arguments))
     arguments.root = (arguments.root or root).expanduser().resolve()
     if not arguments.root.is_dir():
         raise UserError(f"--root: there is no folder {arguments.root}")
@@ -196,7 +175,6 @@ def prepare(
         UserError: Lists every problem, of options, data, weights and disk together.
     """
     root = arguments.root
-    import_basicsr("basicsr")
     _import_packages(arguments.packages, root)
     error: Exception | None = None
     checked: _Checked | None = None

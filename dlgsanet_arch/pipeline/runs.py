@@ -1,7 +1,8 @@
 """A run from its command line to its end: prepared, locked, its folders made, its logs opened."""
 
+import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,10 +80,10 @@ def _make_folders(prepared: Prepared, processes: Processes) -> list[str]:
 
 @contextmanager
 def _opened(
-    root: Path, argv: Sequence[str], *, train: bool
+    root: Path, arguments: argparse.Namespace, *, train: bool
 ) -> Iterator[tuple[Prepared, Processes, RunLog]]:
     """Prepare a run and open it; everything is closed again at the end."""
-    arguments, options = preparation.read(root, argv, train=train)
+    arguments, options = preparation.read(root, arguments)
     with started(arguments.launcher, options) as processes, _current_folder(arguments.root):
         prepared = preparation.prepare(arguments, options, processes, train=train)
         opt = prepared.opt
@@ -106,9 +107,9 @@ def _opened(
                 yield prepared, processes, log
 
 
-def train(root: Path, argv: Sequence[str]) -> None:
+def train(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.train`."""
-    with _opened(root, argv, train=True) as (prepared, processes, log):
+    with _opened(root, arguments, train=True) as (prepared, processes, log):
         from dlgsanet_arch.pipeline.loop import Training
 
         opt, start = prepared.opt, prepared.start
@@ -117,9 +118,9 @@ def train(root: Path, argv: Sequence[str]) -> None:
         Training(opt, processes, log, start, apply_edits=prepared.arguments.apply_edits).run()
 
 
-def test(root: Path, argv: Sequence[str]) -> None:
+def test(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.test`."""
-    with _opened(root, argv, train=False) as (prepared, processes, log):
+    with _opened(root, arguments, train=False) as (prepared, processes, log):
         from dlgsanet_arch.pipeline import evaluation, models
 
         opt = prepared.opt
