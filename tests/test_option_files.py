@@ -1,7 +1,8 @@
 """The shipped option files: what each builds, and that no two drift apart.
 
 Every file is derived by rule from one training and one test file, those of tiny_x4, whose recipe
-is written out below; so a change to one file alone is a failure. demo.yml has rules of its own.
+is written out below; so a change to one file alone is a failure. demo.yml
+and tiny_x4_bsds400.yml have rules of their own.
 """
 
 import copy
@@ -32,6 +33,8 @@ NAMES = {f"{variant}_x{scale}": (variant, scale, {}) for variant in VARIANTS for
 NAMES |= {f"tiny_x4_{name}": ("tiny", 4, changes) for name, changes in ABLATIONS.items()}
 FILES = [("train", name) for name in NAMES if name != "tiny_x4_no_tlc"]
 FILES += [("test", name) for name in NAMES]
+# Beside the published recipe.
+OTHERS = [("train", "demo"), ("test", "demo"), ("train", "tiny_x4_bsds400")]
 BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
 
 # Parameters of Tiny's parts: 48 channels, 7x7 filters in 8 groups from 12 channels, 96 hidden.
@@ -184,6 +187,39 @@ def derived(kind, name):
     return expected
 
 
+def of_shipped_weights():
+    """What options/train/tiny_x4_bsds400.yml must say: another recipe for the same network."""
+    expected = copy.deepcopy(TINY_X4)
+    expected |= {"name": "tiny_x4_bsds400", "model_type": "DLGSANetModel"}
+    expected["datasets"]["train"] |= {
+        "name": "BSDS400",
+        "dataroot_gt": "datasets/BSDS400/train_HR_sub.lmdb",
+        "dataroot_lq": "datasets/BSDS400/train_LR_bicubic_X4_sub.lmdb",
+        "gt_size": 128,
+        "num_worker_per_gpu": 0,
+        "batch_size_per_gpu": 4,
+        "dataset_enlarge_ratio": 100,
+    }
+    expected["datasets"]["val"] = pictures("Set14", 4)
+    train = expected["train"]
+    train["optim_g"] |= {"fused": True, "lr": 0.001}
+    train["scheduler"] = {
+        "type": "CosineAnnealingRestartLR",
+        "periods": [8000],
+        "restart_weights": [1],
+        "eta_min": 1e-6,
+    }
+    train |= {"clip_grad_norm": 0.5, "total_iter": 8000, "warmup_iter": 200}
+    expected["val"]["val_freq"] = 1000
+    expected["logger"] |= {
+        "print_freq": 50,
+        "save_checkpoint_freq": 500,
+        "keep_last": 2,
+        "use_tb_logger": False,
+    }
+    return expected
+
+
 def plain(node):
     """BasicSR's ordered sections as dicts: their order is no part of what they say."""
     return {key: plain(node[key]) for key in node} if isinstance(node, dict) else node
@@ -236,17 +272,17 @@ def make_tree(root, options):
 
 
 def test_there_is_a_file_for_each_variant_scale_and_ablation(repository):
-    shipped = {
-        (file.parent.name, file.stem)
-        for file in (repository / "options").glob("*/*.yml")
-        if file.stem != "demo"
-    }
-    assert shipped == set(FILES)
+    shipped = {(file.parent.name, file.stem) for file in (repository / "options").glob("*/*.yml")}
+    assert shipped == {*FILES, *OTHERS}
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_the_file_says_what_the_rule_says(read, kind, name):
     assert read(kind, name) == derived(kind, name)
+
+
+def test_the_file_of_the_shipped_weights_says_what_the_rule_says(read):
+    assert read("train", "tiny_x4_bsds400") == of_shipped_weights()
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
@@ -258,7 +294,7 @@ def test_the_file_builds_the_published_network(read, kind, name):
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("kind", "name"), [*FILES, ("train", "demo"), ("test", "demo")])
+@pytest.mark.parametrize(("kind", "name"), [*FILES, *OTHERS])
 def test_the_check_misses_nothing_but_data(read, registered, tmp_path, kind, name):
     options = read(kind, name)
     missing = report(options, kind, tmp_path, registered)
