@@ -130,6 +130,7 @@ def small_test_options(data: Path, weights: Path, **changes: Any) -> dict[str, A
 
 
 def write_options(path: Path, options: Mapping[str, Any]) -> Path:
-    """Write an option file and return its path."""
-    path.write_text(yaml.safe_dump(dict(options), sort_keys=False))
-    return path
+    """Write an option file, whole at any time: another process may be reading the one before."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(yaml.safe_dump(dict(options), sort_keys=False))
+    return unfinished.replace(path)

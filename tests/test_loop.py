@@ -21,7 +21,7 @@ from training_runs import (
 
 from dlgsanet_arch import cli
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline import loop
+from dlgsanet_arch.pipeline import loop, runs
 from dlgsanet_arch.pipeline.lock import LockedError
 from dlgsanet_arch.pipeline.sampling import Sampling
 
@@ -361,14 +361,16 @@ def test_basicsr_itself_goes_on_from_our_checkpoints(root, monkeypatch):
     assert events(root, "handed_over", "train")[-1]["iter"] == 12
 
 
-def test_a_name_that_was_used_is_renamed_and_nothing_of_it_is_lost(root):
+def test_a_name_that_was_used_is_renamed_and_nothing_of_it_is_lost(root, monkeypatch):
+    monkeypatch.setattr(runs.time, "strftime", lambda *_: "20300102_030405")
     options = small_options("again")
     options["train"]["total_iter"] = 2
-    train(root, options)
-    first = weights(root, "again")
-    train(root, {**options, "manual_seed": 1})
-    (archived,) = (root / "experiments").glob("again_archived_*")
-    assert_equal(weights(root, archived.name), first)
+    kept = []
+    for seed in range(3):  # two are renamed within a second
+        train(root, {**options, "manual_seed": seed})
+        kept.append(weights(root, "again"))
+    assert_equal(weights(root, "again_archived_20300102_030405"), kept[0])
+    assert_equal(weights(root, "again_archived_20300102_030405_2"), kept[1])
 
 
 def test_the_command_line_says_what_is_wrong_and_ends_with_1(root, capsys):

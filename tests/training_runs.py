@@ -127,7 +127,7 @@ class Forked:
         time.sleep(0.5)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-4000:]}")
+        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-12000:]}")
 
     def reaches(self, iterations: int, seconds: float = 60) -> None:
         """Wait until it has logged that many iterations."""

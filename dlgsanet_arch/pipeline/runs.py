@@ -1,7 +1,9 @@
 """A run from its command line to its end: prepared, locked, its folders made, its logs opened."""
 
 import argparse
+import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,13 +48,20 @@ def _alone(prepared: Prepared, processes: Processes, folder: Path) -> Iterator[N
             lock.__exit__(None, None, None)
 
 
+def _archive(folder: Path) -> Path:
+    """Rename a folder as BasicSR does, and number what two runs within one second leave."""
+    name = f"{folder.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"
+    free = (folder.with_name(f"{name}_{n}" if n > 1 else name) for n in itertools.count(1))
+    target = next(path for path in free if not path.exists())
+    return folder.rename(target)
+
+
 def _make_folders(prepared: Prepared, processes: Processes) -> list[str]:
     """Rename what an earlier run left, where this one is new, and make the run's folders.
 
     Returns:
         Lines for the log.
     """
-    from basicsr.utils import mkdir_and_rename
     from basicsr.utils.options import copy_opt_file
 
     opt, lines = prepared.opt, []
@@ -61,10 +70,7 @@ def _make_folders(prepared: Prepared, processes: Processes) -> list[str]:
     folder = Path(path[kind])
     with disk_faults_named(f"the run's folder {folder} cannot be made"):
         if prepared.start.state is None and folder.exists():
-            before = set(folder.parent.iterdir())
-            mkdir_and_rename(str(folder))
-            for renamed in set(folder.parent.iterdir()) - before - {folder}:
-                lines.append(f"the earlier run of this name is now {renamed}")
+            lines.append(f"the earlier run of this name is now {_archive(folder)}")
         for key in (kind, "models", "training_states", "visualization"):
             if key in path:
                 Path(path[key]).mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def _make_folders(prepared: Prepared, processes: Processes) -> list[str]:
         if opt["is_train"]:
             tensorboard = Path(opt["root_path"]) / "tb_logger" / opt["name"]
             if prepared.start.state is None and tensorboard.exists():
-                mkdir_and_rename(str(tensorboard))
+                _archive(tensorboard)
         copy_opt_file(str(prepared.option_file), str(folder))
     return lines
 
