@@ -665,6 +665,20 @@ def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
     return Checkpoint({**weights, **kept}, config, checkpoint.is_told)
 
 
+def published_configs() -> dict[str, dict[str, Any]]:
+    """Return the nine published configurations by name, such as "DLGSANet Tiny x4"."""
+    return {
+        f"DLGSANet {variant} x{scale}": {
+            **_PUBLISHED,
+            **{"dim": dim, "groups": groups, "blocks": blocks},
+            **{"upscale": scale, "tlc_kernel": kernel, "tlc_flag": True},
+            **{"activation": "relu", "img_range": 1},
+        }
+        for (dim, groups, blocks), variant in _VARIANTS.items()
+        for scale, kernel in _TLC_KERNELS.items()
+    }
+
+
 def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
     """Find the published network that a configuration is most like.
 
@@ -672,19 +686,12 @@ def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[A
         Its name, and the arguments that differ: by name the configuration's value, and its own.
     """
     found = []
-    for (dim, groups, blocks), variant in _VARIANTS.items():
-        for scale, kernel in _TLC_KERNELS.items():
-            published = {
-                **_PUBLISHED,
-                **{"dim": dim, "groups": groups, "blocks": blocks},
-                **{"upscale": scale, "tlc_kernel": kernel, "tlc_flag": True},
-                **{"activation": "relu", "img_range": 1},
-            }
-            differing = {
-                name: (config[name], value)
-                for name, value in published.items()
-                if config[name] != value
-            }
-            apart = sum(abs(config[name] - published[name]) for name in ("dim", "groups", "blocks"))
-            found.append((len(differing), apart, f"DLGSANet {variant} x{scale}", differing))
+    for variant, published in published_configs().items():
+        differing = {
+            name: (config[name], value)
+            for name, value in published.items()
+            if config[name] != value
+        }
+        apart = sum(abs(config[name] - published[name]) for name in ("dim", "groups", "blocks"))
+        found.append((len(differing), apart, variant, differing))
     return min(found, key=lambda each: each[:2])[2:]

@@ -1,0 +1,138 @@
+"""`dlgsanet complexity`: what networks cost, beside what is published."""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.tools.published import DATASETS
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or min(int(found[1]), int(found[2])) < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1280x720")
+    return int(found[2]), int(found[1])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="dlgsanet complexity",
+        description="Count and measure networks: parameters, MACs, activations, time, memory.",
+        epilog="MACs are counted by PyTorch's FlopCounterMode over a forward in train mode: norms, "
+        "activation functions, gates and additions are not in them. Activations are the elements "
+        "that convolutions and linear layers put out. Time is the median of float32 forwards in "
+        "eval mode, MiB the peak beyond weights and input. BasicSR's networks are shown where it "
+        "is installed.",
+    )
+    parser.add_argument(
+        "--network",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only those whose names have this in them, such as tiny or edsr (default: all)",
+    )
+    parser.add_argument(
+        "--scale", type=int, nargs="+", choices=(2, 3, 4), default=[2, 3, 4], help="default: all"
+    )
+    parser.add_argument(
+        "--output",
+        type=_size,
+        default=(720, 1280),
+        metavar="WIDTHxHEIGHT",
+        help="size to upscale to (default: 1280x720, as papers have it)",
+    )
+    parser.add_argument("--no-time", action="store_true", help="count only: seconds, not minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--runs", type=int, metavar="N", help="timed forwards (default: 3 or 10)")
+    parser.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="Urban100",
+        help="of the published PSNR in table and plot (default: Urban100)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw published PSNR against MACs: .png, .pdf or .svg",
+    )
+    return parser
+
+
+def _print_csv(records: Sequence[dict]) -> None:
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+
+
+@exit_status
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, and draw it where that is asked for.
+
+    Returns:
+        0, or 1 where a network could not be measured.
+    """
+    import torch
+
+    from dlgsanet_arch.options.subject import choose
+    from dlgsanet_arch.tools import complexity, figures
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.runs is not None and arguments.runs < 1:
+        parser.error(f"--runs: {arguments.runs} is no number of forwards")
+    if arguments.plot is not None:
+        figures.check_figure_path(arguments.plot)
+        figures.new_figure(1, 1)  # says now that matplotlib is absent
+    device = None if arguments.no_time else arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device; `dlgsanet doctor` says more")
+    networks = complexity.available()
+    for name in arguments.network:
+        if not any(name.lower() in network.name.lower() for network in networks):
+            names = [network.name for network in complexity.NETWORKS]
+            raise UserError(
+                f"--network {name}: there is none here{choose(name, names)} (all but DLGSANet "
+                "need BasicSR)"
+            )
+    chosen = [
+        network
+        for network in networks
+        if not arguments.network
+        or any(name.lower() in network.name.lower() for name in arguments.network)
+    ]
+    rows = []
+    for network in chosen:
+        for scale in sorted(set(arguments.scale)):
+            if device is not None:
+                print(f"measuring {network.name} x{scale}", file=sys.stderr, flush=True)
+            rows.append(
+                complexity.evaluate(
+                    network, scale, arguments.output, device=device, runs=arguments.runs
+                )
+            )
+    records = [row.record() for row in rows]
+    if arguments.json:
+        print(json.dumps(records, indent=2))
+    elif arguments.csv:
+        _print_csv(records)
+    else:
+        print(complexity.table(rows, arguments.dataset))
+        absent = [each.name for each in complexity.NETWORKS if each not in networks]
+        if absent:
+            print(f"not shown, since BasicSR is not installed: {', '.join(absent)}")
+    if arguments.plot is not None:
+        figures.save_figure(complexity.draw(rows, arguments.dataset), arguments.plot)
+        print(f"written: {arguments.plot}", file=sys.stderr)
+    return int(any(row.fault for row in rows))

@@ -1,0 +1,104 @@
+"""`dlgsanet export`: the network as ONNX or .pt2."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlgsanet_arch.checkpoint import read_checkpoint
+from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.export import DTYPES, OPSET, Exported, export
+
+_TIMED_RUNS = 5
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 180x320; got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="dlgsanet export",
+        description="Write the network as ONNX or .pt2, compared with the network first.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+With dynamic sizes (the default) the file takes pictures of any batch, height and width, and
+attention looks at the whole picture. PyTorch's network looks at windows of it (TLC: 96, 72 or 48
+pixels wide for x2, x3 and x4), and how they lie depends on the size: with --size they are in the
+file, which then takes pictures of that size alone, in any batch. Cut larger pictures into such
+tiles. Up to a window's side both are the same.
+
+Half precision is compared with the network in float32: fp16 may differ by 0.01, bf16 by 0.08 (of
+values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get its name.""",
+    )
+    parser.add_argument(
+        "-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp32",
+        help="of weights, input and output (default: %(default)s; bf16 for .pt2 alone)",
+    )
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="fix height and width, with the windows of TLC"
+    )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        choices=range(18, 24),
+        default=OPSET,
+        help="version of ONNX's operators (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="print how long the file and PyTorch take, best of runs"
+    )
+    parser.add_argument(
+        "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
+    )
+    return parser
+
+
+def _table(exported: Exported) -> str:
+    lines = [f"{'input':<18} {'exported':>10} {'PyTorch':>10} {'difference':>11}"]
+    lines += [
+        f"{'x'.join(map(str, each.shape)):<18} {each.seconds:>9.3f}s "
+        f"{each.seconds_in_pytorch:>9.3f}s {each.difference:>11.1e}"
+        for each in exported.comparisons
+    ]
+    return "\n".join(lines)
+
+
+@exit_status
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export weights; see `build_parser`."""
+    args = build_parser().parse_args(argv)
+    checkpoint = read_checkpoint(args.model, args.param_key)
+    exported = export(
+        checkpoint,
+        args.output,
+        dtype=args.dtype,
+        size=args.size,
+        opset=args.opset,
+        repeats=_TIMED_RUNS if args.time else 1,
+    )
+    if args.time:
+        print(_table(exported))
+    print(
+        f"{exported.path}: {checkpoint.name}, {exported.size / 1e6:.1f} MB, exported in "
+        f"{exported.seconds:.1f} s, differs from PyTorch by {exported.difference:.1e} at most"
+    )
+    if checkpoint.config["tlc_flag"] and not exported.has_windows:
+        side = checkpoint.config["tlc_kernel"]
+        print(
+            f"without TLC: on pictures over {side} pixels wide or high PyTorch's network gives "
+            "slightly other values; --help explains"
+        )
+    return 0

@@ -1,0 +1,157 @@
+"""What networks cost: counts against hand-made and published ones, the table and the plot."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dlgsanet_arch import DLGSANet, plugin
+from dlgsanet_arch.checkpoint import infer_config, nearest_published
+from dlgsanet_arch.cli import main
+from dlgsanet_arch.tools import complexity
+from dlgsanet_arch.tools.published import PUBLISHED
+
+BY_NAME = {network.name: network for network in complexity.NETWORKS}
+
+
+def test_layers_whose_counts_are_known():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False),
+        nn.GELU(),
+        nn.ConvTranspose2d(8, 4, 2, stride=2),
+        nn.Linear(12, 7),
+    )
+    found = complexity.count(net, 5, 6)
+    pixels = 5 * 6
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.activations == pixels * (8 + 8 + 4 * 4) + 4 * 10 * 7
+    linear = 4 * 10 * 12 * 7
+    assert found.macs == pixels * (3 * 8 * 9 + 8 * 25 + 8 * 4 * 4) + linear
+
+
+def test_activations_of_dlgsanet_are_those_of_its_layers():
+    config = {"dim": 12, "groups": 1, "blocks": 1, "buildblock_type": "sparseedge"}
+    net = DLGSANet(**config, window_size=3, upscale=2, upsampler="pixelshuffledirect")
+    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    channels = sum(layer.out_channels for layer in layers)
+    channels += 12  # the convolution with the predicted filters, which has no weights
+    assert complexity.count(net, 9, 10).activations == 9 * 10 * channels
+
+
+def test_tiny_x4_has_the_macs_of_the_formulas():
+    row = complexity.evaluate(BY_NAME["DLGSANet Tiny"], 4)
+    assert row.size == (180, 320)
+    assert row.counts.macs / 1e9 == pytest.approx(34.67, abs=0.005)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("variant", ["Tiny", "Light", "Large"])
+def test_the_networks_are_the_published_ones(variant, scale):
+    net = BY_NAME[f"DLGSANet {variant}"].build_for_counting(scale)
+    nearest, differing = nearest_published(infer_config(net.state_dict()))
+    assert (nearest, differing) == (f"DLGSANet {variant} x{scale}", {})
+    parameters = sum(each.numel() for each in net.parameters())
+    assert parameters == PUBLISHED[f"DLGSANet {variant}", scale].parameters
+
+
+def test_edsr_baseline_costs_what_papers_print():
+    row = complexity.evaluate(BY_NAME["EDSR-baseline"], 4)
+    assert row.counts.parameters == pytest.approx(row.published.parameters, rel=0.001)
+    assert row.counts.macs / 1e9 == pytest.approx(row.published.gmacs, rel=0.01)
+
+
+def test_time_and_memory_of_a_forward():
+    net = nn.Conv2d(3, 64, 3, padding=1)
+    seconds, memory = complexity.measure(net, 512, 512)
+    assert 0 < seconds < 60
+    output = 64 * 512 * 512 * 4
+    assert memory is None or 0.9 * output < memory < 20 * output
+
+
+def test_a_network_that_runs_out_of_memory_is_said(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(complexity, "measure", fail)
+    row = complexity.evaluate(BY_NAME["DLGSANet Tiny"], 4, (64, 64), device="cpu")
+    assert row.seconds is None
+    assert "out of memory" in complexity.table([row], "Set5")
+
+
+def test_the_table(capsys):
+    assert main(["complexity", "--no-time", "--network", "tiny", "baseline", "--scale", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    tiny = lines[1].split("  ")
+    for cell in ("DLGSANet Tiny x4", "581,298", "34.67", "32.0", "26.55"):
+        assert any(cell == each.strip() for each in tiny), cell
+    assert "EDSR-baseline x4" in lines[2]
+    assert "114.0" in lines[2]
+
+
+def test_json_and_csv_say_the_same(capsys):
+    asked = ["complexity", "--network", "tiny", "--output", "96x64", "--runs", "1"]
+    assert main([*asked, "--scale", "2", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["input_height"], record["input_width"]) == (32, 48)
+    assert record["parameters"] == 565_710
+    assert math.isfinite(record["seconds"])
+    assert record["published_gmacs"] is None  # it is for another size
+    assert record["published_psnr_Set5"] == 38.16
+    assert main([*asked, "--scale", "2", "--csv", "--no-time"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert row["macs"] == str(record["macs"])
+    assert row["seconds"] == ""
+
+
+def test_the_plot(tmp_path, capsys):
+    path = tmp_path / "plot.png"
+    asked = ["--no-time", "--network", "tiny", "light", "--scale", "4", "--output", "128x128"]
+    assert main(["complexity", *asked, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    rows = [complexity.evaluate(BY_NAME["DLGSANet Tiny"], scale, (48, 48)) for scale in (2, 4)]
+    first, second = complexity.draw(rows, "Set5").axes
+    point = first.collections[0]
+    assert point.get_offsets().tolist() == [[rows[0].counts.macs / 1e9, 38.16]]
+    assert second.collections[0].get_sizes() / point.get_sizes() == pytest.approx(581298 / 565710)
+
+
+def test_the_plot_with_what_was_measured():
+    tiny = BY_NAME["DLGSANet Tiny"]
+    row = complexity.evaluate(tiny, 4, (48, 48))
+    (axes,) = complexity.draw([row], "Set5", {("DLGSANet Tiny", 4): 31.5}).axes
+    disc, ring = axes.collections[:2]
+    assert disc.get_offsets().tolist() == [[row.counts.macs / 1e9, 32.46]]
+    assert ring.get_offsets().tolist() == [[row.counts.macs / 1e9, 31.5]]
+    assert "rings: measured" in axes.get_ylabel()
+    large = complexity.evaluate(BY_NAME["DLGSANet Large"], 4, (48, 48))  # nothing is published
+    (axes,) = complexity.draw([large], "Set5", {("DLGSANet Large", 4): 32.7}).axes
+    assert axes.collections[0].get_offsets()[0, 1] == 32.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "tinny"], "there is none here"),
+        (["--plot", "a.jpg"], ".png, .pdf, .svg"),
+        (["--network", "large", "--output", "64x64", "--plot", "a.png"], "nothing to draw"),
+    ],
+)
+def test_the_verb_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["complexity", "--no-time", "--scale", "4", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_basicsr_its_networks_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(plugin, "basicsr_installed", lambda: False)
+    asked = ["complexity", "--no-time", "--output", "64x64", "--scale", "4"]
+    assert main([*asked, "--network", "tiny"]) == 0
+    assert "BasicSR is not installed: SwinIR-light, EDSR" in capsys.readouterr().out
+    assert main([*asked, "--network", "edsr"]) == 1

@@ -1,0 +1,258 @@
+"""Exported files: what is in them, what they compute, what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import SMALL_NETWORK
+
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch import export as exporting
+from dlgsanet_arch.checkpoint import Checkpoint, infer_config, save_checkpoint
+from dlgsanet_arch.cli import cmd_export
+from dlgsanet_arch.export import BOUNDS, DTYPES, ExportError, export
+
+SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
+# Every layer of the network that the paper's lacks.
+OTHER = {
+    "buildblock_type": "edge",
+    "idynamic": False,
+    "idynamic_ffn_type": "BaseFFN",
+    "restormer_ffn_type": "BaseFFN",
+    "body_norm": True,
+    "upsampler": "pixelshuffle",
+    "in_chans": 1,
+    "img_range": 255.0,
+}
+
+
+def checkpoint_of(**changes):
+    torch.manual_seed(0)
+    config = {**SMALL, **changes}
+    weights = DLGSANet(**config).state_dict()
+    return Checkpoint(weights, {**infer_config(weights), **config})
+
+
+def expected_of(checkpoint, picture, **changes):
+    """The network in float64, which judges every file."""
+    network = Checkpoint(checkpoint.weights, {**checkpoint.config, **changes}).network().double()
+    with torch.no_grad():
+        return network(picture.double())
+
+
+def onnx_output(path, picture):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["enlarged"], {"picture": picture.numpy()})[0])
+
+
+def pt2_output(path, picture):
+    with torch.no_grad():
+        return torch.export.load(path).module()(picture)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return checkpoint_of()
+
+
+@pytest.fixture(scope="module")
+def deep() -> Checkpoint:
+    return checkpoint_of(groups=2, blocks=2)
+
+
+@pytest.fixture(scope="module")
+def dynamic(folder, deep):
+    return export(deep, folder / "dynamic.onnx")
+
+
+@pytest.fixture(scope="module")
+def fixed(folder, deep):
+    return export(deep, folder / "fixed.onnx", size=(19, 13))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (4, 3, 17, 30), (1, 3, 5, 41)])
+def test_onnx_takes_any_size_and_batch(dynamic, deep, shape):
+    picture = torch.rand(shape)
+    expected = expected_of(deep, picture, tlc_flag=False)
+    assert not dynamic.has_windows
+    torch.testing.assert_close(
+        onnx_output(dynamic.path, picture).double(), expected, rtol=0, atol=1e-5
+    )
+
+
+def test_onnx_of_a_fixed_size_has_the_windows(fixed, deep):
+    picture = torch.rand(5, 3, 19, 13)
+    enlarged = onnx_output(fixed.path, picture).double()
+    torch.testing.assert_close(enlarged, expected_of(deep, picture), rtol=0, atol=1e-5)
+    whole = expected_of(deep, picture, tlc_flag=False)
+    assert (enlarged - whole).abs().max() > 1e-4
+    assert fixed.has_windows
+
+
+def test_onnx_has_plain_operators_and_tells_what_it_is(dynamic, fixed, deep):
+    for exported in (dynamic, fixed):
+        model = onnx.load(exported.path)
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not model.functions
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
+        assert [each.name for each in model.graph.input] == ["picture"]
+        assert [each.name for each in model.graph.output] == ["enlarged"]
+        facts = {each.key: each.value for each in model.metadata_props}
+        assert facts["scale"] == "2"
+        assert json.loads(facts["config"]) == {
+            **deep.config,
+            "tlc_flag": exported.has_windows,
+        }
+        assert exported.size == exported.path.stat().st_size
+    axes = onnx.load(dynamic.path).graph.input[0].type.tensor_type.shape.dim
+    assert [each.dim_param or each.dim_value for each in axes] == ["batch", 3, "height", "width"]
+    assert not list(dynamic.path.parent.glob("*.data"))
+    names = {each.name for each in onnx.load(dynamic.path).graph.initializer}
+    assert set(deep.weights) <= names
+
+
+def test_each_kind_of_layer_is_exported_once(folder, deep, monkeypatch):
+    exported = []
+    to_onnx = exporting._to_onnx
+    monkeypatch.setattr(
+        exporting,
+        "_to_onnx",
+        lambda module, *rest: exported.append(module) or to_onnx(module, *rest),
+    )
+    monkeypatch.setattr(exporting, "_onnx_runner", lambda path: None)
+    monkeypatch.setattr(exporting, "_compare", lambda *_: exporting.Comparison((), 0.0, 0.0, 0.0))
+    export(deep, folder / "kinds.onnx", size=(2, 3))
+    kinds = [type(each.layer[0]).__name__ for each in exported[1:]]
+    assert kinds == ["LocalLayer", "GlobalLayer"]
+
+
+def test_every_comparison_is_told(dynamic, fixed):
+    shapes = [each.shape for each in dynamic.comparisons]
+    assert shapes == [(1, 3, 31, 45), (3, 3, 1, 16), (2, 3, 40, 64)]
+    assert [each.shape for each in fixed.comparisons] == [(n, 3, 19, 13) for n in (1, 2, 3)]
+    for exported in (dynamic, fixed):
+        assert 0 < exported.difference < 1e-5
+        assert exported.difference == max(each.difference for each in exported.comparisons)
+        assert exported.seconds > 0
+        assert all(each.seconds > 0 < each.seconds_in_pytorch for each in exported.comparisons)
+
+
+def test_onnx_in_half_precision(folder, checkpoint):
+    exported = export(checkpoint, folder / "half.onnx", dtype="fp16")
+    picture = torch.rand(3, 3, 9, 14)
+    enlarged = onnx_output(exported.path, picture.half())
+    assert enlarged.dtype == torch.float16
+    expected = expected_of(checkpoint, picture, tlc_flag=False)
+    assert (enlarged.double() - expected).abs().max() < BOUNDS["fp16"]
+    kept = {each.name: each.data_type for each in onnx.load(exported.path).graph.initializer}
+    assert {kept[name] for name in checkpoint.weights} == {onnx.TensorProto.FLOAT16}
+
+
+def test_onnx_of_the_other_layers_in_another_opset(folder):
+    checkpoint = checkpoint_of(**OTHER)
+    exported = export(checkpoint, folder / "other.onnx", opset=20)
+    assert onnx.load(exported.path).opset_import[0].version == 20
+    picture = torch.rand(1, 1, 11, 12)
+    expected = expected_of(checkpoint, picture, tlc_flag=False)
+    torch.testing.assert_close(
+        onnx_output(exported.path, picture).double(), expected, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pt2_takes_any_size_and_batch(folder, checkpoint, dtype):
+    exported = export(checkpoint, folder / f"{dtype}.pt2", dtype=dtype)
+    for shape in ((1, 3, 1, 1), (4, 3, 17, 30)):
+        picture = torch.rand(shape)
+        enlarged = pt2_output(exported.path, picture.to(DTYPES[dtype]))
+        assert enlarged.dtype == DTYPES[dtype]
+        expected = expected_of(checkpoint, picture, tlc_flag=False)
+        assert (enlarged.double() - expected).abs().max() < BOUNDS[dtype]
+    assert exported.difference < BOUNDS[dtype]
+
+
+def test_pt2_of_a_fixed_size_has_the_windows_and_the_facts(folder, checkpoint):
+    exported = export(checkpoint, folder / "fixed.pt2", size=(19, 13))
+    picture = torch.rand(1, 3, 19, 13)
+    torch.testing.assert_close(
+        pt2_output(exported.path, picture).double(),
+        expected_of(checkpoint, picture),
+        rtol=0,
+        atol=1e-5,
+    )
+    extra = {"facts.json": ""}
+    program = torch.export.load(exported.path, extra_files=extra)
+    assert json.loads(json.loads(extra["facts.json"])["config"]) == checkpoint.config
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "dlgsanet" in name]
+
+
+def test_a_file_that_differs_is_refused_and_the_old_one_kept(folder, checkpoint, monkeypatch):
+    capture = exporting._capture
+
+    def capture_another(network, *args):
+        with torch.no_grad():
+            network.upsample[0].bias += 1e-3
+        return capture(network, *args)
+
+    monkeypatch.setattr(exporting, "_capture", capture_another)
+    path = folder / "kept.pt2"
+    path.write_bytes(b"before")
+    with pytest.raises(ExportError, match=r"differs from the network by 0\.001.*nothing was"):
+        export(checkpoint, path)
+    assert path.read_bytes() == b"before"
+    assert not list(folder.glob("kept*unfinished*"))
+
+
+def test_a_network_that_gives_no_numbers_is_refused(folder, checkpoint):
+    weights = {**checkpoint.weights, "upsample.0.bias": torch.full((12,), float("nan"))}
+    with pytest.raises(ExportError, match="differs from the network by nan"):
+        export(Checkpoint(weights, checkpoint.config), folder / "nan.pt2")
+    assert not (folder / "nan.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("x.pb", {}, r"must end in \.onnx or \.pt2"),
+        ("none/x.onnx", {}, "there is no folder"),
+        ("x.onnx", {"dtype": "bf16"}, r"bf16 in ONNX cannot be checked.*a \.pt2 file"),
+        ("x.onnx", {"dtype": "int8"}, "dtype must be fp32, fp16, bf16; got 'int8'"),
+        ("x.onnx", {"size": (0, 4)}, "size must be 1x1 or more; got 0x4"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_at_once(folder, checkpoint, name, options, message):
+    with pytest.raises(ExportError, match=message):
+        export(checkpoint, folder / name, **options)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_its_install_line(folder, checkpoint, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=rf"need {package}, which.*dlgsanet-arch\[export\]"):
+        export(checkpoint, folder / "x.onnx")
+
+
+def test_the_verb_says_what_it_did(folder, checkpoint, capsys):
+    save_checkpoint(checkpoint, folder / "weights.safetensors")
+    path = folder / "said.pt2"
+    arguments = ["-m", str(folder / "weights.safetensors"), "-o", str(path), "--time"]
+    assert cmd_export.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert path.exists()
+    assert "1x3x31x45" in said
+    assert "differs from PyTorch by" in said
+    assert "without TLC: on pictures over 8 pixels" in said
+    assert cmd_export.main(["-m", str(path), "-o", str(path)]) == 1
+    with pytest.raises(SystemExit):
+        cmd_export.main([*arguments, "--size", "12"])
