@@ -95,15 +95,16 @@ def test_lr_is_matlabs_bicubic_of_hr_at_the_same_place(tmp_path, source, scale):
 def test_basicsr_reads_the_pairs(tmp_path, source, repository):
     folder = tmp_path / "demo"
     prepare(folder, source)
-    training = options.load(repository / "options" / "train" / "demo.yml")["datasets"]
+    file = options.load(repository / "options" / "train" / "demo.yml")
+    training, scale = file["datasets"], file["scale"]
     for phase, count in (("train", 11), ("val", 1)):
-        dataset = {**training[phase], "phase": phase, "scale": 2}
+        dataset = {**training[phase], "phase": phase, "scale": scale}
         for key in ("dataroot_gt", "dataroot_lq"):
             dataset[key] = dataset[key].replace("datasets/demo", str(folder))
         pairs = PairedImageDataset(dataset)
         assert len(pairs) == count
         pair = pairs[0]
-        assert [2 * side for side in pair["lq"].shape[1:]] == list(pair["gt"].shape[1:])
+        assert [scale * side for side in pair["lq"].shape[1:]] == list(pair["gt"].shape[1:])
 
 
 def test_no_photograph_is_on_both_sides():
@@ -126,14 +127,14 @@ def test_a_complete_preparation_is_reused_and_what_is_missing_is_made(tmp_path, 
     folder = tmp_path / "demo"
     assert prepare(folder, source).cut == 2
     assert prepare(folder, source).cut == 0
-    lr = folder / "val" / "X2" / "LR" / "face.png"
+    lr = folder / "val" / "X4" / "LR" / "face.png"
     whole = lr.read_bytes()
     lr.unlink()
     assert prepare(folder, source).cut == 0
     assert lr.read_bytes() == whole
-    assert prepare(folder, source, scale=4).databases.keys() == {
+    assert prepare(folder, source, scale=2).databases.keys() == {
         folder / "train_HR_sub.lmdb",
-        folder / "train_LR_bicubic_X4_sub.lmdb",
+        folder / "train_LR_bicubic_X2_sub.lmdb",
     }
 
 
@@ -157,7 +158,7 @@ def test_an_interrupted_preparation_is_completed(tmp_path, source, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare(folder, source)
     assert prepare(folder, source).cut == 0
-    assert (folder / "val" / "X2" / "HR" / "face.png").is_file()
+    assert (folder / "val" / "X4" / "HR" / "face.png").is_file()
     assert not list(folder.rglob("*.unfinished"))
 
 
@@ -199,7 +200,10 @@ def compared() -> list[Comparison]:
     for seed, size in enumerate([(120, 140), (100, 196)]):
         hr = picture(*size, seed)
         lr = matlab_lr(hr, 2)
-        restored = (hr * 0.75 + bicubic(lr, 2) * 0.25).round().astype(np.uint8)
+        restored = {
+            way: (hr * share + bicubic(lr, 2) * (1 - share)).round().astype(np.uint8)
+            for way, share in (("half", 0.5), ("most", 0.75))
+        }
         comparisons.append(Comparison.of(f"made{seed}", lr, restored, hr))
     return comparisons
 
@@ -209,16 +213,22 @@ def test_the_table_holds_basicsrs_figures(compared):
     measured = {"crop_border": 2, "test_y_channel": True}
     expected = []
     for each in compared:
-        pairs = [(picture, each.hr) for picture in (each.enlarged, each.restored)]
+        pairs = [(picture, each.hr) for picture in (each.enlarged, *each.restored.values())]
         psnr = [calculate_psnr(*pair, **measured) for pair in pairs]
-        expected.append([*psnr, *(calculate_ssim(*pair, **measured) for pair in pairs)])
+        expected.append([psnr, [calculate_ssim(*pair, **measured) for pair in pairs]])
     expected.append(np.mean(expected, axis=0))
     assert len(rows) == 3
-    for row, (base, ours, base_ssim, ours_ssim) in zip(rows, expected, strict=True):
-        figures = [float(cell.split()[0]) for cell in row[1:]]
-        assert ours > base
-        assert figures == pytest.approx([base, ours, ours - base, base_ssim, ours_ssim], abs=0.0051)
-        assert figures[3:] == pytest.approx([base_ssim, ours_ssim], abs=0.000051)
+    for row, (psnr, ssim) in zip(rows, expected, strict=True):
+        base, half, half_gain, most, most_gain = row[1:]
+        assert psnr[0] < psnr[1] < psnr[2]
+        assert [float(cell.split()[0]) for cell in (base, half, most)] == pytest.approx(
+            psnr, abs=0.0051
+        )
+        assert [float(cell.split("/")[1]) for cell in (base, half, most)] == pytest.approx(
+            ssim, abs=0.000051
+        )
+        gains = [float(cell.split()[0]) for cell in (half_gain, most_gain)]
+        assert gains == pytest.approx([psnr[1] - psnr[0], psnr[2] - psnr[0]], abs=0.0051)
 
 
 def test_the_picture_shows_where_bicubic_fails_most(compared):
@@ -231,10 +241,12 @@ def test_the_picture_shows_where_bicubic_fails_most(compared):
 
     drawn = comparison.figure(compared)
     block = comparison.CROP * comparison.ZOOM
-    columns = [comparison.MARGIN + index * (block + comparison.MARGIN) for index in range(4)]
+    columns = [comparison.MARGIN + index * (block + comparison.MARGIN) for index in range(5)]
     top, left = comparison.telling_place(each, comparison.CROP)
     place = (slice(top, top + comparison.CROP), slice(left, left + comparison.CROP))
-    for column, shown in zip(columns[1:], (each.enlarged, each.restored, each.hr), strict=True):
+    for column, shown in zip(
+        columns[1:], (each.enlarged, *each.restored.values(), each.hr), strict=True
+    ):
         tile = drawn[comparison.MARGIN :, column:][:block, :block]
         assert np.array_equal(tile[:: comparison.ZOOM, :: comparison.ZOOM], shown[place])
 
@@ -242,7 +254,7 @@ def test_the_picture_shows_where_bicubic_fails_most(compared):
 def test_sizes_that_do_not_fit_are_refused(compared):
     each = compared[0]
     with pytest.raises(ValueError, match="made0"):
-        Comparison.of("made0", matlab_lr(each.hr, 2), each.restored[:-1], each.hr)
+        Comparison.of("made0", matlab_lr(each.hr, 2), {"cut": each.hr[:-1]}, each.hr)
 
 
 @pytest.fixture

@@ -185,8 +185,7 @@ def _make(task: _Task) -> Scores:
     lr = bicubic(hr, 1 / scale)
     for part, picture in (("HR", hr), ("LR", lr)):
         (task.folder / part / f"{key}.png").write_bytes(encode_png(picture))
-    # no network is compared here: HR stands in for what it would restore
-    comparison = Comparison.of(key, lr, hr, hr)
+    comparison = Comparison.of(key, lr, {}, hr)
     return comparison.scores(comparison.enlarged)
 
 

@@ -1,6 +1,6 @@
 """How super-resolved pictures compare with bicubic ones: figures, a table, a picture to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -33,35 +33,39 @@ class Scores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One picture, enlarged in two ways.
+    """One picture, enlarged by bicubic and in other ways.
 
     Args:
         name: The picture's name.
         scale: HR side over LR side.
         hr: (H, W, 3) in BGR, the original.
         enlarged: (H, W, 3), LR enlarged by MATLAB's bicubic.
-        restored: (H, W, 3), LR enlarged by the network.
+        restored: By a short name of the way, such as "Tiny": (H, W, 3), LR enlarged so.
     """
 
     name: str
     scale: int
     hr: Picture
     enlarged: Picture
-    restored: Picture
+    restored: Mapping[str, Picture]
 
     @classmethod
-    def of(cls, name: str, lr: Picture, restored: Picture, hr: Picture) -> "Comparison":
-        """Compare a restored picture with the bicubic enlargement of its LR picture.
+    def of(
+        cls, name: str, lr: Picture, restored: Mapping[str, Picture], hr: Picture
+    ) -> "Comparison":
+        """Compare restored pictures with the bicubic enlargement of their LR picture.
 
         Raises:
-            ValueError: The three pictures' sizes do not belong together.
+            ValueError: The pictures' sizes do not belong together.
         """
         scale = hr.shape[0] // lr.shape[0]
         enlarged = bicubic(lr, scale)
-        if not enlarged.shape == restored.shape == hr.shape:
-            raise ValueError(
-                f"sizes of {name} do not fit: got {lr.shape=}, {restored.shape=}, {hr.shape=}"
-            )
+        for way, picture in (("bicubic", enlarged), *restored.items()):
+            if picture.shape != hr.shape:
+                raise ValueError(
+                    f"sizes of {name} do not fit: got {lr.shape=}, {hr.shape=} and, by {way}, "
+                    f"{picture.shape}"
+                )
         return cls(name, scale, hr, enlarged, restored)
 
     def scores(self, picture: Picture) -> Scores:
@@ -75,22 +79,24 @@ class Comparison:
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """Write a Markdown table: one row a picture, and their mean."""
+    ways = list(comparisons[0].restored)
     rows = [
-        (each.name, each.scores(each.enlarged), each.scores(each.restored)) for each in comparisons
-    ]
-    sides = [[row[side] for row in rows] for side in (1, 2)]
-    means = [Scores(fmean(s.psnr for s in side), fmean(s.ssim for s in side)) for side in sides]
-    lines = [
-        "| picture | bicubic PSNR | DLGSANet PSNR | gain | bicubic SSIM | DLGSANet SSIM |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, base, ours in [*rows, ("**mean**", *means)]:
-        gain = ours.psnr - base.psnr
-        lines.append(
-            f"| {name} | {base.psnr:.2f} dB | {ours.psnr:.2f} dB | {gain:+.2f} dB "
-            f"| {base.ssim:.4f} | {ours.ssim:.4f} |"
+        (
+            each.name,
+            [each.scores(each.enlarged), *(each.scores(each.restored[way]) for way in ways)],
         )
-    return "\n".join(lines) + "\n"
+        for each in comparisons
+    ]
+    columns = zip(*(scores for _, scores in rows), strict=True)
+    means = [Scores(fmean(s.psnr for s in each), fmean(s.ssim for s in each)) for each in columns]
+    head = ["picture", "bicubic", *(cell for way in ways for cell in (way, "gain"))]
+    lines = [head, ["---"] * len(head)]
+    for name, (base, *others) in [*rows, ("**mean**", means)]:
+        cells = [f"{base.psnr:.2f} dB / {base.ssim:.4f}"]
+        for ours in others:
+            cells += [f"{ours.psnr:.2f} dB / {ours.ssim:.4f}", f"{ours.psnr - base.psnr:+.2f} dB"]
+        lines.append([name, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def telling_place(comparison: Comparison, side: int) -> tuple[int, int]:
@@ -156,10 +162,9 @@ def _row(comparison: Comparison) -> Picture:
             f"LR, bicubic x{comparison.scale}",
             figures(comparison.enlarged),
         ),
-        _captioned(
-            crop(comparison.restored),
-            f"DLGSANet x{comparison.scale}",
-            figures(comparison.restored),
+        *(
+            _captioned(crop(picture), f"{way} x{comparison.scale}", figures(picture))
+            for way, picture in comparison.restored.items()
         ),
         _captioned(crop(comparison.hr), "HR, the original", "infinite dB"),
     ]
@@ -169,7 +174,7 @@ def _row(comparison: Comparison) -> Picture:
 
 
 def figure(comparisons: Sequence[Comparison]) -> NDArray[np.uint8]:
-    """Draw one row a picture: the whole, then bicubic, restored and original crops with PSNR.
+    """Draw one row a picture: the whole, then crops by bicubic, each way and HR, with PSNR.
 
     Args:
         comparisons: Pictures with sides of `CROP` or more, or all of one smaller size.

@@ -3,8 +3,8 @@
 No download: the pictures are read from the installed package's folder. What is written, below
 the folder given to `prepare`:
 
-    train_HR_sub.lmdb, train_LR_bicubic_X2_sub.lmdb    sub-images, equal keys
-    val/X2/HR/<name>.png, val/X2/LR/<name>.png         whole pictures, equal names
+    train_HR_sub.lmdb, train_LR_bicubic_X4_sub.lmdb    sub-images, equal keys
+    val/X4/HR/<name>.png, val/X4/LR/<name>.png         whole pictures, equal names
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def _write_validation(folder: Path, source: Path, names: Sequence[str], scale: i
 def prepare(
     folder: Path,
     *,
-    scale: int = 2,
+    scale: int = 4,
     source: Path | None = None,
     train: Sequence[str] = TRAIN_PICTURES,
     validation: Sequence[str] = VALIDATION_PICTURES,
