@@ -13,7 +13,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _TRAINED_KEYS = ("params_ema", "params")  # where BasicSR keeps weights; the ave
 _PARALLEL_PREFIX = "module."  # put before names by DataParallel and DistributedDataParallel
 _ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
 _ARCHITECTURE = "DLGSANet"  # as it stands beside the configuration
+_BESIDE = ("architecture", "config", "iteration", "format")  # the last is safetensors' own
 
 # Network file systems fail for a moment now and then.
 _ATTEMPTS = 3
@@ -439,12 +440,14 @@ class Checkpoint:
         is_told: Whether the configuration was in the file. Otherwise it comes from the weights,
             and what these do not tell is as published; see `infer_config`.
         iteration: How many iterations it was trained for; None where that is not known.
+        notes: What else the file says, such as its licence and what it was trained on.
     """
 
     weights: Mapping[str, Tensor]
     config: Mapping[str, Any]
     is_told: bool = False
     iteration: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scale(self) -> int:
@@ -553,6 +556,15 @@ def _iteration(path: Path, stated: object) -> int | None:
     return int(named[1]) if named else None
 
 
+def _notes(beside: Mapping[Any, Any]) -> dict[str, str]:
+    """Take the sentences that stand beside the weights, and leave what has a place of its own."""
+    return {
+        name: text
+        for name, text in beside.items()
+        if isinstance(name, str) and isinstance(text, str) and name not in _BESIDE
+    }
+
+
 def read_checkpoint(
     path: Path | str, param_key: str | None = None, config: Mapping[str, Any] | None = None
 ) -> Checkpoint:
@@ -577,7 +589,8 @@ def read_checkpoint(
         weights = _weights_in(beside, path, param_key)
     told = _config_in(beside, path)
     complete = _complete(weights, {**told, **(config or {})}, path)
-    return Checkpoint(weights, complete, bool(told), _iteration(path, beside.get("iteration")))
+    iteration = _iteration(path, beside.get("iteration"))
+    return Checkpoint(weights, complete, bool(told), iteration, _notes(beside))
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
@@ -586,14 +599,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     Args:
         checkpoint: What to write.
         path: `.pth` is written as BasicSR reads it, the weights under `params` and `params_ema`,
-            once in the file; `.safetensors` has the configuration as metadata.
+            once in the file; `.safetensors` has the configuration and the notes as metadata.
 
     Raises:
         CheckpointError: The suffix is another one, or the file cannot be written.
     """
     path = Path(path)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
-    beside = {"architecture": _ARCHITECTURE, "config": json.dumps(dict(checkpoint.config))}
+    known = {"architecture": _ARCHITECTURE, "config": json.dumps(dict(checkpoint.config))}
+    beside = {**checkpoint.notes, **known}
     if checkpoint.iteration is not None:
         beside["iteration"] = str(checkpoint.iteration)
     if path.suffix == ".pth":

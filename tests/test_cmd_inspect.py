@@ -88,6 +88,31 @@ def test_convert_takes_the_key_that_is_asked_for(tmp_path):
         assert all(torch.equal(read[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_notes_are_kept_and_weights_may_be_halved(weights, tmp_path, suffix, capsys):
+    halved, again = tmp_path / f"halved{suffix}", tmp_path / f"again{suffix}"
+    notes = ["--note", "licence=Apache-2.0", "--note", "trained_on=a = b, Straße"]
+    assert main(["convert", str(weights), str(halved), "--dtype", "fp16", *notes]) == 0
+    assert main(["convert", str(halved), str(again), "--note", "licence=MIT"]) == 0
+    kept = read_checkpoint(again)
+    assert kept.notes == {"licence": "MIT", "trained_on": "a = b, Straße"}
+    for name, tensor in small().items():
+        assert kept.weights[name].dtype == torch.float16
+        torch.testing.assert_close(kept.weights[name].float(), tensor, rtol=1e-3, atol=1e-6)
+    assert main(["inspect", str(again)]) == 0
+    assert "licence     MIT" in capsys.readouterr().out
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
+    weights = small()
+    next(iter(weights.values())).fill_(1e6)
+    torch.save(weights, tmp_path / "net.pth")
+    out = tmp_path / "out.pth"
+    assert main(["convert", str(tmp_path / "net.pth"), str(out), "--dtype", "fp16"]) == 1
+    assert "fp16 cannot hold" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def _key(key):
     return [] if key is None else ["--param-key", key]
 

@@ -44,6 +44,7 @@ def _described(path: Path, checkpoint: Checkpoint) -> dict[str, object]:
         "differences": {
             name: {"here": here, "published": there} for name, (here, there) in differing.items()
         },
+        "notes": dict(checkpoint.notes),
         "config_from": "the file" if checkpoint.is_told else "the weights",
         "config": dict(checkpoint.config),
     }
@@ -62,6 +63,7 @@ def _report(facts: dict) -> str:
         f"    {name}: {json.dumps(each['here'])} (published: {json.dumps(each['published'])})"
         for name, each in facts["differences"].items()
     ]
+    lines += [f"  {name:<11} {text}" for name, text in facts["notes"].items()]
     if facts["not_finite"]:
         lines.append(f"  DAMAGED: {facts['not_finite']:,} weights are infinite or not a number")
     lines.append(f"  configuration, from {facts['config_from']}")
