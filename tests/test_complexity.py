@@ -121,6 +121,24 @@ def test_the_plot(tmp_path, capsys):
     assert second.collections[0].get_sizes() / point.get_sizes() == pytest.approx(581298 / 565710)
 
 
+def test_the_plot_takes_a_table_of_reproduce(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.json"
+    cell = {"network": "DLGSANet Tiny", "scale": 4, "dataset": "Set14", "is_published": True}
+    others = [{**cell, "dataset": "Set5"}, {**cell, "is_published": False, "psnr": 1.0}]
+    cells = [{**cell, "psnr": 27.8}, {**cell, "scale": 2, "psnr": None}, *others]
+    table.write_text(json.dumps({"cells": [{"psnr": 2.0, **each} for each in cells]}))
+    drawn = []
+    draw = complexity.draw
+    monkeypatch.setattr(complexity, "draw", lambda *each: drawn.append(each) or draw(*each))
+    asked = ["complexity", "--no-time", "--network", "tiny", "--scale", "4", "--output", "64x64"]
+    asked += ["--dataset", "Set14", "--plot", str(tmp_path / "plot.png"), "--measured", str(table)]
+    assert main(asked) == 0
+    assert drawn[0][2] == {("DLGSANet Tiny", 4): 27.8}
+    table.write_text("[]")
+    assert main(asked) == 1
+    assert "no table.json" in capsys.readouterr().err
+
+
 def test_the_plot_with_what_was_measured():
     tiny = BY_NAME["DLGSANet Tiny"]
     row = complexity.evaluate(tiny, 4, (48, 48))

@@ -66,7 +66,28 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw published PSNR against MACs: .png, .pdf or .svg",
     )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="table.json of `dlgsanet reproduce`, whose PSNR is drawn beside the published",
+    )
     return parser
+
+
+def _read_measured(path: Path | None, dataset: str) -> dict[tuple[str, int], float]:
+    """Take PSNR on a data set out of a table of `dlgsanet reproduce`."""
+    if path is None:
+        return {}
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return {
+            (cell["network"], cell["scale"]): cell["psnr"]
+            for cell in cells
+            if cell["dataset"] == dataset and cell["is_published"] and cell["psnr"] is not None
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--measured: {path} is no table.json of this package ({error})") from error
 
 
 def _print_csv(records: Sequence[dict]) -> None:
@@ -95,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         figures.check_figure_path(arguments.plot)
         figures.new_figure(1, 1)  # says now that matplotlib is absent
+    measured = _read_measured(arguments.measured, arguments.dataset)
     device = None if arguments.no_time else arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; `dlgsanet doctor` says more")
@@ -133,6 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if absent:
             print(f"not shown, since BasicSR is not installed: {', '.join(absent)}")
     if arguments.plot is not None:
-        figures.save_figure(complexity.draw(rows, arguments.dataset), arguments.plot)
+        figures.save_figure(complexity.draw(rows, arguments.dataset, measured), arguments.plot)
         print(f"written: {arguments.plot}", file=sys.stderr)
     return int(any(row.fault for row in rows))

@@ -1,0 +1,195 @@
+"""The paper's table, measured: figures, what is missing, and going on after an interruption."""
+
+import csv
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.metrics import calculate_psnr, calculate_ssim
+from helpers import SMALL_NETWORK
+from skimage.metrics import structural_similarity
+
+from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.checkpoint import published_configs, read_checkpoint
+from dlgsanet_arch.cli import main
+from dlgsanet_arch.tools import reproduction
+from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED
+
+SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
+SCALE = 2
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "net_g_10.pth"
+    torch.save({"params": DLGSANet(**SMALL).state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    folder = tmp_path / "benchmark"
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(40, 48), (36, 30)]):
+        lr = random.integers(0, 256, (height // SCALE, width // SCALE, 3), np.uint8)
+        hr = cv2.resize(lr, (width, height), interpolation=cv2.INTER_CUBIC)
+        for part, picture in (("HR", hr), ("LR", lr)):
+            path = folder / "Set5" / f"X{SCALE}" / part / f"picture{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), picture)
+    return folder
+
+
+def call(weights, datasets, out, *more):
+    named = ["--weights", str(weights), "--datasets", str(datasets), "-o", str(out)]
+    return main(["reproduce", *named, "--device", "cpu", *more])
+
+
+def by_basicsr(weights, datasets):
+    """PSNR, SSIM and scikit-image's SSIM of each picture, from 8-bit files."""
+    network = read_checkpoint(weights).network()
+    figures = []
+    for path in sorted((datasets / "Set5" / f"X{SCALE}" / "LR").iterdir()):
+        lr = cv2.imread(str(path))
+        given = torch.from_numpy(lr[..., ::-1].copy()).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            made = network(given)[0].clamp(0, 1).permute(1, 2, 0).numpy()[..., ::-1]
+        made = (made * 255).round().astype(np.uint8)
+        hr = cv2.imread(str(path.parent.parent / "HR" / path.name))
+        how = {"crop_border": SCALE, "test_y_channel": True}
+        luma = [
+            16 + each[SCALE:-SCALE, SCALE:-SCALE] @ np.array([24.966, 128.553, 65.481]) / 255
+            for each in (made, hr)
+        ]
+        uniform = structural_similarity(*luma, data_range=255)
+        figures.append((calculate_psnr(made, hr, **how), calculate_ssim(made, hr, **how), uniform))
+    return np.array(figures)
+
+
+def test_the_figures_are_basicsr_s_and_scikit_image_s(weights, datasets, tmp_path):
+    out = tmp_path / "out"
+    assert call(weights, datasets, out, "--sets", "Set5") == 0
+    expected = by_basicsr(weights, datasets)
+    with (out / "pictures.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows] == ["picture0", "picture1"]
+    found = np.array([[float(row[n]) for n in ("psnr", "ssim", "ssim_uniform")] for row in rows])
+    assert found == pytest.approx(expected, abs=2e-5)
+    table = json.loads((out / "table.json").read_text())
+    cell = next(each for each in table["cells"] if each["psnr"] is not None)
+    means = [cell["psnr"], cell["ssim"], cell["ssim_uniform"]]
+    assert means == pytest.approx(expected.mean(0), abs=2e-5)
+    assert cell["pictures"] == 2
+    assert cell["difference"][0] == pytest.approx(means[0] - 38.16)
+    assert set(table["sets"]) == {"Set5 x2"}
+    latex = (out / "table.tex").read_text()
+    assert latex.count(r"\\") == latex.count("DLGSANet") + 1
+    assert f"{means[0]:.2f} / {means[1]:.4f}" in latex
+
+
+def test_the_table_says_what_is_missing(weights, datasets, tmp_path, capsys):
+    assert call(weights, datasets, tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert "| DLGSANet Tiny x2* | Set5 | 38.16 / 0.9611 | 38.16 / 0.9615 |" in text
+    assert "weights of another configuration" in text
+    assert "Urban100 --hr FOLDER --scale 2 makes it" in text
+    assert "no weights of DLGSANet Light x4 are given" in text
+    assert "Gaussian windows inside the picture (BasicSR)" in text
+    assert call(weights, datasets, tmp_path / "out", "--measured-only") == 0
+    text = capsys.readouterr().out
+    assert "missing" not in text.lower()
+    assert text.count("| DLGSANet") == 1
+
+
+def test_what_was_measured_is_not_computed_again(weights, datasets, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    computed = []
+    enlarge = reproduction.Upscaler.__call__
+
+    def counting(self, picture, progress=None):
+        if len(computed) == allowed:
+            raise KeyboardInterrupt
+        computed.append(picture.shape)
+        return enlarge(self, picture, progress)
+
+    monkeypatch.setattr(reproduction.Upscaler, "__call__", counting)
+    allowed = 1
+    assert call(weights, datasets, out) == 130
+    allowed = 10
+    assert call(weights, datasets, out) == 0
+    assert len(computed) == 2
+    assert call(weights, datasets, out, "--ensemble") == 0  # another way to compute
+    assert len(computed) == 4
+    hr = datasets / "Set5/X2/HR/picture1.png"
+    assert cv2.imwrite(str(hr), 255 - cv2.imread(str(hr)))
+    assert call(weights, datasets, out) == 0
+    assert len(computed) == 5
+    other = tmp_path / "other.pth"
+    torch.manual_seed(1)
+    torch.save({"params": DLGSANet(**SMALL).state_dict()}, other)
+    assert call(other, datasets, out) == 0
+    assert len(computed) == 7
+
+
+def test_identical_pictures_are_counted_and_left_out():
+    rows = [
+        reproduction.Measured("DLGSANet Tiny", 4, "Set5", name, psnr, 1.0, None, "", "", "", "")
+        for name, psnr in (("a", math.inf), ("b", 30.0))
+    ]
+
+    class Named:
+        network, scale, path, is_published = "DLGSANet Tiny", 4, "w.pth", True
+
+    cell = reproduction._filled(Named, "Set5", rows)
+    assert (cell.psnr, cell.identical, cell.pictures) == (30.0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "verdict"),
+    [(38.16, "reproduced"), (38.12, "reproduced"), (38.0, "below"), (38.3, "above")],
+)
+def test_verdicts(psnr, verdict):
+    cell = reproduction.Cell("DLGSANet Tiny", 2, "Set5", psnr=psnr, ssim=0.96)
+    assert cell.verdict(0.05) == verdict
+    assert reproduction.Cell("DLGSANet Large", 2, "Set5", psnr=psnr).verdict(0.05) == (
+        "nothing published"
+    )
+
+
+def test_published_figures_are_whole():
+    for name in published_configs():
+        network, scale = name.rsplit(" x", 1)
+        if network.endswith("Large"):
+            continue
+        figures = PUBLISHED[network, int(scale)]
+        assert tuple(figures.psnr) == tuple(figures.ssim) == DATASETS
+        retrained = RETRAINED[network, int(scale)]
+        for dataset in DATASETS:  # slips of the pen would be larger
+            assert abs(retrained[dataset][0] - figures.psnr[dataset]) < 0.21
+            assert abs(retrained[dataset][1] - figures.ssim[dataset]) < 0.003
+    assert PUBLISHED["DLGSANet Tiny", 4].psnr["Set14"] == 28.79
+
+
+def test_what_cannot_be_measured_is_said(weights, datasets, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(weights, tmp_path / "nothing", out) == 1
+    assert "no cell could be measured" in capsys.readouterr().err
+    lr = datasets / "Set5/X2/LR/picture0.png"
+    whole = lr.read_bytes()
+    cv2.imwrite(str(lr), np.zeros((9, 9, 3), np.uint8))
+    assert call(weights, datasets, out) == 1
+    assert "picture0.png" in capsys.readouterr().err
+    lr.write_bytes(whole[:60])
+    assert call(weights, datasets, out) == 1
+    assert "picture0.png" in capsys.readouterr().err
+    lr.unlink()
+    assert call(weights, datasets, out) == 1
+    assert "picture0 is in one of HR and LR alone" in capsys.readouterr().out
+    (out / "pictures.csv").write_text("a,b\n1,2\n")
+    assert call(weights, datasets, out) == 1
+    assert "is not a file of this verb's" in capsys.readouterr().err
+    assert call(weights, datasets, out, "--tolerance", "-1") == 1
