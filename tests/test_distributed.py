@@ -1,15 +1,19 @@
 """Several processes on one machine, over gloo: what they compute together, and how they end."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from helpers import small_test_options
+from helpers import small_test_options, write_options
 from training_runs import (
     SAMPLES,
     Forked,
@@ -229,3 +233,61 @@ def test_slurm_s_variables_join_a_run(root):
     ]
     assert statuses(runs) == [0, 0], said(runs)
     assert events(root, "slurm", "train")[-1]["iter"] == 2
+
+
+FAKE_SRUN = """#!/bin/bash
+# Two tasks on this machine, as srun starts them; its status is the largest of theirs.
+shift  # --kill-on-bad-exit=1
+pids=()
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" &
+    pids+=($!)
+done
+trap 'kill -USR1 "${pids[@]}"' USR1
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid"; one=$?
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; one=$?; done
+    [ $one -gt $status ] && status=$one
+done
+exit $status
+"""
+
+
+@pytest.mark.faults
+def test_the_slurm_script_stops_with_its_work_saved_and_asks_to_be_queued_again(root, tmp_path):
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", '#!/bin/sh\necho "$@" > requeued\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    options = small_options("script", num_worker_per_gpu=0)
+    options["train"]["total_iter"] = 100_000
+    options["train"]["scheduler"]["milestones"] = [50_000]
+    options["dist_params"] = {"port": free_port()}
+    file = write_options(tmp_path / "options.yml", options)
+    repository = Path(__file__).resolve().parent.parent
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(
+            [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+        ),
+        "SLURM_JOB_ID": "77",
+        "SLURM_NODELIST": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    script = ["bash", str(repository / "scripts/train.slurm"), str(file), "--root", str(root)]
+    for name in ("train.py", "dlgsanet_arch"):
+        (tmp_path / name).symlink_to(repository / name)
+    with (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen(script, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+        until = time.monotonic() + 100
+        while len(events(root, "script", "train")) < 2:
+            assert time.monotonic() < until, (tmp_path / "out").read_text()[-3000:]
+            assert job.poll() is None, (tmp_path / "out").read_text()[-3000:]
+            time.sleep(0.05)
+        # as Slurm does ahead of the limit, to the steps and not to the script
+        for child in psutil.Process(job.pid).children():
+            child.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 143, (tmp_path / "out").read_text()[-3000:]
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    stop = events(root, "script", "stop")[-1]["iter"]
+    assert (root / f"experiments/script/training_states/{stop}.state").exists()
