@@ -31,6 +31,7 @@ from setuptools.build_meta import (  # noqa: F401 - the rest of the build backen
     prepare_metadata_for_build_wheel,
 )
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = "dlgsanet_arch/cpu/kernels.c"
@@ -170,6 +171,28 @@ class BuildKernels(build_ext):
         ]
 
 
+class BuildPackage(build_py):
+    """Builds the package with the option files in it, which a checkout has beside it."""
+
+    def run(self) -> None:
+        """Copy the package, and the option files to where dlgsanet_arch/options/shipped.py looks."""
+        super().run()
+        for source, target in self._option_files().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """Return the paths of all that is built."""
+        return [*super().get_outputs(include_bytecode), *self._option_files().values()]
+
+    def _option_files(self) -> dict[str, str]:
+        if self.editable_mode:  # then the checkout's are found
+            return {}
+        files = sorted((ROOT / "options").glob("*/*.yml"))
+        inside = Path(self.build_lib, "dlgsanet_arch", "option_files")
+        return {str(file): str(inside / file.relative_to(ROOT / "options")) for file in files}
+
+
 if __name__ == "__main__":  # as setuptools runs it, not as a backend
     setup(
         name="dlgsanet-arch",
@@ -189,7 +212,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
         packages=find_packages(include=["dlgsanet_arch", "dlgsanet_arch.*"]),
         package_data={"dlgsanet_arch": ["py.typed", "weights/*.safetensors"]},
         ext_modules=_extensions(),
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
         python_requires=">=3.10",
         # What the network and the command line need. BasicSR and OpenCV are left to the user, who
         # may have either from another source: a git clone, or one of the four wheels with cv2.

@@ -208,6 +208,21 @@ def test_train_without_basicsr_says_what_to_install(clean, tmp_path):
     assert list(tmp_path.iterdir()) == [options]
 
 
+def test_shipped_option_files_are_in_the_wheel_and_found_by_name(clean, repository, tmp_path):
+    program = (
+        "import json, sys; from pathlib import Path; from dlgsanet_arch.options import shipped\n"
+        "print(json.dumps([[name, str(shipped.find(Path(name), train=train))]"
+        " for train in (True, False) for name in shipped.names(train=train)]))"
+    )
+    found = json.loads(succeed(clean, "-c", program, cwd=tmp_path))
+    ours = [*sorted(repository.glob("options/train/*.yml"))]
+    ours += sorted(repository.glob("options/test/*.yml"))
+    assert [name for name, _ in found] == [path.stem for path in ours]
+    for (_, installed), path in zip(found, ours, strict=True):
+        assert Path(installed).is_relative_to(clean.parent.parent)
+        assert Path(installed).read_bytes() == path.read_bytes()
+
+
 def test_help_names_the_verbs(clean, tmp_path):
     text = succeed(clean, "-m", "dlgsanet_arch", "--help", cwd=tmp_path)
     assert {"doctor", "train", "test"} <= set(text.split())

@@ -1,6 +1,7 @@
 """The command line: `dlgsanet <verb> …`, the same as `python -m dlgsanet_arch <verb> …`.
 
-A verb is a module `cmd_<verb>.py` in this folder; dropping the file in adds the verb. It holds
+A verb is a module `cmd_<verb>.py` in this folder; dropping the file in adds the verb, in whose name
+underscores become dashes. It holds
 
     def build_parser() -> argparse.ArgumentParser: ...
 
@@ -59,18 +60,21 @@ def exit_status(
 def verbs() -> list[str]:
     """Return the names of all verbs, sorted, without importing any."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.removeprefix(PREFIX) for name in found if name.startswith(PREFIX))
+    modules = (name.removeprefix(PREFIX) for name in found if name.startswith(PREFIX))
+    return sorted(name.replace("_", "-") for name in modules)
 
 
 def _verb_module(verb: str):
-    return importlib.import_module(f"{__name__}.{PREFIX}{verb}")
+    return importlib.import_module(f"{__name__}.{PREFIX}{verb.replace('-', '_')}")
 
 
 def _help() -> str:
     lines = ["usage: dlgsanet [--help] [--version] VERB ...", "", "verbs:"]
-    for verb in verbs():
+    known = verbs()
+    width = max(map(len, known))
+    for verb in known:
         description = (_verb_module(verb).build_parser().description or "").strip()
-        lines.append(f"  {verb:<10} {description.partition(chr(10))[0]}".rstrip())
+        lines.append(f"  {verb:<{width}} {description.partition(chr(10))[0]}".rstrip())
     return "\n".join([*lines, "", "`dlgsanet VERB --help` says what a verb takes."])
 
 

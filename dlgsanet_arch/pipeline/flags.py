@@ -13,7 +13,11 @@ def build_parser(*, train: bool) -> argparse.ArgumentParser:
         epilog="Relative paths in the option file, experiments/ and results/ are below --root.",
     )
     parser.add_argument(
-        "-opt", type=Path, required=True, metavar="FILE", help="the option file, a YAML file"
+        "-opt",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the option file, a YAML file, or the name of a shipped one, such as tiny_x4",
     )
     parser.add_argument(
         "--root",

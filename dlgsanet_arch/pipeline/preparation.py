@@ -16,6 +16,7 @@ from dlgsanet_arch import options as option_files
 from dlgsanet_arch import plugin
 from dlgsanet_arch.compat import ResumeError
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.options import shipped
 from dlgsanet_arch.options.subject import is_whole
 from dlgsanet_arch.pipeline import scan, weights
 from dlgsanet_arch.pipeline.processes import Processes
@@ -144,8 +145,10 @@ def _shorten_for_debugging(options: dict[str, Any]) -> None:
             options[section] |= values
 
 
-def read(root: Path, arguments: argparse.Namespace) -> tuple[argparse.Namespace, dict]:
-    """Read the option file that a command line names.
+def read(
+    root: Path, arguments: argparse.Namespace, *, train: bool
+) -> tuple[argparse.Namespace, dict]:
+    """Read the option file that a command line names, by its path or by a shipped one's name.
 
     Returns:
         The arguments, `opt` and `root` as whole paths; and the options with `--force_yml` applied.
@@ -154,7 +157,7 @@ def read(root: Path, arguments: argparse.Namespace) -> tuple[argparse.Namespace,
     arguments.root = (arguments.root or root).expanduser().resolve()
     if not arguments.root.is_dir():
         raise UserError(f"--root: there is no folder {arguments.root}")
-    arguments.opt = arguments.opt.expanduser().resolve()
+    arguments.opt = shipped.find(arguments.opt.expanduser(), train=train).resolve()
     options = option_files.load(arguments.opt)
     option_files.override(options, arguments.force_yml)
     if arguments.debug and isinstance(options.get("name"), str):

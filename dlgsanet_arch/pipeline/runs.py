@@ -89,7 +89,7 @@ def _opened(
     root: Path, arguments: argparse.Namespace, *, train: bool
 ) -> Iterator[tuple[Prepared, Processes, RunLog]]:
     """Prepare a run and open it; everything is closed again at the end."""
-    arguments, options = preparation.read(root, arguments)
+    arguments, options = preparation.read(root, arguments, train=train)
     with started(arguments.launcher, options) as processes, _current_folder(arguments.root):
         prepared = preparation.prepare(arguments, options, processes, train=train)
         opt = prepared.opt

@@ -1,0 +1,83 @@
+"""Shipped option files, found by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlgsanet_arch import pipeline
+from dlgsanet_arch.options import OptionsError, load, shipped
+
+
+def test_names_are_those_of_the_verb_s_folder(repository):
+    for train, folder in ((True, "train"), (False, "test")):
+        there = sorted(path.stem for path in (repository / "options" / folder).glob("*.yml"))
+        assert shipped.names(train=train) == there
+        for name in there:
+            file = shipped.find(Path(name), train=train)
+            assert file == repository / "options" / folder / f"{name}.yml"
+            assert load(file)["name"]
+
+
+def test_a_file_of_that_name_goes_first_and_paths_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("tiny_x4.yml", "./options/tiny_x4", "options/train/tiny_x4.yml", "/tiny_x4"):
+        path = Path(given)
+        expected = path if path.name != str(path) or path.suffix else None
+        assert shipped.find(path, train=True) == expected
+    Path("tiny_x4").mkdir()  # a folder is no option file
+    assert shipped.find(Path("tiny_x4"), train=True) == shipped.path_of("tiny_x4", train=True)
+    Path("light_x4").write_text("name: mine")
+    assert shipped.find(Path("light_x4"), train=True) == Path("light_x4")
+
+
+@pytest.mark.parametrize(
+    ("run", "given", "meant", "other"),
+    [
+        (pipeline.train, "tinyx4", "tiny_x4", "tiny_x4_bsds400"),
+        (pipeline.test, "tiny-x4", "tiny_x4", "tiny_x4_no_tlc"),
+    ],
+)
+def test_unknown_names_get_the_nearest_and_the_list(tmp_path, run, given, meant, other):
+    with pytest.raises(OptionsError) as caught:
+        run(tmp_path, ["-opt", given])
+    assert f"did you mean '{meant}'?" in str(caught.value)
+    assert other in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", [pipeline.train, pipeline.test])
+def test_a_run_finds_the_shipped_file(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionsError) as caught:
+        run(tmp_path, ["-opt", "tiny_x4"])
+    # all that is wrong with it here is that the data and weights are not there
+    assert f"{tmp_path}/datasets/benchmark/Set5/X4/HR does not exist" in str(caught.value)
+
+
+def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "dlgsanet_arch"
+    inside, beside = package / "option_files", tmp_path / "options"
+    for top, name in ((inside, "right"), (beside, "wrong")):
+        (top / "train").mkdir(parents=True)
+        (top / "train" / f"{name}.yml").write_text("name: x")
+    monkeypatch.setattr(shipped, "_PACKAGE", package)
+    monkeypatch.setattr(shipped, "_INSTALLED", inside)
+    assert shipped.names(train=True) == ["right"]
+    with pytest.raises(OptionsError, match="the installation is not whole"):
+        shipped.path_of("tiny_x4", train=False)
+
+
+def test_the_package_is_built_with_them(repository, tmp_path):
+    names = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dlgsanet_arch", "options")
+    for name in names:
+        (tmp_path / name).symlink_to(repository / name)
+    built = tmp_path / "built"
+    command = [sys.executable, "setup.py", "build_py", "--build-lib", str(built)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    files = {
+        path.relative_to(repository / "options") for path in repository.glob("options/*/*.yml")
+    }
+    inside = built / "dlgsanet_arch" / "option_files"
+    assert {path.relative_to(inside) for path in inside.rglob("*.yml")} == files
