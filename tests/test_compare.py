@@ -82,6 +82,11 @@ def test_box_goes_where_methods_differ_and_not_where_hr_does(hr):
     one[50:66, 5:21] = other[50:66, 5:21] = 0  # both are wrong, and alike
     made = crops.panels(hr, {"bicubic": hr, "A": one, "B": other}, 2)
     assert crops.telling_box(made, 16) == Box(60, 20, 16)
+    # Bicubic, which differs from all of them elsewhere and by more, has no say.
+    blurred = hr.copy()
+    blurred[:, 80:] = 255 - blurred[:, 80:]
+    made = crops.panels(hr, {"bicubic": blurred, "A": one, "B": other}, 2)
+    assert crops.telling_box(made, 16) == Box(60, 20, 16)
     # One method: it is held against bicubic. None: bicubic against HR.
     assert crops.telling_box(crops.panels(hr, {"bicubic": other, "A": one}, 2), 16) == Box(
         60, 20, 16
