@@ -175,7 +175,7 @@ class BuildPackage(build_py):
     """Builds the package with the option files in it, which a checkout has beside it."""
 
     def run(self) -> None:
-        """Copy the package, and the option files to where dlgsanet_arch/options/shipped.py looks."""
+        """Copy the package, and the option files to where options/shipped.py looks in it."""
         super().run()
         for source, target in self._option_files().items():
             self.mkpath(str(Path(target).parent))
