@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlgsanet_arch import DLGSANet, network  # and its repairs, which BasicSR's imports below need
 from dlgsanet_arch.cpu import library
 from dlgsanet_arch.ops import reference
+from dlgsanet_arch.tools.complexity import NETWORKS
 
 DEFINITION = "definition"
 PUBLISHED = "published-style"
@@ -33,7 +34,7 @@ OURS_CHANNELS_LAST = "ours, channels_last"
 OURS_CUDA_GRAPH = "ours, CUDA graph"
 SWINIR = "SwinIR-light"
 EDSR = "EDSR-baseline"
-PEERS = (SWINIR, EDSR)
+PEERS = {each.name: each for each in NETWORKS if each.name in (SWINIR, EDSR)}
 
 VARIANTS = ("tiny", "light", "large")
 SCALES = (2, 3, 4)
@@ -207,28 +208,6 @@ def as_published(
     return _replace_forwards(net, {**_PLAIN, **slower}, dynamic)
 
 
-def _swinir(scale: int) -> nn.Module:
-    from basicsr.archs.swinir_arch import SwinIR
-
-    return SwinIR(
-        img_size=64,
-        embed_dim=60,
-        depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6),
-        window_size=8,
-        mlp_ratio=2,
-        upscale=scale,
-        img_range=1.0,
-        upsampler="pixelshuffledirect",
-    )
-
-
-def _edsr(scale: int) -> nn.Module:
-    from basicsr.archs.edsr_arch import EDSR
-
-    return EDSR(3, 3, num_feat=64, num_block=16, upscale=scale, res_scale=1)
-
-
 class _WithoutKernels(nn.Module):
     """A network as it runs where no CPU kernels were built."""
 
@@ -245,7 +224,7 @@ def build(contestant: str, variant: str, scale: int) -> nn.Module:
     """Build a contestant with random weights, which are equal for all forms of DLGSANet."""
     torch.manual_seed(0)
     if contestant in PEERS:
-        return _swinir(scale) if contestant == SWINIR else _edsr(scale)
+        return PEERS[contestant].build(scale)
     net = DLGSANet(**configuration(variant, scale))
     if contestant == DEFINITION:
         return as_definition(net)
