@@ -7,6 +7,7 @@ recipe, and what is fitted to the pictures and to the memory there is, `fit` and
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ SMALLER_PATCHES = (40, 32, 24)
 # 91,100 at 16x48x48 (51 to 53 maps); Light 117,291 at 1x48x48 and 116,715 at 3x48x48 (51); Large
 # 416,852 at 1x32x32 and 400,999 at 1x48x48 (46 to 48). tests/test_new_options.py measures it again.
 _MAPS_A_BLOCK = 54
-_FIXED = 32 << 20  # what does not grow with the pixels
+_FIXED = 16 << 20  # what does not grow with the pixels
 _SHARE = 0.5  # of the free memory: others want some, allocators lose some, GPUs were not measured
 
 _FEWEST_ITERATIONS = 50_000
@@ -176,7 +177,9 @@ class _Text:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def set(self, path: str, value: object, comment: str | None = None, *, raw: bool = False):
+    def set(
+        self, path: str, value: object, comment: str | None = None, *, raw: bool = False
+    ) -> None:
         """Give the key at "a:b" another value.
 
         Args:
@@ -784,10 +787,10 @@ def _make_links(data: Data, root: Path, *, overwrite: bool) -> None:
             f"{folder} holds links to other pictures: move it away, or replace it with --overwrite"
         )
     beside = unfinished(folder)
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
     for link, target in data.links:
         path = beside / link.relative_to(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         path.symlink_to(target)
     replace_folder(beside, folder)
 
