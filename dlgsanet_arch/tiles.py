@@ -171,7 +171,8 @@ def rows_in_tiles(
             row = joined
         finished = scale * (following - top)
         yield row[:, :, :finished]
-        held = row[:, :, finished:]
+        held = row[:, :, finished:].clone()
+        del row  # before the next one is computed
 
 
 def run_in_tiles(

@@ -342,6 +342,7 @@ class Upscaler:
             whole = (rows * levels).round_().cpu().permute(0, 2, 3, 1).numpy()
             made[:, top : top + whole.shape[1]] = whole
             top += whole.shape[1]
+            del rows, whole  # before the next ones are computed
         if not resizes:
             return made
         size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
