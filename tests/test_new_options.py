@@ -165,6 +165,7 @@ def test_files_are_the_shipped_ones_but_for_what_is_said(here, variant, scale):
         assert len(lost) <= 7, lost
         assert "DIV2K" not in text
         assert "Set14" not in text
+        assert ":\n# On " not in text
     train = load(shipped.path_of(f"{variant}_x{scale}", train=True))
     for key in ("optim_g", "pixel_opt", "ema_decay"):
         assert train["train"][key] == load_text(made.train, here)["train"][key]

@@ -693,8 +693,8 @@ def _test_text(request: Request, name: str, data: Data, tile: bool) -> str:
     text = _Text(shipped.path_of(f"{request.variant}_x{request.scale}", train=False).read_text())
     _edit_shared(text, request, name, data, tile)
     text.replace(
-        r"^#   python test.py .*\n# Data: .*\n# To test",
-        f"# On {data.validation.name}, written by `dlgsanet new-options`.\n# To test",
+        r":\n#   python test.py .*\n# Data: .*\n# To test",
+        f".\n# On {data.validation.name}, written by `dlgsanet new-options`.\n# To test",
     )
     text.replace(r"^  test_2:\n(.*\n)*?(?=network_g:)", "")
     text.set("path:pretrain_network_g", f"experiments/{name}/models/net_g_latest.pth")
