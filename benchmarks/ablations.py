@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(train(variant, asked.iterations, seed, asked.root.resolve()))
         save(results, asked, len(runs))
         print(f"  {results[-1]['psnr']:.3f} dB in {results[-1]['seconds']:.0f} s", flush=True)
+    save(results, asked, len(runs))  # also where nothing was missing
     return 0
 
 

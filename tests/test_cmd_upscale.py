@@ -20,7 +20,7 @@ from test_inference import checkpoint, picture
 from dlgsanet_arch.checkpoint import save_checkpoint
 from dlgsanet_arch.cli import main
 from dlgsanet_arch.data.pictures import read_stored
-from dlgsanet_arch.inference import Upscaler, folders, writing
+from dlgsanet_arch.inference import Upscaler, folders, upscaler, writing
 from dlgsanet_arch.inference.folders import Job, plan
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -253,9 +253,13 @@ def test_wishes_that_cannot_be_met_are_named(weights, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_are_asked_for(tmp_path, capsys):
+def test_the_weights_of_the_package_serve_where_none_are_named(tmp_path, monkeypatch, capsys):
     source = save(tmp_path / "a.png", picture(5, 6))
-    assert main(["upscale", "-i", str(source), "-o", str(tmp_path / "out")]) == 1
+    command = ["upscale", "-i", str(source), "-o", str(tmp_path / "out.png"), "--device", "cpu"]
+    assert main(command) == 0
+    assert cv2.imread(str(tmp_path / "out.png")).shape == (20, 24, 3)
+    monkeypatch.setattr(upscaler.resources, "files", lambda _: tmp_path)  # a package without any
+    assert main(command) == 1
     assert "dlgsanet upscale -m" in capsys.readouterr().err
 
 

@@ -58,7 +58,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
         help="version of ONNX's operators (default: %(default)s)",
     )
     parser.add_argument(
-        "--time", action="store_true", help="print how long the file and PyTorch take, best of runs"
+        "--time", action="store_true", help="take times as the best of five runs, not of one"
     )
     parser.add_argument(
         "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         opset=args.opset,
         repeats=_TIMED_RUNS if args.time else 1,
     )
-    if args.time:
-        print(_table(exported))
+    print(_table(exported))
     print(
         f"{exported.path}: {checkpoint.name}, {exported.size / 1e6:.1f} MB, exported in "
         f"{exported.seconds:.1f} s, differs from PyTorch by {exported.difference:.1e} at most"
