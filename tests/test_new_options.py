@@ -398,7 +398,7 @@ def test_odd_paths_come_back_out_of_the_file(here):
         text = drafting._Text(made.train)
         text.set("path:pretrain_network_g", value)
         assert load_text(text.text, here)["path"]["pretrain_network_g"] == value
-        assert Path(here, value).expanduser() == root / "~weights.pth"
+        assert here / Path(value).expanduser() == root / "~weights.pth"
         (command, *_) = drafting.next_commands(Request(hr, 4), made, here)
         words = shlex.split(command)
         assert Path(words[words.index("--hr") + 1]).absolute() == hr.absolute()
