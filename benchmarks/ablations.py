@@ -128,14 +128,19 @@ def page(result: Mapping[str, Any]) -> str:
     )
 
 
-def save(results: Sequence[Result], asked: argparse.Namespace, wanted: int) -> None:
-    """Write the JSON and the page."""
+def save(
+    results: Sequence[Result],
+    asked: argparse.Namespace,
+    wanted: int,
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the JSON and the page; `environment` is that of the trainings."""
     result = {
         "section": "ablations",
         "kind": asked.device,
         "command": f"python benchmarks/ablations.py --iterations {asked.iterations} --seeds "
         f"{' '.join(map(str, asked.seeds))}",
-        "environment": reporting.environment(asked.device, "ablations"),
+        "environment": dict(environment),
         "complete": len(results) == wanted,
         "columns": ["network", "seeds", "PSNR, dB", "SSIM", "PSNR − the paper's, same seed, dB"],
         "rows": rows(results),
@@ -171,15 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in stored.get("raw", [])
         if each["iterations"] == asked.iterations and (each["seed"], each["variant"]) in runs
     ]
+    environment = stored.get("environment", {})
     known = {(each["seed"], each["variant"]) for each in results}
     for number, (seed, variant) in enumerate(runs, start=1):
         if (seed, variant) in known:
             continue
         print(f"{number}/{len(runs)}: {variant}, seed {seed}", flush=True)
         results.append(train(variant, asked.iterations, seed, asked.root.resolve()))
-        save(results, asked, len(runs))
+        environment = reporting.environment(asked.device, "ablations")
+        save(results, asked, len(runs), environment)
         print(f"  {results[-1]['psnr']:.3f} dB in {results[-1]['seconds']:.0f} s", flush=True)
-    save(results, asked, len(runs))  # also where nothing was missing
+    save(results, asked, len(runs), environment)  # also where nothing was missing
     return 0
 
 
