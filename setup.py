@@ -34,7 +34,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCE = "dlgsanet_arch/cpu/kernels.c"
+# The C library: its header first, then what is compiled; as dlgsanet_arch/cpu/library.py knows them.
+C_FILES = [
+    f"dlgsanet_arch/cpu/{name}"
+    for name in ("common.h", "dynamic.c", "layers.c", "operators.c", "work.c")
+]
 ZIG = "ziglang>=0.16"  # older ones refuse to return the vectors of AVX-512
 
 # Variants of the kernels by processor, as dlgsanet_arch/cpu/library.py chooses among them: the
@@ -65,11 +69,12 @@ def variants() -> dict[str, tuple[int, list[str]]]:
 
 def _extensions() -> list[Extension]:
     # By this a checkout notices libraries that were built before its source changed.
-    digest = hashlib.sha256((ROOT / SOURCE).read_bytes()).hexdigest()
+    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in C_FILES)).hexdigest()
     return [
         Extension(
             f"dlgsanet_arch.cpu._{name}",
-            [SOURCE],
+            C_FILES[1:],
+            depends=C_FILES[:1],
             define_macros=[("LANES", str(lanes)), ("SOURCE_DIGEST", f'"{digest}"')],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
@@ -84,7 +89,8 @@ def _works(command: list[str]) -> bool:
         for lanes, flags in variants().values():
             macros = [f"-DLANES={lanes}", '-DSOURCE_DIGEST=""']
             quickly = [*FLAGS, *flags, "-O0", "-w", "-fPIC", "-shared"]
-            files = [str(ROOT / SOURCE), "-o", str(Path(folder, "kernels.so"))]
+            files = [*(str(ROOT / name) for name in C_FILES[1:])]
+            files += ["-o", str(Path(folder, "kernels.so"))]
             try:
                 subprocess.run(
                     [*command, *macros, *quickly, *files], check=True, capture_output=True

@@ -29,10 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlgsanet_arch import cpu, strips
-from dlgsanet_arch.ops import projected_dwconv
+from dlgsanet_arch import cpu, fused
+from dlgsanet_arch.as_built import is_as_built, register
+from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
+from dlgsanet_arch.ops import (
+    attention_weights,
+    channel_attention,
+    dynamic_dwconv,
+    gated_depthwise,
+    projected_dwconv,
+)
 from dlgsanet_arch.precision import full_precision
-from dlgsanet_arch.tlc import Windows
+from dlgsanet_arch.tlc import windowed_attention
 
 BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
 FeedForwardType = Literal["GDFN", "BaseFFN"]
@@ -41,102 +49,42 @@ UpsamplerType = Literal["pixelshuffledirect", "pixelshuffle", ""]
 
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted from three-channel input
 _SHUFFLED_CHANNELS = 64  # within the 'pixelshuffle' reconstruction
-_NORM_FLOOR = 1e-12  # under the L2 norms of q and k, as in torch.nn.functional.normalize
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
-    "softmax": functools.partial(F.softmax, dim=-1),
-}
-
-
-def _pointwise(channels_in: int, channels_out: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 1, bias=bias)
-
-
-def _depthwise(channels: int, kernel: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
-
-
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution with a border of zeros. Maps (B, C, H, W) to (B, C', H, W)."""
-
-    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
-        super().__init__(channels_in, channels_out, 3, padding=1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if cpu.serves(x) and cpu.serves_weights(self):
-            return cpu.convolve3x3(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-def _is_observed(module: nn.Module) -> bool:
-    """Return whether `module` has hooks, or a forward put in place of its class's."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-class LayerNorm(nn.Module):
-    """Normalise over the channels of each pixel: biased variance, eps 1e-5, weight and bias.
-
-    Maps (B, C, H, W) to (B, C, H, W). Half precision is normalised in float32.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.LayerNorm(channels, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Mixer(nn.Module):
-    """Half a layer, x + mixer(LN(x)), and how that is computed where there are no gradients.
+    """What a layer adds to its input, from the normalised input: x + mixer(LN(x)).
 
-    Maps (B, C, H, W) to (B, C, H, W); given a slice of rows, to these rows alone.
+    Maps (B, C, H, W) to (B, C, H, W); given a norm, normalises x before.
 
-    Args:
-        halo: Rows and columns on either side of a pixel that its output depends on.
-        widest: Channels of the widest map within, which decides how tall strips are.
-        has_kernel: Whether there is a kernel for CPUs that computes x + mixer(LN(x)).
+    Attributes:
+        has_fused_form: Whether `add_fused` computes x + mixer(LN(x)) in one pass.
     """
 
-    def __init__(self, *, halo: int, widest: int, has_kernel: bool) -> None:
-        super().__init__()
-        self.halo = halo
-        self.widest = widest
-        self.has_kernel = has_kernel
+    has_fused_form = False
 
-    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        """Return x + self(norm(x)), if `has_kernel`."""
+    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        """Return x + self(norm(x)), where `fused.can_run` allows it."""
         raise NotImplementedError
 
-    def _is_as_built(self, norm: nn.Module) -> bool:
-        """Return whether `norm` and all within compute what they were built for, unobserved."""
-        known = (nn.Conv2d, nn.LayerNorm, nn.Sequential, LayerNorm, FilterGenerator, type(self))
-        return all(
-            type(module) in known and cpu.serves_weights(module) and not _is_observed(module)
-            for module in (*norm.modules(), *self.modules())
-        )
 
-    def add_in_strips(self, x: Tensor, norm: nn.Module, in_place: bool) -> Tensor:
-        """Return x + self(norm(x)), written to `x` if `in_place` permits."""
-        return strips.add(
-            lambda seen, rows: self(norm(seen), rows), x, self.halo, self.widest, in_place
-        )
-
-    def add(self, x: Tensor, norm: nn.Module, in_place: bool = False) -> Tensor:
-        """Return x + self(norm(x)).
-
-        Without gradients on a CPU, a few rows at a time; then `in_place` permits to write to `x`.
-        """
-        if not strips.pay_for(x):
-            return self(norm(x)) + x
-        if self.has_kernel and cpu.serves(x) and self._is_as_built(norm):
-            return self.add_by_kernel(x, norm)
-        return self.add_in_strips(x.contiguous(memory_format=torch.channels_last), norm, in_place)
+def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
+    """Return x + mixer(norm(x)), fused where that can run."""
+    if mixer.has_fused_form and fused.can_run(x, norm, mixer):
+        return mixer.add_fused(x, norm)
+    if x.is_cpu and len(x) > 1 and is_inference():
+        # Memory for the maps of one image suffices.
+        return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
+    return (mixer(x, norm) if is_as_built(mixer) else mixer(norm(x))) + x
 
 
+def is_inference() -> bool:
+    """Return whether maps are not kept: no gradients, and nothing that traces or compiles."""
+    return not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
+
+
+@register
 class GDFN(Mixer):
     """Gated depthwise feed-forward network: project_out(gelu(a) · b), exact GELU, no biases.
 
@@ -145,20 +93,25 @@ class GDFN(Mixer):
         hidden: e, half the channels within.
     """
 
+    has_fused_form = True
+
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__(halo=1, widest=2 * hidden, has_kernel=True)
-        self.project_in = _pointwise(channels, 2 * hidden, bias=False)
-        self.dwconv = _depthwise(2 * hidden, 3, bias=False)
-        self.project_out = _pointwise(hidden, channels, bias=False)
+        super().__init__()
+        self.project_in = Conv1x1(channels, 2 * hidden, bias=False)
+        self.dwconv = DepthwiseConv(2 * hidden, 3, bias=False)
+        self.project_out = Conv1x1(hidden, channels, bias=False)
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        a, b = strips.depthwise(self.dwconv, self.project_in(x), rows).chunk(2, dim=1)
-        gate = F.gelu(a)
-        # In strips there are no gradients, and the gate's memory is in cache already.
-        return self.project_out(gate * b if rows is None else gate.mul_(b))
+    def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
+        return self.project_out(self._gate(normed(x, norm, self.project_in)))
 
-    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        return cpu.add_gdfn(
+    def _gate(self, x: Tensor) -> Tensor:
+        if is_as_built(self.dwconv):
+            return gated_depthwise(x, self.dwconv.weight)
+        a, b = self.dwconv(x).chunk(2, dim=1)
+        return F.gelu(a) * b
+
+    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        return fused.add_gdfn(
             x,
             norm.body.weight,
             norm.body.bias,
@@ -177,24 +130,26 @@ class BaseFFN(Mixer):
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__(halo=0, widest=hidden, has_kernel=False)
+        super().__init__()
         self.body = nn.Sequential(
-            _pointwise(channels, hidden, bias=True),
+            Conv1x1(channels, hidden, bias=True),
             nn.GELU(),
-            _pointwise(hidden, channels, bias=True),
+            Conv1x1(hidden, channels, bias=True),
         )
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        return self.body(x if rows is None else x[:, :, rows])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
 
 
-_FEED_FORWARDS: dict[str, Callable[[int, int], nn.Module]] = {"GDFN": GDFN, "BaseFFN": BaseFFN}
+_FEED_FORWARDS: dict[str, Callable[[int, int], Mixer]] = {"GDFN": GDFN, "BaseFFN": BaseFFN}
 
 
+@register
 class FilterGenerator(nn.Module):
     """Predict a K x K filter for each pixel and each of G groups of channels (MHDLSA).
 
-    The filters are never in memory as a map: `convolve` makes and uses them in one operator.
+    The filters are not in memory as a map, unless the last convolution is hooked or replaced:
+    `convolve` makes and uses them in one operator.
 
     Args:
         channels: C; filters come from D = C // 4 hidden channels.
@@ -207,18 +162,26 @@ class FilterGenerator(nn.Module):
         hidden = channels // 4
         self.kernel = kernel
         self.conv1 = nn.Sequential(
-            _pointwise(channels, hidden, bias=True), _depthwise(hidden, kernel, bias=True)
+            Conv1x1(channels, hidden, bias=True), DepthwiseConv(hidden, kernel, bias=True)
         )
-        self.conv2 = nn.Sequential(_pointwise(hidden, groups * kernel**2, bias=True))
+        self.conv2 = nn.Sequential(Conv1x1(hidden, groups * kernel**2, bias=True))
+
+    def has_settings(self) -> bool:
+        """Return whether its two stages have the layers that they were built with."""
+        return len(self.conv1) == 2 and len(self.conv2) == 1
 
     def convolve(self, x: Tensor) -> Tensor:
         """Filter `x` (B, C, H, W) with the filters predicted from it, to (B, C, H, W)."""
-        projection = self.conv2[0]
-        return projected_dwconv(
-            x, self.conv1(x), projection.weight.flatten(1), projection.bias, self.kernel
-        )
+        hidden = self.conv1(x)
+        if self.has_settings() and is_as_built(self.conv2, self.conv2[0]):
+            projection = self.conv2[0]
+            weight = projection.weight.flatten(1)
+            return projected_dwconv(x, hidden, weight, projection.bias, self.kernel)
+        filters = self.conv2(hidden)
+        return dynamic_dwconv(x, filters.unflatten(1, (-1, self.kernel, self.kernel)))
 
 
+@register
 class MHDLSA(Mixer):
     """Multi-head dynamic local self-attention: each pixel is filtered by a filter of its own.
 
@@ -227,34 +190,29 @@ class MHDLSA(Mixer):
         channels_per_filter: Channels that share one filter; the published option files call this
             the number of heads. There are G = C // channels_per_filter filters a pixel.
         kernel: K, odd.
-        dynamic: If false, a plain depthwise convolution stands in place of the dynamic one.
+        dynamic: If false, a plain depthwise convolution replaces the dynamic one.
     """
 
     def __init__(self, channels: int, channels_per_filter: int, kernel: int, dynamic: bool) -> None:
-        # Half of C: strips twice as tall, since the convolution within takes its own and the rows
-        # around them, K // 2 on either side, are many.
-        super().__init__(
-            halo=kernel // 2,
-            widest=channels // 2,
-            has_kernel=dynamic and kernel <= cpu.LARGEST_KERNEL,
-        )
+        super().__init__()
+        self.has_fused_form = dynamic and kernel <= fused.LARGEST_KERNEL
         self.dynamic = dynamic
-        self.conv0 = _pointwise(channels, channels, bias=False)
-        self.conv1 = _pointwise(channels, channels, bias=False)
+        self.conv0 = Conv1x1(channels, channels, bias=False)
+        self.conv1 = Conv1x1(channels, channels, bias=False)
         if dynamic:
             self.conv = FilterGenerator(channels, channels // channels_per_filter, kernel)
         else:
-            self.conv = _depthwise(channels, kernel, bias=True)
+            self.conv = DepthwiseConv(channels, kernel, bias=True)
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        y = self.conv0(x)
+    def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
+        y = normed(x, norm, self.conv0)
         y = self.conv.convolve(y) if self.dynamic else self.conv(y)
-        return self.conv1(y if rows is None else y[:, :, rows])
+        return self.conv1(y)
 
-    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
+    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
         squeeze, dwconv = self.conv.conv1
         projection = self.conv.conv2[0]
-        return cpu.add_mhdlsa(
+        return fused.add_mhdlsa(
             x,
             norm.body.weight,
             norm.body.bias,
@@ -269,97 +227,46 @@ class MHDLSA(Mixer):
         )
 
 
-def attention_weights(
-    product: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    temperature: Tensor,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return act(q̂ k̂ᵀ · temperature), the norms dividing the small product and not the maps.
-
-    Args:
-        product: q kᵀ, (B, h, c, c).
-        q_norm: Length of each row of q, (B, h, c).
-        k_norm: Length of each row of k, (B, h, c).
-        temperature: (h, 1, 1).
-        act: What turns similarities into weights.
-
-    Returns:
-        (B, h, c, c) in the dtype of `product`.
-    """
-    lengths = q_norm.clamp_min(_NORM_FLOOR)[..., None] * k_norm.clamp_min(_NORM_FLOOR)[..., None, :]
-    return act(product / lengths * temperature.to(product.dtype))
-
-
-def channel_attention(
-    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, act: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Attend over channels: act(q̂ k̂ᵀ · temperature) v with q̂, k̂ of unit length over pixels.
-
-    Products and norms are kept in float32 or wider, since a picture's sums overflow float16.
-
-    Args:
-        q: (B, h, c, N); c channels a head over N pixels.
-        k: (B, h, c, N).
-        v: (B, h, c, N).
-        temperature: (h, 1, 1).
-        act: What turns similarities (B, h, c, c) into weights.
-
-    Returns:
-        (B, h, c, N) in the dtype of `v`.
-    """
-    with full_precision(q.device.type):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(wide), k.to(wide)
-        q_norm, k_norm = (torch.linalg.vector_norm(each, dim=-1) for each in (q, k))
-        weights = attention_weights(q @ k.mT, q_norm, k_norm, temperature, act)
-        return weights.to(v.dtype) @ v
-
-
+@register
 class SparseGSA(Mixer):
     """Sparse global self-attention over channels; with a softmax it is Restormer's MDTA.
 
-    Maps (B, C, H, W) to (B, C, H, W). In eval mode with `window` given, attention is computed
-    within windows of that side and overlaps are averaged (TLC); training attends over the whole
-    patch.
+    act(q̂ k̂ᵀ · temperature) v for each head, with q̂ and k̂ of unit length over the pixels. In eval
+    mode with `window` given, attention is computed within windows of that side and overlaps are
+    averaged (TLC); training attends over the whole patch.
 
     Args:
         channels: C.
-        heads: h; C // h channels each.
+        heads: h; c = C // h channels each.
         activation: A key of the activations: relu (the paper), gelu, sigmoid or softmax.
         window: Side of the test-time windows in pixels, or None for none.
     """
 
+    has_fused_form = True
+
     def __init__(self, channels: int, heads: int, activation: str, window: int | None) -> None:
-        super().__init__(halo=1, widest=3 * channels, has_kernel=True)
+        super().__init__()
         self.heads = heads
         self.window = window
-        self.act = _ACTIVATIONS[activation]
+        self.activation = activation
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = _pointwise(channels, 3 * channels, bias=False)
-        self.qkv_dwconv = _depthwise(3 * channels, 3, bias=False)
-        self.project_out = _pointwise(channels, channels, bias=False)
+        self.qkv = Conv1x1(channels, 3 * channels, bias=False)
+        self.qkv_dwconv = DepthwiseConv(3 * channels, 3, bias=False)
+        self.project_out = Conv1x1(channels, channels, bias=False)
 
-    def _qkv(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        return strips.depthwise(self.qkv_dwconv, self.qkv(x), rows)
+    def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
+        qkv = self.qkv_dwconv(normed(x, norm, self.qkv))
+        window = self.eval_window()
+        with full_precision(x.device.type):
+            if window is None or max(qkv.shape[2:]) <= window:
+                y = channel_attention(qkv, self.temperature, self.heads, self.activation)
+            else:
+                y = windowed_attention(qkv, self.temperature, self.heads, self.activation, window)
+        return self.project_out(y)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """Map pixels of q, k and v (B, N, 3C) to the attended pixels of v (B, N, C)."""
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1)
-        attended = channel_attention(q, k, v, self.temperature, self.act)
-        return attended.permute(0, 3, 1, 2).flatten(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self._qkv(x)
-        size = qkv.shape[2:]
-        pixels = qkv.permute(0, 2, 3, 1).flatten(1, 2)
-        if self.window is None or self.training or max(size) <= self.window:
-            pixels = self._attend(pixels)
-        else:
-            windows = Windows(size, self.window)
-            pixels = windows.merge(self._attend(windows.cut(pixels)))
-        return self.project_out(pixels.unflatten(1, size).permute(0, 3, 1, 2))
+    def eval_window(self) -> int | None:
+        """Return the side of the windows that attention is computed in now, None for none."""
+        return None if self.training else self.window
 
     def _matrices(self, product: Tensor, squares: Tensor) -> Tensor:
         """Turn sums over windows into what acts on v, the projection included.
@@ -369,22 +276,16 @@ class SparseGSA(Mixer):
             squares: Σ q² and Σ k², (n, 2C).
 
         Returns:
-            (n, C, C) in the dtype of the weights.
+            (n, C, C).
         """
         heads = self.heads
-        q_norm, k_norm = squares.sqrt().unflatten(1, (2, heads, -1)).unbind(1)
-        weights = attention_weights(product, q_norm, k_norm, self.temperature, self.act)
-        projection = self.project_out.weight.flatten(1)
-        weights = weights.to(projection.dtype)
-        return torch.einsum(
-            "ohc,nhcd->nohd", projection.unflatten(1, (heads, -1)), weights
-        ).flatten(2)
+        squares = squares.unflatten(1, (2, heads, -1))
+        weights = attention_weights(product, squares, self.temperature, self.activation)
+        projection = self.project_out.weight.flatten(1).unflatten(1, (heads, -1))
+        return torch.einsum("ohc,nhcd->nohd", projection, weights).flatten(2)
 
-    def _window(self) -> int | None:
-        return None if self.training else self.window
-
-    def add_by_kernel(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        return cpu.add_attention(
+    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        return fused.add_attention(
             x,
             norm.body.weight,
             norm.body.bias,
@@ -392,24 +293,14 @@ class SparseGSA(Mixer):
             self.qkv_dwconv.weight,
             self.heads,
             self._matrices,
-            self._window(),
-        )
-
-    def add_in_strips(self, x: Tensor, norm: nn.Module, in_place: bool) -> Tensor:
-        def matrices(product: Tensor, squares: Tensor) -> Tensor:
-            product = product.unflatten(1, (self.heads, -1)).unflatten(3, (self.heads, -1))
-            product = product.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-            return self._matrices(product, squares)
-
-        return strips.add_attention(
-            x, lambda seen, rows: self._qkv(norm(seen), rows), matrices, self._window()
+            self.eval_window(),
         )
 
 
 class LocalLayer(nn.Module):
     """x + MHDLSA(LN(x)), then x + FFN(LN(x)). Maps (B, C, H, W) to (B, C, H, W)."""
 
-    def __init__(self, channels: int, mixer: MHDLSA, feed_forward: nn.Module) -> None:
+    def __init__(self, channels: int, mixer: MHDLSA, feed_forward: Mixer) -> None:
         super().__init__()
         self.norm1 = LayerNorm(channels)
         self.IDynamicDWConv = mixer
@@ -417,14 +308,14 @@ class LocalLayer(nn.Module):
         self.IDynamic_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.IDynamicDWConv.add(x, self.norm1)
-        return self.IDynamic_ffn.add(x, self.norm2, in_place=True)
+        x = add_mixed(x, self.norm1, self.IDynamicDWConv)
+        return add_mixed(x, self.norm2, self.IDynamic_ffn)
 
 
 class GlobalLayer(nn.Module):
     """x + SparseGSA(LN(x)), then x + FFN(LN(x)). Maps (B, C, H, W) to (B, C, H, W)."""
 
-    def __init__(self, channels: int, mixer: SparseGSA, feed_forward: nn.Module) -> None:
+    def __init__(self, channels: int, mixer: SparseGSA, feed_forward: Mixer) -> None:
         super().__init__()
         self.norm3 = LayerNorm(channels)
         self.restormer_attn = mixer
@@ -432,8 +323,8 @@ class GlobalLayer(nn.Module):
         self.restormer_ffn = feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.restormer_attn.add(x, self.norm3)
-        return self.restormer_ffn.add(x, self.norm4, in_place=True)
+        x = add_mixed(x, self.norm3, self.restormer_attn)
+        return add_mixed(x, self.norm4, self.restormer_ffn)
 
 
 class RHDTG(nn.Module):
@@ -524,7 +415,7 @@ class DLGSANet(nn.Module):
     (dim, groups, blocks) of (48, 3, 3) Tiny, (48, 4, 3) Light and (90, 6, 4) Large.
 
     Args:
-        in_chans: Channels of the picture; 3 are taken as RGB and have DIV2K's mean subtracted.
+        in_chans: Channels of the image; 3 are taken as RGB and have DIV2K's mean subtracted.
         dim: C, channels of the features; 4 or more, and divisible by the heads in use.
         groups: Number of residual groups (RHDTG).
         blocks: Blocks a group; a block is a local and a global layer, or one layer in the types
@@ -667,17 +558,17 @@ class DLGSANet(nn.Module):
             self.conv_last = Conv3x3(dim, in_chans)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Enlarge pictures (B, in_chans, H, W) in [0, 1] to (B, in_chans, H·s, W·s), not clipped.
+        """Enlarge images (B, in_chans, H, W) in [0, 1] to (B, in_chans, H·s, W·s), not clipped.
 
         Raises:
             ValueError: If `x` has another number of axes or channels.
         """
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
-                f"DLGSANet takes pictures (B, {self.in_chans}, H, W); got {tuple(x.shape)}"
+                f"DLGSANet takes images (B, {self.in_chans}, H, W); got {tuple(x.shape)}"
             )
         x = (x - self.mean) * self.img_range
-        if not cpu.serves(x):
+        if not cpu.can_run(x):
             # Norms and 1x1 convolutions then find a pixel's channels side by side.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.overlap_embed(x)

@@ -1,21 +1,25 @@
 """Windows of the test-time local converter (TLC), as DLGSANet uses it.
 
-A map is cut into windows of a fixed side, each is worked on by itself, and overlapping results
+A map is cut into windows of a fixed side, each is attended over by itself, and overlapping results
 are averaged. Along an axis of length L with k = min(L, side): n = ceil(L / k) windows would do;
 they start at 0, step, 2·step, … with step = ceil((L - k) / (n - 1)), the last at exactly L - k.
-All windows are cut into one batch and merged by index arithmetic: no loop over windows, no state,
-and a fixed order of summation, so results repeat bit for bit on every device.
+
+A window's attention is one matrix a head, made from sums over the window's pixels, and acts on each
+pixel alone. So a pixel under several windows meets the mean of their matrices, and no window is
+ever cut out: `membership` says over which positions a window's sums go, `shares` which mean acts
+where. Both need only the cells between all cuts, in which the windows are the same.
 
 Source: Chu et al., "Improving Image Restoration by Revisiting Global Information Aggregation",
 ECCV 2022, in the variant of the published DLGSANet.
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dlgsanet_arch.ops import attention_weights
 
 
 class Axis(NamedTuple):
@@ -27,135 +31,77 @@ class Axis(NamedTuple):
     count: int
 
     @classmethod
-    def plan(cls, length: int, side: int) -> "Axis":
-        """Cut an axis of `length` positions into windows of at most `side`."""
-        side = min(length, side)
+    def plan(cls, length: int, side: int | None) -> "Axis":
+        """Cut an axis of `length` positions into windows of at most `side`; None for one window."""
+        side = length if side is None else min(length, side)
         least = (length - 1) // side + 1
         if least == 1:
             return cls(length, side, side, 1)
         step = -(-(length - side) // (least - 1))
         return cls(length, side, step, -(-(length - side) // step) + 1)
 
-    def starts(self, device: torch.device) -> Tensor:
-        """List where the windows start: (count,)."""
-        return (torch.arange(self.count, device=device) * self.step).clamp(
-            max=self.length - self.side
-        )
-
-    def positions(self, device: torch.device) -> Tensor:
-        """List the positions within each window: (count, side)."""
-        return self.starts(device)[:, None] + torch.arange(self.side, device=device)
-
-    def _covering(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Find the first and the last window over each position: (length,) each."""
-        position = torch.arange(self.length, device=device)
-        last = torch.where(
-            position >= self.length - self.side,
-            self.count - 1,
-            (position // self.step).clamp(max=max(self.count - 2, 0)),
-        )
-        first = ((position - self.side) // self.step + 1).clamp(min=0, max=self.count - 1)
-        return first, last
-
-    def cover(self, device: torch.device) -> Tensor:
-        """Count the windows over each position: (length,)."""
-        first, last = self._covering(device)
-        return last - first + 1
-
-    def slices(self) -> list[slice]:
+    def windows(self) -> list[slice]:
         """List the positions under each window."""
-        starts = self.starts(torch.device("cpu")).tolist()
+        starts = (min(i * self.step, self.length - self.side) for i in range(self.count))
         return [slice(start, start + self.side) for start in starts]
 
-    def membership(self, dtype: torch.dtype) -> Tensor:
-        """Return which window lies over which position, as zeros and ones: (count, length)."""
-        membership = torch.zeros(self.count, self.length, dtype=dtype)
-        for window, positions in zip(membership, self.slices(), strict=True):
-            window[positions] = 1
-        return membership
+    def cells(self) -> list[slice]:
+        """List the longest slices of positions under the same windows."""
+        cuts = sorted({cut for each in self.windows() for cut in (each.start, each.stop)})
+        return [slice(*pair) for pair in itertools.pairwise(cuts)]
 
-    def cuts(self) -> list[int]:
-        """List where a window starts or ends, both ends of the axis included."""
-        return sorted({cut for each in self.slices() for cut in (each.start, each.stop)})
+    def membership(self, positions: Tensor) -> Tensor:
+        """Return which window lies over which position, as zeros and ones.
 
-    def bands(self) -> list[tuple[slice, slice]]:
-        """Cut the axis where a window starts or ends.
+        Args:
+            positions: (n,), whole numbers.
 
         Returns:
-            The longest slices of positions under the same windows, each with these windows.
+            (count, n) in float32.
         """
-        slices = self.slices()
-        bands = []
-        for start, stop in itertools.pairwise(self.cuts()):
-            over = [i for i, each in enumerate(slices) if each.start <= start < each.stop]
-            bands.append((slice(start, stop), slice(over[0], over[-1] + 1)))
-        return bands
+        starts = torch.arange(self.count, device=positions.device) * self.step
+        starts = starts.clamp(max=self.length - self.side)[:, None]
+        return ((starts <= positions) & (positions < starts + self.side)).float()
 
-    def layers(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield, for each layer of overlap, where each position lies in the windows.
-
-        Yields:
-            (length,) each: the window's number, the offset in it, and whether there is such a
-            window at all; where there is none, number and offset are those of another window.
-        """
-        position = torch.arange(self.length, device=device)
-        first, last = self._covering(device)
-        starts = self.starts(device)
-        for layer in range(self._deepest_overlap()):
-            window = torch.minimum(first + layer, last)
-            yield window, position - starts[window], first + layer <= last
-
-    def _deepest_overlap(self) -> int:
-        starts = [min(i * self.step, self.length - self.side) for i in range(self.count)]
-        return max(sum(s - self.side < other <= s for other in starts) for s in starts)
+    def shares(self, positions: Tensor) -> Tensor:
+        """Return the weight of each window in the mean over a position; as `membership`."""
+        membership = self.membership(positions)
+        return membership / membership.sum(0)
 
 
-class Windows:
-    """The windows of an H x W map, for maps as rows of pixels: (B, H·W, C).
-
-    Pixels are moved as whole rows of C values.
+def windowed_attention(
+    qkv: Tensor, temperature: Tensor, heads: int, activation: str, window: int
+) -> Tensor:
+    """Attend over channels within windows, overlaps averaged.
 
     Args:
-        size: (H, W) of the map.
-        side: Largest side of a window, in pixels; 1 or more.
+        qkv: (B, 3C, H, W), as for `ops.channel_attention`.
+        temperature: (h, 1, 1).
+        heads: h, of c = C // h channels each.
+        activation: A key of `ops.attention.ACTIVATIONS`.
+        window: Side of the windows in pixels.
 
-    Attributes:
-        rows: How the rows are cut.
-        columns: How the columns are cut.
+    Returns:
+        (B, C, H, W) in the dtype of `qkv`.
     """
-
-    def __init__(self, size: tuple[int, int], side: int) -> None:
-        self.rows = Axis.plan(size[0], side)
-        self.columns = Axis.plan(size[1], side)
-
-    def __len__(self) -> int:
-        return self.rows.count * self.columns.count
-
-    def cut(self, pixels: Tensor) -> Tensor:
-        """Cut (B, H·W, C) into (B · len(self), N, C), the windows of an item one after another."""
-        rows, columns = self.rows, self.columns
-        row = rows.positions(pixels.device)[:, None, :, None]
-        column = columns.positions(pixels.device)[None, :, None, :]
-        index = row * columns.length + column
-        cut = pixels.index_select(1, index.flatten())
-        return cut.unflatten(1, (len(self), -1)).flatten(0, 1)
-
-    def merge(self, windows: Tensor) -> Tensor:
-        """Average (B · len(self), N, C) where windows overlap, giving (B, H·W, C)."""
-        rows, columns = self.rows, self.columns
-        pixels = windows.unflatten(0, (-1, len(self))).flatten(1, 2)
-        total = None
-        for row_window, row_offset, row_valid in rows.layers(windows.device):
-            for column_window, column_offset, column_valid in columns.layers(windows.device):
-                window = row_window[:, None] * columns.count + column_window
-                offset = row_offset[:, None] * columns.side + column_offset
-                part = pixels.index_select(
-                    1, (window * rows.side * columns.side + offset).flatten()
-                )
-                if total is None:  # every pixel has a first window
-                    total = part
-                else:
-                    valid = (row_valid[:, None] & column_valid).flatten()[:, None]
-                    total = total + torch.where(valid, part, 0)
-        count = rows.cover(windows.device)[:, None] * columns.cover(windows.device)
-        return total / count.flatten()[:, None].to(total.dtype)
+    rows, columns = (Axis.plan(length, window) for length in qkv.shape[2:])
+    down, across = (torch.arange(axis.length, device=qkv.device) for axis in (rows, columns))
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    # (B, 3, h, c, H, W), and below m for windows of rows, n for windows of columns, w for columns.
+    qkv = qkv.unflatten(1, (3, heads, -1))
+    members = columns.membership(across).to(wide)
+    weights = []
+    for seen in rows.windows():
+        qk = qkv[:, :2, ..., seen, :].permute(1, 0, 5, 2, 3, 4).to(wide)  # (2, B, W, h, c, rows)
+        product = torch.einsum("nw,bwhcd->bnhcd", members, qk[0] @ qk[1].mT)
+        squares = torch.einsum("nw,kbwhc->bnkhc", members, qk.square().sum(-1))
+        weights.append(attention_weights(product, squares, temperature, activation))
+    weights = torch.einsum(
+        "nw,bmnhcd->mbwhcd", columns.shares(across).to(wide), torch.stack(weights, 1)
+    )
+    bands = []
+    for cell in rows.cells():
+        share = rows.shares(down[cell.start : cell.start + 1]).to(wide)[:, 0]
+        acting = torch.einsum("m,mbwhcd->bwhcd", share, weights).to(qkv.dtype)
+        bands.append(acting @ qkv[:, 2, ..., cell, :].permute(0, 4, 1, 2, 3))
+    return torch.cat(bands, -1).permute(0, 2, 3, 4, 1).flatten(1, 2)

@@ -52,7 +52,7 @@ def fingerprint() -> str:
     """Return a digest of all that decides what the .venv holds; it changes when they do."""
     package = ROOT / "dlgsanet_arch"
     files = [*REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", __file__]
-    files += [package / "version.py", package / "cpu" / "kernels.c"]
+    files += [package / "version.py", *sorted((package / "cpu").glob("*.[ch]"))]
     digest = hashlib.sha256(str(ROOT).encode())  # the checkout itself is installed, by its path
     for file in files:
         digest.update(Path(file).read_bytes())

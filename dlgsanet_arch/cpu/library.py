@@ -1,4 +1,4 @@
-"""The compiled kernels: which of them this machine runs, and how threads share their work."""
+"""The compiled kernels: which of them this machine runs, when, and how threads share their work."""
 
 import ctypes
 import functools
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-LARGEST_KERNEL = 33  # LARGEST_KERNEL of kernels.c
+LARGEST_KERNEL = 33  # LARGEST_KERNEL of common.h
+SOURCES = ("common.h", "dynamic.c", "layers.c", "operators.c", "work.c")  # as in setup.py
 BUILD = "'pip install --no-deps .' in the checkout (with -e, if you did so before)"
 
 
 class _Call(ctypes.Structure):
-    """`struct call` of kernels.c."""
+    """`struct call` of work.c."""
 
     _fields_ = (
         ("kernel", ctypes.c_void_p),
@@ -65,11 +66,11 @@ def _library() -> _Library:
         digest = ctypes.c_char.in_dll(kernels, "source_digest")
     except (OSError, ValueError) as error:
         return _Library(None, f"{spec.origin} does not load ({error}); {BUILD} builds it anew")
-    source = Path(__file__).with_name("kernels.c")  # in a checkout, not in an installed package
-    if source.exists():
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    if sources[0].exists():  # in a checkout, not in an installed package
         built_from = ctypes.string_at(ctypes.addressof(digest)).decode()
-        if built_from != hashlib.sha256(source.read_bytes()).hexdigest():
-            return _Library(None, f"{spec.origin} is older than kernels.c; {BUILD} builds it anew")
+        if built_from != hashlib.sha256(b"".join(map(Path.read_bytes, sources))).hexdigest():
+            return _Library(None, f"{spec.origin} is older than its source; {BUILD} builds it anew")
     return _Library(kernels, "")
 
 
@@ -81,6 +82,41 @@ def load() -> ctypes.CDLL | None:
 def why_not() -> str:
     """Say why there are no kernels, or return an empty text where there are."""
     return _library().fault
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let the process keep the memory of freed maps instead of giving it back to the system.
+
+    glibc maps every block above a threshold afresh, and each of its pages then costs a fault. The
+    threshold follows the largest block freed so far, up to 32 MiB. Elsewhere this does nothing.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
+def can_run(*tensors: Tensor | None) -> bool:
+    """Return whether kernels can compute with all of these: eager float32 on a CPU.
+
+    Compilers and exporters get PyTorch's own operators, which they know, and so do autocast and
+    subclasses of tensors. Nothing of this is remembered: a tensor's data may be replaced.
+    """
+    for each in tensors:
+        if each is not None and not (
+            each.dtype == torch.float32
+            and each.device.type == "cpu"
+            and type(each) in (Tensor, nn.Parameter)
+            and each.layout == torch.strided
+        ):
+            return False
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or load() is None
+    ):
+        return False
+    _keep_freed_memory()
+    return True
 
 
 @functools.cache
@@ -116,18 +152,31 @@ def _in_threads(work: Callable[[], None], count: int) -> None:
         wait(futures)
 
 
+def require_shapes(operator: str, *pairs: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Raise a ValueError for the first tensor that has not the shape beside it; None passes."""
+    for tensor, shape in pairs:
+        if tensor is not None and tensor.shape != torch.Size(shape):
+            raise ValueError(
+                f"{operator} needs a tensor of {tuple(shape)}; got {tuple(tensor.shape)}"
+            )
+
+
 def run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
     """Call a kernel in as many threads as PyTorch uses.
 
     Args:
-        name: Of the kernel in kernels.c.
+        name: Of the kernel in the C sources.
         tensors: Its tensors in order, contiguous and on the CPU; None for one that is left out.
         sizes: Its sizes in order.
 
     Raises:
+        TypeError: For a tensor of another dtype or device.
         MemoryError: If a thread found no memory for its rows.
     """
     library = load()
+    for each in tensors:
+        if each is not None and not (each.is_cpu and each.dtype in (torch.float32, torch.int64)):
+            raise TypeError(f"{name} computes in float32 on a CPU; got {each.dtype}, {each.device}")
     pointers = (ctypes.c_void_p * len(tensors))(
         *(None if each is None else each.data_ptr() for each in tensors)
     )
@@ -145,4 +194,4 @@ def run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> No
     else:
         _in_threads(lambda: library.work(ctypes.byref(call)), threads)
     if call.failed:
-        raise MemoryError(f"no memory for the rows that {name} works on")
+        raise MemoryError(f"no memory for what a thread of {name} keeps")

@@ -1,10 +1,29 @@
-"""The dynamic depthwise convolution of MHDLSA (paper), declared to PyTorch.
+"""The operators of the network, with gradients, declared to PyTorch.
 
-Imports go downwards: `operator` declares it, so that autograd, torch.compile and FlopCounterMode
-see one operator; `backends` chooses what computes it, `triton_kernels` or `shifted_taps`; `plain`
-is its form in exported models. `reference` is the definition, used by tests and benchmarks alone.
+`dynamic` has the dynamic depthwise convolution of MHDLSA (paper); `backends` chooses what computes
+it, `c_backend`, `triton_backend` or `pytorch_backend`; `plain` is its form in exported models.
+`convolutions` has what PyTorch computes slowly on a CPU, `attention` the attention over channels. `reference` is the definition, used by
+tests and benchmarks alone.
 """
 
-from dlgsanet_arch.ops.operator import dynamic_dwconv, projected_dwconv
+from dlgsanet_arch.ops.attention import attention_weights, channel_attention
+from dlgsanet_arch.ops.convolutions import (
+    depthwise,
+    gated_depthwise,
+    layer_norm,
+    normed_pointwise,
+    pointwise,
+)
+from dlgsanet_arch.ops.dynamic import dynamic_dwconv, projected_dwconv
 
-__all__ = ["dynamic_dwconv", "projected_dwconv"]
+__all__ = [
+    "attention_weights",
+    "channel_attention",
+    "depthwise",
+    "dynamic_dwconv",
+    "gated_depthwise",
+    "layer_norm",
+    "normed_pointwise",
+    "pointwise",
+    "projected_dwconv",
+]

@@ -1,9 +1,7 @@
-"""Which code computes the dynamic depthwise convolution: Triton kernels on a GPU, else PyTorch.
+"""Which code computes the dynamic convolution: C on a CPU, Triton on a GPU, else PyTorch.
 
-On a CPU that is MKL's sparse product where there is MKL, and a sum over shifted pictures elsewhere.
-
-Each backend is a module with `forward`, `backward`, `projected_forward` and `projected_backward`,
-as in `shifted_taps`, which serves every device and dtype.
+Each backend is a module with `projected_forward` and `projected_backward`. Those of `BACKENDS` are
+asked in order, and each says why it cannot run; PyTorch's form runs everywhere.
 """
 
 import functools
@@ -15,7 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dlgsanet_arch.ops import shifted_taps, sparse_product
+from dlgsanet_arch import cpu
+from dlgsanet_arch.cpu.library import LARGEST_KERNEL
+from dlgsanet_arch.ops import c_backend, pytorch_backend
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_LARGEST_KERNEL = 11
@@ -23,12 +23,12 @@ TRITON_LARGEST_KERNEL = 11
 
 @functools.cache
 def _has_triton() -> bool:
-    # Asked once: it walks through the path, and operators are called hundreds of times a forward.
+    # Asked once: it searches the path, and operators are called hundreds of times a forward.
     return importlib.util.find_spec("triton") is not None
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, kernel: int) -> str:
-    """Say why the Triton kernels cannot serve, or return an empty text where they can."""
+    """Say why the Triton kernels cannot run, or return an empty text where they can."""
     if device.type != "cuda":
         return f"there is no kernel for {device.type}"
     if not _has_triton():
@@ -49,18 +49,18 @@ def _warn_once(reason: str) -> None:
     )
 
 
-def choose(x: Tensor, kernel: int) -> ModuleType:
-    """Return the backend for `x` (B, C, H, W) and filters of side `kernel`.
+def choose(kernel: int, *tensors: Tensor) -> ModuleType:
+    """Return the backend for these tensors and filters of side `kernel`.
 
     Where a GPU or another accelerator gets the PyTorch form, that is said once, as a
     RuntimeWarning with the reason.
     """
-    if sparse_product.can_serve(x):
-        return sparse_product
-    if x.device.type in ("cpu", "meta"):
-        return shifted_taps
-    reason = why_not_triton(x.device, x.dtype, kernel)
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if device.type in ("cpu", "meta"):
+        runs_in_c = kernel <= LARGEST_KERNEL and cpu.can_run(*tensors)
+        return c_backend if runs_in_c else pytorch_backend
+    reason = why_not_triton(device, dtype, kernel)
     if reason:
         _warn_once(reason)
-        return shifted_taps
-    return importlib.import_module("dlgsanet_arch.ops.triton_kernels")
+        return pytorch_backend
+    return importlib.import_module("dlgsanet_arch.ops.triton_backend")

@@ -1,44 +1,30 @@
-"""The layers of DLGSANet that have a kernel, declared to PyTorch as operators for inference.
+"""The halves of DLGSANet's layers in C, declared to PyTorch as operators without gradients.
 
-Each takes and returns maps (B, C, H, W) in float32 on the CPU, without gradients. Names and
-formulas are those of `network.py`, which decides when a layer is computed this way.
+Each takes and returns maps (B, C, H, W) in float32 on the CPU. Names and formulas are those of
+`network.py`.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dlgsanet_arch import strips
-from dlgsanet_arch.cpu import library
-from dlgsanet_arch.tlc import Axis, Windows
+from dlgsanet_arch import cpu
+from dlgsanet_arch.cpu.library import LARGEST_KERNEL
+from dlgsanet_arch.tlc import Axis
 
 # Bytes of the rows that a thread keeps: they stay in its share of L2, 1 MiB on current servers.
 RING_BYTES = 768 << 10
 LEAST_ROWS = 8  # of a tile
 
 
-def serves(x: Tensor) -> bool:
-    """Return whether there are kernels for a map like `x`: float32 inference on a CPU."""
-    return (
-        strips.pay_for(x)
-        and x.dtype == torch.float32
-        and type(x) is Tensor
-        and x.numel() > 0
-        and library.load() is not None
-    )
-
-
-def serves_weights(module: nn.Module) -> bool:
-    """Return whether kernels can read the weights that `module` itself has."""
-    return all(
-        weight is None
-        or (type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_cpu)
-        for weight in module._parameters.values()
-    )
+def _ring_columns(ring: int) -> int:
+    """Return how many columns a thread keeps of rows with `ring` floats for each column."""
+    return max(16, RING_BYTES // (4 * ring))
 
 
 def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
@@ -54,7 +40,7 @@ def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
         ring: Floats that a thread keeps of each column.
     """
     batch, _, height, width = x.shape
-    across = -(-width // max(16, RING_BYTES // (4 * ring)))
+    across = -(-width // _ring_columns(ring))
     threads = torch.get_num_threads()
 
     def rows_in_turn(down: int) -> int:
@@ -64,6 +50,15 @@ def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
     best = min(map(rows_in_turn, choices))
     down = max(each for each in choices if rows_in_turn(each) <= 1.05 * best)
     return -(-height // down), -(-width // across)
+
+
+# Rows of a tile of `attention_sums`. Its sums go over a tile's part of a cell, so that its tiles must
+# not depend on the number of threads.
+_SUM_ROWS = 48
+
+
+def _sum_tile(x: Tensor) -> tuple[int, int]:
+    return min(x.shape[2], _SUM_ROWS), min(x.shape[3], _ring_columns(3 * 3 * x.shape[1]))
 
 
 def _borders(length: int, side: int) -> list[int]:
@@ -78,7 +73,7 @@ class _Cells(NamedTuple):
     Attributes:
         summed: Where cells start that lie in one tile and under the same windows, and the end.
         members: Which window lies over which of these, zeros and ones (windows, cells).
-        covered: The same without tiles.
+        covered: The same as `summed` without tiles.
         shares: The weight of each window in the mean over a cell of `covered`, (windows, cells).
     """
 
@@ -90,18 +85,24 @@ class _Cells(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _cells(axis: Axis, side: int) -> _Cells:
-    over = axis.membership(torch.float32)
-    covered = axis.cuts()
+    covered = [0, *(cell.stop for cell in axis.cells())]
     summed = sorted({*covered, *_borders(axis.length, side)})
-    shares = over[:, covered[:-1]]
-    return _Cells(summed, over[:, summed[:-1]], covered, shares / shares.sum(0))
+    members, shares = torch.tensor(summed[:-1]), torch.tensor(covered[:-1])
+    return _Cells(summed, axis.membership(members), covered, axis.shares(shares))
 
 
 def _run(
     kernel: str, tile: tuple[int, int], tensors: Sequence[Tensor | None], sizes: Sequence[int]
 ) -> None:
     batch, _, height, width = tensors[0].shape
-    library.run(kernel, tensors, [batch, height, width, *tile, *sizes])
+    cpu.run(kernel, tensors, [batch, height, width, *tile, *sizes])
+
+
+def _require_cuts(x: Tensor, *cuts: Sequence[int]) -> None:
+    for each, length in zip(cuts, x.shape[2:], strict=True):
+        rising = all(a < b for a, b in itertools.pairwise(each))
+        if not rising or each[0] != 0 or each[-1] != length:
+            raise ValueError(f"cuts must rise from 0 to {length}; got {list(each)}")
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -109,7 +110,6 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _new_map(x: Tensor, channels: int | None = None) -> Tensor:
-    strips.keep_memory()
     batch, own, height, width = x.shape
     return x.new_empty((batch, own if channels is None else channels, height, width))
 
@@ -133,8 +133,16 @@ def add_gdfn(
         dwconv: (2e, 1, 3, 3).
         project_out: (C, e, 1, 1).
     """
+    channels, hidden = x.shape[1], project_out.shape[1]
+    cpu.require_shapes(
+        "add_gdfn",
+        (norm_weight, (channels,)),
+        (norm_bias, (channels,)),
+        (project_in, (2 * hidden, channels, 1, 1)),
+        (dwconv, (2 * hidden, 1, 3, 3)),
+        (project_out, (channels, hidden, 1, 1)),
+    )
     out = _new_map(x)
-    channels, hidden = project_out.shape[:2]
     tile = _tile(x, 1, 3 * 2 * hidden)
     tensors = _dense(x, norm_weight, norm_bias, project_in, dwconv, project_out)
     _run("add_gdfn", tile, [*tensors, out], [channels, hidden])
@@ -170,9 +178,24 @@ def add_mhdlsa(
         projection_bias: (G·K²,).
         conv1: (C, C, 1, 1).
     """
-    out = _new_map(x)
     channels, (hidden, _, kernel, _) = x.shape[1], dwconv.shape
     groups = len(projection) // kernel**2
+    cpu.require_shapes(
+        "add_mhdlsa",
+        (norm_weight, (channels,)),
+        (norm_bias, (channels,)),
+        (conv0, (channels, channels, 1, 1)),
+        (squeeze, (hidden, channels, 1, 1)),
+        (squeeze_bias, (hidden,)),
+        (dwconv, (hidden, 1, kernel, kernel)),
+        (dwconv_bias, (hidden,)),
+        (projection, (groups * kernel**2, hidden, 1, 1)),
+        (projection_bias, (groups * kernel**2,)),
+        (conv1, (channels, channels, 1, 1)),
+    )
+    if groups == 0 or channels % groups or kernel % 2 == 0 or kernel > LARGEST_KERNEL:
+        raise ValueError(f"add_mhdlsa has no filters of {kernel} for {groups} of {channels} channels")
+    out = _new_map(x)
     tile = _tile(x, kernel // 2, kernel * (channels + hidden))
     tensors = _dense(
         x, norm_weight, norm_bias, conv0, squeeze, squeeze_bias, dwconv, dwconv_bias,
@@ -192,7 +215,6 @@ def attention_sums(
     heads: int,
     row_cuts: Sequence[int],
     column_cuts: Sequence[int],
-    tile: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute q, k and v from LN(x), and of q and k only sums over the cells of a grid.
 
@@ -203,21 +225,34 @@ def attention_sums(
         qkv: (3C, C, 1, 1).
         dwconv: (3C, 1, 3, 3).
         heads: h, of c = C // h channels each.
-        row_cuts: The rows where the cells start, and H.
-        column_cuts: The columns where the cells start, and W.
-        tile: Rows and columns of a thread's tile; its borders must be cuts.
+        row_cuts: The rows where the cells start, and H; borders of tiles (`_sum_tile`) among them.
+        column_cuts: The columns where the cells start, and W; likewise.
 
     Returns:
         v (B, C, H, W), and (B, rows, columns, C·c + 2C) for the cells: Σ q kᵀ of each head, and
         Σ q² and Σ k² of each channel.
     """
     channels = x.shape[1]
+    cpu.require_shapes(
+        "attention_sums",
+        (norm_weight, (channels,)),
+        (norm_bias, (channels,)),
+        (qkv, (3 * channels, channels, 1, 1)),
+        (dwconv, (3 * channels, 1, 3, 3)),
+    )
+    if channels % heads:
+        raise ValueError(f"attention_sums has {heads} heads for {channels} channels")
+    _require_cuts(x, row_cuts, column_cuts)
+    tile = _sum_tile(x)
+    for each, length, side in zip((row_cuts, column_cuts), x.shape[2:], tile, strict=True):
+        if not set(_borders(length, side)) <= set(each):
+            raise ValueError(f"attention_sums needs cuts at {_borders(length, side)}")
     v = _new_map(x)
     cells = (len(row_cuts) - 1, len(column_cuts) - 1)
     sums = x.new_zeros((len(x), *cells, channels * (channels // heads) + 2 * channels))
     cuts = [torch.tensor(each) for each in (row_cuts, column_cuts)]
     tensors = _dense(x, norm_weight, norm_bias, qkv, dwconv)
-    _run("attention_sums", tuple(tile), [*tensors, *cuts, v, sums], [channels, heads, *cells])
+    _run("attention_sums", tile, [*tensors, *cuts, v, sums], [channels, heads, *cells])
     return v, sums
 
 
@@ -238,8 +273,13 @@ def add_attended(
         row_cuts: As in `attention_sums`.
         column_cuts: As in `attention_sums`.
     """
+    batch, channels = x.shape[:2]
+    cells = (len(row_cuts) - 1, len(column_cuts) - 1)
+    cpu.require_shapes(
+        "add_attended", (v, x.shape), (matrices, (batch, *cells, channels, channels))
+    )
+    _require_cuts(x, row_cuts, column_cuts)
     out = _new_map(x)
-    channels, cells = x.shape[1], matrices.shape[1:3]
     cuts = [torch.tensor(each) for each in (row_cuts, column_cuts)]
     tile = _tile(x, 2, 2 * channels)  # each tile packs its cells' matrices
     tensors = _dense(x, v, matrices)
@@ -275,16 +315,15 @@ def add_attention(
         window: Side of the windows in pixels; None for one window over all.
     """
     batch, channels, height, width = x.shape
-    windows = Windows((height, width), window or max(height, width))
-    tile = _tile(x, 1, 3 * 3 * channels)
-    rows, columns = map(_cells, (windows.rows, windows.columns), tile)
+    axes = Axis.plan(height, window), Axis.plan(width, window)
+    rows, columns = map(_cells, axes, _sum_tile(x))
     v, sums = attention_sums(
-        x, norm_weight, norm_bias, qkv, dwconv, heads, rows.summed, columns.summed, tile
+        x, norm_weight, norm_bias, qkv, dwconv, heads, rows.summed, columns.summed
     )
     sums = torch.einsum("ir,jc,brcf->bijf", rows.members, columns.members, sums).flatten(0, 2)
     products, squares = sums.split([sums.shape[1] - 2 * channels, 2 * channels], 1)
     acting = matrices(products.unflatten(1, (heads, channels // heads, -1)), squares)
-    acting = acting.unflatten(0, (batch, windows.rows.count, windows.columns.count))
+    acting = acting.unflatten(0, (batch, axes[0].count, axes[1].count))
     acting = torch.einsum("ir,jc,bijde->brcde", rows.shares, columns.shares, acting)
     return add_attended(x, v, acting, rows.covered, columns.covered)
 
@@ -301,6 +340,7 @@ def convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (B, C', H, W).
     """
+    cpu.require_shapes("convolve3x3", (weight, (len(weight), x.shape[1], 3, 3)), (bias, (len(weight),)))
     out = _new_map(x, len(weight))
     tile = _tile(x, 1, 3 * x.shape[1])
     _run("convolve3x3", tile, [*_dense(x, weight, bias), out], [x.shape[1], len(weight)])
@@ -324,7 +364,6 @@ def _(
     heads: int,
     row_cuts: Sequence[int],
     column_cuts: Sequence[int],
-    tile: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     batch, channels = x.shape[:2]
     features = channels * (channels // heads) + 2 * channels

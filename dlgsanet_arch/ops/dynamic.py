@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dlgsanet_arch.ops import backends
+from dlgsanet_arch.ops import backends, pytorch_backend
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 
@@ -16,14 +16,14 @@ from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    return backends.choose(x, weight.shape[2]).forward(x, weight)
+    return pytorch_backend.forward(x, weight)
 
 
 @torch.library.custom_op("dlgsanet::dynamic_dwconv_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight)
-    return backends.choose(x, weight.shape[2]).backward(grad, x, weight)
+    return pytorch_backend.backward(grad, x, weight)
 
 
 # Autocast is kept out of the backends: it would round the filters, which are float32 there.
@@ -32,7 +32,8 @@ def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: 
     if x.numel() == 0:
         return torch.empty_like(x)
     with full_precision(x.device.type):
-        return backends.choose(x, kernel).projected_forward(x, hidden, weight, bias, kernel)
+        backend = backends.choose(kernel, x, hidden, weight, bias)
+        return backend.projected_forward(x, hidden, weight, bias, kernel)
 
 
 @torch.library.custom_op("dlgsanet::projected_dwconv_backward", mutates_args=())
@@ -41,8 +42,8 @@ def _projected_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
-    backend = backends.choose(x, kernel)
     with full_precision(x.device.type):
+        backend = backends.choose(kernel, grad, x, hidden, weight, bias)
         return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
 
 
@@ -113,38 +114,32 @@ def _projected_backward_flops(
     return 2 * _convolution_flops(x, kernel) + 3 * _projection_flops(x, weight)
 
 
-def _describe(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def _refuse(problem: str, **tensors: Tensor) -> None:
+    got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    raise ValueError(f"{problem}; got {got}")
 
 
-def _require_one_kind(x: Tensor, **others: Tensor) -> None:
-    """Refuse dtypes and devices that differ from those of `x`."""
-    named = {"x": x, **others}
-    if not x.is_floating_point() or any(t.dtype != x.dtype for t in others.values()):
-        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named.items())
+def _require_one_kind(**tensors: Tensor) -> None:
+    """Refuse dtypes and devices that differ."""
+    first, *others = tensors.values()
+    if not first.is_floating_point() or any(each.dtype != first.dtype for each in others):
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         raise ValueError(f"all must have one floating dtype; got {dtypes}")
-    if any(t.device != x.device for t in others.values()):
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in named.items())
+    if any(each.device != first.device for each in others):
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all must be on one device; got {devices}")
-
-
-def _require_groups(x: Tensor, groups: int) -> None:
-    if groups == 0 or x.shape[1] % groups:
-        raise ValueError(
-            f"{x.shape[1]} channels cannot be split into {groups} filter groups; "
-            f"got {_describe(x=x)}"
-        )
 
 
 def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve each pixel's neighbourhood with that pixel's own filter (paper, MHDLSA).
 
     out[b, c, y, x] = Σ_ij weight[b, g(c), i, j, y, x] · in[b, c, y + i - K//2, x + j - K//2],
-    zero outside the picture, with g(c) = c // (C // G). Differentiable once. While a model is
-    exported, the operator becomes a short graph of plain operators.
+    zero outside the image, with g(c) = c // (C // G). Differentiable once. Plain PyTorch on every
+    device: the network calls it where its filters come from a layer that is hooked or replaced.
+    While a model is exported, the operator becomes a short graph of plain operators.
 
     Args:
-        x: (B, C, H, W), any strides; nothing in it gives an empty result.
+        x: (B, C, H, W), any strides; an empty tensor gives an empty result.
         weight: (B, G, K, K, H, W) in the dtype and on the device of `x`; K odd, C divisible
             by G.
 
@@ -154,16 +149,16 @@ def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: For shapes, dtypes or devices that do not fit together.
     """
-    given = _describe(x=x, weight=weight)
     if x.dim() != 4 or weight.dim() != 6:
-        raise ValueError(f"x must be (B, C, H, W) and weight (B, G, K, K, H, W); got {given}")
+        _refuse("x must be (B, C, H, W) and weight (B, G, K, K, H, W)", x=x, weight=weight)
     batch, groups, kernel, kernel_width, height, width = weight.shape
     if (batch, height, width) != (x.shape[0], x.shape[2], x.shape[3]):
-        raise ValueError(f"x and weight differ in batch or picture size; got {given}")
+        _refuse("x and weight differ in batch or image size", x=x, weight=weight)
     if kernel != kernel_width or kernel % 2 == 0:
-        raise ValueError(f"the filters' side must be odd and square; got {given}")
-    _require_groups(x, groups)
-    _require_one_kind(x, weight=weight)
+        _refuse("the filters' side must be odd and square", x=x, weight=weight)
+    if groups == 0 or x.shape[1] % groups:
+        _refuse(f"channels cannot be split into {groups} filter groups", x=x, weight=weight)
+    _require_one_kind(x=x, weight=weight)
     if torch.compiler.is_exporting():
         return dynamic_dwconv_plain(x, weight)
     return _forward(x, weight)
@@ -181,7 +176,7 @@ def projected_dwconv(
     the operator becomes a short graph of plain operators.
 
     Args:
-        x: (B, C, H, W), any strides; nothing in it gives an empty result.
+        x: (B, C, H, W), any strides; an empty tensor gives an empty result.
         hidden: (B, D, H, W), any strides, in the dtype and on the device of `x`.
         weight: (G·K², D); row (g·K + i)·K + j makes tap i, j of group g. C divisible by G.
         bias: (G·K²,).
@@ -193,19 +188,18 @@ def projected_dwconv(
     Raises:
         ValueError: For shapes, dtypes or devices that do not fit together.
     """
-    given = _describe(x=x, hidden=hidden, weight=weight, bias=bias) + f", kernel {kernel}"
+    given = {"x": x, "hidden": hidden, "weight": weight, "bias": bias}
     if x.dim() != 4 or hidden.dim() != 4 or weight.dim() != 2 or bias.dim() != 1:
-        raise ValueError(
-            "x and hidden must be (B, C or D, H, W), weight (G·K², D) and bias (G·K²,); "
-            f"got {given}"
-        )
+        _refuse("x and hidden must be (B, C or D, H, W), weight (G·K², D), bias (G·K²,)", **given)
     if x.shape[0] != hidden.shape[0] or x.shape[2:] != hidden.shape[2:]:
-        raise ValueError(f"x and hidden differ in batch or picture size; got {given}")
+        _refuse("x and hidden differ in batch or image size", **given)
     if weight.shape[1] != hidden.shape[1] or weight.shape[0] != bias.shape[0]:
-        raise ValueError(f"weight does not fit hidden or bias; got {given}")
+        _refuse("weight does not fit hidden or bias", **given)
     if kernel < 1 or kernel % 2 == 0 or weight.shape[0] % kernel**2:
-        raise ValueError(f"kernel must be odd, and weight have K² rows a group; got {given}")
-    _require_groups(x, weight.shape[0] // kernel**2)
+        _refuse(f"kernel {kernel} must be odd, and weight have K² rows a group", **given)
+    groups = weight.shape[0] // kernel**2
+    if groups == 0 or x.shape[1] % groups:
+        _refuse(f"channels cannot be split into {groups} filter groups", **given)
     device = x.device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -213,7 +207,7 @@ def projected_dwconv(
             each.to(dtype) if each.dtype != torch.float64 else each
             for each in (x, hidden, weight, bias)
         )
-    _require_one_kind(x, hidden=hidden, weight=weight, bias=bias)
+    _require_one_kind(x=x, hidden=hidden, weight=weight, bias=bias)
     if torch.compiler.is_exporting():
         filters = F.conv2d(hidden, weight[:, :, None, None], bias)
         return dynamic_dwconv_plain(x, filters.unflatten(1, (-1, kernel, kernel)))

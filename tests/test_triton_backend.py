@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: in the interpreter of Triton, and on a GPU.
 
-Triton decides when it is imported whether it interprets. So the kernels are interpreted in a
-process of their own, born with `TRITON_INTERPRET` set; nothing of it reaches other tests.
+Triton decides at import whether it interprets. So the kernels are interpreted in a separate
+process, started with `TRITON_INTERPRET` set, and other tests are not affected.
 """
 
 import importlib.util
@@ -12,19 +12,19 @@ from unittest import mock
 import pytest
 import torch
 
-from dlgsanet_arch.ops import dynamic_dwconv, projected_dwconv
-from dlgsanet_arch.ops.reference import dynamic_dwconv_reference, projected_dwconv_reference
+from dlgsanet_arch.ops import projected_dwconv
+from dlgsanet_arch.ops.reference import projected_dwconv_reference
 
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.mT.contiguous().mT,
-    # Every second row of a wider map, from its second column and channel on: nothing is aligned.
+    # Every second row of a larger map, from its second column and channel on: nothing is aligned.
     "sliced": lambda x: _slice_of_a_larger_map(x),
 }
 # Tiles are 4 x 16 pixels: below, at and above; smaller than the kernel; H != W.
 # (B, C, H, W), G, K, D, dtype, layout of x, of the hidden features, of the arriving gradient.
-PROJECTED = [
+CASES = [
     ((1, 12, 5, 17), 2, 3, 12, "float32", "channels last", "channels last", "channels last"),
     ((2, 4, 2, 3), 2, 5, 5, "bfloat16", "channels last", "nchw", "sliced"),
     ((1, 2, 1, 2), 1, 7, 3, "float16", "nchw", "channels last", "nchw"),
@@ -34,16 +34,8 @@ PROJECTED = [
     ((1, 9, 1, 3), 1, 3, 2, "float32", "sliced", "channels last", "nchw"),
     ((1, 11, 3, 1), 1, 1, 1, "float16", "channels last", "sliced", "sliced"),
 ]
-# The same without D; the layouts are of x and of the arriving gradient.
-GIVEN = [
-    ((1, 6, 5, 17), 1, 3, "bfloat16", "channels last", "nchw"),
-    ((2, 20, 2, 3), 10, 3, "float32", "nchw", "channels last"),
-    ((1, 5, 1, 2), 1, 5, "float16", "sliced", "transposed"),
-    ((1, 4, 3, 2), 2, 1, "float32", "transposed", "sliced"),
-]
 TOLERANCES = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
-PROJECTED_NAMES = ("output", "grad x", "grad hidden", "grad weight", "grad bias")
-GIVEN_NAMES = ("output", "grad x", "grad weight")
+NAMES = ("output", "grad x", "grad hidden", "grad weight", "grad bias")
 
 
 def _slice_of_a_larger_map(x):
@@ -53,21 +45,13 @@ def _slice_of_a_larger_map(x):
     return part.copy_(x)
 
 
-def make_projected(shape, groups, kernel, depth, dtype, device="cpu"):
+def make_tensors(shape, groups, kernel, depth, dtype, device="cpu"):
     """Return the arriving gradient, x, hidden, weight and bias."""
     generator = torch.Generator().manual_seed(1)
     batch, _, height, width = shape
     shapes = (shape, shape, (batch, depth, height, width), (groups * kernel**2, depth))
     tensors = [torch.randn(each, generator=generator) for each in (*shapes, shapes[-1][:1])]
     return [each.to(device, dtype) for each in tensors]
-
-
-def make_given(shape, groups, kernel, dtype, device="cpu"):
-    """Return the arriving gradient, x and the filters."""
-    generator = torch.Generator().manual_seed(1)
-    batch, _, height, width = shape
-    shapes = (shape, shape, (batch, groups, kernel, kernel, height, width))
-    return [torch.randn(each, generator=generator).to(device, dtype) for each in shapes]
 
 
 def judge(reference, grad, *inputs):
@@ -86,21 +70,21 @@ def check(names, actual, expected, inputs, tolerance):
         assert error <= tolerance, f"{name}: {error:.1e} for {like.dtype}"
 
 
-# What follows up to the next comment runs in the interpreting process.
+# The functions up to "The tests" run in the interpreting process.
 def _prepare():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
 
 
 def _kernels():
-    from dlgsanet_arch.ops import triton_kernels
+    from dlgsanet_arch.ops import triton_backend
 
-    return triton_kernels
+    return triton_backend
 
 
-def check_projected(shape, groups, kernel, depth, dtype, x_layout, hidden_layout, grad_layout):
+def check_case(shape, groups, kernel, depth, dtype, x_layout, hidden_layout, grad_layout):
     kernels = _kernels()
-    grad, x, hidden, weight, bias = make_projected(
+    grad, x, hidden, weight, bias = make_tensors(
         shape, groups, kernel, depth, getattr(torch, dtype)
     )
     grad, x = LAYOUTS[grad_layout](grad), LAYOUTS[x_layout](x)
@@ -112,41 +96,28 @@ def check_projected(shape, groups, kernel, depth, dtype, x_layout, hidden_layout
         *kernels.projected_backward(grad, *inputs, kernel),
     )
     expected = judge(lambda *each: projected_dwconv_reference(*each, kernel), grad, *inputs)
-    check(PROJECTED_NAMES, actual, expected, (x, *inputs), TOLERANCES[dtype])
-
-
-def check_given(shape, groups, kernel, dtype, x_layout, grad_layout):
-    kernels = _kernels()
-    grad, x, weight = make_given(shape, groups, kernel, getattr(torch, dtype))
-    grad, x = LAYOUTS[grad_layout](grad), LAYOUTS[x_layout](x)
-    if x_layout == "channels last":
-        weight = weight.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
-    elif x_layout == "sliced":
-        weight = weight.repeat_interleave(2, 3)[..., ::2, :, :].flip(2).mT.contiguous().mT
-    actual = (kernels.forward(x, weight), *kernels.backward(grad, x, weight))
-    expected = judge(dynamic_dwconv_reference, grad, x, weight)
-    check(GIVEN_NAMES, actual, expected, (x, x, weight), TOLERANCES[dtype])
+    check(NAMES, actual, expected, (x, *inputs), TOLERANCES[dtype])
 
 
 def check_expanded_gradient():
-    # What sum() sends back: one number for all pixels, all strides zero.
+    # The gradient of sum(): one number for all pixels, all strides zero.
     kernels = _kernels()
-    _, x, hidden, weight, bias = inputs = make_projected((1, 2, 2, 3), 1, 3, 2, torch.float32)
+    _, x, hidden, weight, bias = inputs = make_tensors((1, 2, 2, 3), 1, 3, 2, torch.float32)
     grad = torch.ones(()).expand(x.shape)
     actual = kernels.projected_backward(grad, x, hidden, weight, bias, 3)
     expected = judge(lambda *each: projected_dwconv_reference(*each, 3), grad, *inputs[1:])
-    check(PROJECTED_NAMES[1:], actual, expected[1:], inputs[1:], 1e-6)
+    check(NAMES[1:], actual, expected[1:], inputs[1:], 1e-6)
 
 
 def check_shares_of_tiles():
     # Three tiles in two shares, and taps that do not fill the last program.
     with mock.patch.multiple(_kernels(), PROJECTION_SPLITS=2, PROJECTION_TAPS=2):
-        check_projected((1, 2, 9, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
+        check_case((1, 2, 9, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
 
 
 def check_out_of_reach():
-    # A row at infinity, which no tap of the rows above the last two sees.
-    grad, x, *others = make_projected((1, 2, 4, 3), 1, 3, 2, torch.float32)
+    # A row of infinities, which no tap reaches from the rows above the last two.
+    grad, x, *others = make_tensors((1, 2, 4, 3), 1, 3, 2, torch.float32)
     x[:, :, 3] = torch.inf
     _, grad_hidden, *_ = _kernels().projected_backward(grad, x, *others, 3)
     assert grad_hidden[:, :, :2].isfinite().all()
@@ -155,31 +126,26 @@ def check_out_of_reach():
 
 def check_same_bits():
     kernels = _kernels()
-    grad, *inputs = make_projected((1, 2, 5, 3), 1, 3, 3, torch.float32)
+    grad, *inputs = make_tensors((1, 2, 5, 3), 1, 3, 3, torch.float32)
     first = kernels.projected_backward(grad, *inputs, 3)
     second = kernels.projected_backward(grad, *inputs, 3)
-    for name, one, other in zip(PROJECTED_NAMES[1:], first, second, strict=True):
+    for name, one, other in zip(NAMES[1:], first, second, strict=True):
         assert torch.equal(one, other), name
 
 
-def check_wide_counting():
-    # Elements counted in 64 bits, as in tensors of more than 2**31 of them.
+def check_wide_offsets():
+    # 64-bit offsets, as for tensors of more than 2**31 elements.
     kernels = _kernels()
     with mock.patch.object(kernels, "_index", return_value=kernels.tl.int64):
-        check_projected((2, 2, 3, 2), 1, 3, 2, "float32", "nchw", "channels last", "nchw")
-        check_given((2, 2, 3, 2), 1, 3, "float32", "channels last", "nchw")
+        check_case((2, 2, 3, 2), 1, 3, 2, "float32", "nchw", "channels last", "nchw")
 
 
 def check_nothing_to_do(shape):
     kernels = _kernels()
     with mock.patch.object(kernels, "_launch", side_effect=AssertionError("launched")):
-        grad, *inputs = make_projected(shape, 2, 3, 3, torch.float32)
+        grad, *inputs = make_tensors(shape, 2, 3, 3, torch.float32)
         assert kernels.projected_forward(*inputs, 3).shape == shape
         for each, like in zip(kernels.projected_backward(grad, *inputs, 3), inputs, strict=True):
-            assert torch.equal(each, torch.zeros_like(like))
-        grad, *inputs = make_given(shape, 2, 3, torch.float32)
-        assert kernels.forward(*inputs).shape == shape
-        for each, like in zip(kernels.backward(grad, *inputs), inputs, strict=True):
             assert torch.equal(each, torch.zeros_like(like))
 
 
@@ -209,24 +175,19 @@ def check_index():
 # The tests.
 @pytest.fixture(scope="module")
 def interpreted():
-    """Return a function that calls another in a process where Triton interprets."""
+    """Return a function that runs another in a process where Triton interprets."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: requirements-test.txt names it for Linux")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")  # inherited by the process, which starts here
+            patch.setenv("TRITON_INTERPRET", "1")  # for the process, which starts here
             process.submit(_prepare).result()
         yield lambda function, *args: process.submit(function, *args).result()
 
 
-@pytest.mark.parametrize("case", PROJECTED, ids=str)
-def test_projected_form_equals_reference(interpreted, case):
-    interpreted(check_projected, *case)
-
-
-@pytest.mark.parametrize("case", GIVEN, ids=str)
-def test_form_with_given_filters_equals_reference(interpreted, case):
-    interpreted(check_given, *case)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_equal_reference(interpreted, case):
+    interpreted(check_case, *case)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +197,7 @@ def test_form_with_given_filters_equals_reference(interpreted, case):
         check_shares_of_tiles,
         check_out_of_reach,
         check_same_bits,
-        check_wide_counting,
+        check_wide_offsets,
         check_precision,
         check_index,
     ],
@@ -250,7 +211,7 @@ def test_nothing_is_launched_for_nothing(interpreted, shape):
     interpreted(check_nothing_to_do, shape)
 
 
-# (B, C, H, W), G, K, D: Tiny to 1280x720, a batch of its training patches, Large with odd sides.
+# (B, C, H, W), G, K, D: Tiny to 1280x720, a batch of its training patches, Large with odd sizes.
 REAL = [
     ((1, 48, 180, 320), 8, 7, 12),
     ((16, 48, 48, 48), 8, 7, 12),
@@ -276,37 +237,23 @@ def _nan_in_new_memory():
 def test_real_sizes_on_cuda(shape, groups, kernel, depth, precision, layout):
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = getattr(torch, precision, torch.float32)
-    grad, x, hidden, weight, bias = make_projected(shape, groups, kernel, depth, dtype, "cuda")
+    grad, x, hidden, weight, bias = make_tensors(shape, groups, kernel, depth, dtype, "cuda")
     x, hidden = LAYOUTS[layout](x), LAYOUTS[layout](hidden)
     inputs = [each.requires_grad_() for each in (x, hidden, weight, bias)]
     out = projected_dwconv(*inputs, kernel)
     actual = [out.detach(), *torch.autograd.grad(out, inputs, grad)]
     expected = judge(lambda *each: projected_dwconv_reference(*each, kernel), grad, *inputs)
-    check(PROJECTED_NAMES, actual, expected, (x, *inputs), REAL_TOLERANCES[precision])
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("_nan_in_new_memory")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_given_filters_on_cuda(dtype, layout):
-    grad, x, weight = make_given((2, 90, 53, 67), 15, 7, dtype, "cuda")
-    x = LAYOUTS[layout](x).requires_grad_()
-    out = dynamic_dwconv(x, weight.requires_grad_())
-    actual = [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
-    expected = judge(dynamic_dwconv_reference, grad, x, weight)
-    tolerance = REAL_TOLERANCES[str(dtype).removeprefix("torch.")]
-    check(GIVEN_NAMES, actual, expected, (x, x, weight), tolerance)
+    check(NAMES, actual, expected, (x, *inputs), REAL_TOLERANCES[precision])
 
 
 @pytest.mark.gpu
 def test_gradients_have_the_same_bits_on_cuda():
-    grad, *inputs = make_projected((16, 48, 48, 48), 8, 7, 12, torch.bfloat16, "cuda")
+    grad, *inputs = make_tensors((16, 48, 48, 48), 8, 7, 12, torch.bfloat16, "cuda")
     inputs = [each.requires_grad_() for each in inputs]
     first, second = (
         torch.autograd.grad(projected_dwconv(*inputs, 7), inputs, grad) for _ in range(2)
     )
-    for name, one, other in zip(PROJECTED_NAMES[1:], first, second, strict=True):
+    for name, one, other in zip(NAMES[1:], first, second, strict=True):
         assert torch.equal(one, other), name
 
 
@@ -321,9 +268,9 @@ def test_new_size_compiles_nothing_on_cuda(layout, monkeypatch):
     )
 
     def run(batch, height, width):
-        # A depth that no other test has: the first size must be seen to compile.
+        # A depth that no other test has, so that the first size does compile.
         shape = (batch, 40, height, width)
-        grad, x, hidden, weight, bias = make_projected(shape, 4, 5, 9, torch.float32, "cuda")
+        grad, x, hidden, weight, bias = make_tensors(shape, 4, 5, 9, torch.float32, "cuda")
         x, hidden, grad = (LAYOUTS[layout](each) for each in (x, hidden, grad))
         inputs = [each.requires_grad_() for each in (x, hidden, weight, bias)]
         torch.autograd.grad(projected_dwconv(*inputs, 5), inputs, grad)
@@ -338,7 +285,7 @@ def test_new_size_compiles_nothing_on_cuda(layout, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_cuda(dtype):
-    grad, *inputs = make_projected((2, 48, 40, 56), 8, 7, 12, torch.float32, "cuda")
+    grad, *inputs = make_tensors((2, 48, 40, 56), 8, 7, 12, torch.float32, "cuda")
     inputs = [each.requires_grad_() for each in inputs]
     with torch.autocast("cuda", dtype):
         out = projected_dwconv(*inputs, 7)
@@ -346,12 +293,12 @@ def test_autocast_on_cuda(dtype):
     gradients = torch.autograd.grad(out, inputs, grad.to(dtype))
     expected = judge(lambda *each: projected_dwconv_reference(*each, 7), grad, *inputs)
     tolerance = 2 * REAL_TOLERANCES[str(dtype).removeprefix("torch.")]
-    check(PROJECTED_NAMES[1:], gradients, expected[1:], inputs, tolerance)
+    check(NAMES[1:], gradients, expected[1:], inputs, tolerance)
 
 
 @pytest.mark.gpu
 def test_filters_are_never_in_memory_on_cuda():
-    grad, *inputs = make_projected((1, 48, 360, 640), 8, 7, 12, torch.bfloat16, "cuda")
+    grad, *inputs = make_tensors((1, 48, 360, 640), 8, 7, 12, torch.bfloat16, "cuda")
     inputs = [each.requires_grad_() for each in inputs]
     torch.autograd.grad(projected_dwconv(*inputs, 7), inputs, grad)
     before = torch.cuda.memory_allocated()
@@ -363,7 +310,7 @@ def test_filters_are_never_in_memory_on_cuda():
 
 @pytest.mark.gpu
 def test_forward_is_captured_in_a_cuda_graph():
-    _, *inputs = make_projected((1, 48, 60, 80), 8, 7, 12, torch.bfloat16, "cuda")
+    _, *inputs = make_tensors((1, 48, 60, 80), 8, 7, 12, torch.bfloat16, "cuda")
     expected = projected_dwconv(*inputs, 7)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,0 +1,60 @@
+"""Whether a module is as it was built, so that its weights may be read instead of calling it."""
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from dlgsanet_arch.ops.convolutions import NORM_EPS
+
+# The forward that each known class was defined with.
+_FORWARDS = {kind: kind.forward for kind in (nn.LayerNorm, nn.Sequential)}
+
+
+def register(kind: type[nn.Module]) -> type[nn.Module]:
+    """Let `is_as_built` know a class by its forward; a decorator.
+
+    A class with settings that can be changed has a method `has_settings`, which says whether they
+    are those that it was built with.
+    """
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+def is_as_built(*modules: nn.Module) -> bool:
+    """Return whether reading the weights of these modules is as good as calling them.
+
+    It is not where a module has a hook of any kind, where a hook is set for all modules, where its
+    forward was replaced (on the object or on its class), where it is of another class (as with
+    parametrisations, adapters and wrappers), and where its settings or shapes were changed.
+    Nothing is remembered between calls.
+    """
+    if torch_module._has_any_global_hook():
+        return False
+    for module in modules:
+        own, kind = module.__dict__, type(module)
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or kind.forward is not _FORWARDS.get(kind)
+        ):
+            return False
+        if kind is nn.LayerNorm:
+            if not _norm_has_settings(module):
+                return False
+        elif hasattr(kind, "has_settings") and not module.has_settings():
+            return False
+    return True
+
+
+def _norm_has_settings(norm: nn.LayerNorm) -> bool:
+    own = norm.__dict__
+    shape = own["normalized_shape"]
+    return (
+        own["eps"] == NORM_EPS
+        and norm.weight is not None
+        and norm.bias is not None
+        and len(shape) == 1
+        and norm.weight.shape == norm.bias.shape == shape
+    )

@@ -1,0 +1,107 @@
+"""The convolutions and the norm that the network is built of.
+
+Each is PyTorch's own layer, and computes by the operators of `ops` where its settings are those it
+was built with.
+"""
+
+from torch import Tensor, nn
+
+from dlgsanet_arch import fused
+from dlgsanet_arch.as_built import is_as_built, register
+from dlgsanet_arch.ops import depthwise, normed_pointwise, pointwise
+from dlgsanet_arch.ops.convolutions import NORM_EPS
+
+
+def _has_settings(conv: nn.Conv2d, groups: int) -> bool:
+    """Return whether a convolution keeps the size, and its weight is what its attributes say."""
+    own = conv.__dict__
+    kernel = own["kernel_size"][0]
+    weight, bias = conv.weight, conv.bias
+    outs, ins = own["out_channels"], own["in_channels"]
+    return (
+        own["kernel_size"] == (kernel, kernel)
+        and own["padding"] == (kernel // 2, kernel // 2)
+        and own["stride"] == own["dilation"] == (1, 1)
+        and own["groups"] == groups
+        and own["padding_mode"] == "zeros"
+        and weight.shape == (outs, ins // groups, kernel, kernel)
+        and (bias is None or bias.shape == (outs,))
+    )
+
+
+@register
+class Conv1x1(nn.Conv2d):
+    """1x1 convolution. Maps (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, channels_in: int, channels_out: int, bias: bool) -> None:
+        super().__init__(channels_in, channels_out, 1, bias=bias)
+
+    def has_settings(self) -> bool:
+        """Return whether its settings are those it was built with."""
+        return _has_settings(self, 1) and self.kernel_size == (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_settings():
+            return pointwise(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+@register
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of an odd side with a border of zeros. Keeps (B, C, H, W)."""
+
+    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
+        super().__init__(
+            channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias
+        )
+
+    def has_settings(self) -> bool:
+        """Return whether its settings are those it was built with."""
+        return _has_settings(self, self.in_channels) and self.in_channels == self.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_settings():
+            return depthwise(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+@register
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with a border of zeros. Maps (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1, bias=bias)
+
+    def has_settings(self) -> bool:
+        """Return whether its settings are those it was built with."""
+        return _has_settings(self, 1) and self.kernel_size == (3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_settings() and fused.can_convolve(x, self.weight, self.bias):
+            return fused.convolve3x3(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+@register
+class LayerNorm(nn.Module):
+    """Normalise over the channels of each pixel: biased variance, eps 1e-5, weight and bias.
+
+    Maps (B, C, H, W) to (B, C, H, W). Half precision is normalised in float32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.LayerNorm(channels, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def normed(x: Tensor, norm: LayerNorm | None, conv: Conv1x1) -> Tensor:
+    """Return conv(norm(x)), in one operator where both are as built; conv(x) without a norm."""
+    if norm is None:
+        return conv(x)
+    if is_as_built(norm, norm.body, conv):
+        body = norm.body
+        return normed_pointwise(x, body.weight, body.bias, conv.weight, conv.bias)
+    return conv(norm(x))
