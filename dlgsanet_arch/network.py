@@ -79,9 +79,7 @@ def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
 
 def is_inference() -> bool:
     """Return whether maps are not kept: no gradients, and nothing that traces or compiles."""
-    return not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @register

@@ -32,13 +32,18 @@ class _Call(ctypes.Structure):
 
 
 def variant() -> str | None:
-    """Return which instruction set's kernels this machine runs, as in setup.py; None for none.
+    """Return which instruction set's kernels are used, as in setup.py; None for none.
 
-    PyTorch's own choice is followed, ATEN_CPU_CAPABILITY included.
+    PyTorch's own choice is followed, ATEN_CPU_CAPABILITY included; DLGSANET_KERNELS=avx2 takes the
+    narrower ones on a processor that has both, and DLGSANET_KERNELS=0 none.
     """
     if platform.machine() in ("aarch64", "arm64"):
-        return "neon"
-    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability())
+        found = ["neon"]
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        found = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(capability, [])
+    wanted = os.environ.get("DLGSANET_KERNELS")
+    return next((name for name in found if wanted in (None, "", name)), None)
 
 
 class _Library(NamedTuple):
@@ -52,9 +57,10 @@ class _Library(NamedTuple):
 def _library() -> _Library:
     name = variant()
     if name is None:
-        limit = os.environ.get("ATEN_CPU_CAPABILITY")
-        cause = f", as ATEN_CPU_CAPABILITY is {limit!r}" if limit else ""
-        return _Library(None, f"PyTorch uses neither AVX2 nor NEON here{cause}")
+        limits = {key: os.environ.get(key) for key in ("ATEN_CPU_CAPABILITY", "DLGSANET_KERNELS")}
+        causes = [f"{key} is {value!r}" for key, value in limits.items() if value]
+        cause = f", as {' and '.join(causes)}" if causes else ""
+        return _Library(None, f"none is for what PyTorch uses here{cause}")
     spec = importlib.util.find_spec(f"dlgsanet_arch.cpu._{name}")
     if spec is None:
         if os.name != "posix":

@@ -6,15 +6,16 @@ Each takes and returns maps (B, C, H, W) in float32 on the CPU. Names and formul
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL
+from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.tlc import Axis
 
 # Bytes of the rows that a thread keeps: they stay in its share of L2, 1 MiB on current servers.
@@ -52,8 +53,8 @@ def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
     return -(-height // down), -(-width // across)
 
 
-# Rows of a tile of `attention_sums`. Its sums go over a tile's part of a cell, so that its tiles must
-# not depend on the number of threads.
+# Rows of a tile of `attention_sums`. Its sums go over a tile's part of a cell, so they must not
+# depend on the number of threads.
 _SUM_ROWS = 48
 
 
@@ -87,15 +88,14 @@ class _Cells(NamedTuple):
 def _cells(axis: Axis, side: int) -> _Cells:
     covered = [0, *(cell.stop for cell in axis.cells())]
     summed = sorted({*covered, *_borders(axis.length, side)})
-    members, shares = torch.tensor(summed[:-1]), torch.tensor(covered[:-1])
+    members, shares = (torch.tensor(each[:-1], device="cpu") for each in (summed, covered))
     return _Cells(summed, axis.membership(members), covered, axis.shares(shares))
 
 
-def _run(
-    kernel: str, tile: tuple[int, int], tensors: Sequence[Tensor | None], sizes: Sequence[int]
-) -> None:
+def _run(kernel: str, tile: tuple[int, int], tensors: Sequence[Tensor | None], *sizes: int) -> None:
     batch, _, height, width = tensors[0].shape
-    cpu.run(kernel, tensors, [batch, height, width, *tile, *sizes])
+    dense = [each if each is None else each.contiguous() for each in tensors]
+    cpu.run(kernel, dense, [batch, height, width, *tile, *sizes])
 
 
 def _require_cuts(x: Tensor, *cuts: Sequence[int]) -> None:
@@ -105,17 +105,16 @@ def _require_cuts(x: Tensor, *cuts: Sequence[int]) -> None:
             raise ValueError(f"cuts must rise from 0 to {length}; got {list(each)}")
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [each if each is None else each.contiguous() for each in tensors]
+def _entries(x: Any, *weights: Any) -> int:
+    """Count a multiply-add of every pixel with every entry of these weights; takes shapes."""
+    return 2 * x[0] * x[2] * x[3] * sum(map(math.prod, weights))
 
 
-def _new_map(x: Tensor, channels: int | None = None) -> Tensor:
-    batch, own, height, width = x.shape
-    return x.new_empty((batch, own if channels is None else channels, height, width))
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("dlgsanet::add_gdfn", mutates_args=(), device_types="cpu")
-def add_gdfn(
+def _add_gdfn(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -142,15 +141,13 @@ def add_gdfn(
         (dwconv, (2 * hidden, 1, 3, 3)),
         (project_out, (channels, hidden, 1, 1)),
     )
-    out = _new_map(x)
-    tile = _tile(x, 1, 3 * 2 * hidden)
-    tensors = _dense(x, norm_weight, norm_bias, project_in, dwconv, project_out)
-    _run("add_gdfn", tile, [*tensors, out], [channels, hidden])
+    out = x.new_empty(x.shape)
+    tensors = (x, norm_weight, norm_bias, project_in, dwconv, project_out, out)
+    _run("add_gdfn", _tile(x, 1, 3 * 2 * hidden), tensors, channels, hidden)
     return out
 
 
-@torch.library.custom_op("dlgsanet::add_mhdlsa", mutates_args=(), device_types="cpu")
-def add_mhdlsa(
+def _add_mhdlsa(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -163,7 +160,7 @@ def add_mhdlsa(
     projection_bias: Tensor,
     conv1: Tensor,
 ) -> Tensor:
-    """Return x + MHDLSA(LN(x)), with filters of at most library.LARGEST_KERNEL.
+    """Return x + MHDLSA(LN(x)), with filters of at most LARGEST_KERNEL.
 
     Args:
         x: (B, C, H, W).
@@ -194,19 +191,24 @@ def add_mhdlsa(
         (conv1, (channels, channels, 1, 1)),
     )
     if groups == 0 or channels % groups or kernel % 2 == 0 or kernel > LARGEST_KERNEL:
-        raise ValueError(f"add_mhdlsa has no filters of {kernel} for {groups} of {channels} channels")
-    out = _new_map(x)
+        raise ValueError(f"add_mhdlsa cannot have {channels=}, {groups=}, {kernel=}")
+    out = x.new_empty(x.shape)
     tile = _tile(x, kernel // 2, kernel * (channels + hidden))
-    tensors = _dense(
-        x, norm_weight, norm_bias, conv0, squeeze, squeeze_bias, dwconv, dwconv_bias,
-        projection, projection_bias, conv1,
-    )  # fmt: skip
-    _run("add_mhdlsa", tile, [*tensors, out], [channels, hidden, groups, kernel])
+    tensors = (
+        *(x, norm_weight, norm_bias, conv0, squeeze, squeeze_bias, dwconv, dwconv_bias),
+        *(projection, projection_bias, conv1, out),
+    )
+    _run("add_mhdlsa", tile, tensors, channels, hidden, groups, kernel)
     return out
 
 
-@torch.library.custom_op("dlgsanet::attention_sums", mutates_args=(), device_types="cpu")
-def attention_sums(
+def _mhdlsa_flops(x: Any, *weights: Any) -> int:
+    _, _, conv0, squeeze, _, dwconv, _, projection, _, conv1 = weights
+    filters = (x[1], *dwconv[2:])  # each channel of a pixel meets a filter
+    return _entries(x, conv0, squeeze, dwconv, projection, filters, conv1)
+
+
+def _attention_sums(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -232,7 +234,7 @@ def attention_sums(
         v (B, C, H, W), and (B, rows, columns, C·c + 2C) for the cells: Σ q kᵀ of each head, and
         Σ q² and Σ k² of each channel.
     """
-    channels = x.shape[1]
+    channels, tile = x.shape[1], _sum_tile(x)
     cpu.require_shapes(
         "attention_sums",
         (norm_weight, (channels,)),
@@ -241,23 +243,32 @@ def attention_sums(
         (dwconv, (3 * channels, 1, 3, 3)),
     )
     if channels % heads:
-        raise ValueError(f"attention_sums has {heads} heads for {channels} channels")
+        raise ValueError(f"attention_sums cannot have {heads=} for {channels=}")
     _require_cuts(x, row_cuts, column_cuts)
-    tile = _sum_tile(x)
-    for each, length, side in zip((row_cuts, column_cuts), x.shape[2:], tile, strict=True):
-        if not set(_borders(length, side)) <= set(each):
+    for cuts, length, side in zip((row_cuts, column_cuts), x.shape[2:], tile, strict=True):
+        if not set(_borders(length, side)) <= set(cuts):
             raise ValueError(f"attention_sums needs cuts at {_borders(length, side)}")
-    v = _new_map(x)
-    cells = (len(row_cuts) - 1, len(column_cuts) - 1)
-    sums = x.new_zeros((len(x), *cells, channels * (channels // heads) + 2 * channels))
-    cuts = [torch.tensor(each) for each in (row_cuts, column_cuts)]
-    tensors = _dense(x, norm_weight, norm_bias, qkv, dwconv)
-    _run("attention_sums", tile, [*tensors, *cuts, v, sums], [channels, heads, *cells])
+    v, sums = _sums_like(x, norm_weight, norm_bias, qkv, dwconv, heads, row_cuts, column_cuts)
+    cuts = [torch.tensor(each, device="cpu") for each in (row_cuts, column_cuts)]
+    tensors = (x, norm_weight, norm_bias, qkv, dwconv, *cuts, v, sums.zero_())
+    _run("attention_sums", tile, tensors, channels, heads, *sums.shape[1:3])
     return v, sums
 
 
-@torch.library.custom_op("dlgsanet::add_attended", mutates_args=(), device_types="cpu")
-def add_attended(
+def _sums_like(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    *_, heads, row_cuts, column_cuts = given
+    channels = x.shape[1]
+    features = channels * (channels // heads) + 2 * channels
+    cells = (len(row_cuts) - 1, len(column_cuts) - 1)
+    return x.new_empty(x.shape), x.new_empty((len(x), *cells, features))
+
+
+def _sums_flops(x: Any, norm_weight: Any, norm_bias: Any, *given: Any) -> int:
+    qkv, dwconv, heads, *_ = given
+    return _entries(x, qkv, dwconv, (x[1], x[1] // heads))
+
+
+def _add_attended(
     x: Tensor,
     v: Tensor,
     matrices: Tensor,
@@ -270,8 +281,8 @@ def add_attended(
         x: (B, C, H, W).
         v: (B, C, H, W).
         matrices: (B, rows, columns, C, C).
-        row_cuts: As in `attention_sums`.
-        column_cuts: As in `attention_sums`.
+        row_cuts: As in `_attention_sums`, but without tiles.
+        column_cuts: Likewise.
     """
     batch, channels = x.shape[:2]
     cells = (len(row_cuts) - 1, len(column_cuts) - 1)
@@ -279,12 +290,47 @@ def add_attended(
         "add_attended", (v, x.shape), (matrices, (batch, *cells, channels, channels))
     )
     _require_cuts(x, row_cuts, column_cuts)
-    out = _new_map(x)
-    cuts = [torch.tensor(each) for each in (row_cuts, column_cuts)]
+    out = x.new_empty(x.shape)
+    cuts = [torch.tensor(each, device="cpu") for each in (row_cuts, column_cuts)]
     tile = _tile(x, 2, 2 * channels)  # each tile packs its cells' matrices
-    tensors = _dense(x, v, matrices)
-    _run("add_attended", tile, [*tensors, *cuts, out], [channels, *cells])
+    _run("add_attended", tile, (x, v, matrices, *cuts, out), channels, *cells)
     return out
+
+
+def _convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution of x (B, C, H, W) with a border of zeros: (B, C', H, W).
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C', C, 3, 3).
+        bias: (C',), or None for zeros.
+    """
+    outs, channels = len(weight), x.shape[1]
+    cpu.require_shapes("convolve3x3", (weight, (outs, channels, 3, 3)), (bias, (outs,)))
+    out = _convolved_like(x, weight)
+    _run("convolve3x3", _tile(x, 1, 3 * channels), (x, weight, bias, out), channels, outs)
+    return out
+
+
+def _convolved_like(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((len(x), len(weight), *x.shape[2:]))
+
+
+_on_cpu = functools.partial(declare, device_types="cpu")
+add_gdfn = _on_cpu(
+    "add_gdfn", _add_gdfn, result=_like, flops=lambda x, _, __, *weights: _entries(x, *weights)
+)
+add_mhdlsa = _on_cpu("add_mhdlsa", _add_mhdlsa, result=_like, flops=_mhdlsa_flops)
+attention_sums = _on_cpu("attention_sums", _attention_sums, result=_sums_like, flops=_sums_flops)
+add_attended = _on_cpu(
+    "add_attended", _add_attended, result=_like, flops=lambda x, *_: _entries(x, (x[1], x[1]))
+)
+convolve3x3 = _on_cpu(
+    "convolve3x3",
+    _convolve3x3,
+    result=_convolved_like,
+    flops=lambda x, weight, _: _entries(x, weight),
+)
 
 
 def add_attention(
@@ -305,11 +351,11 @@ def add_attention(
 
     Args:
         x: (B, C, H, W).
-        norm_weight: As in `attention_sums`.
-        norm_bias: As in `attention_sums`.
-        qkv: As in `attention_sums`.
-        dwconv: As in `attention_sums`.
-        heads: As in `attention_sums`.
+        norm_weight: As in `_attention_sums`.
+        norm_bias: As in `_attention_sums`.
+        qkv: As in `_attention_sums`.
+        dwconv: As in `_attention_sums`.
+        heads: As in `_attention_sums`.
         matrices: Maps the sums of n windows, Σ q kᵀ (n, h, c, c) and Σ q² and Σ k² (n, 2C), to
             what acts on v: (n, C, C).
         window: Side of the windows in pixels; None for one window over all.
@@ -326,89 +372,3 @@ def add_attention(
     acting = acting.unflatten(0, (batch, axes[0].count, axes[1].count))
     acting = torch.einsum("ir,jc,bijde->brcde", rows.shares, columns.shares, acting)
     return add_attended(x, v, acting, rows.covered, columns.covered)
-
-
-@torch.library.custom_op("dlgsanet::convolve3x3", mutates_args=(), device_types="cpu")
-def convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the convolution with a border of zeros.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C', C, 3, 3).
-        bias: (C',), or None for zeros.
-
-    Returns:
-        (B, C', H, W).
-    """
-    cpu.require_shapes("convolve3x3", (weight, (len(weight), x.shape[1], 3, 3)), (bias, (len(weight),)))
-    out = _new_map(x, len(weight))
-    tile = _tile(x, 1, 3 * x.shape[1])
-    _run("convolve3x3", tile, [*_dense(x, weight, bias), out], [x.shape[1], len(weight)])
-    return out
-
-
-@add_gdfn.register_fake
-@add_mhdlsa.register_fake
-@add_attended.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return _new_map(x)
-
-
-@attention_sums.register_fake
-def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv: Tensor,
-    dwconv: Tensor,
-    heads: int,
-    row_cuts: Sequence[int],
-    column_cuts: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    batch, channels = x.shape[:2]
-    features = channels * (channels // heads) + 2 * channels
-    return _new_map(x), x.new_empty((batch, len(row_cuts) - 1, len(column_cuts) - 1, features))
-
-
-@convolve3x3.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _new_map(x, len(weight))
-
-
-# FlopCounterMode hands over what the operators take, with shapes in place of tensors. All that is
-# multiplied are weights with an entry for each pixel: as many products as entries.
-def _flops(x_shape: Any, *weight_shapes: Any) -> int:
-    batch, _, height, width = x_shape
-    entries = sum(torch.Size(shape).numel() for shape in weight_shapes)
-    return 2 * batch * height * width * entries
-
-
-@register_flop_formula(torch.ops.dlgsanet.add_gdfn)
-def _gdfn_flops(x: Any, norm_weight: Any, norm_bias: Any, *weights: Any, **_: Any) -> int:
-    return _flops(x, *weights)
-
-
-@register_flop_formula(torch.ops.dlgsanet.add_mhdlsa)
-def _mhdlsa_flops(
-    x: Any, norm_weight: Any, norm_bias: Any, conv0: Any, squeeze: Any, squeeze_bias: Any,
-    dwconv: Any, dwconv_bias: Any, projection: Any, projection_bias: Any, conv1: Any, **_: Any,
-) -> int:  # fmt: skip
-    filters = (x[1], *dwconv[2:])  # each channel of a pixel meets a filter
-    return _flops(x, conv0, squeeze, dwconv, projection, filters, conv1)
-
-
-@register_flop_formula(torch.ops.dlgsanet.attention_sums)
-def _attention_flops(
-    x: Any, norm_weight: Any, norm_bias: Any, qkv: Any, dwconv: Any, heads: int, *_: Any, **__: Any
-) -> int:
-    return _flops(x, qkv, dwconv, (x[1], x[1] // heads))
-
-
-@register_flop_formula(torch.ops.dlgsanet.add_attended)
-def _attended_flops(x: Any, *_: Any, **__: Any) -> int:
-    return _flops(x, (x[1], x[1]))
-
-
-@register_flop_formula(torch.ops.dlgsanet.convolve3x3)
-def _convolution_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return _flops(x, weight)

@@ -2,8 +2,8 @@
 
 `dynamic` has the dynamic depthwise convolution of MHDLSA (paper); `backends` chooses what computes
 it, `c_backend`, `triton_backend` or `pytorch_backend`; `plain` is its form in exported models.
-`convolutions` has what PyTorch computes slowly on a CPU, `attention` the attention over channels. `reference` is the definition, used by
-tests and benchmarks alone.
+`convolutions` has what PyTorch computes slowly on a CPU, `attention` the attention over channels.
+`reference` is the definition, used by tests and benchmarks alone.
 """
 
 from dlgsanet_arch.ops.attention import attention_weights, channel_attention

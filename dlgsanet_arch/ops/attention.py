@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import c_backend
+from dlgsanet_arch.ops.declare import declare
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -67,11 +67,7 @@ def channel_attention(qkv: Tensor, temperature: Tensor, heads: int, activation: 
     return (weights.to(v.dtype) @ v).flatten(1, 2).unflatten(2, qkv.shape[2:])
 
 
-# ---- the operator, as PyTorch sees it
-
-
-@torch.library.custom_op("dlgsanet::channel_attention", mutates_args=(), device_types="cpu")
-def _attention(
+def _forward(
     qkv: Tensor, temperature: Tensor, heads: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, and for the backward Σ q kᵀ (B, h, c, c), and Σ q² and Σ k² (B, 2C)."""
@@ -79,9 +75,9 @@ def _attention(
     q, k, v = qkv.chunk(3, 1)
     squares = qkv.new_empty(len(q), 2 * q.shape[1])
     product = c_backend.head_products(q, k, heads, squares)
-    weights = _weights(product, squares, temperature, activation)
+    by_head = squares.unflatten(1, (2, heads, -1))
     out = v.new_empty(v.shape)
-    c_backend.head_apply(weights, v, out)
+    c_backend.head_apply(attention_weights(product, by_head, temperature, activation), v, out)
     return out, product, squares
 
 
@@ -89,14 +85,9 @@ def _require(qkv: Tensor, temperature: Tensor, heads: int, activation: str) -> N
     cpu.require_shapes("channel_attention", (temperature, (heads, 1, 1)))
     if qkv.dim() != 4 or qkv.shape[1] % (3 * heads) or activation not in ACTIVATIONS:
         raise ValueError(
-            "channel_attention needs qkv (B, 3C, H, W) with C divisible by heads, and an activation "
-            f"of {', '.join(ACTIVATIONS)}; got {tuple(qkv.shape)}, {heads=}, {activation=}"
+            "channel_attention needs qkv (B, 3C, H, W), C divisible by heads, and an activation of "
+            f"{', '.join(ACTIVATIONS)}; got {tuple(qkv.shape)}, {heads=}, {activation=}"
         )
-
-
-def _weights(product: Tensor, squares: Tensor, temperature: Tensor, activation: str) -> Tensor:
-    heads = product.shape[1]
-    return attention_weights(product, squares.unflatten(1, (2, heads, -1)), temperature, activation)
 
 
 def _activation_backward(grad: Tensor, scaled: Tensor, weights: Tensor, activation: str) -> Tensor:
@@ -110,93 +101,68 @@ def _activation_backward(grad: Tensor, scaled: Tensor, weights: Tensor, activati
     return weights * (grad - (grad * weights).sum(-1, keepdim=True))
 
 
-@torch.library.custom_op(
-    "dlgsanet::channel_attention_backward", mutates_args=(), device_types="cpu"
-)
-def _attention_backward(
+def _backward(
     grad: Tensor,
     qkv: Tensor,
     temperature: Tensor,
+    heads: int,
+    activation: str,
     product: Tensor,
     squares: Tensor,
-    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    heads = len(temperature)
     _require(qkv, temperature, heads, activation)
-    q, k, v = qkv.chunk(3, 1)
+    channels, share = qkv.shape[1] // 3, product.shape[-1]
+    qk, v = qkv.split([2 * channels, channels], 1)
     grad_qkv = qkv.new_empty(qkv.shape)
-    # The formulas of `attention_weights` once more, with n = |q| |k|.
+    grad_qk, grad_v = grad_qkv.split([2 * channels, channels], 1)
+    # The formulas of `attention_weights` once more, with lengths |q| |k|.
     norms = squares.sqrt().unflatten(1, (2, heads, -1))
     floored = norms.clamp_min(_NORM_FLOOR)
-    n = floored[:, 0, :, :, None] * floored[:, 1, :, None, :]
-    cosines = product / n
+    lengths = floored[:, 0, :, :, None] * floored[:, 1, :, None, :]
+    cosines = product / lengths
     scaled = cosines * temperature
     weights = ACTIVATIONS[activation](scaled)
 
     grad_weights = c_backend.head_products(grad, v, heads)
     grad_scaled = _activation_backward(grad_weights, scaled, weights, activation)
     grad_cosines = grad_scaled * temperature
-    grad_product = grad_cosines / n
-    # cos = product / (|q| |k|): d|q| = -Σ dcos cos / |q|, and dq of |q| is q / |q|.
+    # cos = product / (|q| |k|), so that |q| gets -Σ cos / |q|, and q of |q| gets q / |q|.
     turns = -grad_cosines * cosines
     slopes = torch.stack([turns.sum(3), turns.sum(2)], 1) / floored.square()
     slopes = torch.where(norms >= _NORM_FLOOR, slopes, 0)
     # (q; k) gets [[diag, grad_product], [grad_productᵀ, diag]] (q; k).
-    c = product.shape[-1]
-    both = product.new_empty(len(product), heads, 2 * c, 2 * c)
-    both[..., :c, :c] = torch.diag_embed(slopes[:, 0])
-    both[..., :c, c:] = grad_product
-    both[..., c:, :c] = grad_product.mT
-    both[..., c:, c:] = torch.diag_embed(slopes[:, 1])
-    channels = q.shape[1]
-    c_backend.head_apply(both, qkv[:, : 2 * channels], grad_qkv[:, : 2 * channels], maps=2)
-    c_backend.head_apply(weights.mT, grad, grad_qkv[:, 2 * channels :])
-    return grad_qkv, (grad_scaled * cosines).sum((0, 2, 3)).view_as(temperature)
+    both = torch.diag_embed(slopes.transpose(1, 2).flatten(2))
+    both[..., :share, share:] = grad_cosines / lengths
+    both[..., share:, :share] = (grad_cosines / lengths).mT
+    c_backend.head_apply(both, qk, grad_qk, maps=2)
+    c_backend.head_apply(weights.mT, grad, grad_v)
+    if not qkv.is_contiguous():
+        grad_qkv = torch.empty_like(qkv).copy_(grad_qkv)
+    return grad_qkv, (grad_scaled * cosines).sum((0, 2, 3)).view(heads, 1, 1)
 
 
-@_attention.register_fake
-def _(
+def _result(
     qkv: Tensor, temperature: Tensor, heads: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = qkv.shape[0], qkv.shape[1] // 3
-    share = channels // heads
+    channels = qkv.shape[1] // 3
     return (
-        qkv.new_empty(batch, channels, *qkv.shape[2:]),
-        qkv.new_empty(batch, heads, share, share),
-        qkv.new_empty(batch, 2 * channels),
+        qkv.new_empty(len(qkv), channels, *qkv.shape[2:]),
+        qkv.new_empty(len(qkv), heads, channels // heads, channels // heads),
+        qkv.new_empty(len(qkv), 2 * channels),
     )
 
 
-@_attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, temperature: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), temperature.new_empty(temperature.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    qkv, temperature, _, ctx.activation = inputs
-    _, product, squares = output
-    ctx.save_for_backward(qkv, temperature, product, squares)
-    ctx.mark_non_differentiable(product, squares)
-
-
-def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(grad, *ctx.saved_tensors, ctx.activation), None, None
-
-
-_attention.register_autograd(_gradients, setup_context=_save)
-
-
-# Two products of c multiply-adds for each channel and pixel; the backward has twice as many.
-def _flops(qkv: Any, temperature: Any) -> int:
+def _flops(qkv: Any, temperature: Any, heads: int, activation: str) -> int:
+    """Count two products of c multiply-adds for each channel and pixel."""
     batch, channels, height, width = qkv
-    return 2 * 2 * batch * height * width * (channels // 3) * (channels // 3 // temperature[0])
+    return 2 * 2 * batch * height * width * (channels // 3) * (channels // 3 // heads)
 
 
-@register_flop_formula(torch.ops.dlgsanet.channel_attention)
-def _forward_flops(qkv: Any, temperature: Any, *_: Any, **__: Any) -> int:
-    return _flops(qkv, temperature)
-
-
-@register_flop_formula(torch.ops.dlgsanet.channel_attention_backward)
-def _backward_flops(grad: Any, qkv: Any, temperature: Any, *_: Any, **__: Any) -> int:
-    return 2 * _flops(qkv, temperature)
+_attention = declare(
+    "channel_attention",
+    _forward,
+    backward=_backward,
+    result=_result,
+    flops=_flops,
+    device_types="cpu",
+)

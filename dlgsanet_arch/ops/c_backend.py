@@ -1,9 +1,9 @@
 """The operators of `ops` in C, for float32 on a CPU: sizes, strides and slices of its kernels.
 
 Maps are read through the strides of batch and channel; what has gaps within a channel is copied.
-Results are contiguous, but for those of
-the dynamic convolution, which have the layout that its declaration promises. Gradients of weights are summed in slices that depend on shapes alone, so
-that they do not depend on the number of threads.
+Results are contiguous, but for those of the dynamic convolution, which have the layout that its
+declaration promises. Gradients of weights are summed in slices that depend on shapes alone, so that
+they do not depend on the number of threads.
 """
 
 import math
@@ -48,6 +48,10 @@ def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 
+def _for_bias(bias: Tensor | None, grad: Tensor) -> Tensor:
+    return grad.new_empty(0) if bias is None else _in_layout_of(bias, grad)
+
+
 def _slices(x: Tensor) -> int:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return max(1, min(MOST_SLICES, pixels // _SLICE_PIXELS))
@@ -77,20 +81,20 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool) -
 
 
 def pointwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, normalise: bool
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C', C, 1, 1) and bias (C')."""
     shape = (len(x), len(weight), *x.shape[2:])
-    require_shapes(
-        "pointwise_backward", (weight, (len(weight), x.shape[1], 1, 1)), (grad, shape)
-    )
+    require_shapes("pointwise_backward", (weight, (len(weight), x.shape[1], 1, 1)), (grad, shape))
+    likes = x, weight
     grad, x, weight = _planes(grad), _planes(x), weight.contiguous()
     outs, channels = weight.shape[:2]
     grad_x, slices = _new(x), _slices(x)
     parts = x.new_empty(slices, outs * (channels + 1))
     sizes = [len(x), x.shape[2] * x.shape[3], channels, outs, *_steps(x), normalise]
     run("pointwise_backward", [grad, x, weight, grad_x, parts], [*sizes, *_steps(grad), slices])
-    return grad_x, *_sum(parts, weight.shape, (outs,))
+    grad_weight, grad_bias = _sum(parts, weight.shape, (outs,))
+    return *map(_in_layout_of, likes, (grad_x, grad_weight)), _for_bias(bias, grad_bias)
 
 
 def _require_filters(operator: str, x: Tensor, weight: Tensor) -> None:
@@ -110,17 +114,20 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C, 1, K, K) and bias (C,)."""
     _require_filters("depthwise_backward", x, weight)
     require_shapes("depthwise_backward", (grad, x.shape))
+    likes = x, weight
     grad, x = _planes(grad), _planes(x)
     grad_x = _new(x)
     grad_weight, grad_bias = x.new_empty(weight.shape), x.new_empty(len(weight))
     sizes = [*x.shape, weight.shape[-1], *_steps(x), *_steps(grad)]
     tensors = [grad, x, weight.contiguous(), grad_x, grad_weight, grad_bias]
     run("depthwise_backward", tensors, sizes)
-    return grad_x, grad_weight, grad_bias
+    return *map(_in_layout_of, likes, (grad_x, grad_weight)), _for_bias(bias, grad_bias)
 
 
 def gated_depthwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -139,16 +146,15 @@ def gated_depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     _require_filters("gated_depthwise_backward", x, weight)
     require_shapes("gated_depthwise_backward", (x, (len(x), 2 * grad.shape[1], *x.shape[2:])))
     require_shapes("gated_depthwise_backward", (grad, (len(x), grad.shape[1], *x.shape[2:])))
+    likes = x, weight
     grad, x, (batch, channels, height, width) = _planes(grad), _planes(x), x.shape
     grad_x, grad_weight = _new(x), x.new_empty(weight.shape)
     sizes = [batch, channels // 2, height, width, weight.shape[-1], *_steps(x), *_steps(grad)]
     run("gated_backward", [grad, x, weight.contiguous(), grad_x, grad_weight], sizes)
-    return grad_x, grad_weight
+    return tuple(map(_in_layout_of, likes, (grad_x, grad_weight)))
 
 
-def head_products(
-    a: Tensor, b: Tensor, heads: int, squares: Tensor | None = None
-) -> Tensor:
+def head_products(a: Tensor, b: Tensor, heads: int, squares: Tensor | None = None) -> Tensor:
     """Return Σ a bᵀ over the pixels for each head, (B, h, c, c), of maps a and b (B, C, H, W).
 
     `squares` (B, 2C) is set to Σ a² and Σ b² of each channel.
@@ -173,7 +179,7 @@ def head_apply(matrices: Tensor, x: Tensor, out: Tensor, maps: int = 1) -> None:
         maps: n, 1 or more.
     """
     x = _planes(x)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     heads, rows = matrices.shape[1:3]
     share = rows // maps
     shape = (batch, maps * heads * share, height, width)
@@ -222,7 +228,7 @@ def projected_backward(
     """Compute the gradients of `x`, `hidden`, `weight` and `bias`."""
     _require_projection("projected_dwconv_backward", x, hidden, weight, bias, kernel)
     require_shapes("projected_dwconv_backward", (grad, x.shape))
-    likes = x, hidden
+    likes = x, hidden, weight, bias
     grad, x, hidden = map(_planes, (grad, x, hidden))
     batch, channels, height, width = x.shape
     outs, depth = weight.shape
@@ -240,5 +246,5 @@ def projected_backward(
         [*tensors, grad_x, grad_hidden, parts],
         [*sizes, *steps, bands, slices],
     )
-    grad_x, grad_hidden = map(_in_layout_of, likes, (grad_x, grad_hidden))
-    return grad_x, grad_hidden, *_sum(parts, weight.shape, bias.shape)
+    found = grad_x, grad_hidden, *_sum(parts, weight.shape, bias.shape)
+    return tuple(map(_in_layout_of, likes, found))

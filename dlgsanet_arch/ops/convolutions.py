@@ -5,16 +5,16 @@ one declared operator of the C library, contiguous in and out; everywhere else, 
 autocast and exporters, it is the formula. Differentiable once.
 """
 
+import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL
 from dlgsanet_arch.ops import c_backend
+from dlgsanet_arch.ops.declare import declare
 
 NORM_EPS = 1e-5  # of the paper's norms; of no other eps is there a kernel
 
@@ -97,7 +97,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gated_depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute gelu(a) · b, a and b being the halves of the depthwise convolution of x (paper, GDFN).
+    """Compute gelu(a) · b, (a, b) the halves of the depthwise convolution of x (paper, GDFN).
 
     Args:
         x: (B, 2e, H, W).
@@ -121,114 +121,32 @@ def _are_filters(weight: Tensor, channels: int) -> bool:
     )
 
 
-# ---- the operators, as PyTorch sees them
+def _flops(x: Any, weight: Any, *_: Any) -> int:
+    """Count a multiply-add of every pixel with every entry of the weight; gates are not counted."""
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
-@torch.library.custom_op("dlgsanet::pointwise", mutates_args=(), device_types="cpu")
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool) -> Tensor:
-    return c_backend.pointwise(x, weight, bias, normalise)
-
-
-@torch.library.custom_op("dlgsanet::pointwise_backward", mutates_args=(), device_types="cpu")
-def _pointwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, normalise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return c_backend.pointwise_backward(grad, x, weight, normalise)
-
-
-@torch.library.custom_op("dlgsanet::depthwise", mutates_args=(), device_types="cpu")
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return c_backend.depthwise(x, weight, bias)
-
-
-@torch.library.custom_op("dlgsanet::depthwise_backward", mutates_args=(), device_types="cpu")
-def _depthwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return c_backend.depthwise_backward(grad, x, weight)
-
-
-@torch.library.custom_op("dlgsanet::gated_depthwise", mutates_args=(), device_types="cpu")
-def _gated(x: Tensor, weight: Tensor) -> Tensor:
-    return c_backend.gated_depthwise(x, weight)
-
-
-@torch.library.custom_op("dlgsanet::gated_depthwise_backward", mutates_args=(), device_types="cpu")
-def _gated_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return c_backend.gated_depthwise_backward(grad, x, weight)
-
-
-def _map(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty((len(x), channels, *x.shape[2:]))
-
-
-@_pointwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool) -> Tensor:
-    return _map(x, len(weight))
-
-
-@_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _map(x, x.shape[1])
-
-
-@_gated.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return _map(x, x.shape[1] // 2)
-
-
-@_pointwise_backward.register_fake
-@_depthwise_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _map(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(len(weight))
-
-
-@_gated_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _map(x, x.shape[1]), weight.new_empty(weight.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *rest = inputs
-    ctx.rest = len(rest)
-    ctx.has_bias = bool(rest) and rest[0] is not None
-    ctx.settings = rest[1:]
-    ctx.save_for_backward(x, weight)
-
-
-def _differentiable(forward: Any, backward: Any) -> None:
-    """Let autograd call `backward`, whose third result is the gradient of a bias, if there is one.
-
-    The operators take x, weight, then perhaps a bias and settings, which `backward` takes too.
-    """
-
-    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, *grad_bias = backward(grad, *ctx.saved_tensors, *ctx.settings)
-        if not ctx.rest:
-            return grad_x, grad_weight
-        bias = grad_bias[0] if ctx.has_bias else None
-        return grad_x, grad_weight, bias, *(None for _ in ctx.settings)
-
-    forward.register_autograd(gradients, setup_context=_save)
-
-
-_differentiable(_pointwise, _pointwise_backward)
-_differentiable(_depthwise, _depthwise_backward)
-_differentiable(_gated, _gated_backward)
-
-
-# FlopCounterMode hands over shapes in place of tensors. Convolutions multiply every pixel by every
-# entry of the weight; gates and norms are not counted, as PyTorch does not count its own.
-def _flops(x: Any, weight: Any) -> int:
-    return 2 * x[0] * x[2] * x[3] * torch.Size(weight).numel()
-
-
-for _operator in ("pointwise", "depthwise", "gated_depthwise"):
-
-    @register_flop_formula(getattr(torch.ops.dlgsanet, _operator))
-    def _forward_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return _flops(x, weight)
-
-    @register_flop_formula(getattr(torch.ops.dlgsanet, f"{_operator}_backward"))
-    def _backward_flops(grad: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * _flops(x, weight)
+_pointwise = declare(
+    "pointwise",
+    c_backend.pointwise,
+    backward=c_backend.pointwise_backward,
+    result=lambda x, weight, *_: x.new_empty((len(x), len(weight), *x.shape[2:])),
+    flops=_flops,
+    device_types="cpu",
+)
+_depthwise = declare(
+    "depthwise",
+    c_backend.depthwise,
+    backward=c_backend.depthwise_backward,
+    result=lambda x, *_: x.new_empty(x.shape),
+    flops=_flops,
+    device_types="cpu",
+)
+_gated = declare(
+    "gated_depthwise",
+    c_backend.gated_depthwise,
+    backward=c_backend.gated_depthwise_backward,
+    result=lambda x, _: x.new_empty((len(x), x.shape[1] // 2, *x.shape[2:])),
+    flops=_flops,
+    device_types="cpu",
+)

@@ -1,33 +1,29 @@
 """The dynamic depthwise convolution declared to PyTorch, its filters given or projected."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dlgsanet_arch.ops import backends, pytorch_backend
+from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 
 
-@torch.library.custom_op("dlgsanet::dynamic_dwconv", mutates_args=())
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    return pytorch_backend.forward(x, weight)
+def _given(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x) if x.numel() == 0 else pytorch_backend.forward(x, weight)
 
 
-@torch.library.custom_op("dlgsanet::dynamic_dwconv_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _given_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight)
     return pytorch_backend.backward(grad, x, weight)
 
 
 # Autocast is kept out of the backends: it would round the filters, which are float32 there.
-@torch.library.custom_op("dlgsanet::projected_dwconv", mutates_args=())
 def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -36,7 +32,6 @@ def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: 
         return backend.projected_forward(x, hidden, weight, bias, kernel)
 
 
-@torch.library.custom_op("dlgsanet::projected_dwconv_backward", mutates_args=())
 def _projected_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,71 +42,38 @@ def _projected_backward(
         return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
 
 
-@_forward.register_fake
-@_projected.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+def _given_flops(x: Any, weight: Any) -> int:
+    return 2 * math.prod(x) * weight[2] ** 2
 
 
-@_backward.register_fake
-@_projected_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(each) for each in inputs if isinstance(each, Tensor))
+def _projection_flops(x: Any, weight: Any) -> int:
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
-def _save_given(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _projected_flops(x: Any, hidden: Any, weight: Any, bias: Any, kernel: int) -> int:
+    return 2 * math.prod(x) * kernel**2 + _projection_flops(x, weight)
 
 
-def _save_projected(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.kernel = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _given_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return _backward(grad, *ctx.saved_tensors)
-
-
-def _projected_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_projected_backward(grad, *ctx.saved_tensors, ctx.kernel), None)
-
-
-_forward.register_autograd(_given_gradients, setup_context=_save_given)
-_projected.register_autograd(_projected_gradients, setup_context=_save_projected)
-
-
-def _convolution_flops(x_shape: Any, kernel: int) -> int:
-    batch, channels, height, width = x_shape
-    return 2 * batch * channels * height * width * kernel**2
-
-
-def _projection_flops(x_shape: Any, weight_shape: Any) -> int:
-    batch, _, height, width = x_shape
-    return 2 * batch * height * width * weight_shape[0] * weight_shape[1]
-
-
-# FlopCounterMode hands over what the operators take, with shapes in place of tensors.
-@register_flop_formula(torch.ops.dlgsanet.dynamic_dwconv)
-def _forward_flops(x: Any, weight: Any, **_: Any) -> int:
-    return _convolution_flops(x, weight[2])
-
-
-@register_flop_formula(torch.ops.dlgsanet.dynamic_dwconv_backward)
-def _backward_flops(grad: Any, x: Any, weight: Any, **_: Any) -> int:
-    return 2 * _convolution_flops(x, weight[2])
-
-
-@register_flop_formula(torch.ops.dlgsanet.projected_dwconv)
-def _projected_flops(x: Any, hidden: Any, weight: Any, bias: Any, kernel: int, **_: Any) -> int:
-    return _convolution_flops(x, kernel) + _projection_flops(x, weight)
-
-
-@register_flop_formula(torch.ops.dlgsanet.projected_dwconv_backward)
-def _projected_backward_flops(
-    grad: Any, x: Any, hidden: Any, weight: Any, bias: Any, kernel: int, **_: Any
-) -> int:
+def _projected_backward_flops(x: Any, hidden: Any, weight: Any, bias: Any, kernel: int) -> int:
     # The filters are projected once more; their gradient goes to `hidden` and to `weight`.
-    return 2 * _convolution_flops(x, kernel) + 3 * _projection_flops(x, weight)
+    return 4 * math.prod(x) * kernel**2 + 3 * _projection_flops(x, weight)
+
+
+_dynamic_dwconv = declare(
+    "dynamic_dwconv",
+    _given,
+    backward=_given_backward,
+    result=lambda x, _: torch.empty_like(x),
+    flops=_given_flops,
+)
+_projected_dwconv = declare(
+    "projected_dwconv",
+    _projected,
+    backward=_projected_backward,
+    result=lambda x, *_: torch.empty_like(x),
+    flops=_projected_flops,
+    backward_flops=_projected_backward_flops,
+)
 
 
 def _refuse(problem: str, **tensors: Tensor) -> None:
@@ -161,7 +123,7 @@ def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     _require_one_kind(x=x, weight=weight)
     if torch.compiler.is_exporting():
         return dynamic_dwconv_plain(x, weight)
-    return _forward(x, weight)
+    return _dynamic_dwconv(x, weight)
 
 
 def projected_dwconv(
@@ -211,4 +173,4 @@ def projected_dwconv(
     if torch.compiler.is_exporting():
         filters = F.conv2d(hidden, weight[:, :, None, None], bias)
         return dynamic_dwconv_plain(x, filters.unflatten(1, (-1, kernel, kernel)))
-    return _projected(x, hidden, weight, bias, kernel)
+    return _projected_dwconv(x, hidden, weight, bias, kernel)
