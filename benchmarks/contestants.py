@@ -1,6 +1,7 @@
 """The networks that are compared, and the plainer forms of ours that share its weights.
 
 `definition` is DLGSANet by its formulas, with the dynamic convolution through unfold.
+`PyTorch's own operators` is our network where there is no C library, so by its formula.
 `published-style` does what the published code does: the filters' map in memory and one naive
 float32 kernel, norms on transposed copies, windows in a Python loop, the allocator's cache emptied
 in every attention. Both replace the forwards of a built DLGSANet, so that weights pass as they are.
@@ -10,6 +11,7 @@ import functools
 import importlib.util
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -21,17 +23,18 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlgsanet_arch import DLGSANet, network  # and its repairs, which BasicSR's imports below need
-from dlgsanet_arch.cpu import library
+# DLGSANet with its repairs, which BasicSR's imports below need.
+from dlgsanet_arch import DLGSANet, cpu, network
 from dlgsanet_arch.ops import reference
+from dlgsanet_arch.ops.attention import ACTIVATIONS
 from dlgsanet_arch.tools.complexity import NETWORKS
 
 DEFINITION = "definition"
 PUBLISHED = "published-style"
 OURS = "ours"
-OURS_PYTORCH = "ours, no CPU kernels"
 OURS_CHANNELS_LAST = "ours, channels_last"
-OURS_CUDA_GRAPH = "ours, CUDA graph"
+PYTORCH = "PyTorch's own operators"
+PYTORCH_MAP = "PyTorch's own operators, filters in memory"
 SWINIR = "SwinIR-light"
 EDSR = "EDSR-baseline"
 PEERS = {each.name: each for each in NETWORKS if each.name in (SWINIR, EDSR)}
@@ -52,6 +55,13 @@ def configuration(variant: str, scale: int) -> dict[str, Any]:
     if variant == QUICK:
         config |= {"dim": 12, "groups": 1, "blocks": 1, "window_size": 3, "tlc_kernel": 8}
     return config
+
+
+def title(cell: dict[str, Any]) -> str:
+    """Name the network of a cell, for tables."""
+    if cell["contestant"] in PEERS:
+        return f"{cell['contestant']} x{cell['scale']}"
+    return f"{cell['variant'].capitalize()} x{cell['scale']}, {cell['contestant']}"
 
 
 def blocks(variant: str, scale: int) -> int:
@@ -90,7 +100,7 @@ def _attend(self: network.SparseGSA, qkv: Tensor) -> Tensor:
     size = qkv.shape[2:]
     q, k, v = (each.unflatten(1, (self.heads, -1)).flatten(3) for each in qkv.chunk(3, dim=1))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    attended = self.act(q @ k.transpose(-2, -1) * self.temperature) @ v
+    attended = ACTIVATIONS[self.activation](q @ k.transpose(-2, -1) * self.temperature) @ v
     return attended.flatten(1, 2).unflatten(2, size)
 
 
@@ -168,7 +178,9 @@ def _whole(self: DLGSANet, x: Tensor) -> Tensor:
 
 
 _PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {
+    network.Conv1x1: nn.Conv2d.forward,
     network.Conv3x3: nn.Conv2d.forward,
+    network.DepthwiseConv: nn.Conv2d.forward,
     network.LayerNorm: _norm,
     network.GDFN: _gated_feed_forward,
     network.SparseGSA: _attention,
@@ -208,20 +220,30 @@ def as_published(
     return _replace_forwards(net, {**_PLAIN, **slower}, dynamic)
 
 
-class _WithoutKernels(nn.Module):
-    """A network as it runs where no CPU kernels were built."""
+def _keep_filters(net: DLGSANet) -> DLGSANet:
+    """Let a built DLGSANet have the filters' map in memory: a hook might read it."""
+    for module in net.modules():
+        if isinstance(module, network.FilterGenerator):
+            module.conv2[0].register_forward_hook(lambda *_: None)
+    return net
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self._net = net
 
-    def forward(self, x: Tensor) -> Tensor:
-        with mock.patch.object(library, "load", return_value=None):
-            return self._net(x)
+def _never(*_: object) -> bool:
+    return False
+
+
+def operators(contestant: str) -> AbstractContextManager[object]:
+    """Leave the C library out where a contestant is to do without; its backward needs that, too."""
+    if contestant in (PYTORCH, PYTORCH_MAP):
+        return mock.patch.object(cpu, "can_run", _never)  # a mock would keep its arguments
+    return nullcontext()
 
 
 def build(contestant: str, variant: str, scale: int) -> nn.Module:
-    """Build a contestant with random weights, which are equal for all forms of DLGSANet."""
+    """Build a contestant with random weights, which are equal for all forms of DLGSANet.
+
+    It is to compute within `operators`.
+    """
     torch.manual_seed(0)
     if contestant in PEERS:
         return PEERS[contestant].build(scale)
@@ -230,24 +252,24 @@ def build(contestant: str, variant: str, scale: int) -> nn.Module:
         return as_definition(net)
     if contestant == PUBLISHED:
         return as_published(net)
-    if contestant == OURS_PYTORCH:
-        return _WithoutKernels(net)
+    if contestant == PYTORCH_MAP:
+        return _keep_filters(net)
     if contestant == OURS_CHANNELS_LAST:
         return net.to(memory_format=torch.channels_last)
     return net
 
 
 def input_size(contestant: str, height: int, width: int) -> tuple[int, int]:
-    """Return what a contestant takes of a picture; SwinIR needs multiples of 8."""
+    """Return what a contestant takes of an image; SwinIR needs multiples of 8."""
     if contestant == SWINIR:
         return -(-height // 8) * 8, -(-width // 8) * 8
     return height, width
 
 
-def picture(
+def images(
     contestant: str, batch: int, height: int, width: int, device: str, dtype: torch.dtype
 ) -> Tensor:
-    """Make random pictures (batch, 3, H, W) in the layout that a contestant is given."""
+    """Make random images (batch, 3, H, W) in the layout that a contestant is given."""
     x = torch.rand(batch, 3, *input_size(contestant, height, width), device=device).to(dtype)
     if contestant == OURS_CHANNELS_LAST:
         x = x.to(memory_format=torch.channels_last)
@@ -264,20 +286,20 @@ def operations(
 ) -> int:
     """Count floating-point operations by PyTorch's FlopCounterMode, without computing.
 
-    All forms of DLGSANet are counted as ours, where the counter sees the dynamic convolution.
-    Norms, activations, gates and additions are not counted.
+    All forms of DLGSANet are counted as its formula in train mode, whatever is computed twice:
+    where TLC's windows overlap, or in a backward. Norms, activations, gates and additions are not
+    counted.
 
     Args:
         contestant: Which.
         variant: Of DLGSANet.
         scale: Enlargement.
         size: (B, H, W) of the input.
-        training: Count a forward in train mode three times, for that and its backward; else a
-            forward in eval mode.
+        training: Count the forward three times, for itself and its backward.
     """
     if contestant not in PEERS:
         contestant = OURS
-    net = build(contestant, variant, scale).train(training).to("meta")
+    net = build(contestant, variant, scale).train().to("meta")
     x = torch.empty(size[0], 3, *input_size(contestant, *size[1:]), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)

@@ -1,7 +1,8 @@
 """Time and memory of the dynamic convolution alone, from hidden features to its output.
 
 All forms compute `ops.projected_dwconv`: by its definition through unfold, with the filters' map
-in memory and a naive kernel or the plain operator, and fused.
+in memory by a naive kernel or PyTorch, and with the filters projected where they are used, by
+PyTorch or by our operator: in C on a CPU, in Triton on a GPU.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import measuring
 import published_kernels
 import torch
 import torch.nn.functional as F
-from contestants import DEFINITION, PUBLISHED
+from contestants import DEFINITION, OURS, PUBLISHED, PYTORCH, PYTORCH_MAP
 from measuring import DTYPES, Cell, Record, Run, Section, Setting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,12 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlgsanet_arch import ops
 from dlgsanet_arch.ops import reference
 
-MAP_IN_MEMORY = "map in memory"
-FUSED = "fused"
 GEOMETRIES = {"Tiny": (48, 8, 12, 7), "Large": (90, 15, 22, 7), "quick": (6, 2, 3, 3)}  # C G D K
-SIZES = ((1, 180, 320), (16, 48, 48), (16, 64, 64))  # batch, height, width
+SIZES = ((1, 180, 320), (16, 48, 48))  # batch, height, width
 WORKS = ("forward", "forward and backward")
-CPU_SECONDS = 2.0  # a cell and process: there are many
+CPU_SECONDS = 1.0  # a cell: there are many
 CHANNELS_LAST = "channels_last"
 # A GPU's inputs are taken in turn from sets that together are larger than its L2 cache.
 ROTATED_BYTES = 256 * measuring.MIB
@@ -54,8 +53,9 @@ def _published(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: 
 FORMS: dict[str, Form] = {
     DEFINITION: reference.projected_dwconv_reference,
     PUBLISHED: _published,
-    MAP_IN_MEMORY: _map_in_memory,
-    FUSED: ops.projected_dwconv,
+    PYTORCH_MAP: _map_in_memory,
+    PYTORCH: ops.projected_dwconv,
+    OURS: ops.projected_dwconv,
 }
 
 
@@ -87,8 +87,8 @@ def _work(cell: Cell, inputs: tuple[Tensor, ...], grad: Tensor | None) -> tuple[
 
 
 def operations(cell: Cell) -> int:
-    """Count floating-point operations of the fused form by FlopCounterMode, on no device."""
-    cell = {**cell, "form": FUSED}
+    """Count floating-point operations of our form by FlopCounterMode, on no device."""
+    cell = {**cell, "form": OURS}
     inputs = make_inputs(cell, "meta")
     grad = None if cell["work"] == WORKS[0] else torch.empty_like(inputs[0])
     with FlopCounterMode(display=False) as counter:
@@ -125,7 +125,7 @@ def convolve(cell: Cell, setting: Setting) -> Record:
     def prepare() -> Run:
         return run
 
-    with measuring.numerics(cell["dtype"], device):
+    with measuring.numerics(cell["dtype"], device), contestants.operators(cell["form"]):
         measured = measuring.measure(prepare, setting)
     return {**measured, "operations": operations(cell), "bytes": least_bytes(cell)}
 
@@ -149,13 +149,10 @@ def _rows(records: list[Record]) -> list[list[str]]:
             cell["layout"],
         ]
         for work in WORKS:
-            record = works.get(work, {})
-            least = machine.seconds(
-                record.get("operations", math.nan), record.get("bytes", math.nan), cell["dtype"]
-            )
+            record = works.get(work, {"cell": cell})
             row += [
                 *measuring.milliseconds(record),
-                measuring.times(measuring.median(record) / least, ".1f"),
+                measuring.times(measuring.median(record) / machine.seconds(record), ".1f"),
                 measuring.mebibytes(record),
             ]
         rows.append(row)
@@ -163,21 +160,21 @@ def _rows(records: list[Record]) -> list[list[str]]:
 
 
 def _forms(device: str) -> list[tuple[str, str, str]]:
-    """Return forms with their dtypes and layouts."""
-    served = limits.served_dtypes(device)
-    forms = [(DEFINITION, "fp32", "NCHW")]
-    if PUBLISHED not in contestants.absent(device):
-        forms.append((PUBLISHED, "fp32", "NCHW"))
-    return forms + [
-        (form, dtype, layout)
-        for form in (MAP_IN_MEMORY, FUSED)
-        for dtype in served
-        for layout in ("NCHW", CHANNELS_LAST)
+    """Return forms with their dtypes and layouts: float32 in C, and else as the network has it."""
+    if device == "cpu":
+        plain = [(PYTORCH_MAP, "fp32"), (PYTORCH, "fp32"), (OURS, "fp32")]
+        half = [(PYTORCH_MAP, "bf16"), (PYTORCH, "bf16")]
+    else:
+        plain = [(PUBLISHED, "fp32"), (PYTORCH_MAP, "tf32"), (OURS, "tf32"), (OURS, "fp32")]
+        half = [(form, dtype) for form in (PYTORCH_MAP, OURS) for dtype in ("bf16", "fp16")]
+    forms = [
+        *((*each, "NCHW") for each in [(DEFINITION, "fp32"), *plain]),
+        *((*each, layout) for each in half for layout in ("NCHW", CHANNELS_LAST)),
     ]
+    return [form for form in forms if form[0] not in contestants.absent(device)]
 
 
 def _sections(asked: argparse.Namespace) -> list[Section]:
-    sizes = SIZES if asked.device == "cuda" or asked.all else SIZES[:2]
     cells = [
         {
             "measure": "dynamic_dwconv:convolve",
@@ -188,17 +185,16 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             "layout": layout,
             "work": work,
         }
-        for size in ([(2, 6, 9)] if asked.quick else sizes)
+        for size in ([(2, 6, 9)] if asked.quick else SIZES)
         for geometry in (["quick"] if asked.quick else ["Tiny", "Large"])
         for form, dtype, layout in _forms(asked.device)
         for work in WORKS
     ]
-    dtypes = [cell["dtype"] for cell in cells]
     return [
         Section(
             name="dynamic_dwconv",
             title="The dynamic convolution, from hidden features to its output",
-            cells=[*limits.cells(asked.device, dtypes, asked.quick), *cells],
+            cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
             columns=[
                 "geometry",
                 "input",
@@ -218,23 +214,22 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             notes=lambda records: [
                 "Filters 7x7; C, G and D are 48, 8 and 12 for Tiny, 90, 15 and 22 for Large. MiB",
                 "is the peak beyond the inputs, output included. 'of limit' is the time over the",
-                "larger of operations / product rate and bytes / bandwidth, with the fused",
+                "larger of operations / product rate and bytes / bandwidth, with our",
                 "operator's operations, and bytes of inputs and outputs.",
                 limits.Limits(records).note(),
                 *contestants.absence_notes(asked.device, [PUBLISHED]),
             ],
             group=lambda cell: (cell.get("geometry"), str(cell.get("size")), cell["measure"]),
+            rounds=1 if asked.device == "cpu" else measuring.ROUNDS,
+            runs=5 if asked.device == "cpu" else None,
             seconds=CPU_SECONDS if asked.device == "cpu" else math.inf,
-            options=["--all"] if asked.all else [],
         )
     ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure all forms."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="on a CPU, 16x64x64 patches as well")
-    return measuring.run(_sections, parser, arguments)
+    return measuring.run(_sections, argparse.ArgumentParser(description=__doc__), arguments)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ _COPY_MEBIBYTES = {"cpu": 512, "cuda": 4096}
 _LEAST_SAMPLES = 5  # products and copies are short beside what they are compared with
 
 
-def cells(device: str, dtypes: list[str], quick: bool = False) -> list[Cell]:
-    """Return what a section measures beside its contestants."""
+def cells(device: str, measured: list[Cell], quick: bool = False) -> list[Cell]:
+    """Return what a section measures beside `measured`: for each of their dtypes and threads."""
     side = 64 if quick else _PRODUCT_SIDES[device]
     size = 1 if quick else _COPY_MEBIBYTES[device]
-    return [
-        *(
-            {"measure": "limits:product", "dtype": dtype, "side": side}
-            for dtype in dict.fromkeys(dtypes)
-        ),
-        {"measure": "limits:copy", "mebibytes": size},
-    ]
+    made = []
+    for threads in dict.fromkeys(cell.get("threads") for cell in measured):
+        shared = {"threads": threads} if threads else {}
+        dtypes = dict.fromkeys(c["dtype"] for c in measured if c.get("threads") == threads)
+        made += [{"measure": "limits:product", "dtype": d, "side": side, **shared} for d in dtypes]
+        made.append({"measure": "limits:copy", "mebibytes": size, **shared})
+    return made
 
 
 def _longer(setting: Setting) -> Setting:
@@ -57,30 +57,40 @@ class Limits:
     """What the records of a run tell of the machine: medians over all rounds."""
 
     def __init__(self, records: list[Record]) -> None:
-        self._rates: dict[str, float] = {}
-        self._bandwidth = math.nan
+        self._rates: dict[tuple[str, int | None], float] = {}
+        self._bandwidths: dict[int | None, float] = {}
         for record in records:
-            rate = record.get("work", math.nan) / measuring.median(record)
-            if record["cell"]["measure"] == "limits:product":
-                self._rates[record["cell"]["dtype"]] = rate
-            elif record["cell"]["measure"] == "limits:copy":
-                self._bandwidth = rate
+            cell, rate = record["cell"], record.get("work", math.nan) / measuring.median(record)
+            if cell["measure"] == "limits:product":
+                self._rates[cell["dtype"], cell.get("threads")] = rate
+            elif cell["measure"] == "limits:copy":
+                self._bandwidths[cell.get("threads")] = rate
 
-    def seconds(self, operations: float, size: float, dtype: str) -> float:
-        """Return the least time for `operations` in `dtype` and `size` bytes; NaN if unknown."""
-        by_rate = operations / self._rates.get(dtype, math.nan)
-        by_bandwidth = size / self._bandwidth
+    def seconds(self, record: Record) -> float:
+        """Return the least time for the operations and bytes of a record; NaN if unknown."""
+        threads = record["cell"].get("threads")
+        rate = self._rates.get((record["cell"]["dtype"], threads), math.nan)
+        by_rate = record.get("operations", math.nan) / rate
+        by_bandwidth = record.get("bytes", math.nan) / self._bandwidths.get(threads, math.nan)
         return max(by_rate, by_bandwidth) if by_rate == by_rate else math.nan
 
     def note(self) -> str:
         """Say what the limits are."""
-        rates = ", ".join(
-            f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in self._rates.items()
-        )
+        rates = [
+            f"{rate / 1e9:.4g} GFLOP/s in {dtype}{_with(threads)}"
+            for (dtype, threads), rate in self._rates.items()
+        ]
+        copies = [
+            f"{rate / 1e9:.4g} GB/s{_with(threads)}" for threads, rate in self._bandwidths.items()
+        ]
         return (
-            f"The machine's limits in this run: matrix products {rates}; "
-            f"copies {self._bandwidth / 1e9:.4g} GB/s, read and written."
+            f"The machine's limits in this run: matrix products {', '.join(rates)}; "
+            f"copies {', '.join(copies)}, read and written."
         )
+
+
+def _with(threads: int | None) -> str:
+    return f" with {threads} thread{'s' * (threads > 1)}" if threads else ""
 
 
 def is_limit(record: Record) -> bool:
@@ -118,7 +128,9 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
         Section(
             name="limits",
             title="The machine's limits",
-            cells=cells(asked.device, served_dtypes(asked.device), asked.quick),
+            cells=cells(
+                asked.device, [{"dtype": d} for d in served_dtypes(asked.device)], asked.quick
+            ),
             columns=["what", "dtype", "rate", "range", "unit", "samples"],
             rows=_rows,
             notes=lambda _: ["Medians; copies count bytes read and written."],

@@ -1,10 +1,11 @@
 """How everything here is measured: cells that take turns, in processes of their own.
 
 A cell is one thing to measure, as a dictionary that JSON can hold; its entry `measure` names the
-function, as "module:function", that measures it. On a CPU each cell runs in a process of its own,
-so that its peak memory is its own; on a GPU, where memory is counted exactly, the cells of a group
-share one. All cells are measured once a round, so that a change in the machine's load meets all.
-What is measured is saved at once, and a run that was cut off goes on where it was.
+function, as "module:function", that measures it, and an entry `threads` says in how many threads
+PyTorch works. On a CPU each cell runs in a process of its own, so that its peak memory is its own;
+on a GPU, where memory is counted exactly, the cells of a group share one. All cells are measured
+once a round, so that a change in the machine's load meets all. What is measured is saved at once,
+and a run that was cut off goes on where it was.
 """
 
 import argparse
@@ -13,8 +14,8 @@ import ctypes
 import functools
 import gc
 import importlib
-import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -24,10 +25,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import reporting
 import torch
@@ -50,7 +53,8 @@ RUNS = {"cpu": 3, "cuda": 10}
 # A GPU's sample is as many calls as take this long, so that neither the clock nor the one wait
 # at its end tells.
 GPU_SAMPLE_SECONDS = 0.02
-_MARK = "measured: "  # before each reply of a child; whatever else it prints is passed over
+# How a child starts: importing all that is measured takes seconds, and CUDA cannot be forked.
+_START = {"cpu": "forkserver", "cuda": "spawn"}
 _GATE = ("test_golden", "test_ops")  # the tests without which no figure means anything
 
 
@@ -81,7 +85,7 @@ class Section:
         rows: Makes the rows from the records of what is measured so far, in the cells' order.
         notes: Makes the sentences above the table, likewise.
         group: Tells which cells share a process on a GPU.
-        draw: Writes a picture of the records to a path; returns whether it could.
+        draw: Writes a plot of the records to a path; returns whether it could.
         rounds: Times that each cell is measured.
         runs: Timed samples a round, if not RUNS.
         seconds: As in Setting.
@@ -117,6 +121,19 @@ def numerics(dtype: str, device: str) -> Iterator[None]:
         torch.backends.cudnn.benchmark = trying
 
 
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch use `count` threads, or None for as many as it would."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
+
+
 def synchronize(device: str) -> None:
     """Wait for all work given to `device`."""
     if device == "cuda":
@@ -124,7 +141,10 @@ def synchronize(device: str) -> None:
 
 
 def _of_process(name: str) -> int:
-    """Read a memory figure of this process, in bytes: VmRSS is the present, VmHWM the peak."""
+    """Read a memory figure of this process, in bytes.
+
+    VmRSS is the present, VmHWM the peak, RssFile what of the present is pages of files.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -141,6 +161,7 @@ def _return_freed_memory() -> None:
 class Memory:
     """Peak memory from now on, beyond what is in use now, in bytes.
 
+    On a CPU the libraries' own pages, which come in when their code is first used, are left out.
     On a GPU it is that of PyTorch's allocator, through which all contestants take theirs.
     """
 
@@ -155,7 +176,7 @@ class Memory:
         else:
             _return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._before = _of_process("VmRSS")
+            self._before = _of_process("VmRSS") - _of_process("RssFile")
 
     def forget_peak(self) -> None:
         """Leave out what a GPU needed so far: cuDNN's trials are no part of the work."""
@@ -166,10 +187,10 @@ class Memory:
     def peak(self) -> dict[str, int]:
         """Return `memory`, beyond what was in use, and `total_memory` with it."""
         if self._device == "cuda":
-            total = torch.cuda.max_memory_allocated()
+            total, code = torch.cuda.max_memory_allocated(), 0
         else:
-            total = _of_process("VmHWM")
-        return {"memory": total - self._before, "total_memory": total}
+            total, code = _of_process("VmHWM"), _of_process("RssFile")
+        return {"memory": total - code - self._before, "total_memory": total}
 
 
 def sample(run: Run, setting: Setting) -> list[float]:
@@ -220,7 +241,8 @@ def _module(name: str) -> ModuleType:
 def _attempt(cell: Cell, setting: Setting) -> Record:
     module, function = cell["measure"].split(":")
     try:
-        return getattr(_module(module), function)(cell, setting)
+        with threads(cell.get("threads")):
+            return getattr(_module(module), function)(cell, setting)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:
@@ -232,42 +254,33 @@ def _attempt(cell: Cell, setting: Setting) -> Record:
             torch.cuda.empty_cache()
 
 
-def answer() -> None:
-    """Measure the cells that stdin asks for, in a child of `take_turns`."""
-    request = json.load(sys.stdin)
-    for cell in request["cells"]:
-        reply = _attempt(cell, Setting(**request["setting"]))
-        print(_MARK + json.dumps(reply), flush=True)
+def answer(cells: list[Cell], setting: Setting, replies: Connection) -> None:
+    """Measure `cells` in a child of `take_turns`."""
+    for cell in cells:
+        reply = _attempt(cell, setting)
+        replies.send(reply)
         if "broken" in reply:
             return  # a GPU may be unusable after it; the others get a new process
 
 
 def in_child(cells: list[Cell], setting: Setting) -> Iterator[Record]:
     """Measure `cells` in a new process; fewer replies than cells say that it ended early."""
-    path = os.pathsep.join(
-        [str(reporting.BENCHMARKS), str(reporting.ROOT), os.environ.get("PYTHONPATH", "")]
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import measuring; measuring.answer()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
-        text=True,
-    )
+    context = multiprocessing.get_context(_START[setting.device])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(cells, setting, sender))
+    # Python's server of forks looks for what it is to import here alone.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        child.start()
+    sender.close()
     try:
-        with suppress(BrokenPipeError):  # of a child that died at once; the caller sees no reply
-            child.stdin.write(json.dumps({"cells": cells, "setting": asdict(setting)}))
-            child.stdin.close()
-        for line in child.stdout:
-            if line.startswith(_MARK):
-                yield json.loads(line[len(_MARK) :])
+        with suppress(EOFError):
+            while True:
+                yield receiver.recv()
     finally:
-        if child.poll() is None:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.terminate()
-        child.wait()
+        child.join(10)
+        if child.is_alive():
+            child.terminate()
+        child.join()
 
 
 def in_this_process(cells: list[Cell], setting: Setting) -> Iterator[Record]:
@@ -302,7 +315,8 @@ class Report:
         self._environment = reporting.environment(self.device, self.section.name)
         stored = reporting.read(self.results / f"{self.name}.json")
         known = stored.get("environment", {})
-        same = all(known.get(word) == self._environment[word] for word in ("source", "device"))
+        words = ("source", "device", "CPU kernels")
+        same = all(known.get(word) == self._environment.get(word) for word in words)
         if same and not stored["complete"]:
             self.records = stored["raw"]
 
@@ -332,7 +346,7 @@ class Report:
         return all(self.rounds(cell) >= self.section.rounds for cell in self.section.cells)
 
     def save(self) -> Path:
-        """Write what there is, and the picture when all is there."""
+        """Write what there is, and the plot when all is there."""
         records = self.ordered()
         notes = self.section.notes(records)
         picture = None
@@ -362,6 +376,8 @@ def take_turns(
 ) -> None:
     """Measure what `report` lacks, round by round."""
     section = report.section
+    modules = {cell["measure"].split(":")[0] for cell in section.cells}
+    multiprocessing.set_forkserver_preload(sorted(modules))
     groups: dict[object, list[Cell]] = {}
     for cell in section.cells:
         together = section.group(cell) if setting.device == "cuda" else key(cell)
@@ -417,6 +433,11 @@ def mebibytes(record: Record, name: str = "memory") -> str:
 def median(record: Record | None) -> float:
     """Return a record's median time in seconds; NaN where it has none."""
     return statistics.median(record["seconds"]) if record and "seconds" in record else math.nan
+
+
+def median_of(records: list[Record], cell: Cell) -> float:
+    """Return the median time of a cell; NaN where it has none."""
+    return median(next((record for record in records if record["cell"] == cell), None))
 
 
 def times(value: float, digits: str = ".2f") -> str:

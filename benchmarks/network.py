@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from contestants import (
     EDSR,
     OURS,
     OURS_CHANNELS_LAST,
-    OURS_CUDA_GRAPH,
-    OURS_PYTORCH,
     PUBLISHED,
+    PYTORCH,
 )
 from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
@@ -37,13 +36,13 @@ from torch.profiler import ProfilerActivity
 
 from dlgsanet_arch import DLGSANet
 from dlgsanet_arch.checkpoint import infer_config, read_weights
-from dlgsanet_arch.repeat import for_repeated_sizes
 
 OUTPUT = (720, 1280)  # height and width
-CURVE_SIDES = (64, 128, 256, 512, 1024)
-CURVE_ONCE_SIDE = 512
-MEMORY_SIDE = 2048
-WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for pictures untouched
+# Powers of two and a size beside them that is not: in a cache such rows can be in each other's way.
+CURVE_SIZES = ((64, 64), (180, 320), (256, 256), (1024, 1024), (2000, 2040), (2048, 2048))
+FORMULA_SIZES = ((180, 320), (1024, 1024))
+ONCE_PIXELS = 512**2  # of an image that a CPU takes many seconds for
+WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for images untouched
 QUICK_SIDE = 24
 PROFILED_FORWARDS = 5
 PROFILED_OPERATORS = 12  # in the table
@@ -65,7 +64,7 @@ def _forward_cell(contestant: str, variant: str, scale: int, dtype: str, size: A
 
 
 def forward(cell: Cell, setting: Setting) -> Record:
-    """Time forwards of one picture in eval mode, with random weights."""
+    """Time forwards of one image in eval mode, with random weights."""
     contestant, device, dtype = cell["contestant"], setting.device, DTYPES[cell["dtype"]]
     net = contestants.build(contestant, cell["variant"], cell["scale"]).eval()
     # SwinIR adds float32 masks to its maps: in half precision it needs autocast.
@@ -73,21 +72,17 @@ def forward(cell: Cell, setting: Setting) -> Record:
     dtype = torch.float32 if cast else dtype
     net = net.to(device, dtype)
     height, width = cell["size"]
-    x = contestants.picture(contestant, 1, height, width, device, dtype)
-    autocast = torch.autocast(device, DTYPES[cell["dtype"]], enabled=cast)
-    how = "graph" if contestant == OURS_CUDA_GRAPH else "eager"
-    with torch.no_grad(), measuring.numerics(cell["dtype"], device), autocast:
-        net(contestants.picture(contestant, 1, WARM_UP_SIDE, WARM_UP_SIDE, device, dtype))
+    x = contestants.images(contestant, 1, height, width, device, dtype)
+    autocast = torch.autocast(device, DTYPES[cell["dtype"]] if cast else None, enabled=cast)
+    own = contestants.operators(contestant)
+    with torch.no_grad(), measuring.numerics(cell["dtype"], device), autocast, own:
+        net(contestants.images(contestant, 1, WARM_UP_SIDE, WARM_UP_SIDE, device, dtype))
         once = cell.get("once", False)
-        if once:
-            setting = Setting(device, 1)
         measured = measuring.measure(
-            lambda: functools.partial(for_repeated_sizes(net, how), x),
-            setting,
+            lambda: functools.partial(net, x),
+            Setting(device, 1) if once else setting,
             warm_ups={"cpu": 0, "cuda": 1}[device] if once else None,
         )
-        if contestant == OURS_CUDA_GRAPH:
-            measured |= {"memory": None, "total_memory": None}  # a graph's own pool hides it
     parameters = sum(each.numel() for each in net.parameters())
     out = x.numel() * cell["scale"] ** 2
     return {
@@ -115,37 +110,27 @@ _COLUMNS = [
 ]
 
 
-def _title(cell: Cell) -> str:
-    if cell["contestant"] in contestants.PEERS:
-        return f"{cell['contestant']} x{cell['scale']}"
-    return f"{cell['variant'].capitalize()} x{cell['scale']}, {cell['contestant']}"
-
-
 def _rows(device: str, records: list[Record]) -> list[list[str]]:
     machine = limits.Limits(records)
     measured = [record for record in records if not limits.is_limit(record)]
-
-    def ours(cell: Cell) -> float:
-        wanted = {**cell, "contestant": OURS, "dtype": BASE_DTYPE[device]}
-        return measuring.median(next((r for r in measured if r["cell"] == wanted), None))
-
     rows = []
     for record in measured:
         cell, seconds = record["cell"], measuring.median(record)
-        operations = record.get("operations", math.nan)
-        least = machine.seconds(operations, record.get("bytes", math.nan), cell["dtype"])
+        ours = measuring.median_of(
+            records, {**cell, "contestant": OURS, "dtype": BASE_DTYPE[device]}
+        )
         blocks = contestants.blocks(cell["variant"], cell["scale"])
         is_peer = cell["contestant"] in contestants.PEERS
         rows.append(
             [
-                _title(cell),
+                contestants.title(cell),
                 f"{cell['size'][1]}x{cell['size'][0]}",
                 cell["dtype"],
                 f"{record['parameters'] / 1e3:.0f} K" if "parameters" in record else "–",
-                measuring.times(operations / 2e9, ".1f"),
+                measuring.times(record.get("operations", math.nan) / 2e9, ".1f"),
                 *measuring.milliseconds(record),
-                measuring.times(seconds / ours(cell)),
-                measuring.times(seconds / least),
+                measuring.times(seconds / ours),
+                measuring.times(seconds / machine.seconds(record)),
                 "–" if is_peer else measuring.times(1e3 * seconds / blocks, ".3g"),
                 measuring.mebibytes(record),
             ]
@@ -162,12 +147,12 @@ def _notes(device: str, records: list[Record], more: list[str]) -> list[str]:
             "Forwards follow each other; the GPU is waited for after each 20 ms of them.",
         ]
     return [
-        "One picture a forward. Times are medians over all processes; MiB is the peak beyond the",
+        "One image a forward. Times are medians over all processes; MiB is the peak beyond the",
         "loaded process with weights and input.",
         f"'ratio' is to ours in {base} of that configuration, for the light networks to Tiny's;",
         "'of limit' to the larger of operations / product rate and bytes / bandwidth, with bytes",
-        "of weights, input and output. GMACs are counted by PyTorch's FlopCounterMode, windows'",
-        "overlap included, norms, activations and additions not; a block is a local and a global",
+        "of weights, input and output. GMACs are those of the formula, by FlopCounterMode, without",
+        "norms, activations, additions and what is computed twice; a block is a local and a global",
         "layer. SwinIR-light gets rows and columns up to multiples of 8, and autocast in half",
         "precision.",
         *more,
@@ -182,7 +167,7 @@ def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
         every = [(OURS, "fp32")]
         if everywhere:
             return every
-        others = [(name, "fp32") for name in (OURS_PYTORCH, contestants.SWINIR, EDSR)]
+        others = [(name, "fp32") for name in (PYTORCH, contestants.SWINIR, EDSR)]
         return [(DEFINITION, "fp32"), *every, *others]
     every = [
         *((OURS, dtype) for dtype in ("bf16", "fp16", "tf32", "fp32")),
@@ -194,7 +179,6 @@ def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
     return [
         *every,
         (PUBLISHED, "fp32"),
-        *((OURS_CUDA_GRAPH, dtype) for dtype in ("bf16", "fp16")),
         *((OURS_CHANNELS_LAST, dtype) for dtype in ("bf16", "fp16")),
         *((peer, dtype) for peer in contestants.PEERS for dtype in ("bf16", "tf32", "fp32")),
     ]
@@ -203,10 +187,6 @@ def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
 def _taking_part(device: str, asked: list[tuple[str, str]]) -> list[tuple[str, str]]:
     absent = contestants.absent(device)
     return [(name, dtype) for name, dtype in asked if name not in absent]
-
-
-def _limit_cells(device: str, cells: list[Cell], quick: bool) -> list[Cell]:
-    return limits.cells(device, [cell["dtype"] for cell in cells], quick)
 
 
 def _group(cell: Cell) -> object:
@@ -229,7 +209,7 @@ def network_section(asked: argparse.Namespace) -> Section:
     return Section(
         name="network",
         title="Tiny x4 and light networks to 1280x720",
-        cells=[*_limit_cells(asked.device, cells, asked.quick), *cells],
+        cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
         columns=_COLUMNS,
         rows=functools.partial(_rows, asked.device),
         notes=lambda records: _notes(asked.device, records, []),
@@ -255,7 +235,7 @@ def configurations_section(asked: argparse.Namespace) -> Section:
     return Section(
         name="configurations",
         title="All configurations to 1280x720",
-        cells=[*_limit_cells(asked.device, cells, asked.quick), *cells],
+        cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
         columns=_COLUMNS,
         rows=functools.partial(_rows, asked.device),
         notes=lambda records: _notes(asked.device, records, once),
@@ -264,52 +244,12 @@ def configurations_section(asked: argparse.Namespace) -> Section:
     )
 
 
-def memory_section(asked: argparse.Namespace) -> Section:
-    """Peak memory of Tiny x2 for a large picture."""
-    variant, side = (contestants.QUICK, 64) if asked.quick else ("tiny", MEMORY_SIDE)
-    names = [(OURS, "fp32")]
-    if asked.device == "cuda":
-        names = [(OURS, "bf16"), (OURS, "fp32"), (PUBLISHED, "tf32"), (DEFINITION, "fp32")]
-    cells = [
-        {**_forward_cell(name, variant, 2, dtype, (side, side)), "once": True}
-        for name, dtype in _taking_part(asked.device, names)
-    ]
-
-    def rows(records: list[Record]) -> list[list[str]]:
-        return [
-            [
-                _title(record["cell"]),
-                f"{side}x{side}",
-                record["cell"]["dtype"],
-                measuring.milliseconds(record)[0],
-                measuring.mebibytes(record),
-                measuring.mebibytes(record, "total_memory"),
-            ]
-            for record in records
-        ]
-
-    return Section(
-        name="memory",
-        title=f"Peak memory, Tiny x2, {MEMORY_SIDE}x{MEMORY_SIDE} in",
-        cells=cells,
-        columns=["network", "input", "dtype", "ms", "MiB", "MiB in all"],
-        rows=rows,
-        notes=lambda _: [
-            "One forward. MiB is the peak beyond the loaded process with weights and input, 'MiB",
-            "in all' the peak of the process (CPU) or of PyTorch's allocator (GPU).",
-            *contestants.absence_notes(asked.device, [PUBLISHED]),
-        ],
-        group=_group,
-        rounds=1,
-    )
-
-
 def profile(cell: Cell, setting: Setting) -> Record:
     """Find the operators that a forward's time goes to."""
     net = contestants.build(OURS, cell["variant"], cell["scale"]).eval()
     net = net.to(setting.device, DTYPES[cell["dtype"]])
     size = (1, *cell["size"], setting.device, DTYPES[cell["dtype"]])
-    x = contestants.picture(OURS, *size)
+    x = contestants.images(OURS, *size)
     activity = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[setting.device]
     with torch.no_grad(), measuring.numerics(cell["dtype"], setting.device):
         run = measuring.measure(lambda: lambda: net(x), setting)
@@ -396,56 +336,88 @@ def _draw_curve(records: list[Record], path: Path) -> bool:
     return True
 
 
+def _size_cells(device: str, name: str, variant: str, scale: int, dtype: str, sizes: Any) -> Any:
+    for size in sizes:
+        once = device == "cpu" and math.prod(size) >= ONCE_PIXELS
+        cell = _forward_cell(name, variant, scale, dtype, size)
+        yield {**cell, "once": True} if once else cell
+
+
+_SIZE_COLUMNS = ["network", "dtype", "input", "ms", "µs a pixel", "MiB", "bytes a pixel"]
+
+
+def _size_rows(records: list[Record]) -> list[list[str]]:
+    made = []
+    for record in records:
+        cell, memory = record["cell"], record.get("memory", math.nan)
+        pixels = math.prod(cell["size"])
+        made.append(
+            [
+                contestants.title(cell),
+                cell["dtype"],
+                f"{cell['size'][1]}x{cell['size'][0]}",
+                measuring.milliseconds(record)[0],
+                measuring.times(1e6 * measuring.median(record) / pixels, ".3f"),
+                measuring.mebibytes(record),
+                measuring.times(memory / pixels, ".0f"),
+            ]
+        )
+    return made
+
+
 def curve_section(asked: argparse.Namespace) -> Section:
-    """Time and memory of Tiny x4 against the pixels of the input."""
-    variant = contestants.QUICK if asked.quick else "tiny"
-    sides = (16, 24) if asked.quick else CURVE_SIDES
+    """Time and memory of Tiny x2 against the pixels of the input, powers of two among them."""
     names = [(OURS, "fp32")]
     if asked.device == "cuda":
         names = [(OURS, "bf16"), (OURS, "tf32"), (PUBLISHED, "tf32")]
-    cells = []
-    for name, dtype in _taking_part(asked.device, names):
-        for side in sides:
-            cell = _forward_cell(name, variant, 4, dtype, (side, side))
-            once = asked.device == "cpu" and side >= CURVE_ONCE_SIDE
-            cells.append({**cell, "once": True} if once else cell)
-
-    def rows(records: list[Record]) -> list[list[str]]:
-        made = []
-        for record in records:
-            pixels = math.prod(record["cell"]["size"])
-            memory = record.get("memory", math.nan)
-            made.append(
-                [
-                    record["cell"]["contestant"],
-                    record["cell"]["dtype"],
-                    "x".join(map(str, record["cell"]["size"])),
-                    measuring.milliseconds(record)[0],
-                    measuring.times(1e6 * measuring.median(record) / pixels, ".3f"),
-                    measuring.mebibytes(record),
-                    measuring.times(memory / pixels, ".0f"),
-                ]
-            )
-        return made
-
+    variant = contestants.QUICK if asked.quick else "tiny"
+    sizes = ((16, 16), (24, 30)) if asked.quick else CURVE_SIZES
     return Section(
         name="curve",
-        title="Tiny x4 against the input's pixels",
-        cells=cells,
-        columns=["network", "dtype", "input", "ms", "µs a pixel", "MiB", "bytes a pixel"],
-        rows=rows,
+        title="Tiny x2 against the input's pixels",
+        cells=[
+            cell
+            for name, dtype in _taking_part(asked.device, names)
+            for cell in _size_cells(asked.device, name, variant, 2, dtype, sizes)
+        ],
+        columns=_SIZE_COLUMNS,
+        rows=_size_rows,
         notes=lambda _: [
-            "Medians of a few forwards; on a CPU, of the large inputs, one. Cost grows linearly",
-            "where the figures a pixel level off.",
+            "Medians of a few forwards; on a CPU, of the large inputs, one a process. Cost grows",
+            "linearly where the figures a pixel level off. MiB is the peak beyond the loaded",
+            "process with weights and input.",
             *contestants.absence_notes(asked.device, [PUBLISHED]),
         ],
         group=_group,
         draw=_draw_curve,
+    )
+
+
+def formula_section(asked: argparse.Namespace) -> Section:
+    """Time and memory of the formula, PyTorch's own operators without gradients, by dtype."""
+    variant = contestants.QUICK if asked.quick else "tiny"
+    sizes = ((16, 16), (24, 30)) if asked.quick else FORMULA_SIZES
+    return Section(
+        name="formula",
+        title="The formula of Tiny x4 without gradients",
+        cells=[
+            cell
+            for dtype in ("fp32", "bf16", "fp64")
+            for cell in _size_cells(asked.device, PYTORCH, variant, 4, dtype, sizes)
+        ],
+        columns=_SIZE_COLUMNS,
+        rows=_size_rows,
+        notes=lambda _: [
+            "What runs where the C library does not: in other dtypes, or where it was not built.",
+            "In eval mode, with TLC. Medians of a few forwards; of the large inputs, one. MiB is",
+            "the peak beyond the loaded process with weights and input.",
+        ],
         rounds=1,
     )
 
 
-def _shared() -> Path:
+def shared() -> Path:
+    """Return the folder of shared test data, whether it is there or not."""
     return Path(os.environ.get("DLGSANET_SHARED", reporting.ROOT.parent / "shared"))
 
 
@@ -454,7 +426,7 @@ def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, 
     if named:
         state = read_weights(Path(os.environ[WEIGHTS]))
         return infer_config(state), state
-    golden = _shared() / "golden" / "tiny_x4.npz"
+    golden = shared() / "golden" / "tiny_x4.npz"
     if golden.is_file() and not quick:
         import numpy as np
 
@@ -469,39 +441,44 @@ def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, 
     )
 
 
-def _pictures(scale: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield Set14 as pairs (3, H, W) in [0, 1]: reduced `scale` times, and as it is."""
+def set14() -> list[Path]:
+    """Return the files of Set14, none where it is not at hand."""
+    return sorted((shared() / "data" / "Set14" / "HR").glob("*.png"))
+
+
+def pairs(paths: Sequence[Path], scale: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images as pairs (3, H, W) in [0, 1]: reduced `scale` times, and as they are."""
     import cv2
 
-    for path in sorted((_shared() / "data" / "Set14" / "HR").glob("*.png")):
-        picture = torch.from_numpy(cv2.imread(str(path))[..., ::-1].copy())
-        height, width = (side - side % scale for side in picture.shape[:2])
-        high = picture[:height, :width].permute(2, 0, 1).float() / 255
+    for path in paths:
+        image = torch.from_numpy(cv2.imread(str(path))[..., ::-1].copy())
+        height, width = (side - side % scale for side in image.shape[:2])
+        high = image[:height, :width].permute(2, 0, 1).float() / 255
         low = F.interpolate(
             high[None], scale_factor=1 / scale, mode="bicubic", antialias=True
         ).clamp(0, 1)
         yield (255 * low[0]).round() / 255, high
 
 
-def luma(picture: Tensor) -> Tensor:
-    """Return Y of YCbCr (BT.601), in 16 to 235, of pictures (..., 3, H, W) in [0, 1]."""
-    factors = torch.tensor([65.481, 128.553, 24.966], dtype=picture.dtype)
-    return 16 + (picture * factors.to(picture.device)[:, None, None]).sum(-3)
+def luma(image: Tensor) -> Tensor:
+    """Return Y of YCbCr (BT.601), in 16 to 235, of images (..., 3, H, W) in [0, 1]."""
+    factors = torch.tensor([65.481, 128.553, 24.966], dtype=image.dtype)
+    return 16 + (image * factors.to(image.device)[:, None, None]).sum(-3)
 
 
 def psnr(a: Tensor, b: Tensor, border: int) -> float:
-    """Return the PSNR in dB of Y of two pictures, `border` pixels on each side left out."""
+    """Return the PSNR in dB of Y of two images, `border` pixels on each side left out."""
     inner = (..., slice(border, -border), slice(border, -border))
     error = (luma(a.double()) - luma(b.double()))[inner].square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def _as_saved(picture: Tensor) -> Tensor:
-    return (255 * picture.float().clamp(0, 1)).round() / 255
+def _as_saved(image: Tensor) -> Tensor:
+    return (255 * image.float().clamp(0, 1)).round() / 255
 
 
 def accuracy(cell: Cell, setting: Setting) -> Record:
-    """Compare a dtype with float32 on real pictures, and with the definition in float64."""
+    """Compare a dtype with float32 on real images, and with the definition in float64."""
     device, dtype = setting.device, DTYPES[cell["dtype"]]
     config, state = _weights(cell["weights"], cell["quick"])
 
@@ -512,9 +489,9 @@ def accuracy(cell: Cell, setting: Setting) -> Record:
 
     tested, full = load(dtype), load(torch.float32)
     judge = contestants.as_definition(load(torch.float64))
-    pairs = [] if cell["quick"] else list(_pictures(config["upscale"]))
+    known = [] if cell["quick"] else list(pairs(set14(), config["upscale"]))
     side = QUICK_SIDE if cell["quick"] else ACCURACY_CROP
-    crop = pairs[0][0][:, :side, : side - 8] if pairs else torch.rand(3, side, side - 8)
+    crop = known[0][0][:, :side, : side - 8] if known else torch.rand(3, side, side - 8)
     with torch.no_grad():
         x = crop[None].to(device)
         expected = judge(x.double())
@@ -523,16 +500,16 @@ def accuracy(cell: Cell, setting: Setting) -> Record:
         figures: Record = {
             "relative": (error.norm() / expected.norm()).item(),
             "worst": (error.abs().max() / expected.abs().max()).item(),
-            "pictures": [],
+            "images": [],
         }
-        for low, high in pairs:
+        for low, high in known:
             x, high = low[None].to(device), high.to(device)
             with measuring.numerics("fp32", device):
                 wide = full(x)[0]
             with measuring.numerics(cell["dtype"], device):
                 out = tested(x.to(dtype))[0].float()
             border = config["upscale"]
-            figures["pictures"].append(
+            figures["images"].append(
                 {
                     "fp32": psnr(_as_saved(wide), high, border),
                     "this": psnr(_as_saved(out), high, border),
@@ -560,14 +537,14 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
                 made.append([dtype, record["error"], *"–––––"])
                 continue
             errors = [f"{record['relative']:.1e}", f"{record['worst']:.1e}"]
-            pictures = record["pictures"]
-            if not pictures:
+            images = record["images"]
+            if not images:
                 made.append([dtype, *errors, *"––––"])
                 continue
-            ours = statistics.mean(each["this"] for each in pictures)
-            full = statistics.mean(each["fp32"] for each in pictures)
-            most = max((each["this"] - each["fp32"] for each in pictures), key=abs)
-            least = min(each["between"] for each in pictures)
+            ours = statistics.mean(each["this"] for each in images)
+            full = statistics.mean(each["fp32"] for each in images)
+            most = max((each["this"] - each["fp32"] for each in images), key=abs)
+            least = min(each["between"] for each in images)
             made.append(
                 [
                     dtype,
@@ -582,7 +559,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
 
     if weights:
         source = f"the checkpoint {weights}"
-    elif (_shared() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
+    elif (shared() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
         source = "the golden file's random weights of Tiny x4, so PSNR itself says nothing"
     else:
         source = "random weights, so PSNR itself says nothing"
@@ -596,7 +573,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
             "error, largest",
             "Y-PSNR",
             "minus fp32's",
-            "on the worst picture",
+            "on the worst image",
             "least Y-PSNR between the two",
         ],
         rows=rows,
@@ -606,7 +583,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
             "rounded to 8 bits; 'between the two' compares outputs with fp32's, unrounded.",
             *(
                 ["Set14 is not at hand: only the errors are measured."]
-                if records and not any(record.get("pictures") for record in records)
+                if records and not any(record.get("images") for record in records)
                 else []
             ),
         ],
@@ -631,7 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
     for flag, section in (
         ("--all", configurations_section),
         ("--curve", curve_section),
-        ("--memory", memory_section),
+        ("--formula", formula_section),
         ("--profile", profile_section),
         ("--accuracy", accuracy_section),
     ):

@@ -27,29 +27,31 @@ RESULTS = BENCHMARKS / "results"
 SECTIONS = {
     "tests": ("-m", "pytest", "-m", "gpu"),
     "network": ("benchmarks/network.py", "--only-tiny"),
-    "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
     "training_step": ("benchmarks/training_step.py",),
+    "agreement": ("benchmarks/training_step.py", "--agreement"),
     "training_loop": ("benchmarks/training_loop.py", "--only", "loop"),
     "training_loop_validation": ("benchmarks/training_loop.py", "--only", "validation"),
     "training_loop_checkpoints": ("benchmarks/training_loop.py", "--only", "checkpoints"),
     "training_loop_metrics": ("benchmarks/training_loop.py", "--only", "metrics"),
     "accuracy": ("benchmarks/network.py", "--accuracy"),
     "profile": ("benchmarks/network.py", "--profile"),
-    "memory": ("benchmarks/network.py", "--memory"),
+    "formula": ("benchmarks/network.py", "--formula"),
     "curve": ("benchmarks/network.py", "--curve"),
     "configurations": ("benchmarks/network.py", "--all"),
+    "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
     "data": ("benchmarks/data.py",),
     "limits": ("benchmarks/limits.py",),
 }
 TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
 LIMITS = "limits"  # measured within each of the others, too
-DATA = "data"  # has nothing to do on a GPU
+DATA = "data"
+CPU_ONLY = (DATA, "agreement", "formula")  # these have nothing to do on a GPU
 # Measured beside BasicSR, and only where that is installed.
 BESIDE_BASICSR = tuple(name for name in SECTIONS if name.startswith("training_loop"))
 # Pipeline, data and command line take no part in a forward or a backward.
 SOURCES = (
-    *(f"dlgsanet_arch/{files}" for files in ("*.py", "ops/*.py", "cpu/*.py", "cpu/*.c")),
-    "benchmarks/*.py",
+    *("dlgsanet_arch/*.py", "dlgsanet_arch/ops/*.py", "dlgsanet_arch/fused/*.py"),
+    *("dlgsanet_arch/cpu/*.py", "dlgsanet_arch/cpu/*.[ch]", "benchmarks/*.py"),
 )
 SOURCES_OF = {
     **dict.fromkeys(
@@ -138,6 +140,7 @@ def environment(device: str, section: str) -> dict[str, Any]:
         described |= {"CUDA": torch.version.cuda, **_versions("triton", "cupy")}
     else:
         described["CPU kernels"] = library.variant() if library.load() else "none"
+        described["PyTorch's CPU capability"] = torch.backends.cpu.get_cpu_capability()
     return {**described, "commit": _commit(), "source": source(section)}
 
 
@@ -168,7 +171,7 @@ def save(name: str, result: dict[str, Any], results: Path = RESULTS) -> Path:
 
     `result` has `section` (a key of SECTIONS), `kind` (cpu or cuda), `title`, `command`,
     `environment`, `complete`, `notes` (sentences), `columns` (names), `rows` (lists of values,
-    shown as they are) and maybe `picture` (a file beside the JSON).
+    shown as they are) and maybe `picture` (a plot beside the JSON).
     """
     path = results / f"{name}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
@@ -234,7 +237,7 @@ def _unmeasured(shown: list[dict[str, Any]]) -> list[str]:
         for kind in ("cpu", "cuda")
         for section in SECTIONS
         if section != LIMITS
-        and (section, kind) not in ((TESTS, "cpu"), (DATA, "cuda"))
+        and section not in ((TESTS,) if kind == "cpu" else CPU_ONLY)
         and (section, kind) not in measured
     ]
     if not missing:

@@ -6,14 +6,14 @@ from torch.nn.modules import module as torch_module
 from dlgsanet_arch.ops.convolutions import NORM_EPS
 
 # The forward that each known class was defined with.
-_FORWARDS = {kind: kind.forward for kind in (nn.LayerNorm, nn.Sequential)}
+_FORWARDS = {kind: kind.forward for kind in (nn.GELU, nn.LayerNorm, nn.Sequential)}
 
 
 def register(kind: type[nn.Module]) -> type[nn.Module]:
     """Let `is_as_built` know a class by its forward; a decorator.
 
-    A class with settings that can be changed has a method `has_settings`, which says whether they
-    are those that it was built with.
+    A class with settings or layers that can be changed has a method `has_settings`, which says
+    whether they are those that it was built with.
     """
     _FORWARDS[kind] = kind.forward
     return kind
@@ -32,12 +32,13 @@ def is_as_built(*modules: nn.Module) -> bool:
     for module in modules:
         own, kind = module.__dict__, type(module)
         if (
-            own["_forward_hooks"]
+            kind not in _FORWARDS
+            or kind.forward is not _FORWARDS[kind]
+            or "forward" in own
+            or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
-            or kind.forward is not _FORWARDS.get(kind)
         ):
             return False
         if kind is nn.LayerNorm:
@@ -46,6 +47,11 @@ def is_as_built(*modules: nn.Module) -> bool:
         elif hasattr(kind, "has_settings") and not module.has_settings():
             return False
     return True
+
+
+def has_layers(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether the modules directly within are of exactly these classes, in order."""
+    return tuple(map(type, module._modules.values())) == kinds
 
 
 def _norm_has_settings(norm: nn.LayerNorm) -> bool:

@@ -7,15 +7,14 @@ was built with.
 from torch import Tensor, nn
 
 from dlgsanet_arch import fused
-from dlgsanet_arch.as_built import is_as_built, register
+from dlgsanet_arch.as_built import has_layers, is_as_built, register
 from dlgsanet_arch.ops import depthwise, normed_pointwise, pointwise
 from dlgsanet_arch.ops.convolutions import NORM_EPS
 
 
-def _has_settings(conv: nn.Conv2d, groups: int) -> bool:
+def _has_settings(conv: nn.Conv2d, groups: int, kernel: int) -> bool:
     """Return whether a convolution keeps the size, and its weight is what its attributes say."""
     own = conv.__dict__
-    kernel = own["kernel_size"][0]
     weight, bias = conv.weight, conv.bias
     outs, ins = own["out_channels"], own["in_channels"]
     return (
@@ -24,21 +23,22 @@ def _has_settings(conv: nn.Conv2d, groups: int) -> bool:
         and own["stride"] == own["dilation"] == (1, 1)
         and own["groups"] == groups
         and own["padding_mode"] == "zeros"
+        and "_conv_forward" not in own
         and weight.shape == (outs, ins // groups, kernel, kernel)
         and (bias is None or bias.shape == (outs,))
     )
+
+
+# The constructors are PyTorch's: adapters, as peft's, make further layers of a layer's class.
 
 
 @register
 class Conv1x1(nn.Conv2d):
     """1x1 convolution. Maps (B, C, H, W) to (B, C', H, W)."""
 
-    def __init__(self, channels_in: int, channels_out: int, bias: bool) -> None:
-        super().__init__(channels_in, channels_out, 1, bias=bias)
-
     def has_settings(self) -> bool:
-        """Return whether its settings are those it was built with."""
-        return _has_settings(self, 1) and self.kernel_size == (1, 1)
+        """Return whether its settings are those of a 1x1 convolution."""
+        return _has_settings(self, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_settings():
@@ -50,14 +50,14 @@ class Conv1x1(nn.Conv2d):
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution of an odd side with a border of zeros. Keeps (B, C, H, W)."""
 
-    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
-        super().__init__(
-            channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias
-        )
-
     def has_settings(self) -> bool:
-        """Return whether its settings are those it was built with."""
-        return _has_settings(self, self.in_channels) and self.in_channels == self.out_channels
+        """Return whether its settings are those of such a convolution."""
+        channels, kernel = self.in_channels, self.kernel_size[0]
+        return (
+            kernel % 2 == 1
+            and self.out_channels == channels
+            and _has_settings(self, channels, kernel)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_settings():
@@ -69,12 +69,9 @@ class DepthwiseConv(nn.Conv2d):
 class Conv3x3(nn.Conv2d):
     """3x3 convolution with a border of zeros. Maps (B, C, H, W) to (B, C', H, W)."""
 
-    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
-        super().__init__(channels_in, channels_out, 3, padding=1, bias=bias)
-
     def has_settings(self) -> bool:
-        """Return whether its settings are those it was built with."""
-        return _has_settings(self, 1) and self.kernel_size == (3, 3)
+        """Return whether its settings are those of such a convolution."""
+        return _has_settings(self, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_settings() and fused.can_convolve(x, self.weight, self.bias):
@@ -93,6 +90,10 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.body = nn.LayerNorm(channels, eps=NORM_EPS)
 
+    def has_settings(self) -> bool:
+        """Return whether it has the layer that it was built with."""
+        return has_layers(self, nn.LayerNorm)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -101,7 +102,7 @@ def normed(x: Tensor, norm: LayerNorm | None, conv: Conv1x1) -> Tensor:
     """Return conv(norm(x)), in one operator where both are as built; conv(x) without a norm."""
     if norm is None:
         return conv(x)
-    if is_as_built(norm, norm.body, conv):
+    if type(norm) is LayerNorm and type(conv) is Conv1x1 and is_as_built(norm, norm.body, conv):
         body = norm.body
         return normed_pointwise(x, body.weight, body.bias, conv.weight, conv.bias)
     return conv(norm(x))

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlgsanet_arch import cpu, fused
-from dlgsanet_arch.as_built import is_as_built, register
+from dlgsanet_arch.as_built import has_layers, is_as_built, register
 from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
 from dlgsanet_arch.ops import (
     attention_weights,
     channel_attention,
     dynamic_dwconv,
-    gated_depthwise,
+    gdfn_gate,
     projected_dwconv,
 )
 from dlgsanet_arch.precision import full_precision
@@ -54,7 +54,8 @@ _SHUFFLED_CHANNELS = 64  # within the 'pixelshuffle' reconstruction
 class Mixer(nn.Module):
     """What a layer adds to its input, from the normalised input: x + mixer(LN(x)).
 
-    Maps (B, C, H, W) to (B, C, H, W); given a norm, normalises x before.
+    Maps (B, C, H, W) to (B, C, H, W); given a norm, normalises x before. Where it or a layer within
+    is not as it was built, each is called, as a plain network would.
 
     Attributes:
         has_fused_form: Whether `add_fused` computes x + mixer(LN(x)) in one pass.
@@ -69,11 +70,14 @@ class Mixer(nn.Module):
 
 def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
     """Return x + mixer(norm(x)), fused where that can run."""
-    if mixer.has_fused_form and fused.can_run(x, norm, mixer):
-        return mixer.add_fused(x, norm)
-    if x.is_cpu and len(x) > 1 and is_inference():
-        # Memory for the maps of one image suffices.
-        return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
+    if not isinstance(mixer, Mixer):
+        return mixer(norm(x)) + x
+    if is_inference() and type(norm) is LayerNorm:
+        if mixer.has_fused_form and fused.can_run(x, norm, mixer):
+            return mixer.add_fused(x, norm)
+        if x.is_cpu and len(x) > 1 and is_as_built(*norm.modules(), *mixer.modules()):
+            # Memory for the maps of one image suffices. Hooks are called once, with the batch.
+            return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
     return (mixer(x, norm) if is_as_built(mixer) else mixer(norm(x))) + x
 
 
@@ -95,17 +99,32 @@ class GDFN(Mixer):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.project_in = Conv1x1(channels, 2 * hidden, bias=False)
-        self.dwconv = DepthwiseConv(2 * hidden, 3, bias=False)
-        self.project_out = Conv1x1(hidden, channels, bias=False)
+        self.project_in = Conv1x1(channels, 2 * hidden, 1, bias=False)
+        self.dwconv = DepthwiseConv(
+            2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False
+        )
+        self.project_out = Conv1x1(hidden, channels, 1, bias=False)
+
+    def has_settings(self) -> bool:
+        """Return whether it has the layers that it was built with."""
+        return (
+            has_layers(self, Conv1x1, DepthwiseConv, Conv1x1)
+            and self.dwconv.kernel_size == (3, 3)
+            and all(layer.bias is None for layer in self.children())
+        )
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
-        return self.project_out(self._gate(normed(x, norm, self.project_in)))
+        return self.project_out(self._gate(x, norm))
 
-    def _gate(self, x: Tensor) -> Tensor:
-        if is_as_built(self.dwconv):
-            return gated_depthwise(x, self.dwconv.weight)
-        a, b = self.dwconv(x).chunk(2, dim=1)
+    def _gate(self, x: Tensor, norm: LayerNorm | None) -> Tensor:
+        if (
+            self.has_settings()
+            and type(norm) is LayerNorm
+            and is_as_built(norm, norm.body, self.project_in, self.dwconv)
+        ):
+            body = norm.body
+            return gdfn_gate(x, body.weight, body.bias, self.project_in.weight, self.dwconv.weight)
+        a, b = self.dwconv(normed(x, norm, self.project_in)).chunk(2, dim=1)
         return F.gelu(a) * b
 
     def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
@@ -119,6 +138,7 @@ class GDFN(Mixer):
         )
 
 
+@register
 class BaseFFN(Mixer):
     """Plain feed-forward: 1x1, GELU, 1x1, with biases.
 
@@ -130,13 +150,13 @@ class BaseFFN(Mixer):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            Conv1x1(channels, hidden, bias=True),
+            Conv1x1(channels, hidden, 1, bias=True),
             nn.GELU(),
-            Conv1x1(hidden, channels, bias=True),
+            Conv1x1(hidden, channels, 1, bias=True),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+    def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
+        return self.body(x if norm is None else norm(x))
 
 
 _FEED_FORWARDS: dict[str, Callable[[int, int], Mixer]] = {"GDFN": GDFN, "BaseFFN": BaseFFN}
@@ -144,10 +164,10 @@ _FEED_FORWARDS: dict[str, Callable[[int, int], Mixer]] = {"GDFN": GDFN, "BaseFFN
 
 @register
 class FilterGenerator(nn.Module):
-    """Predict a K x K filter for each pixel and each of G groups of channels (MHDLSA).
+    """Predict and apply a K x K filter for each pixel and each of G groups of channels (MHDLSA).
 
-    The filters are not in memory as a map, unless the last convolution is hooked or replaced:
-    `convolve` makes and uses them in one operator.
+    Maps (B, C, H, W) to (B, C, H, W). The filters are not in memory as a map, unless the last
+    convolution is hooked or replaced: one operator makes and uses them.
 
     Args:
         channels: C; filters come from D = C // 4 hidden channels.
@@ -160,19 +180,29 @@ class FilterGenerator(nn.Module):
         hidden = channels // 4
         self.kernel = kernel
         self.conv1 = nn.Sequential(
-            Conv1x1(channels, hidden, bias=True), DepthwiseConv(hidden, kernel, bias=True)
+            Conv1x1(channels, hidden, 1, bias=True),
+            DepthwiseConv(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=True),
         )
-        self.conv2 = nn.Sequential(Conv1x1(hidden, groups * kernel**2, bias=True))
+        self.conv2 = nn.Sequential(Conv1x1(hidden, groups * kernel**2, 1, bias=True))
 
     def has_settings(self) -> bool:
         """Return whether its two stages have the layers that they were built with."""
-        return len(self.conv1) == 2 and len(self.conv2) == 1
+        return (
+            has_layers(self, nn.Sequential, nn.Sequential)
+            and has_layers(self.conv1, Conv1x1, DepthwiseConv)
+            and has_layers(self.conv2, Conv1x1)
+            and self.conv1[1].kernel_size == (self.kernel, self.kernel)
+            and all(layer.bias is not None for layer in (*self.conv1, *self.conv2))
+        )
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """Filter `x` (B, C, H, W) with the filters predicted from it, to (B, C, H, W)."""
+    def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(x)
-        if self.has_settings() and is_as_built(self.conv2, self.conv2[0]):
-            projection = self.conv2[0]
+        projection = next(self.conv2.children(), None)
+        if (
+            has_layers(self.conv2, Conv1x1)
+            and is_as_built(self.conv2, projection)
+            and projection.bias is not None
+        ):
             weight = projection.weight.flatten(1)
             return projected_dwconv(x, hidden, weight, projection.bias, self.kernel)
         filters = self.conv2(hidden)
@@ -195,17 +225,27 @@ class MHDLSA(Mixer):
         super().__init__()
         self.has_fused_form = dynamic and kernel <= fused.LARGEST_KERNEL
         self.dynamic = dynamic
-        self.conv0 = Conv1x1(channels, channels, bias=False)
-        self.conv1 = Conv1x1(channels, channels, bias=False)
+        self.conv0 = Conv1x1(channels, channels, 1, bias=False)
+        self.conv1 = Conv1x1(channels, channels, 1, bias=False)
         if dynamic:
             self.conv = FilterGenerator(channels, channels // channels_per_filter, kernel)
         else:
-            self.conv = DepthwiseConv(channels, kernel, bias=True)
+            self.conv = DepthwiseConv(
+                channels, channels, kernel, padding=kernel // 2, groups=channels, bias=True
+            )
+
+    def has_settings(self) -> bool:
+        """Return whether it has the layers that it was built with."""
+        kind = FilterGenerator if self.dynamic else DepthwiseConv
+        return (
+            has_layers(self, Conv1x1, Conv1x1, kind)
+            and self.conv0.out_channels == self.conv0.in_channels
+            and self.conv0.bias is None
+            and self.conv1.bias is None
+        )
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
-        y = normed(x, norm, self.conv0)
-        y = self.conv.convolve(y) if self.dynamic else self.conv(y)
-        return self.conv1(y)
+        return self.conv1(self.conv(normed(x, norm, self.conv0)))
 
     def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
         squeeze, dwconv = self.conv.conv1
@@ -248,9 +288,20 @@ class SparseGSA(Mixer):
         self.window = window
         self.activation = activation
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = Conv1x1(channels, 3 * channels, bias=False)
-        self.qkv_dwconv = DepthwiseConv(3 * channels, 3, bias=False)
-        self.project_out = Conv1x1(channels, channels, bias=False)
+        self.qkv = Conv1x1(channels, 3 * channels, 1, bias=False)
+        self.qkv_dwconv = DepthwiseConv(
+            3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False
+        )
+        self.project_out = Conv1x1(channels, channels, 1, bias=False)
+
+    def has_settings(self) -> bool:
+        """Return whether it has the layers that it was built with."""
+        return (
+            has_layers(self, Conv1x1, DepthwiseConv, Conv1x1)
+            and self.qkv_dwconv.kernel_size == (3, 3)
+            and all(layer.bias is None for layer in self.children())
+            and self.qkv.out_channels == 3 * self.qkv.in_channels
+        )
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         qkv = self.qkv_dwconv(normed(x, norm, self.qkv))
@@ -330,7 +381,7 @@ class RHDTG(nn.Module):
 
     def __init__(self, channels: int, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.body = nn.Sequential(*layers, Conv3x3(channels, channels))
+        self.body = nn.Sequential(*layers, Conv3x3(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x
@@ -341,7 +392,7 @@ class ShallowFeatures(nn.Module):
 
     def __init__(self, in_chans: int, channels: int) -> None:
         super().__init__()
-        self.proj = Conv3x3(in_chans, channels, bias=False)
+        self.proj = Conv3x3(in_chans, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -352,7 +403,7 @@ def _pixel_shuffle_stages(channels: int, upscale: int) -> nn.Sequential:
     factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
     stages: list[nn.Module] = []
     for factor in factors:
-        stages += [Conv3x3(channels, factor**2 * channels), nn.PixelShuffle(factor)]
+        stages += [Conv3x3(channels, factor**2 * channels, 3, padding=1), nn.PixelShuffle(factor)]
     return nn.Sequential(*stages)
 
 
@@ -537,23 +588,23 @@ class DLGSANet(nn.Module):
                 for _ in range(groups)
             ),
             *([LayerNorm(dim)] if body_norm else []),
-            Conv3x3(dim, dim),
+            Conv3x3(dim, dim, 3, padding=1),
         )
         if upsampler == "pixelshuffledirect":
             self.reconstruction = ("upsample",)
             self.upsample = nn.Sequential(
-                Conv3x3(dim, upscale**2 * in_chans), nn.PixelShuffle(upscale)
+                Conv3x3(dim, upscale**2 * in_chans, 3, padding=1), nn.PixelShuffle(upscale)
             )
         elif upsampler == "pixelshuffle":
             self.reconstruction = ("conv_before_upsample", "upsample", "conv_last")
             self.conv_before_upsample = nn.Sequential(
-                Conv3x3(dim, _SHUFFLED_CHANNELS), nn.LeakyReLU(0.01)
+                Conv3x3(dim, _SHUFFLED_CHANNELS, 3, padding=1), nn.LeakyReLU(0.01)
             )
             self.upsample = _pixel_shuffle_stages(_SHUFFLED_CHANNELS, upscale)
-            self.conv_last = Conv3x3(_SHUFFLED_CHANNELS, in_chans)
+            self.conv_last = Conv3x3(_SHUFFLED_CHANNELS, in_chans, 3, padding=1)
         else:
             self.reconstruction = ("conv_last",)
-            self.conv_last = Conv3x3(dim, in_chans)
+            self.conv_last = Conv3x3(dim, in_chans, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Enlarge images (B, in_chans, H, W) in [0, 1] to (B, in_chans, H·s, W·s), not clipped.

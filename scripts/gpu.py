@@ -58,7 +58,7 @@ def left_out() -> tuple[str, ...]:
 
 def pieces() -> list[str]:
     """Return the sections, the most valuable first."""
-    apart = (reporting.LIMITS, reporting.DATA, *left_out())
+    apart = (reporting.LIMITS, *reporting.CPU_ONLY, *left_out())
     return [section for section in reporting.SECTIONS if section not in apart]
 
 

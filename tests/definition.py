@@ -146,25 +146,36 @@ def attend(qkv: Array, temperature: Array, act: Callable[[Array], Array]) -> Arr
     return out.reshape(-1, *qkv.shape[1:])
 
 
+def attend_in_windows(
+    qkv: Array, temperature: Array, act: Callable[[Array], Array], side: int | None
+) -> Array:
+    """Attention of maps (B, 3C, H, W) within windows that are cut out one by one: (B, C, H, W).
+
+    Overlaps are averaged (TLC). Without a side, one window lies over all.
+    """
+    (rows, height), (columns, width) = (
+        window_starts(length, length if side is None else side) for length in qkv.shape[2:]
+    )
+    total = np.zeros((len(qkv), qkv.shape[1] // 3, *qkv.shape[2:]))
+    count = np.zeros(qkv.shape[2:])
+    for top in rows:
+        for left in columns:
+            window = ..., slice(top, top + height), slice(left, left + width)
+            count[window] += 1
+            for item in range(len(qkv)):
+                total[item][window] += attend(qkv[item][window], temperature, act)
+    return total / count
+
+
 def sparse_gsa(
     x: Array, p: Parameters, key: str, config: Mapping[str, Any], training: bool
 ) -> Array:
     act = "softmax" if config["buildblock_type"] != "sparseedge" else config["activation"]
     qkv = convolve(x, p, f"{key}.qkv")
     qkv = convolve(qkv, p, f"{key}.qkv_dwconv", groups=qkv.shape[1])
-    windowed = config["tlc_flag"] and not training
-    rows, height = window_starts(x.shape[2], config["tlc_kernel"] if windowed else x.shape[2])
-    columns, width = window_starts(x.shape[3], config["tlc_kernel"] if windowed else x.shape[3])
-    total, count = np.zeros_like(x), np.zeros(x.shape[2:])
-    for top in rows:
-        for left in columns:
-            window = ..., slice(top, top + height), slice(left, left + width)
-            count[window] += 1
-            for item in range(len(x)):
-                total[item][window] += attend(
-                    qkv[item][window], p[f"{key}.temperature"], ACTIVATIONS[act]
-                )
-    return convolve(total / count, p, f"{key}.project_out")
+    side = config["tlc_kernel"] if config["tlc_flag"] and not training else None
+    y = attend_in_windows(qkv, p[f"{key}.temperature"], ACTIVATIONS[act], side)
+    return convolve(y, p, f"{key}.project_out")
 
 
 def pixel_shuffle(x: Array, factor: int) -> Array:
@@ -189,7 +200,7 @@ def reconstruct(x: Array, p: Parameters, config: Mapping[str, Any]) -> Array:
 def network(
     x: Array, p: Parameters, options: Mapping[str, Any], *, training: bool = False
 ) -> Array:
-    """The picture (B, in_chans, H·s, W·s) that the network of `options` makes of x in [0, 1]."""
+    """The image (B, in_chans, H·s, W·s) that the network of `options` makes of x in [0, 1]."""
     config = {**DEFAULTS, **options}
     mean = np.array([0.4488, 0.4371, 0.4040] if config["in_chans"] == 3 else [0.0])[:, None, None]
     layers_a_block = {"idynamic": "l", "restormer": "g"}.get(config["buildblock_type"], "lg")

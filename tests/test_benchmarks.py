@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import write_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlgsanet_arch import cpu
 from dlgsanet_arch import network as our_network
+from dlgsanet_arch.cpu import library
+from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +83,46 @@ def test_plainer_forms_compute_the_same(form, training, monkeypatch):
     out.abs().mean().backward()
     for ours, other in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(other.grad, ours.grad)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of this package's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, _, name = func.name().partition("::")
+        if space == "dlgsanet":
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("contestant", "names"),
+    [
+        (contestants.DEFINITION, set()),
+        (contestants.PYTORCH, {"projected_dwconv", "projected_dwconv_backward"}),
+        (contestants.PYTORCH_MAP, {"dynamic_dwconv", "dynamic_dwconv_backward"}),
+    ],
+)
+def test_plainer_contestants_use_none_of_the_c_library(contestant, names, monkeypatch):
+    def must_not_run(*_):
+        raise AssertionError("the C library is used")
+
+    net = contestants.build(contestant, contestants.QUICK, SCALE)
+    x = torch.rand(2, 3, 9, 11)
+    expected = contestants.build("ours", contestants.QUICK, SCALE)(x)
+    monkeypatch.setattr(c_backend, "run", must_not_run)
+    monkeypatch.setattr(cpu, "run", must_not_run)
+    with Operators() as seen, contestants.operators(contestant):
+        out = net(x)
+        out.mean().backward()
+        with torch.no_grad():
+            net.eval()(x)
+    assert seen.names == names
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_definition_in_float32_without_gradients():
@@ -200,11 +244,11 @@ def test_without_basicsr_its_networks_are_left_out(monkeypatch):
     assert set(contestants.PEERS) <= set(contestants.absent("cpu"))
 
 
-def test_operations_are_the_published_count():
+def test_operations_do_not_depend_on_how_they_are_computed():
     size = (1, 180, 320)
-    flops = contestants.operations("definition", "tiny", 4, size)
-    assert flops / 2e9 == pytest.approx(34.72, abs=0.005)
-    assert contestants.operations("ours", "tiny", 4, size, training=True) > 2.9 * flops
+    frozen = 69_337_036_800  # of the formula, as the paper's table has it
+    assert contestants.operations("ours", "tiny", 4, size) == frozen
+    assert contestants.operations("definition", "tiny", 4, size, training=True) == 3 * frozen
     assert contestants.blocks("large", 3) == 24
 
 
@@ -212,12 +256,13 @@ def test_operations_are_the_published_count():
     ("main", "arguments", "section", "rows"),
     [
         (limits.main, [], "limits", 3),
-        (dynamic_dwconv.main, [], "dynamic_dwconv", 9),
-        (training_step.main, [], "training_step", 4),
+        (dynamic_dwconv.main, [], "dynamic_dwconv", 8),
+        (training_step.main, [], "training_step", 6),
+        (training_step.main, ["--agreement"], "agreement", 3),
         (network.main, [], "network", 5),
         (network.main, ["--all"], "configurations", 3),
         (network.main, ["--curve"], "curve", 2),
-        (network.main, ["--memory"], "memory", 1),
+        (network.main, ["--formula"], "formula", 6),
         (network.main, ["--profile"], "profile", network.PROFILED_OPERATORS),
         (network.main, ["--accuracy"], "accuracy", 2),
         (data.main, [], "data", 16),
@@ -400,7 +445,6 @@ def laps_of(cell):
         (network, [], ["network", "configurations"]),
         (network, ["--only-tiny"], ["network"]),
         (network, ["--all"], ["configurations"]),
-        (network, ["--memory"], ["memory"]),
         (network, ["--curve"], ["curve"]),
         (network, ["--accuracy"], ["accuracy"]),
         (dynamic_dwconv, [], ["dynamic_dwconv"]),
@@ -416,7 +460,7 @@ def test_what_a_gpu_would_measure(module, arguments, names, made_gpu, results, m
             reply = {"seconds": [0.001, 0.003], "memory": measuring.MIB, "work": 1, "bytes": 1}
             if cell["measure"] == "network:accuracy":
                 figures = {"fp32": 30.0, "this": 30.1, "between": 60.0}
-                reply = {"relative": 1e-7, "worst": 1e-6, "pictures": [figures]}
+                reply = {"relative": 1e-7, "worst": 1e-6, "images": [figures]}
             reply |= laps_of(cell)
             yield reply | {"parameters": 1, "operations": 1, "total_memory": 2 * measuring.MIB}
 
@@ -454,6 +498,51 @@ def test_what_a_gpu_would_measure(module, arguments, names, made_gpu, results, m
     assert "nan" not in report
 
 
+def test_training_steps_on_a_cpu(results):
+    asked = argparse.Namespace(device="cpu", quick=False)
+    section = training_step.step_section(asked)
+    frozen = 3 * 69_337_036_800 * 16 * 48**2 // (180 * 320)
+
+    def launch(cells, setting):
+        for cell in cells:
+            seconds = 4.0 if cell["threads"] == 1 else 2.0
+            yield {
+                "seconds": [seconds],
+                "memory": 0,
+                "work": 8e12,
+                "bytes": 1,
+                "operations": frozen,
+            }
+
+    report = measuring.Report(section, "cpu", results)
+    measuring.take_turns(report, measuring.Setting("cpu", 1), launch)
+    result = written(results, "training_step")
+    names = [f"Tiny x4, {name}" for name in ("ours", contestants.PYTORCH, contestants.PYTORCH_MAP)]
+    names += ["Tiny x4, definition", "SwinIR-light x4", "EDSR-baseline x4"]
+    assert [row[0] for row in result["rows"]] == [name for name in names for _ in range(2)]
+    assert [row[3] for row in result["rows"]] == ["2", "1"] * 6
+    # Steps and products take twice as long with one thread.
+    tiny = [row[8] for row in result["rows"] if row[0].startswith("Tiny")]
+    assert set(tiny) == {f"{8e12 / frozen:.2f}"}
+    assert f"with 2: {'; '.join(f'{name} 2.00' for name in names)}." in " ".join(result["notes"])
+
+
+def test_trainings_that_end_apart_are_an_error(monkeypatch, results):
+    figures = {"ours": [30.0, 31.0], contestants.PYTORCH: [30.0, 30.9]}
+    monkeypatch.setattr(training_step, "TOLERANCE", -1.0)
+    assert training_step.main(["--quick", "--results", str(results), "--agreement"]) == 1
+    assert "do not agree" in (results.parent / "RESULTS.md").read_text()
+    found = {name: {"took": 1.0, "loss": 0.1, "psnr": psnr} for name, psnr in figures.items()}
+    rows = training_step._agreement_rows([{"cell": {}, "found": found}])
+    assert rows[0] == ["ours", "1", "0.10000", "30.500", "+0.0500", "+0.1000"]
+
+
+def test_results_depend_on_the_sources_in_c_and_the_fused_layers():
+    read = {path for pattern in reporting.SOURCES for path in ROOT.glob(pattern)}
+    assert {ROOT / "dlgsanet_arch" / "cpu" / name for name in library.SOURCES} <= read
+    assert ROOT / "dlgsanet_arch" / "fused" / "c_layers.py" in read
+
+
 def test_gpu_plan_of_the_goals(made_gpu):
     asked = argparse.Namespace(device="cuda", quick=False)
     tiny = [c for c in network.network_section(asked).cells if c["measure"] == "network:forward"]
@@ -461,7 +550,6 @@ def test_gpu_plan_of_the_goals(made_gpu):
         "definition",
         "published-style",
         "ours",
-        "ours, CUDA graph",
         "ours, channels_last",
         "SwinIR-light",
         "EDSR-baseline",
@@ -629,7 +717,8 @@ def test_make_gpu_does_what_is_left(made_gpu, results, monkeypatch, capsys, tmp_
 
     monkeypatch.setattr(gpu_script, "execute", execute)
     assert gpu_script.main(["--results", str(results)]) == 0
-    pieces = [name for name in reporting.SECTIONS if name not in ("tests", "limits", "data")]
+    apart = ("tests", "limits", *reporting.CPU_ONLY)
+    pieces = [name for name in reporting.SECTIONS if name not in apart]
     assert len(ran) == len(pieces)
     assert ran[0] == f"benchmarks/network.py --only-tiny --device cuda --results {results}"
     assert "left to do, by `make gpu` again: training_step" in capsys.readouterr().out

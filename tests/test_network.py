@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlgsanet_arch import DLGSANet
-from dlgsanet_arch.network import channel_attention
+from dlgsanet_arch.layers import Conv3x3
+from dlgsanet_arch.ops import channel_attention
 
 BASE = {
     "dim": 12,
@@ -79,7 +80,7 @@ def defined(net: DLGSANet, x: torch.Tensor, options: dict, training: bool) -> to
     )
 
 
-def pictures(net: DLGSANet, batch: int, size: tuple[int, int]) -> torch.Tensor:
+def images(net: DLGSANet, batch: int, size: tuple[int, int]) -> torch.Tensor:
     return torch.rand(batch, net.in_chans, *size, dtype=net.mean.dtype)
 
 
@@ -90,7 +91,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_option_equals_the_definition(options):
     net = build(options)
-    x = pictures(net, 2, (9, 7))
+    x = images(net, 2, (9, 7))
     with torch.no_grad():
         torch.testing.assert_close(net.train()(x), defined(net, x, options, training=True))
         torch.testing.assert_close(net.eval()(x), defined(net, x, options, training=False))
@@ -102,7 +103,7 @@ def test_every_option_equals_the_definition(options):
 )
 def test_any_size_and_batch(batch, size):
     net = build({}).eval()
-    x = pictures(net, batch, size)
+    x = images(net, batch, size)
     with torch.no_grad():
         torch.testing.assert_close(net(x), defined(net, x, {}, training=False))
 
@@ -110,7 +111,7 @@ def test_any_size_and_batch(batch, size):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_precision(dtype, tolerance):
     net = build({}, dtype).eval()
-    x = pictures(net, 2, (13, 9))
+    x = images(net, 2, (13, 9))
     with torch.no_grad():
         out = net(x)
     assert out.dtype == dtype
@@ -130,7 +131,7 @@ def test_precision(dtype, tolerance):
 def test_precision_on_cuda(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net = build({}, dtype).eval()
-    x = pictures(net, 2, (13, 9))
+    x = images(net, 2, (13, 9))
     expected = defined(net, x, {}, training=False)
     net, x = net.cuda(), x.cuda()
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_precision_on_cuda(dtype, tolerance, monkeypatch):
 
 def test_autocast_trains():
     net = build({}, torch.float32)
-    x = pictures(net, 2, (8, 8))
+    x = images(net, 2, (8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x)
     out.float().abs().mean().backward()
@@ -154,7 +155,7 @@ def test_autocast_trains():
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_parameter_has_a_gradient(options):
     net = build(options)
-    net(pictures(net, 1, (6, 5))).square().mean().backward()
+    net(images(net, 1, (6, 5))).square().mean().backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
@@ -162,28 +163,33 @@ def test_every_parameter_has_a_gradient(options):
 def test_gradients_in_eval_mode_go_through_the_windows():
     net = build({"dim": 4, "idynamic_num_heads": 2, "restormer_num_heads": 2, "tlc_kernel": 3})
     net.eval()
-    x = pictures(net, 1, (4, 3)).requires_grad_()
+    x = images(net, 1, (4, 3)).requires_grad_()
     assert torch.autograd.gradcheck(net, x, fast_mode=True)
 
 
-def test_attention_survives_half_precision_on_a_whole_picture():
+def test_attention_survives_half_precision_on_a_whole_image():
     # Σ q·k over 57,600 pixels is far beyond float16's largest value.
-    q, k, v = torch.full((3, 1, 1, 4, 180 * 320), 4.0, dtype=torch.float16)
+    qkv = torch.full((1, 12, 180, 320), 4.0, dtype=torch.float16)
     temperature = torch.ones(1, 1, 1, dtype=torch.float16)
-    out = channel_attention(q, k, v, temperature, torch.relu)
+    out = channel_attention(qkv, temperature, 1, "relu")
     assert out.dtype == torch.float16
     torch.testing.assert_close(out, torch.full_like(out, 16.0))  # four similarities of 1 · 4
 
 
-def test_attention_of_a_black_map_is_zero_not_nan():
-    q = torch.zeros(1, 1, 4, 10)
-    out = channel_attention(q, q, torch.ones_like(q), torch.ones(1, 1, 1), torch.relu)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_of_a_black_map_is_zero_not_nan(dtype):
+    qkv = torch.zeros(1, 12, 2, 5, dtype=dtype)
+    qkv[:, 8:] = 1
+    qkv.requires_grad_()
+    out = channel_attention(qkv, torch.ones(1, 1, 1, dtype=dtype), 1, "relu")
     assert torch.equal(out, torch.zeros_like(out))
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    assert grad.isfinite().all()
 
 
 def test_batch_items_do_not_meet():
     net = build({}).eval()
-    x = pictures(net, 3, (13, 9))
+    x = images(net, 3, (13, 9))
     with torch.no_grad():
         torch.testing.assert_close(net(x), torch.cat([net(item[None]) for item in x]))
 
@@ -191,30 +197,111 @@ def test_batch_items_do_not_meet():
 def test_eval_twice_gives_the_same_bits_and_keeps_no_state():
     net = build({}, torch.float32).eval()
     before = set(net.__dict__)
-    x = pictures(net, 2, (13, 9))
+    x = images(net, 2, (13, 9))
     with torch.no_grad():
         assert torch.equal(net(x), net(x))
     assert set(net.__dict__) == before
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.fixture
+def threads():
+    """Set the number of threads, and set it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(backend, training):
+@pytest.mark.parametrize(("batch", "size"), [(2, (20, 14)), (1, (40, 24))])
+def test_threads_change_no_bit_of_a_training_step(batch, size, training, threads):
+    net = build({"groups": 2, "tlc_kernel": 16}, torch.float32).train(training)
+    x = images(net, batch, size).requires_grad_()
+    steps = []
+    for count in (1, 2, 3):
+        threads(count)
+        out = net(x)
+        gradients = torch.autograd.grad(out.abs().mean(), [x, *net.parameters()])
+        steps.append((out.detach(), *gradients))
+    # Gradients of 3x3 convolutions are PyTorch's own sums, cut among the threads.
+    own = {
+        id(parameter)
+        for module in net.modules()
+        if isinstance(module, Conv3x3)
+        for parameter in module.parameters()
+    }
+    names = ["output", "input", *(name for name, _ in net.named_parameters())]
+    owners = [x, x, *net.parameters()]
+    for name, owner, first, *others in zip(names, owners, *steps, strict=True):
+        for other in others:
+            if id(owner) in own:
+                torch.testing.assert_close(other, first)
+            else:
+                assert torch.equal(other, first), name
+
+
+def assert_compiled(compiled, net, x):
+    out, expected = compiled(x), net(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    found, expected = (
+        torch.autograd.grad(each.abs().mean(), list(net.parameters())) for each in (out, expected)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_for_other_sizes_and_batches_without_a_graph_break(training, dynamic):
+    torch.compiler.reset()
+    net = build({}, torch.float32).train(training)
+    compiled = torch.compile(net, fullgraph=True, backend="eager", dynamic=dynamic)
+    for batch, size in ((2, (7, 6)), (2, (5, 8)), (3, (5, 8))):
+        assert_compiled(compiled, net, images(net, batch, size))
+    with torch.no_grad():
+        x = images(net, 2, (7, 6))
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_compiled_for_nine_sizes_in_a_few_graphs():
+    torch.compiler.reset()
+    net = build({}, torch.float32)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(net, fullgraph=True, backend=count)
+    for side in range(5, 14):
+        x = images(net, 1 + side % 3, (side, 2 * side))
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) <= 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_with_its_backward(training):
     torch.compiler.reset()
     net = build({}).train(training)
-    x = pictures(net, 2, (8, 7))
-    out = torch.compile(net, backend=backend, fullgraph=True)(x)
-    torch.testing.assert_close(out, net(x))
-    gradients = torch.autograd.grad(out.abs().mean(), list(net.parameters()))
-    expected = torch.autograd.grad(net(x).abs().mean(), list(net.parameters()))
-    torch.testing.assert_close(gradients, expected)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert_compiled(compiled, net, images(net, 2, (8, 7)))
+
+
+def test_what_is_compiled_is_hooked_as_it_was_before():
+    torch.compiler.reset()
+    net = build({}, torch.float32).eval()
+    attention = net.deep_feature_extraction[0].body[1].restormer_attn
+    attention.project_out.register_forward_hook(lambda module, given, out: 3 * out)
+    attention.qkv_dwconv.dilation = attention.qkv_dwconv.padding = (2, 2)
+    x = images(net, 2, (6, 5))
+    with torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(compiled, net(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor():
     torch.compiler.reset()
     net = build({}, torch.float32).eval()
-    x = pictures(net, 2, (8, 7))
+    x = images(net, 2, (8, 7))
     with torch.no_grad():
         out = torch.compile(net, fullgraph=True)(x)
         torch.testing.assert_close(out, net(x), rtol=1e-4, atol=1e-5)
@@ -228,18 +315,18 @@ def test_exports_with_dynamic_sizes_to_plain_operators():
     net = build({"tlc_flag": False}, torch.float32).eval()
     batch, height, width = (torch.export.Dim(name, min=1, max=512) for name in "bhw")
     program = torch.export.export(
-        net, (pictures(net, 2, (8, 7)),), dynamic_shapes=[{0: batch, 2: height, 3: width}]
+        net, (images(net, 2, (8, 7)),), dynamic_shapes=[{0: batch, 2: height, 3: width}]
     )
     assert not any("dlgsanet" in name for name in exported_operators(program))
     for size in ((1, (13, 5)), (3, (6, 9))):
-        x = pictures(net, *size)
+        x = images(net, *size)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_exports_with_windows_at_a_fixed_size():
     net = build({}, torch.float32).eval()
-    x = pictures(net, 2, (13, 9))
+    x = images(net, 2, (13, 9))
     program = torch.export.export(net, (x,))
     assert not any("dlgsanet" in name for name in exported_operators(program))
     with torch.no_grad():
@@ -350,6 +437,6 @@ def test_an_unknown_argument_names_the_nearest(name, near):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8), (8, 8, 3)])
-def test_pictures_of_other_channels_are_refused(shape):
+def test_images_of_other_channels_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         build({}, torch.float32)(torch.rand(shape))

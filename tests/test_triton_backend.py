@@ -5,6 +5,7 @@ process, started with `TRITON_INTERPRET` set, and other tests are not affected.
 """
 
 import importlib.util
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
@@ -20,7 +21,8 @@ LAYOUTS = {
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.mT.contiguous().mT,
     # Every second row of a larger map, from its second column and channel on: nothing is aligned.
-    "sliced": lambda x: _slice_of_a_larger_map(x),
+    "sliced": lambda x: _slice_of_a_larger_map(x, torch.contiguous_format),
+    "sliced channels last": lambda x: _slice_of_a_larger_map(x, torch.channels_last),
 }
 # Tiles are 4 x 16 pixels: below, at and above; smaller than the kernel; H != W.
 # (B, C, H, W), G, K, D, dtype, layout of x, of the hidden features, of the arriving gradient.
@@ -33,14 +35,16 @@ CASES = [
     ((1, 30, 2, 4), 15, 3, 17, "float16", "transposed", "transposed", "channels last"),
     ((1, 9, 1, 3), 1, 3, 2, "float32", "sliced", "channels last", "nchw"),
     ((1, 11, 3, 1), 1, 1, 1, "float16", "channels last", "sliced", "sliced"),
+    ((2, 4, 2, 3), 2, 3, 3, "float32", "sliced channels last", "transposed", "channels last"),
 ]
 TOLERANCES = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
 NAMES = ("output", "grad x", "grad hidden", "grad weight", "grad bias")
 
 
-def _slice_of_a_larger_map(x):
+def _slice_of_a_larger_map(x, layout):
     batch, channels, height, width = x.shape
     larger = torch.full((batch, channels + 1, 2 * height, width + 1), torch.nan).to(x)
+    larger = larger.contiguous(memory_format=layout)
     part = larger[:, 1:, ::2, 1:]
     return part.copy_(x)
 
@@ -111,7 +115,7 @@ def check_expanded_gradient():
 
 def check_shares_of_tiles():
     # Three tiles in two shares, and taps that do not fill the last program.
-    with mock.patch.multiple(_kernels(), PROJECTION_SPLITS=2, PROJECTION_TAPS=2):
+    with mock.patch.object(_kernels(), "PROJECTION_SPLITS", 2):
         check_case((1, 2, 9, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
 
 
@@ -212,13 +216,20 @@ def test_nothing_is_launched_for_nothing(interpreted, shape):
 
 
 # (B, C, H, W), G, K, D: Tiny to 1280x720, a batch of its training patches, Large with odd sizes.
-REAL = [
-    ((1, 48, 180, 320), 8, 7, 12),
-    ((16, 48, 48, 48), 8, 7, 12),
-    ((2, 90, 101, 67), 15, 7, 22),
-    ((1, 24, 45, 70), 2, 11, 7),
-]
+TINY = ((1, 48, 180, 320), 8, 7, 12)
+PATCHES = ((16, 48, 48, 48), 8, 7, 12)
+LARGE = ((2, 90, 101, 67), 15, 7, 22)
+WIDEST = ((1, 24, 45, 70), 2, 11, 7)
 REAL_TOLERANCES = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 1e-2, "float16": 2e-3}
+# Kernels are compiled for G, K, D, precision and one of two layouts: 4 for each set of these.
+REAL = [
+    *((TINY, *each) for each in itertools.product(REAL_TOLERANCES, ["nchw", "channels last"])),
+    *((PATCHES, "bfloat16", layout) for layout in LAYOUTS),
+    (LARGE, "bfloat16", "nchw"),
+    (LARGE, "bfloat16", "channels last"),
+    (LARGE, "float32", "channels last"),
+    (WIDEST, "float16", "nchw"),
+]
 
 
 @pytest.fixture
@@ -231,10 +242,9 @@ def _nan_in_new_memory():
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_nan_in_new_memory")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("precision", REAL_TOLERANCES)
-@pytest.mark.parametrize(("shape", "groups", "kernel", "depth"), REAL)
-def test_real_sizes_on_cuda(shape, groups, kernel, depth, precision, layout):
+@pytest.mark.parametrize(("sizes", "precision", "layout"), REAL, ids=str)
+def test_real_sizes_on_cuda(sizes, precision, layout):
+    shape, groups, kernel, depth = sizes
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = getattr(torch, precision, torch.float32)
     grad, x, hidden, weight, bias = make_tensors(shape, groups, kernel, depth, dtype, "cuda")

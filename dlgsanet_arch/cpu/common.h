@@ -213,15 +213,6 @@ INTERNAL void read_block(const float *plane, int64_t plane_stride, int64_t chann
     }
 }
 
-/* Write x + block to `out`, both planes. */
-INTERNAL void add_block(const float *x, float *out, int64_t plane_stride, int64_t channels,
-                      int64_t pixels, const float *block)
-{
-    for (int64_t c = 0; c < channels; c++, x += plane_stride, out += plane_stride, block += BLOCK)
-        for (int64_t p = 0; p < pixels; p++)
-            out[p] = x[p] + block[p];
-}
-
 /* Give each pixel of a block mean 0 and variance 1 over its channels, in place: LayerNorm without
  * its weight and bias, which `fold` puts into the product that follows. `scale` is set to one over
  * the standard deviations. Rows of a block lie `stride` apart; at most PIECE pixels. */
@@ -314,6 +305,15 @@ INTERNAL struct matrix take_matrix(struct arena *arena, int64_t outs, int64_t de
     matrix.values = take(arena, up(outs, OUTS) * depth);
     matrix.bias = take(arena, up(outs, OUTS));
     return matrix;
+}
+
+/* Return the matrix that was taken `n` matrices of the same size after `first`. */
+INTERNAL struct matrix nth_matrix(struct matrix first, int64_t n)
+{
+    int64_t size = matrix_floats(first.outs, first.depth);
+    first.values += n * size;
+    first.bias += n * size;
+    return first;
 }
 
 INTERNAL struct matrix pack(struct arena *arena, const float *weight, const float *bias,

@@ -13,14 +13,6 @@ static struct matrix pack_groups(struct arena *arena, const float *weight, const
     return first;
 }
 
-static struct matrix group_matrix(struct matrix first, int64_t group)
-{
-    int64_t size = matrix_floats(first.outs, first.depth);
-    first.values += group * size;
-    first.bias += group * size;
-    return first;
-}
-
 /* Read a row of all channels into a ring, columns `first` to `last` of a plane's row. */
 static void read_ring(const struct ring *ring, int64_t y, const float *row, int64_t channel_stride,
                       int64_t first, int64_t last)
@@ -71,7 +63,7 @@ EXPORT int projected_convolution(float *const *tensors, const int64_t *sizes, in
                 read_block(features + tile.item * features_item + place, features_channel, hidden,
                            pixels, block);
                 for (int64_t g = 0; g < groups; g++) {
-                    struct matrix project = group_matrix(first, g);
+                    struct matrix project = nth_matrix(first, g);
                     product(&project, block, BLOCK, filters, BLOCK, pixels);
                     dynamic(filters, rows, g * shared, shared, p - tile.first, kernel, result,
                             pixels);
@@ -203,7 +195,7 @@ static struct band_state take_band_state(struct arena *arena, const float *weigh
 /* Make the filters of a group for a block; beyond its pixels they are zeros. */
 static void make_filters(const struct band_state *s, int64_t group, int64_t pixels)
 {
-    struct matrix project = group_matrix(s->project, group);
+    struct matrix project = nth_matrix(s->project, group);
     product(&project, s->features, BLOCK, s->filters, FILTER_STRIDE, pixels);
     if (pixels < BLOCK)
         for (int64_t t = 0; t < s->kernel * s->kernel; t++)

@@ -3,17 +3,58 @@
  */
 #include "common.h"
 
-/* Compute one row of matrix LN(x), from column `first` to `last`, the norm's weight and bias being
- * folded into the matrix. `block` has room for a block of x. */
-static void fill_row(const struct matrix *matrix, const float *x, int64_t plane,
-                     const struct tile *tile, float *block, float *row, int64_t row_stride)
+/* A row of all channels of a tile, read and written a channel at a time: planes may lie a power of two
+ * apart, so that blocks of all channels would meet in the same few sets of the caches. */
+struct line {
+    float *data;
+    int64_t stride;
+};
+
+static int64_t line_floats(int64_t channels, int64_t columns)
 {
+    return up(channels * ring_stride(columns), LINE);
+}
+
+static struct line take_line(struct arena *arena, int64_t channels, int64_t columns)
+{
+    return (struct line){take(arena, line_floats(channels, columns)), ring_stride(columns)};
+}
+
+static void read_line(const struct line *line, const float *x, int64_t plane, int64_t channels,
+                      int64_t columns)
+{
+    for (int64_t c = 0; c < channels; c++) {
+        float *row = line->data + c * line->stride;
+        memcpy(row, x + c * plane, columns * sizeof(float));
+        for (int64_t p = columns; p < up(columns, LANES); p++)
+            row[p] = 0;
+    }
+}
+
+/* out = x + line, both planes. */
+static void add_line(const struct line *line, const float *x, float *out, int64_t plane,
+                     int64_t channels, int64_t columns)
+{
+    for (int64_t c = 0; c < channels; c++, x += plane, out += plane) {
+        const float *row = line->data + c * line->stride;
+        for (int64_t p = 0; p < columns; p++)
+            out[p] = x[p] + row[p];
+    }
+}
+
+/* Compute a tile's row of matrix LN(x), the norm's weight and bias being folded into the matrix.
+ * `line` is overwritten. */
+static void fill_row(const struct matrix *matrix, const float *x, int64_t plane,
+                     const struct tile *tile, const struct line *line, float *row,
+                     int64_t row_stride)
+{
+    int64_t columns = tile->last - tile->first;
     float scale[BLOCK];
-    for (int64_t p = tile->first; p < tile->last; p += BLOCK) {
-        int64_t pixels = least(BLOCK, tile->last - p);
-        read_block(x + p, plane, matrix->depth, pixels, block);
-        standardise(block, BLOCK, matrix->depth, pixels, scale);
-        product(matrix, block, BLOCK, row + p - tile->first, row_stride, pixels);
+    read_line(line, x + tile->first, plane, matrix->depth, columns);
+    for (int64_t p = 0; p < columns; p += BLOCK) {
+        int64_t pixels = least(BLOCK, columns - p);
+        standardise(line->data + p, line->stride, matrix->depth, pixels, scale);
+        product(matrix, line->data + p, line->stride, row + p, row_stride, pixels);
     }
 }
 
@@ -33,13 +74,13 @@ EXPORT int add_gdfn(float *const *tensors, const int64_t *sizes, int64_t *next)
     struct arena arena;
     if (!open_arena(&arena, matrix_floats(2 * hidden, channels) + matrix_floats(channels, hidden) +
                                 ring_floats(3, 2 * hidden, columns) +
-                                (2 * channels + hidden + 1) * BLOCK))
+                                line_floats(channels, columns) + (hidden + 1) * BLOCK))
         return 1;
     struct matrix project_in = pack(&arena, in_weight, NULL, 2 * hidden, channels);
     fold(&project_in, norm_weight, norm_bias);
     struct matrix project_out = pack(&arena, out_weight, NULL, channels, hidden);
     struct ring ring = take_ring(&arena, 3, 2 * hidden, columns);
-    float *block = take(&arena, channels * BLOCK), *result = take(&arena, channels * BLOCK);
+    struct line line = take_line(&arena, channels, columns);
     float *gated = take(&arena, hidden * BLOCK), *other = take(&arena, BLOCK);
 
     struct tile tile;
@@ -49,7 +90,7 @@ EXPORT int add_gdfn(float *const *tensors, const int64_t *sizes, int64_t *next)
         for (int64_t y = tile.top - 1; y <= tile.bottom; y++) {
             if (y >= 0 && y < grid.height) {
                 float *row = ring_write(&ring, y);
-                fill_row(&project_in, from + y * grid.width, plane, &tile, block, row, ring.stride);
+                fill_row(&project_in, from + y * grid.width, plane, &tile, &line, row, ring.stride);
                 ring_end(&ring, y, tile.last - tile.first);
             }
             int64_t r = y - 1;
@@ -67,10 +108,10 @@ EXPORT int add_gdfn(float *const *tensors, const int64_t *sizes, int64_t *next)
                               pixels);
                     gate(a, other, up(pixels, LANES));
                 }
-                product(&project_out, gated, BLOCK, result, BLOCK, pixels);
-                int64_t place = r * grid.width + p;
-                add_block(from + place, to + place, plane, channels, pixels, result);
+                product(&project_out, gated, BLOCK, line.data + p - tile.left, line.stride, pixels);
             }
+            int64_t place = r * grid.width + tile.left;
+            add_line(&line, from + place, to + place, plane, channels, tile.right - tile.left);
         }
     }
     free(arena.block);
@@ -99,7 +140,8 @@ EXPORT int add_mhdlsa(float *const *tensors, const int64_t *sizes, int64_t *next
                                 groups * matrix_floats(taps, hidden) +
                                 ring_floats(kernel, channels, columns) +
                                 ring_floats(kernel, hidden, columns) +
-                                (2 * channels + hidden + taps) * BLOCK))
+                                line_floats(channels, columns) +
+                                (channels + hidden + taps) * BLOCK))
         return 1;
     struct matrix conv0 = pack(&arena, conv0_weight, NULL, channels, channels);
     fold(&conv0, norm_weight, norm_bias);
@@ -110,7 +152,8 @@ EXPORT int add_mhdlsa(float *const *tensors, const int64_t *sizes, int64_t *next
         pack(&arena, project_weight + g * taps * hidden, project_bias + g * taps, taps, hidden);
     struct ring features = take_ring(&arena, kernel, channels, columns);
     struct ring squeezed = take_ring(&arena, kernel, hidden, columns);
-    float *block = take(&arena, channels * BLOCK), *result = take(&arena, channels * BLOCK);
+    struct line line = take_line(&arena, channels, columns);
+    float *block = take(&arena, channels * BLOCK);
     float *generator = take(&arena, hidden * BLOCK), *filters = take(&arena, taps * BLOCK);
 
     struct tile tile;
@@ -120,7 +163,7 @@ EXPORT int add_mhdlsa(float *const *tensors, const int64_t *sizes, int64_t *next
         for (int64_t y = tile.top - halo; y < tile.bottom + halo; y++) {
             if (y >= 0 && y < grid.height) {
                 float *row = ring_write(&features, y), *narrow = ring_write(&squeezed, y);
-                fill_row(&conv0, from + y * grid.width, plane, &tile, block, row, features.stride);
+                fill_row(&conv0, from + y * grid.width, plane, &tile, &line, row, features.stride);
                 product(&squeeze, row, features.stride, narrow, squeezed.stride,
                         tile.last - tile.first);
                 ring_end(&features, y, tile.last - tile.first);
@@ -140,17 +183,15 @@ EXPORT int add_mhdlsa(float *const *tensors, const int64_t *sizes, int64_t *next
                     depthwise(narrow, d, at, dwconv_weight + d * taps, dwconv_bias[d], kernel,
                               generator + d * BLOCK, pixels);
                 for (int64_t g = 0; g < groups; g++) {
-                    struct matrix project = first;
-                    project.values += g * matrix_floats(taps, hidden);
-                    project.bias += g * matrix_floats(taps, hidden);
+                    struct matrix project = nth_matrix(first, g);
                     product(&project, generator, BLOCK, filters, BLOCK, pixels);
                     dynamic(filters, rows, g * shared, shared, at, kernel,
                             block + g * shared * BLOCK, pixels);
                 }
-                product(&conv1, block, BLOCK, result, BLOCK, pixels);
-                int64_t place = r * grid.width + p;
-                add_block(from + place, to + place, plane, channels, pixels, result);
+                product(&conv1, block, BLOCK, line.data + p - tile.left, line.stride, pixels);
             }
+            int64_t place = r * grid.width + tile.left;
+            add_line(&line, from + place, to + place, plane, channels, tile.right - tile.left);
         }
     }
     free(arena.block);
@@ -180,13 +221,14 @@ EXPORT int attention_sums(float *const *tensors, const int64_t *sizes, int64_t *
 
     struct arena arena;
     if (!open_arena(&arena, matrix_floats(3 * channels, channels) +
-                                ring_floats(3, 3 * channels, columns) + channels * BLOCK +
+                                ring_floats(3, 3 * channels, columns) + line_floats(channels, columns) +
                                 2 * up(share * stride, LINE) + BLOCK))
         return 1;
     struct matrix qkv = pack(&arena, qkv_weight, NULL, 3 * channels, channels);
     fold(&qkv, norm_weight, norm_bias);
     struct ring ring = take_ring(&arena, 3, 3 * channels, columns);
-    float *block = take(&arena, channels * BLOCK), *result = take(&arena, BLOCK);
+    struct line line = take_line(&arena, channels, columns);
+    float *result = take(&arena, BLOCK);
     float *q = take(&arena, share * stride), *k = take(&arena, share * stride);
 
     struct tile tile;
@@ -201,7 +243,7 @@ EXPORT int attention_sums(float *const *tensors, const int64_t *sizes, int64_t *
         for (int64_t y = tile.top - 1; y <= tile.bottom; y++) {
             if (y >= 0 && y < grid.height) {
                 float *row = ring_write(&ring, y);
-                fill_row(&qkv, from + y * grid.width, plane, &tile, block, row, ring.stride);
+                fill_row(&qkv, from + y * grid.width, plane, &tile, &line, row, ring.stride);
                 ring_end(&ring, y, tile.last - tile.first);
             }
             int64_t r = y - 1;
@@ -262,33 +304,45 @@ EXPORT int add_attended(float *const *tensors, const int64_t *sizes, int64_t *ne
     int64_t channels = sizes[5], cell_rows = sizes[6], cell_columns = sizes[7];
     int64_t plane = grid.height * grid.width;
 
+    int64_t columns = least(grid.columns, grid.width);
+
     struct arena arena;
-    if (!open_arena(&arena, matrix_floats(channels, channels) + 2 * channels * BLOCK))
+    if (!open_arena(&arena, cell_columns * matrix_floats(channels, channels) +
+                                2 * line_floats(channels, columns)))
         return 1;
-    struct matrix matrix = take_matrix(&arena, channels, channels);
-    float *block = take(&arena, channels * BLOCK), *result = take(&arena, channels * BLOCK);
+    struct matrix first = take_matrix(&arena, channels, channels);
+    for (int64_t j = 1; j < cell_columns; j++)
+        take_matrix(&arena, channels, channels);
+    struct line line = take_line(&arena, channels, columns);
+    struct line result = take_line(&arena, channels, columns);
 
     struct tile tile;
     while (take_tile(&grid, 0, next, &tile)) {
-        int64_t start = tile.item * channels * plane;
-        for (int64_t i = 0; i < cell_rows; i++)
-            for (int64_t j = 0; j < cell_columns; j++) {
-                int64_t top = most(tile.top, row_cuts[i]);
-                int64_t bottom = least(tile.bottom, row_cuts[i + 1]);
-                int64_t left = most(tile.left, column_cuts[j]);
-                int64_t right = least(tile.right, column_cuts[j + 1]);
-                if (top >= bottom || left >= right)
-                    continue;
-                int64_t cell = (tile.item * cell_rows + i) * cell_columns + j;
-                fill_matrix(&matrix, matrices + cell * channels * channels, channels, 1, NULL);
-                for (int64_t y = top; y < bottom; y++)
-                    for (int64_t p = left; p < right; p += BLOCK) {
-                        int64_t pixels = least(BLOCK, right - p), place = start + y * grid.width + p;
-                        read_block(v + place, plane, channels, pixels, block);
-                        product(&matrix, block, BLOCK, result, BLOCK, pixels);
-                        add_block(x + place, out + place, plane, channels, pixels, result);
-                    }
+        int64_t start = tile.item * channels * plane + tile.left, width = tile.right - tile.left;
+        for (int64_t i = 0; i < cell_rows; i++) {
+            int64_t top = most(tile.top, row_cuts[i]), bottom = least(tile.bottom, row_cuts[i + 1]);
+            if (top >= bottom)
+                continue;
+            const float *cells =
+                matrices + (tile.item * cell_rows + i) * cell_columns * channels * channels;
+            for (int64_t y = top; y < bottom; y++) {
+                int64_t place = start + y * grid.width;
+                read_line(&line, v + place, plane, channels, width);
+                for (int64_t j = 0; j < cell_columns; j++) {
+                    int64_t left = most(0, column_cuts[j] - tile.left);
+                    int64_t right = least(width, column_cuts[j + 1] - tile.left);
+                    if (left >= right)
+                        continue;
+                    struct matrix matrix = nth_matrix(first, j);
+                    if (y == top)
+                        fill_matrix(&matrix, cells + j * channels * channels, channels, 1, NULL);
+                    /* Its last vector may reach into the next cell, which is computed after it. */
+                    product(&matrix, line.data + left, line.stride, result.data + left,
+                            result.stride, right - left);
+                }
+                add_line(&result, x + place, out + place, plane, channels, width);
             }
+        }
     }
     free(arena.block);
     return 0;

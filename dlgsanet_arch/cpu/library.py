@@ -100,11 +100,22 @@ def _keep_freed_memory() -> None:
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
+def is_transformed() -> bool:
+    """Return whether torch.func or forward-mode derivatives are in use.
+
+    Declared operators raise under the first, and have no derivative under the second: it would be
+    zero without a word.
+    """
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
+
+
 def can_run(*tensors: Tensor | None) -> bool:
     """Return whether kernels can compute with all of these: eager float32 on a CPU.
 
-    Compilers and exporters get PyTorch's own operators, which they know, and so do autocast and
-    subclasses of tensors. Nothing of this is remembered: a tensor's data may be replaced.
+    Compilers and exporters get PyTorch's own operators, which they know, and so do autocast,
+    torch.func and subclasses of tensors. Nothing of this is remembered: a tensor's data may be
+    replaced.
     """
     for each in tensors:
         if each is not None and not (
@@ -118,6 +129,7 @@ def can_run(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()
+        or is_transformed()
         or load() is None
     ):
         return False
@@ -159,11 +171,20 @@ def _in_threads(work: Callable[[], None], count: int) -> None:
 
 
 def require_shapes(operator: str, *pairs: tuple[Tensor | None, Sequence[int]]) -> None:
-    """Raise a ValueError for the first tensor that has not the shape beside it; None passes."""
+    """Raise a ValueError for the first tensor that has not the shape beside it; None passes.
+
+    And a TypeError for one that is not float32 on a CPU.
+    """
     for tensor, shape in pairs:
-        if tensor is not None and tensor.shape != torch.Size(shape):
+        if tensor is None:
+            continue
+        if tensor.shape != torch.Size(shape):
             raise ValueError(
                 f"{operator} needs a tensor of {tuple(shape)}; got {tuple(tensor.shape)}"
+            )
+        if not (tensor.is_cpu and tensor.dtype == torch.float32):
+            raise TypeError(
+                f"{operator} computes in float32 on a CPU; got {tensor.dtype}, {tensor.device}"
             )
 
 

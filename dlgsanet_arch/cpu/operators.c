@@ -465,9 +465,9 @@ EXPORT int gated_backward(float *const *tensors, const int64_t *sizes, int64_t *
                     int64_t row = y - top + halo;
                     float *a = arriving[0].data + row * arriving[0].stride;
                     float *b = arriving[1].data + row * arriving[1].stride;
-                    if (y < 0 || y >= height) {
-                        memset(a, 0, width * sizeof(float));
-                        memset(b, 0, width * sizeof(float));
+                    if (y < 0 || y >= height) { /* beyond the width, an image may leave NaN */
+                        memset(a, 0, up(width, LANES) * sizeof(float));
+                        memset(b, 0, up(width, LANES) * sizeof(float));
                         continue;
                     }
                     /* Zeros beyond the width make the gradients beyond it zeros. */

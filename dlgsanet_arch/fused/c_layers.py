@@ -98,10 +98,17 @@ def _run(kernel: str, tile: tuple[int, int], tensors: Sequence[Tensor | None], *
     cpu.run(kernel, dense, [batch, height, width, *tile, *sizes])
 
 
+def _require(operator: str, x: Tensor, *pairs: tuple[Tensor, Sequence[int]]) -> None:
+    """Refuse what is not float32 on a CPU, a tensor of another shape, and one that is missing."""
+    if any(tensor is None for tensor, _ in pairs):  # PyTorch takes None for a tensor
+        raise ValueError(f"{operator} needs all of its tensors; got None")
+    cpu.require_shapes(operator, (x, x.shape), *pairs)
+
+
 def _require_cuts(x: Tensor, *cuts: Sequence[int]) -> None:
     for each, length in zip(cuts, x.shape[2:], strict=True):
         rising = all(a < b for a, b in itertools.pairwise(each))
-        if not rising or each[0] != 0 or each[-1] != length:
+        if not rising or len(each) < 2 or each[0] != 0 or each[-1] != length:
             raise ValueError(f"cuts must rise from 0 to {length}; got {list(each)}")
 
 
@@ -133,8 +140,9 @@ def _add_gdfn(
         project_out: (C, e, 1, 1).
     """
     channels, hidden = x.shape[1], project_out.shape[1]
-    cpu.require_shapes(
+    _require(
         "add_gdfn",
+        x,
         (norm_weight, (channels,)),
         (norm_bias, (channels,)),
         (project_in, (2 * hidden, channels, 1, 1)),
@@ -177,8 +185,9 @@ def _add_mhdlsa(
     """
     channels, (hidden, _, kernel, _) = x.shape[1], dwconv.shape
     groups = len(projection) // kernel**2
-    cpu.require_shapes(
+    _require(
         "add_mhdlsa",
+        x,
         (norm_weight, (channels,)),
         (norm_bias, (channels,)),
         (conv0, (channels, channels, 1, 1)),
@@ -235,8 +244,9 @@ def _attention_sums(
         Σ q² and Σ k² of each channel.
     """
     channels, tile = x.shape[1], _sum_tile(x)
-    cpu.require_shapes(
+    _require(
         "attention_sums",
+        x,
         (norm_weight, (channels,)),
         (norm_bias, (channels,)),
         (qkv, (3 * channels, channels, 1, 1)),
@@ -286,9 +296,7 @@ def _add_attended(
     """
     batch, channels = x.shape[:2]
     cells = (len(row_cuts) - 1, len(column_cuts) - 1)
-    cpu.require_shapes(
-        "add_attended", (v, x.shape), (matrices, (batch, *cells, channels, channels))
-    )
+    _require("add_attended", x, (v, x.shape), (matrices, (batch, *cells, channels, channels)))
     _require_cuts(x, row_cuts, column_cuts)
     out = x.new_empty(x.shape)
     cuts = [torch.tensor(each, device="cpu") for each in (row_cuts, column_cuts)]
@@ -306,7 +314,8 @@ def _convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: (C',), or None for zeros.
     """
     outs, channels = len(weight), x.shape[1]
-    cpu.require_shapes("convolve3x3", (weight, (outs, channels, 3, 3)), (bias, (outs,)))
+    given = [] if bias is None else [(bias, (outs,))]
+    _require("convolve3x3", x, (weight, (outs, channels, 3, 3)), *given)
     out = _convolved_like(x, weight)
     _run("convolve3x3", _tile(x, 1, 3 * channels), (x, weight, bias, out), channels, outs)
     return out
@@ -346,7 +355,7 @@ def add_attention(
     """Return x plus its channel attention within windows, overlaps averaged.
 
     A window's attention is one C x C matrix, made from sums over its pixels: those of the cells
-    that the borders of all windows cut the picture into. A pixel under several windows meets the
+    that the borders of all windows cut the image into. A pixel under several windows meets the
     mean of their matrices, so that no pixel is worked on twice.
 
     Args:

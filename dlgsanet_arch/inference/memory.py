@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 # Peak of a forward, in maps of `dim` channels of float32, and in pictures of the result's size.
-# Measured on CPUs in float32: 14 maps for small pictures and 5 for large ones, which are worked on
-# in strips. On other devices, and under autocast, no strips: three maps for q, k and v, as many cut
-# into windows and normalised, four and two within GDFN, and what is normalised.
-_MAPS_IN_STRIPS = 16
+# Measured on CPUs in float32, layers fused: 14 maps for small images and 5 for large ones.
+# Elsewhere three maps for q, k and v, and their copies, four and two within GDFN, and what is
+# normalised.
+_FUSED_MAPS = 16
 _MAPS = 26
 _RESULTS = 4
 _SHARE = 0.5  # of the free memory: others want some, and allocators lose some
@@ -82,15 +82,15 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(known, default=_UNKNOWN))
 
 
-def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, strips: bool = True) -> int:
+def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, fused: bool = True) -> int:
     """Return an upper estimate of a forward's peak memory, in bytes for each pixel that goes in.
 
     Args:
         config: The network's arguments.
         device: Where it runs.
-        strips: Whether a CPU works in strips, as it does in float32.
+        fused: Whether a CPU computes fused layers, as the C library does in float32.
     """
-    maps = _MAPS_IN_STRIPS if device.type == "cpu" and strips else _MAPS
+    maps = _FUSED_MAPS if device.type == "cpu" and fused else _MAPS
     scale = config["upscale"] if config["upsampler"] else 1
     results = _RESULTS * config["in_chans"] * scale**2
     if config["upsampler"] == "pixelshuffle":
@@ -98,6 +98,6 @@ def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, strips: bo
     return 4 * (maps * config["dim"] + results)
 
 
-def fitting_pixels(config: Mapping[str, Any], device: torch.device, *, strips: bool) -> int:
+def fitting_pixels(config: Mapping[str, Any], device: torch.device, *, fused: bool) -> int:
     """Return how many pixels can go in at once, so that half of the free memory is used."""
-    return int(_SHARE * free_memory(device) / bytes_a_pixel(config, device, strips=strips))
+    return int(_SHARE * free_memory(device) / bytes_a_pixel(config, device, fused=fused))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dlgsanet_arch import cpu
 from dlgsanet_arch.checkpoint import Checkpoint, read_checkpoint
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference import memory
@@ -266,9 +267,9 @@ class Upscaler:
         """Return the side of the tiles for a picture of a size; 0 where it is computed whole."""
         tile = self.tile
         if tile == "auto":
-            strips = self._dtype == "fp32"
+            fused = self._dtype == "fp32" and not cpu.why_not()
             config = self.checkpoint.config
-            pixels = memory.fitting_pixels(config, self.device, strips=strips) // batch
+            pixels = memory.fitting_pixels(config, self.device, fused=fused) // batch
             # One window of TLC and what is shared stay together, however little memory there is.
             least = (config["tlc_kernel"] if config["tlc_flag"] else 48) + 2 * self.overlap
             largest = min(LARGEST_TILE, max(math.isqrt(pixels), least))

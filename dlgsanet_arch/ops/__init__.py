@@ -9,7 +9,7 @@ it, `c_backend`, `triton_backend` or `pytorch_backend`; `plain` is its form in e
 from dlgsanet_arch.ops.attention import attention_weights, channel_attention
 from dlgsanet_arch.ops.convolutions import (
     depthwise,
-    gated_depthwise,
+    gdfn_gate,
     layer_norm,
     normed_pointwise,
     pointwise,
@@ -21,7 +21,7 @@ __all__ = [
     "channel_attention",
     "depthwise",
     "dynamic_dwconv",
-    "gated_depthwise",
+    "gdfn_gate",
     "layer_norm",
     "normed_pointwise",
     "pointwise",

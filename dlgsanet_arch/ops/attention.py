@@ -40,7 +40,8 @@ def attention_weights(
     Returns:
         (..., h, c, c) in the dtype of `product`.
     """
-    q_norm, k_norm = squares.sqrt().clamp_min(_NORM_FLOOR).unbind(-3)
+    # Before the root, whose slope at 0 is infinite.
+    q_norm, k_norm = squares.clamp_min(_NORM_FLOOR**2).sqrt().unbind(-3)
     cosines = product / (q_norm[..., :, None] * k_norm[..., None, :])
     return ACTIVATIONS[activation](cosines * temperature.to(product.dtype))
 
@@ -82,12 +83,13 @@ def _forward(
 
 
 def _require(qkv: Tensor, temperature: Tensor, heads: int, activation: str) -> None:
-    cpu.require_shapes("channel_attention", (temperature, (heads, 1, 1)))
-    if qkv.dim() != 4 or qkv.shape[1] % (3 * heads) or activation not in ACTIVATIONS:
+    fits = qkv.dim() == 4 and heads > 0 and qkv.shape[1] % (3 * heads) == 0
+    if not fits or activation not in ACTIVATIONS:
         raise ValueError(
             "channel_attention needs qkv (B, 3C, H, W), C divisible by heads, and an activation of "
             f"{', '.join(ACTIVATIONS)}; got {tuple(qkv.shape)}, {heads=}, {activation=}"
         )
+    cpu.require_shapes("channel_attention", (qkv, qkv.shape), (temperature, (heads, 1, 1)))
 
 
 def _activation_backward(grad: Tensor, scaled: Tensor, weights: Tensor, activation: str) -> Tensor:
@@ -111,7 +113,15 @@ def _backward(
     squares: Tensor,
 ) -> tuple[Tensor, Tensor]:
     _require(qkv, temperature, heads, activation)
-    channels, share = qkv.shape[1] // 3, product.shape[-1]
+    batch, channels, *image = qkv.shape
+    channels //= 3
+    share = channels // heads
+    cpu.require_shapes(
+        "channel_attention_backward",
+        (grad, (batch, channels, *image)),
+        (product, (batch, heads, share, share)),
+        (squares, (batch, 2 * channels)),
+    )
     qk, v = qkv.split([2 * channels, channels], 1)
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_qk, grad_v = grad_qkv.split([2 * channels, channels], 1)

@@ -65,13 +65,20 @@ def _sum(parts: Tensor, *shapes: torch.Size | tuple[int, ...]) -> Iterator[Tenso
         yield part.reshape(shape).clone()  # an operator's results share no memory
 
 
+def _size(operator: str, x: Tensor) -> torch.Size:
+    """Return B, C, H, W of a map, and refuse what is none."""
+    if x.dim() != 4:
+        raise ValueError(f"{operator} needs a map (B, C, H, W); got {tuple(x.shape)}")
+    require_shapes(operator, (x, x.shape))
+    return x.shape
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool) -> Tensor:
     """Compute the 1x1 convolution of x (B, C, H, W) by weight (C', C, 1, 1).
 
     If `normalise`, x is standardised over its channels before: LayerNorm without weight and bias.
     """
-    shape = (len(weight), x.shape[1], 1, 1)
-    require_shapes("pointwise", (weight, shape), (bias, shape[:1]))
+    _require_pointwise("pointwise", x, weight, bias)
     x, weight = _planes(x), weight.contiguous()
     outs, channels = weight.shape[:2]
     out = _new(x, outs)
@@ -80,12 +87,17 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool) -
     return out
 
 
+def _require_pointwise(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    outs = weight.shape[:1]
+    require_shapes(operator, (weight, (*outs, _size(operator, x)[1], 1, 1)), (bias, outs))
+
+
 def pointwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C', C, 1, 1) and bias (C')."""
-    shape = (len(x), len(weight), *x.shape[2:])
-    require_shapes("pointwise_backward", (weight, (len(weight), x.shape[1], 1, 1)), (grad, shape))
+    _require_pointwise("pointwise_backward", x, weight, bias)
+    require_shapes("pointwise_backward", (grad, (len(x), len(weight), *x.shape[2:])))
     likes = x, weight
     grad, x, weight = _planes(grad), _planes(x), weight.contiguous()
     outs, channels = weight.shape[:2]
@@ -97,16 +109,17 @@ def pointwise_backward(
     return *map(_in_layout_of, likes, (grad_x, grad_weight)), _for_bias(bias, grad_bias)
 
 
-def _require_filters(operator: str, x: Tensor, weight: Tensor) -> None:
+def _require_filters(operator: str, channels: int, weight: Tensor) -> None:
+    side = weight.shape[-1:]
+    require_shapes(operator, (weight, (channels, 1, *side, *side)))
     kernel = weight.shape[-1]
-    require_shapes(operator, (weight, (x.shape[1], 1, kernel, kernel)))
     if kernel % 2 == 0 or kernel > LARGEST_KERNEL:
         raise ValueError(f"{operator} needs odd filters of at most {LARGEST_KERNEL}; got {kernel}")
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the depthwise convolution of x (B, C, H, W) by weight (C, 1, K, K)."""
-    _require_filters("depthwise", x, weight)
+    _require_filters("depthwise", _size("depthwise", x)[1], weight)
     require_shapes("depthwise", (bias, weight.shape[:1]))
     x, out = _planes(x), _new(x)
     sizes = [*x.shape, weight.shape[-1], *_steps(x)]
@@ -118,8 +131,8 @@ def depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (C, 1, K, K) and bias (C,)."""
-    _require_filters("depthwise_backward", x, weight)
-    require_shapes("depthwise_backward", (grad, x.shape))
+    _require_filters("depthwise_backward", _size("depthwise_backward", x)[1], weight)
+    require_shapes("depthwise_backward", (grad, x.shape), (bias, weight.shape[:1]))
     likes = x, weight
     grad, x = _planes(grad), _planes(x)
     grad_x = _new(x)
@@ -130,10 +143,15 @@ def depthwise_backward(
     return *map(_in_layout_of, likes, (grad_x, grad_weight)), _for_bias(bias, grad_bias)
 
 
+def _require_pairs(operator: str, channels: int, weight: Tensor) -> None:
+    _require_filters(operator, channels, weight)
+    if channels % 2:
+        raise ValueError(f"{operator} needs an even number of filters; got {channels}")
+
+
 def gated_depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """Compute gelu(a) · b, (a, b) the halves of the depthwise convolution of x (B, 2e, H, W)."""
-    _require_filters("gated_depthwise", x, weight)
-    require_shapes("gated_depthwise", (x, (len(x), x.shape[1] // 2 * 2, *x.shape[2:])))
+    _require_pairs("gated_depthwise", _size("gated_depthwise", x)[1], weight)
     x, (batch, channels, height, width) = _planes(x), x.shape
     out = _new(x, channels // 2)
     sizes = [batch, channels // 2, height, width, weight.shape[-1], *_steps(x)]
@@ -143,15 +161,36 @@ def gated_depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 def gated_depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight (2e, 1, K, K)."""
-    _require_filters("gated_depthwise_backward", x, weight)
-    require_shapes("gated_depthwise_backward", (x, (len(x), 2 * grad.shape[1], *x.shape[2:])))
-    require_shapes("gated_depthwise_backward", (grad, (len(x), grad.shape[1], *x.shape[2:])))
+    channels = _size("gated_depthwise_backward", x)[1]
+    _require_pairs("gated_depthwise_backward", channels, weight)
+    shape = (len(x), channels // 2, *x.shape[2:])
+    require_shapes("gated_depthwise_backward", (grad, shape))
     likes = x, weight
     grad, x, (batch, channels, height, width) = _planes(grad), _planes(x), x.shape
     grad_x, grad_weight = _new(x), x.new_empty(weight.shape)
     sizes = [batch, channels // 2, height, width, weight.shape[-1], *_steps(x), *_steps(grad)]
     run("gated_backward", [grad, x, weight.contiguous(), grad_x, grad_weight], sizes)
     return tuple(map(_in_layout_of, likes, (grad_x, grad_weight)))
+
+
+def gdfn_gate(x: Tensor, weight: Tensor, bias: Tensor, filters: Tensor) -> Tensor:
+    """Compute the gate of x standardised and expanded by the 1x1 convolution; as ops.gdfn_gate."""
+    _require_pointwise("gdfn_gate", x, weight, bias)
+    _require_pairs("gdfn_gate", len(weight), filters)
+    return gated_depthwise(pointwise(x, weight, bias, True), filters)
+
+
+def gdfn_gate_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, filters: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of all, after expanding x once more: the widest map is not kept."""
+    _require_pointwise("gdfn_gate_backward", x, weight, bias)
+    _require_pairs("gdfn_gate_backward", len(weight), filters)
+    shape = (len(x), len(weight) // 2, *x.shape[2:])
+    require_shapes("gdfn_gate_backward", (grad, shape))
+    expanded = pointwise(x, weight, bias, True)
+    grad_expanded, grad_filters = gated_depthwise_backward(grad, expanded, filters)
+    return *pointwise_backward(grad_expanded, x, weight, bias, True), grad_filters
 
 
 def head_products(a: Tensor, b: Tensor, heads: int, squares: Tensor | None = None) -> Tensor:
@@ -191,12 +230,13 @@ def head_apply(matrices: Tensor, x: Tensor, out: Tensor, maps: int = 1) -> None:
 def _require_projection(
     operator: str, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> None:
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = _size(operator, x)
+    depth = _size(operator, hidden)[1]
     require_shapes(
         operator,
-        (hidden, (batch, hidden.shape[1], height, width)),
-        (weight, (len(bias), hidden.shape[1])),
+        (hidden, (batch, depth, height, width)),
         (bias, (bias.numel(),)),
+        (weight, (bias.numel(), depth)),
     )
     groups = len(bias) // kernel**2 if kernel > 0 else 0
     if groups * kernel**2 != len(bias) or groups == 0 or channels % groups or kernel % 2 == 0:

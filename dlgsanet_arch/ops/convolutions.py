@@ -57,9 +57,8 @@ def normed_pointwise(
         and _fits(x, weight, bias)
         and norm_weight.shape == norm_bias.shape == x.shape[1:2]
     ):
-        shift = weight.flatten(1) @ norm_bias
-        shift = shift if bias is None else shift + bias
-        return _pointwise(x, weight * norm_weight[:, None, None], shift, True)
+        folded, shift = _folded(norm_weight, norm_bias, weight)
+        return _pointwise(x, folded, shift if bias is None else shift + bias, True)
     return F.conv2d(layer_norm(x, norm_weight, norm_bias), weight, bias)
 
 
@@ -72,7 +71,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return weight.shape[1:] == (x.shape[1], 1, 1) and (
         bias is None or bias.shape == weight.shape[:1]
     )
@@ -96,20 +95,44 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
-def gated_depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute gelu(a) · b, (a, b) the halves of the depthwise convolution of x (paper, GDFN).
+def gdfn_gate(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, filters: Tensor
+) -> Tensor:
+    """Compute gelu(a) · b, (a, b) the halves of dwconv(project_in(LN(x))) (paper, GDFN).
+
+    The expanded map, the widest of the network, is computed again in the backward instead of kept.
 
     Args:
-        x: (B, 2e, H, W).
-        weight: (2e, 1, K, K); K is odd, and the border is K // 2 zeros.
+        x: (B, C, H, W).
+        norm_weight: (C,).
+        norm_bias: (C,).
+        weight: (2e, C, 1, 1), of project_in.
+        filters: (2e, 1, K, K), of dwconv; K is odd, and the border is K // 2 zeros.
 
     Returns:
         (B, e, H, W) in the dtype of `x`.
+
+    Raises:
+        ValueError: For an odd number of filters, which have no halves.
     """
-    if _can_run(x, weight) and _are_filters(weight, x.shape[1]) and x.shape[1] % 2 == 0:
-        return _gated(x, weight)
-    a, b = depthwise(x, weight).chunk(2, dim=1)
+    outs = len(weight)
+    if outs % 2:
+        raise ValueError(f"gdfn_gate needs an even number of filters; got {outs}")
+    if (
+        _can_run(x, norm_weight, norm_bias, weight, filters)
+        and _fits(x, weight)
+        and norm_weight.shape == norm_bias.shape == x.shape[1:2]
+        and _are_filters(filters, outs)
+    ):
+        return _gate(x, *_folded(norm_weight, norm_bias, weight), filters)
+    expanded = normed_pointwise(x, norm_weight, norm_bias, weight)
+    a, b = depthwise(expanded, filters).chunk(2, dim=1)
     return F.gelu(a) * b
+
+
+def _folded(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias that make of standardised pixels what `weight` makes of LN(x)."""
+    return weight * norm_weight[:, None, None], weight.flatten(1) @ norm_bias
 
 
 def _are_filters(weight: Tensor, channels: int) -> bool:
@@ -124,6 +147,10 @@ def _are_filters(weight: Tensor, channels: int) -> bool:
 def _flops(x: Any, weight: Any, *_: Any) -> int:
     """Count a multiply-add of every pixel with every entry of the weight; gates are not counted."""
     return 2 * x[0] * x[2] * x[3] * math.prod(weight)
+
+
+def _gate_flops(x: Any, weight: Any, bias: Any, filters: Any) -> int:
+    return _flops(x, weight) + _flops(x, filters)
 
 
 _pointwise = declare(
@@ -142,11 +169,12 @@ _depthwise = declare(
     flops=_flops,
     device_types="cpu",
 )
-_gated = declare(
-    "gated_depthwise",
-    c_backend.gated_depthwise,
-    backward=c_backend.gated_depthwise_backward,
-    result=lambda x, _: x.new_empty((len(x), x.shape[1] // 2, *x.shape[2:])),
-    flops=_flops,
+_gate = declare(
+    "gdfn_gate",
+    c_backend.gdfn_gate,
+    backward=c_backend.gdfn_gate_backward,
+    result=lambda x, weight, *_: x.new_empty((len(x), len(weight) // 2, *x.shape[2:])),
+    flops=_gate_flops,
+    backward_flops=lambda *given: 3 * _gate_flops(*given),  # the forward's maps are made once more
     device_types="cpu",
 )

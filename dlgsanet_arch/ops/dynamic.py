@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlgsanet_arch.cpu.library import is_transformed
 from dlgsanet_arch.ops import backends, pytorch_backend
 from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
@@ -92,13 +93,20 @@ def _require_one_kind(**tensors: Tensor) -> None:
         raise ValueError(f"all must be on one device; got {devices}")
 
 
+def _is_plain() -> bool:
+    if torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and is_transformed()
+
+
 def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve each pixel's neighbourhood with that pixel's own filter (paper, MHDLSA).
 
     out[b, c, y, x] = Σ_ij weight[b, g(c), i, j, y, x] · in[b, c, y + i - K//2, x + j - K//2],
     zero outside the image, with g(c) = c // (C // G). Differentiable once. Plain PyTorch on every
     device: the network calls it where its filters come from a layer that is hooked or replaced.
-    While a model is exported, the operator becomes a short graph of plain operators.
+    While a model is exported and under torch.func, the operator becomes a short graph of plain
+    operators.
 
     Args:
         x: (B, C, H, W), any strides; an empty tensor gives an empty result.
@@ -121,7 +129,7 @@ def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     if groups == 0 or x.shape[1] % groups:
         _refuse(f"channels cannot be split into {groups} filter groups", x=x, weight=weight)
     _require_one_kind(x=x, weight=weight)
-    if torch.compiler.is_exporting():
+    if _is_plain():
         return dynamic_dwconv_plain(x, weight)
     return _dynamic_dwconv(x, weight)
 
@@ -134,8 +142,8 @@ def projected_dwconv(
     `dynamic_dwconv` with the filters weight · hidden + bias, the last 1x1 convolution of the
     filter generator (paper, MHDLSA). The map of filters, K²·G values a pixel, is never in memory:
     the forward makes a few rows of it at a time, and the backward makes them once more.
-    Differentiable once. Under autocast all arguments take its dtype; while a model is exported,
-    the operator becomes a short graph of plain operators.
+    Differentiable once. Under autocast all arguments take its dtype; while a model is exported
+    and under torch.func, the operator becomes a short graph of plain operators.
 
     Args:
         x: (B, C, H, W), any strides; an empty tensor gives an empty result.
@@ -170,7 +178,7 @@ def projected_dwconv(
             for each in (x, hidden, weight, bias)
         )
     _require_one_kind(x=x, hidden=hidden, weight=weight, bias=bias)
-    if torch.compiler.is_exporting():
+    if _is_plain():
         filters = F.conv2d(hidden, weight[:, :, None, None], bias)
         return dynamic_dwconv_plain(x, filters.unflatten(1, (-1, kernel, kernel)))
     return _projected_dwconv(x, hidden, weight, bias, kernel)

@@ -6,13 +6,14 @@ neither the forward nor the backward pass writes a filter to memory. What is rea
 features, and the input under neighbouring taps) stays in cache, as a tile and its border are small.
 
 Every gradient is gathered, never scattered: there are no atomic adds, so equal inputs give equal
-bits. Sums are kept in float32. Tensors are read through their strides; kernels are not specialised
-on image size and strides, so a new size compiles nothing. With TRITON_INTERPRET=1 everything runs
-on a CPU.
+bits. Sums are kept in float32. All maps of a call are dense and have the layout of x, NCHW or
+channels_last; those that have another are copied first. Kernels are not specialised on image size,
+so a new size compiles nothing. With TRITON_INTERPRET=1 everything runs on a CPU.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,11 +22,11 @@ from torch import Tensor
 
 # Pixels of a program. A square tile has the smallest border, a wide one the longest runs along W:
 # 16 columns in half precision fill a sector of 32 bytes.
-TILE_ROWS = 4
-TILE_COLUMNS = 16
+ROWS = tl.constexpr(4)
+COLUMNS = tl.constexpr(16)
 # Filter groups of a program, and the most channels of each group at a time: with 64 pixels and
 # 4 warps they give at most 32 sums per thread. The tensor cores need at least 8 groups.
-GROUP_BLOCK = 8
+GROUP_BLOCK = tl.constexpr(8)
 MOST_CHANNELS = 8
 WARPS = 4
 # More stages would prefetch the operands of products through shared memory; they are small here.
@@ -33,162 +34,148 @@ STAGES = 1
 # For the gradients of the projection, a program has a few taps, as many as leave registers for the
 # loaded values, and a share of the tiles. The partial sums of the shares are then added. Their
 # number does not depend on the machine, so neither does the order of the sum.
-PROJECTION_TAPS = 4
+PROJECTION_TAPS = {"tf32": 4, "ieee": 2}
 PROJECTION_SPLITS = 64
 
 # Arguments of the kernels for which a new value compiles nothing.
-_NOT_SPECIALISED = ["height", "width", "tiles", "splits"] + [
-    f"{tensor}_{axis}" for tensor in ("x", "hidden", "grad", "out") for axis in "bchw"
-]
+_SIZES = ["height", "width", "tiles"]
 
 
-@triton.jit
-def _stride(stride, UNIT: tl.constexpr, MULTIPLE: tl.constexpr, INDEX: tl.constexpr):
-    """Return a stride in elements, in a form that shows the compiler its known properties.
+class Spec(NamedTuple):
+    """What a kernel is compiled for: nothing of it depends on the image's size.
 
-    A stride of one, and multiples of 2 to 8, let it combine the loads of neighbours into one.
+    In a list of sizes or in `static_range`, Triton 3.6 and 3.7 take a field only by a name of its
+    own, annotated tl.constexpr.
+
+    Attributes:
+        channels: C.
+        groups: G.
+        per_group: C // G.
+        kernel: K.
+        taps: K².
+        features: D.
+        padded: D padded to a power of two; products need at least 16.
+        vector: Channels of a group that one load takes. They divide `per_group`, so that none is
+            padded: 6 channels are three vectors of 2.
+        vectors: Vectors of each group that a program has at a time.
+        channels_last: Whether that is the layout of all maps; else it is NCHW.
+        precision: How tensor cores multiply float32, "tf32" or "ieee".
+        index: The type of offsets.
     """
-    if UNIT:
-        return 1
-    elif MULTIPLE > 1:  # noqa: RET505 - Triton drops a branch not taken, not what follows it
-        return stride.to(INDEX) // MULTIPLE * MULTIPLE
-    else:
-        return stride.to(INDEX)
+
+    channels: int
+    groups: int
+    per_group: int
+    kernel: int
+    taps: int
+    features: int
+    padded: int
+    vector: int
+    vectors: int
+    channels_last: bool
+    precision: str
+    index: tl.dtype
 
 
 @triton.jit
-def _pixels(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr):
+def _pixels(tile, size):
     """Return the index in the batch of a tile's image, and the rows and columns of its pixels."""
+    height, width = size
     across = tl.cdiv(width, COLUMNS)
     down = tl.cdiv(height, ROWS)
     pixel = tl.arange(0, ROWS * COLUMNS)
     rows = tile // across % down * ROWS + pixel // COLUMNS
     columns = tile % across * COLUMNS + pixel % COLUMNS
-    return (tile // across // down).to(INDEX), rows.to(INDEX), columns.to(INDEX)
+    return tile // across // down, rows, columns
 
 
 @triton.jit
-def _inside(rows, columns, height, width):
+def _shift(tap, SPEC: tl.constexpr):
+    """Return how far below and right of the filter's centre a tap is."""
+    return tap // SPEC.kernel - SPEC.kernel // 2, tap % SPEC.kernel - SPEC.kernel // 2
+
+
+@triton.jit
+def _inside(rows, columns, size):
+    height, width = size
     return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
 
 
 @triton.jit
-def _pointers(
-    base,
-    rows,
-    columns,
-    first_group,
-    first_channel,
-    stride_c,
-    stride_h,
-    stride_w,
-    PER_GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Return pointers to (pixels, groups, VECTOR channels per group) from `first_channel` on."""
-    groups = first_group + tl.arange(0, GROUP_BLOCK)[:, None]
-    channels = groups * PER_GROUP + first_channel + tl.arange(0, VECTOR)[None, :]
-    offsets = (rows * stride_h + columns * stride_w)[:, None, None]
-    return base + offsets + (channels.to(INDEX) * stride_c)[None, :, :]
+def _offsets(batch, rows, columns, size, CHANNELS: tl.constexpr, SPEC: tl.constexpr):
+    """Return the offsets of pixels' first channel in a map (B, CHANNELS, H, W)."""
+    height, width = size
+    if SPEC.channels_last:
+        return ((batch * height + rows) * width + columns) * CHANNELS
+    else:  # noqa: RET505 - Triton drops a branch not taken, not what follows it
+        return (batch * CHANNELS * height + rows) * width + columns
 
 
 @triton.jit
-def _existing(
-    first_group,
-    first_channel,
-    GROUPS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
-    """Return VECTORS masks (groups, VECTOR channels per group) of the channels that exist.
+def _channel_stride(size, SPEC: tl.constexpr):
+    height, width = size
+    if SPEC.channels_last:
+        return 1
+    else:  # noqa: RET505
+        return height * width
 
-    The channels of a group are read in vectors whose length divides their number, so none is
-    padded: 6 channels are three vectors of 2.
-    """
-    groups = (first_group + tl.arange(0, GROUP_BLOCK) < GROUPS)[:, None]
+
+@triton.jit
+def _pointers(base, pixels, block, size, SPEC: tl.constexpr):
+    """Return pointers to (pixels, groups, one vector of channels of each), the first of a block."""
+    batch, rows, columns = pixels
+    first_group, first_channel = block
+    groups = first_group + tl.arange(0, GROUP_BLOCK)[:, None]
+    channels = groups * SPEC.per_group + first_channel + tl.arange(0, SPEC.vector)[None, :]
+    offsets = _offsets(batch, rows, columns, size, SPEC.channels, SPEC)
+    return base + offsets[:, None, None] + (channels * _channel_stride(size, SPEC))[None, :, :]
+
+
+@triton.jit
+def _existing(block, SPEC: tl.constexpr):
+    """Return for each vector which of its (groups, channels of each) exist."""
+    first_group, first_channel = block
+    groups = (first_group + tl.arange(0, GROUP_BLOCK) < SPEC.groups)[:, None]
     exist = ()
+    VECTORS: tl.constexpr = SPEC.vectors
     for v in tl.static_range(VECTORS):
-        channels = first_channel + v * VECTOR + tl.arange(0, VECTOR)
-        exist = exist + (groups & (channels < PER_GROUP)[None, :],)
+        channels = first_channel + v * SPEC.vector + tl.arange(0, SPEC.vector)
+        exist = exist + (groups & (channels < SPEC.per_group)[None, :],)
     return exist
 
 
 @triton.jit
-def _load(pointers, inside, exist, stride_c, VECTOR: tl.constexpr, VECTORS: tl.constexpr):
-    """Load VECTORS times (pixels, groups, VECTOR channels) of an image, zero outside of it."""
+def _load(pointers, inside, exist, size, SPEC: tl.constexpr):
+    """Load the vectors of a block, each (pixels, groups, channels of each), zero outside."""
     inside = inside[:, None, None]
+    stride = SPEC.vector * _channel_stride(size, SPEC)
     values = ()
-    for v in tl.static_range(VECTORS):
+    for v in tl.static_range(len(exist)):
         mask = inside & exist[v][None, :, :]
-        values = values + (tl.load(pointers + v * VECTOR * stride_c, mask=mask, other=0.0),)
+        values = values + (tl.load(pointers + v * stride, mask=mask, other=0.0),)
     return values
 
 
 @triton.jit
-def _load_hidden(
-    base,
-    rows,
-    columns,
-    height,
-    width,
-    stride_c,
-    stride_h,
-    stride_w,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Load hidden features (pixels, D padded to a power of two) in float32."""
-    depth = tl.arange(0, PADDED).to(INDEX)[None, :]
-    offsets = (rows * stride_h + columns * stride_w)[:, None] + depth * stride_c
-    mask = _inside(rows, columns, height, width)[:, None] & (depth < FEATURES)
-    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+def _hidden_pointers(base, pixels, size, SPEC: tl.constexpr):
+    """Return pointers to (pixels, D padded) and which of them exist."""
+    batch, rows, columns = pixels
+    depth = tl.arange(0, SPEC.padded)[None, :]
+    offsets = _offsets(batch, rows, columns, size, SPEC.features, SPEC)[:, None]
+    exist = _inside(rows, columns, size)[:, None] & (depth < SPEC.features)
+    return base + offsets + depth * _channel_stride(size, SPEC), exist
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit
+def _load_hidden(base, pixels, size, SPEC: tl.constexpr):
+    """Load hidden features (pixels, D padded) in float32."""
+    pointers, exist = _hidden_pointers(base, pixels, size, SPEC)
+    return tl.load(pointers, mask=exist, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _convolve_kernel(
-    x,
-    hidden,
-    weight,
-    bias,
-    out,
-    height,
-    width,
-    x_b,
-    x_c,
-    x_h,
-    x_w,
-    hidden_b,
-    hidden_c,
-    hidden_h,
-    hidden_w,
-    out_b,
-    out_c,
-    out_h,
-    out_w,
-    GROUPS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    KERNEL: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    X_MULTIPLE: tl.constexpr,
-    HIDDEN_UNIT: tl.constexpr,
-    HIDDEN_MULTIPLE: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_MULTIPLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
+    x, hidden, weight, bias, out, height, width, SPEC: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
     """Write the convolution of x to out; if transposed, x is grad out and grad x is written.
 
@@ -196,364 +183,180 @@ def _convolve_kernel(
     to the outputs at p - t, by tap t of the filters there: the transposed form negates the shift
     and projects each filter at the position of the output.
     """
-    batch, rows, columns = _pixels(tl.program_id(0), height, width, ROWS, COLUMNS, INDEX)
+    size = (height.to(SPEC.index), width.to(SPEC.index))
+    pixels = _pixels(tl.program_id(0), size)
+    batch, rows, columns = pixels
     first_group = tl.program_id(1) * GROUP_BLOCK
-    first_channel = tl.program_id(2) * (VECTOR * VECTORS)
+    block = (first_group, tl.program_id(2) * (SPEC.vector * SPEC.vectors))
+    exist = _existing(block, SPEC)
     groups = first_group + tl.arange(0, GROUP_BLOCK)
-    depth = tl.arange(0, PADDED)
-    exist = _existing(first_group, first_channel, GROUPS, PER_GROUP, GROUP_BLOCK, VECTOR, VECTORS)
-
-    x_c = _stride(x_c, X_UNIT == "channel", 1, INDEX)
-    x_h = _stride(x_h, False, X_MULTIPLE, INDEX)
-    x_w = _stride(x_w, X_UNIT == "column", X_MULTIPLE, INDEX)
-    x += batch * _stride(x_b, False, X_MULTIPLE, INDEX)
-    # Shifted by one number per tap: computing them anew would cost more than the sums.
-    pointers = _pointers(
-        x, rows, columns, first_group, first_channel, x_c, x_h, x_w,
-        PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-    )  # fmt: skip
-    hidden_c = _stride(hidden_c, HIDDEN_UNIT == "channel", 1, INDEX)
-    hidden_h = _stride(hidden_h, False, HIDDEN_MULTIPLE, INDEX)
-    hidden_w = _stride(hidden_w, HIDDEN_UNIT == "column", HIDDEN_MULTIPLE, INDEX)
-    hidden += batch * _stride(hidden_b, False, HIDDEN_MULTIPLE, INDEX)
+    depth = tl.arange(0, SPEC.padded)
+    # Moved by one number per tap: computing them anew would cost more than the sums.
+    pointers = _pointers(x, pixels, block, size, SPEC)
     if not TRANSPOSED:
-        features = _load_hidden(
-            hidden, rows, columns, height, width, hidden_c, hidden_h, hidden_w,
-            FEATURES, PADDED, INDEX,
-        )  # fmt: skip
+        features = _load_hidden(hidden, pixels, size, SPEC)
 
+    VECTOR: tl.constexpr = SPEC.vector
     totals = ()
-    for _ in tl.static_range(VECTORS):
+    for _ in tl.static_range(len(exist)):
         totals = totals + (tl.zeros([ROWS * COLUMNS, GROUP_BLOCK, VECTOR], tl.float32),)
     # Not unrolled: K² copies of the body take minutes to compile.
-    for tap in range(KERNEL * KERNEL):
-        down = tap // KERNEL - KERNEL // 2
-        right = tap % KERNEL - KERNEL // 2
+    for tap in range(SPEC.taps):
+        down, right = _shift(tap, SPEC)
         if TRANSPOSED:
             down = -down
             right = -right
-        tap_rows = rows + down
-        tap_columns = columns + right
         # Loaded first, so that they arrive while the filters are projected.
-        inside = _inside(tap_rows, tap_columns, height, width)
-        windows = _load(pointers + (down * x_h + right * x_w), inside, exist, x_c, VECTOR, VECTORS)
+        inside = _inside(rows + down, columns + right, size)
+        moved = pointers + _offsets(0, down, right, size, SPEC.channels, SPEC)
+        windows = _load(moved, inside, exist, size, SPEC)
         if TRANSPOSED:
-            features = _load_hidden(
-                hidden, tap_rows, tap_columns, height, width, hidden_c, hidden_h, hidden_w,
-                FEATURES, PADDED, INDEX,
-            )  # fmt: skip
+            features = _load_hidden(hidden, (batch, rows + down, columns + right), size, SPEC)
         # A product on the tensor cores: without them, each of a thread's D multiply-adds would have
         # to load its own weight. Half precision is exact in tf32.
-        outputs = groups * (KERNEL * KERNEL) + tap
+        outputs = groups * SPEC.taps + tap
         projection = tl.load(
-            weight + outputs[None, :] * FEATURES + depth[:, None],
-            mask=(groups < GROUPS)[None, :] & (depth < FEATURES)[:, None],
+            weight + outputs[None, :] * SPEC.features + depth[:, None],
+            mask=(groups < SPEC.groups)[None, :] & (depth < SPEC.features)[:, None],
             other=0.0,
         ).to(tl.float32)
-        constant = tl.load(bias + outputs, mask=groups < GROUPS, other=0.0).to(tl.float32)
-        filters = tl.dot(features, projection, input_precision=PRECISION) + constant[None, :]
+        constant = tl.load(bias + outputs, mask=groups < SPEC.groups, other=0.0).to(tl.float32)
+        filters = tl.dot(features, projection, input_precision=SPEC.precision) + constant[None, :]
         sums = ()
-        for v in tl.static_range(VECTORS):
+        for v in tl.static_range(len(exist)):
             sums = sums + (totals[v] + windows[v].to(tl.float32) * filters[:, :, None],)
         totals = sums
 
-    out_c = _stride(out_c, OUT_UNIT == "channel", 1, INDEX)
-    out_h = _stride(out_h, False, OUT_MULTIPLE, INDEX)
-    out_w = _stride(out_w, OUT_UNIT == "column", OUT_MULTIPLE, INDEX)
-    out += batch * _stride(out_b, False, OUT_MULTIPLE, INDEX)
-    pointers = _pointers(
-        out, rows, columns, first_group, first_channel, out_c, out_h, out_w,
-        PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-    )  # fmt: skip
-    inside = _inside(rows, columns, height, width)[:, None, None]
-    for v in tl.static_range(VECTORS):
+    pointers = _pointers(out, pixels, block, size, SPEC)
+    inside = _inside(rows, columns, size)[:, None, None]
+    stride = SPEC.vector * _channel_stride(size, SPEC)
+    for v in tl.static_range(len(exist)):
         values = totals[v].to(out.dtype.element_ty)
-        tl.store(pointers + v * VECTOR * out_c, values, mask=inside & exist[v][None, :, :])
+        tl.store(pointers + v * stride, values, mask=inside & exist[v][None, :, :])
 
 
 @triton.jit
-def _load_gradient(pointers, inside, exist, stride_c, VECTOR: tl.constexpr, VECTORS: tl.constexpr):
-    """Load as `_load` does, but in float32, converted once for all taps."""
-    values = _load(pointers, inside, exist, stride_c, VECTOR, VECTORS)
-    wide = ()
-    for v in tl.static_range(VECTORS):
-        wide = wide + (values[v].to(tl.float32),)
-    return wide
-
-
-@triton.jit
-def _filter_gradient(
-    grads,
-    pointers,
-    rows,
-    columns,
-    height,
-    width,
-    exist,
-    tap,
-    stride_c,
-    stride_h,
-    stride_w,
-    KERNEL: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+def _filter_gradient(grads, pointers, pixels, size, exist, tap, SPEC: tl.constexpr):
     """Return the gradient (pixels, groups) of one tap of the filters: Σ_c grad · window.
 
-    `pointers` point to the tile in x. Past the last tap the gradient is zero.
+    `pointers` point to the pixels in x. Past the last tap the gradient is zero.
     """
-    down = tap // KERNEL - KERNEL // 2
-    right = tap % KERNEL - KERNEL // 2
-    height = tl.where(tap < KERNEL * KERNEL, height, 0)
-    inside = _inside(rows + down, columns + right, height, width)
-    windows = _load(
-        pointers + (down * stride_h + right * stride_w), inside, exist, stride_c, VECTOR, VECTORS
-    )
+    _, rows, columns = pixels
+    down, right = _shift(tap, SPEC)
+    inside = _inside(rows + down, columns + right, size)
+    inside = inside & (rows * 0 + tap < SPEC.taps)  # the interpreter masks by no lone number
+    moved = pointers + _offsets(0, down, right, size, SPEC.channels, SPEC)
+    windows = _load(moved, inside, exist, size, SPEC)
     total = grads[0] * windows[0].to(tl.float32)
-    for v in tl.static_range(1, VECTORS):
+    for v in tl.static_range(1, len(exist)):
         total += grads[v] * windows[v].to(tl.float32)
     return tl.sum(total, 2)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
-def _hidden_gradient_kernel(
-    grad,
-    x,
-    weight,
-    out,
-    height,
-    width,
-    grad_b,
-    grad_c,
-    grad_h,
-    grad_w,
-    x_b,
-    x_c,
-    x_h,
-    x_w,
-    out_b,
-    out_c,
-    out_h,
-    out_w,
-    GROUPS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    KERNEL: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
-    GRAD_UNIT: tl.constexpr,
-    GRAD_MULTIPLE: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    X_MULTIPLE: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_MULTIPLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+@triton.jit
+def _load_gradient(grad, pixels, block, exist, size, SPEC: tl.constexpr):
+    """Load vectors as `_load` does, but in float32: converted once for all taps."""
+    _, rows, columns = pixels
+    pointers = _pointers(grad, pixels, block, size, SPEC)
+    values = _load(pointers, _inside(rows, columns, size), exist, size, SPEC)
+    wide = ()
+    for v in tl.static_range(len(exist)):
+        wide = wide + (values[v].to(tl.float32),)
+    return wide
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _hidden_gradient_kernel(grad, x, weight, out, height, width, SPEC: tl.constexpr):
     """Write the gradient of the hidden features to out.
 
     A program loops over all groups, as each adds to the gradient of the same features.
     """
-    batch, rows, columns = _pixels(tl.program_id(0), height, width, ROWS, COLUMNS, INDEX)
-    inside = _inside(rows, columns, height, width)
-    depth = tl.arange(0, PADDED)
-
-    grad_c = _stride(grad_c, GRAD_UNIT == "channel", 1, INDEX)
-    grad_h = _stride(grad_h, False, GRAD_MULTIPLE, INDEX)
-    grad_w = _stride(grad_w, GRAD_UNIT == "column", GRAD_MULTIPLE, INDEX)
-    grad += batch * _stride(grad_b, False, GRAD_MULTIPLE, INDEX)
-    x_c = _stride(x_c, X_UNIT == "channel", 1, INDEX)
-    x_h = _stride(x_h, False, X_MULTIPLE, INDEX)
-    x_w = _stride(x_w, X_UNIT == "column", X_MULTIPLE, INDEX)
-    x += batch * _stride(x_b, False, X_MULTIPLE, INDEX)
-
+    size = (height.to(SPEC.index), width.to(SPEC.index))
+    pixels = _pixels(tl.program_id(0), size)
+    depth = tl.arange(0, SPEC.padded)
+    PADDED: tl.constexpr = SPEC.padded
     total = tl.zeros([ROWS * COLUMNS, PADDED], tl.float32)
-    for first_group in range(0, GROUPS, GROUP_BLOCK):
-        for first_channel in range(0, PER_GROUP, VECTOR * VECTORS):
-            exist = _existing(
-                first_group, first_channel, GROUPS, PER_GROUP, GROUP_BLOCK, VECTOR, VECTORS
-            )
-            pointers = _pointers(
-                grad, rows, columns, first_group, first_channel, grad_c, grad_h, grad_w,
-                PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-            )  # fmt: skip
-            grads = _load_gradient(pointers, inside, exist, grad_c, VECTOR, VECTORS)
-            pointers = _pointers(
-                x, rows, columns, first_group, first_channel, x_c, x_h, x_w,
-                PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-            )  # fmt: skip
+    for first_group in range(0, SPEC.groups, GROUP_BLOCK):
+        for first_channel in range(0, SPEC.per_group, SPEC.vector * SPEC.vectors):
+            block = (first_group, first_channel)
+            exist = _existing(block, SPEC)
+            grads = _load_gradient(grad, pixels, block, exist, size, SPEC)
+            pointers = _pointers(x, pixels, block, size, SPEC)
             # Two taps at a time: a product sums over 16 or more, and a block has 8 groups.
-            for pair in range((KERNEL * KERNEL + 1) // 2):
-                even = _filter_gradient(
-                    grads, pointers, rows, columns, height, width, exist,
-                    2 * pair, x_c, x_h, x_w, KERNEL, VECTOR, VECTORS,
-                )  # fmt: skip
-                odd = _filter_gradient(
-                    grads, pointers, rows, columns, height, width, exist,
-                    2 * pair + 1, x_c, x_h, x_w, KERNEL, VECTOR, VECTORS,
-                )  # fmt: skip
+            for pair in range((SPEC.taps + 1) // 2):
+                first = 2 * pair
+                even = _filter_gradient(grads, pointers, pixels, size, exist, first, SPEC)
+                odd = _filter_gradient(grads, pointers, pixels, size, exist, first + 1, SPEC)
                 both = tl.reshape(tl.join(even, odd), [ROWS * COLUMNS, 2 * GROUP_BLOCK])
                 column = tl.arange(0, 2 * GROUP_BLOCK)
                 group = first_group + column // 2
-                tap = 2 * pair + column % 2
-                known = (group < GROUPS) & (tap < KERNEL * KERNEL)
-                outputs = group * (KERNEL * KERNEL) + tap
+                tap = first + column % 2
+                known = (group < SPEC.groups) & (tap < SPEC.taps)
+                outputs = group * SPEC.taps + tap
                 projection = tl.load(
-                    weight + outputs[:, None] * FEATURES + depth[None, :],
-                    mask=known[:, None] & (depth < FEATURES)[None, :],
+                    weight + outputs[:, None] * SPEC.features + depth[None, :],
+                    mask=known[:, None] & (depth < SPEC.features)[None, :],
                     other=0.0,
                 ).to(tl.float32)
-                total += tl.dot(both, projection, input_precision=PRECISION)
+                total += tl.dot(both, projection, input_precision=SPEC.precision)
 
-    out_c = _stride(out_c, OUT_UNIT == "channel", 1, INDEX)
-    out_h = _stride(out_h, False, OUT_MULTIPLE, INDEX)
-    out_w = _stride(out_w, OUT_UNIT == "column", OUT_MULTIPLE, INDEX)
-    out += batch * _stride(out_b, False, OUT_MULTIPLE, INDEX)
-    tl.store(
-        out + (rows * out_h + columns * out_w)[:, None] + (depth.to(INDEX) * out_c)[None, :],
-        total.to(out.dtype.element_ty),
-        mask=inside[:, None] & (depth < FEATURES)[None, :],
-    )
+    pointers, exist = _hidden_pointers(out, pixels, size, SPEC)
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=exist)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=_SIZES)
 def _projection_gradient_kernel(
-    grad,
-    x,
-    hidden,
-    partial,
-    height,
-    width,
-    tiles,
-    splits,
-    grad_b,
-    grad_c,
-    grad_h,
-    grad_w,
-    x_b,
-    x_c,
-    x_h,
-    x_w,
-    hidden_b,
-    hidden_c,
-    hidden_h,
-    hidden_w,
-    GROUPS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    KERNEL: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
-    GRAD_UNIT: tl.constexpr,
-    GRAD_MULTIPLE: tl.constexpr,
-    X_UNIT: tl.constexpr,
-    X_MULTIPLE: tl.constexpr,
-    HIDDEN_UNIT: tl.constexpr,
-    HIDDEN_MULTIPLE: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
+    grad, x, hidden, partial, height, width, tiles, SPEC: tl.constexpr, TAP_BLOCK: tl.constexpr
 ):
-    """Write to partial[split, output] the sums over every `splits`th tile, from the `split`th on.
+    """Write to partial[split, output] the sums over a share of the tiles, every S-th of them.
 
     The first D are the gradient of the projection's weight, the last is that of its bias. A program
     has a few taps of a block of groups, so that their sums stay in registers for any K.
     """
+    size = (height.to(SPEC.index), width.to(SPEC.index))
     split = tl.program_id(0)
-    first_tap = tl.program_id(1) * TAPS
+    first_tap = tl.program_id(1) * TAP_BLOCK
     first_group = tl.program_id(2) * GROUP_BLOCK
     groups = first_group + tl.arange(0, GROUP_BLOCK)
-    depth = tl.arange(0, PADDED)
+    depth = tl.arange(0, SPEC.padded)
 
-    grad_b = _stride(grad_b, False, GRAD_MULTIPLE, INDEX)
-    grad_c = _stride(grad_c, GRAD_UNIT == "channel", 1, INDEX)
-    grad_h = _stride(grad_h, False, GRAD_MULTIPLE, INDEX)
-    grad_w = _stride(grad_w, GRAD_UNIT == "column", GRAD_MULTIPLE, INDEX)
-    x_b = _stride(x_b, False, X_MULTIPLE, INDEX)
-    x_c = _stride(x_c, X_UNIT == "channel", 1, INDEX)
-    x_h = _stride(x_h, False, X_MULTIPLE, INDEX)
-    x_w = _stride(x_w, X_UNIT == "column", X_MULTIPLE, INDEX)
-    hidden_b = _stride(hidden_b, False, HIDDEN_MULTIPLE, INDEX)
-    hidden_c = _stride(hidden_c, HIDDEN_UNIT == "channel", 1, INDEX)
-    hidden_h = _stride(hidden_h, False, HIDDEN_MULTIPLE, INDEX)
-    hidden_w = _stride(hidden_w, HIDDEN_UNIT == "column", HIDDEN_MULTIPLE, INDEX)
-
+    PADDED: tl.constexpr = SPEC.padded
     weight_totals = ()
     bias_totals = ()
-    for _ in tl.static_range(TAPS):
+    for _ in tl.static_range(TAP_BLOCK):
         weight_totals = weight_totals + (tl.zeros([PADDED, GROUP_BLOCK], tl.float32),)
         # Summed over the pixels of a tile only at the end, as that is a sum across threads.
         bias_totals = bias_totals + (tl.zeros([ROWS * COLUMNS, GROUP_BLOCK], tl.float32),)
-    for tile in range(split, tiles, splits):
-        batch, rows, columns = _pixels(tile, height, width, ROWS, COLUMNS, INDEX)
-        inside = _inside(rows, columns, height, width)
-        features = _load_hidden(
-            hidden + batch * hidden_b, rows, columns, height, width,
-            hidden_c, hidden_h, hidden_w, FEATURES, PADDED, INDEX,
-        )  # fmt: skip
-        features = tl.trans(features)
-        for first_channel in range(0, PER_GROUP, VECTOR * VECTORS):
-            exist = _existing(
-                first_group, first_channel, GROUPS, PER_GROUP, GROUP_BLOCK, VECTOR, VECTORS
-            )
-            pointers = _pointers(
-                grad + batch * grad_b, rows, columns, first_group, first_channel,
-                grad_c, grad_h, grad_w, PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-            )  # fmt: skip
-            grads = _load_gradient(pointers, inside, exist, grad_c, VECTOR, VECTORS)
-            pointers = _pointers(
-                x + batch * x_b, rows, columns, first_group, first_channel, x_c, x_h, x_w,
-                PER_GROUP, GROUP_BLOCK, VECTOR, INDEX,
-            )  # fmt: skip
+    for tile in range(split, tiles, tl.num_programs(0)):
+        pixels = _pixels(tile, size)
+        features = tl.trans(_load_hidden(hidden, pixels, size, SPEC))
+        for first_channel in range(0, SPEC.per_group, SPEC.vector * SPEC.vectors):
+            block = (first_group, first_channel)
+            exist = _existing(block, SPEC)
+            grads = _load_gradient(grad, pixels, block, exist, size, SPEC)
+            pointers = _pointers(x, pixels, block, size, SPEC)
             weight_sums = ()
             bias_sums = ()
-            for j in tl.static_range(TAPS):
-                values = _filter_gradient(
-                    grads, pointers, rows, columns, height, width, exist,
-                    first_tap + j, x_c, x_h, x_w, KERNEL, VECTOR, VECTORS,
-                )  # fmt: skip
-                product = tl.dot(features, values, input_precision=PRECISION)
+            for j in tl.static_range(TAP_BLOCK):
+                tap = first_tap + j
+                values = _filter_gradient(grads, pointers, pixels, size, exist, tap, SPEC)
+                product = tl.dot(features, values, input_precision=SPEC.precision)
                 weight_sums = weight_sums + (weight_totals[j] + product,)
                 bias_sums = bias_sums + (bias_totals[j] + values,)
             weight_totals = weight_sums
             bias_totals = bias_sums
 
-    partial += split.to(tl.int64) * (GROUPS * KERNEL * KERNEL * (FEATURES + 1))
-    for j in tl.static_range(TAPS):
-        tap = first_tap + j
-        known = (groups < GROUPS) & (tap + groups * 0 < KERNEL * KERNEL)
-        places = partial + (groups * (KERNEL * KERNEL) + tap) * (FEATURES + 1)
-        tl.store(
-            places[None, :] + depth[:, None],
-            weight_totals[j],
-            mask=known[None, :] & (depth < FEATURES)[:, None],
-        )
-        tl.store(places + FEATURES, tl.sum(bias_totals[j], 0), mask=known)
-
-
-def _shapes(x: Tensor, weight: Tensor, kernel: int) -> dict[str, int]:
-    """Return the sizes that kernels are compiled for: those of a layer, not of an image."""
-    outputs, features = weight.shape
-    groups = outputs // kernel**2
-    per_group = x.shape[1] // groups
-    vector = math.gcd(per_group, MOST_CHANNELS)
-    return {
-        "GROUPS": groups,
-        "PER_GROUP": per_group,
-        "KERNEL": kernel,
-        "FEATURES": features,
-        "PADDED": max(16, triton.next_power_of_2(features)),
-        "VECTOR": vector,
-        "VECTORS": min(per_group, MOST_CHANNELS) // vector,
-    }
+    outputs = SPEC.groups * SPEC.taps
+    partial += split.to(tl.int64) * (outputs * (SPEC.features + 1))
+    for j in tl.static_range(TAP_BLOCK):
+        first_output = groups * SPEC.taps
+        output = first_output + first_tap + j
+        # Past the last tap, it would be an output of the next group.
+        known = (groups < SPEC.groups) & (output < first_output + SPEC.taps)
+        places = partial + output * (SPEC.features + 1)
+        mask = known[None, :] & (depth < SPEC.features)[:, None]
+        tl.store(places[None, :] + depth[:, None], weight_totals[j], mask=mask)
+        tl.store(places + SPEC.features, tl.sum(bias_totals[j], 0), mask=known)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -567,153 +370,86 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _layout(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Return the strides of (B, C, H, W) and their known properties.
-
-    With the channels last, the other strides are multiples of the number of channels. That holds
-    for every image size and determines how many channels one load may take.
-    """
-    known: dict[str, Any] = {
-        f"{name}_{axis}": stride for axis, stride in zip("bchw", tensor.stride(), strict=True)
-    }
-    unit, multiple = "", 1
-    if tensor.stride(1) == 1 and tensor.shape[1] > 1:
-        unit = "channel"
-        others = [axis for axis in (0, 2, 3) if tensor.shape[axis] > 1]
-        multiple = math.gcd(8, *(tensor.stride(axis) for axis in others))
-    elif tensor.stride(3) == 1:
-        unit = "column"
-    return {**known, f"{name.upper()}_UNIT": unit, f"{name.upper()}_MULTIPLE": multiple}
-
-
-def _index(*tensors: Tensor) -> tl.dtype:
-    """Return the type of offsets: wider than 32 bits only where a tensor needs it."""
-    farthest = max(
-        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        for t in tensors
-    )
+def _index(*maps: Tensor) -> tl.dtype:
+    """Return the type of offsets: wider than 32 bits only where a map needs it."""
     # Half the range is left for tiles and taps that reach outside the image.
-    return tl.int64 if farthest >= 1 << 30 else tl.int32
+    return tl.int64 if max(each.numel() for each in maps) > 1 << 30 else tl.int32
+
+
+@functools.cache
+def _spec(channels: int, outputs: int, features: int, kernel: int, *settings: Any) -> Spec:
+    """Derive the sizes of a layer with C channels and G·K² outputs; `settings` are the rest."""
+    groups = outputs // kernel**2
+    per_group = channels // groups
+    vector = math.gcd(per_group, MOST_CHANNELS)
+    vectors = min(per_group, MOST_CHANNELS) // vector
+    padded = max(16, triton.next_power_of_2(features))
+    sizes = (channels, groups, per_group, kernel, kernel**2, features, padded, vector, vectors)
+    return Spec(*sizes, *settings)
+
+
+def _prepare(weight: Tensor, kernel: int, x: Tensor, *maps: Tensor) -> tuple[Spec, list[Tensor]]:
+    """Return what to compile for, and x and the other maps in one layout, copied where needed."""
+    # If x has neither layout, this is the one of torch.empty_like(x), or it has neither itself.
+    channels_last = x.stride(1) == 1 and not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    settings = (channels_last, _precision(x.dtype), _index(x, *maps))
+    spec = _spec(x.shape[1], *weight.shape, kernel, *settings)
+    return spec, [each.contiguous(memory_format=layout) for each in (x, *maps)]
+
+
+def _restore(values: Tensor, like: Tensor) -> Tensor:
+    """Return a dense map in the layout of torch.empty_like(like)."""
+    return values if values.stride() == like.stride() else torch.empty_like(like).copy_(values)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)  # triton.cdiv takes 5 µs
 
 
 def _tiles(x: Tensor) -> int:
     batch, _, height, width = x.shape
-    return batch * triton.cdiv(height, TILE_ROWS) * triton.cdiv(width, TILE_COLUMNS)
+    return batch * _blocks(height, ROWS.value) * _blocks(width, COLUMNS.value)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, /, **arguments: Any) -> None:
-    """Launch a kernel on the device of x, which need not be the current one."""
-    with torch.cuda.device_of(x):
-        kernel[grid](
-            height=x.shape[2],
-            width=x.shape[3],
-            ROWS=TILE_ROWS,
-            COLUMNS=TILE_COLUMNS,
-            GROUP_BLOCK=GROUP_BLOCK,
-            PRECISION=_precision(x.dtype),
-            num_warps=WARPS,
-            num_stages=STAGES,
-            enable_fp_fusion=True,  # the default changes in Triton 3.10
-            **arguments,
-        )
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+    # The default of enable_fp_fusion changes in Triton 3.10.
+    kernel[grid](*arguments, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True)
 
 
 def _convolve(
-    x: Tensor,
-    out: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel: int,
-    transposed: bool = False,
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, spec: Spec, transposed: bool
 ) -> Tensor:
-    """Write the convolution of `x`, or its transpose, to `out` and return it.
-
-    Args:
-        x: (B, C, H, W).
-        out: (B, C, H, W).
-        hidden: (B, D, H, W).
-        weight: (G·K², D).
-        bias: (G·K²,).
-        kernel: K.
-        transposed: Whether `x` is the gradient of an output and `out` becomes that of the input.
-    """
-    shapes = _shapes(x, weight, kernel)
-    channels = shapes["VECTOR"] * shapes["VECTORS"]
-    _launch(
-        _convolve_kernel,
-        (
-            _tiles(x),
-            triton.cdiv(shapes["GROUPS"], GROUP_BLOCK),
-            triton.cdiv(shapes["PER_GROUP"], channels),
-        ),
-        x,
-        x=x,
-        hidden=hidden,
-        weight=weight.contiguous(),
-        bias=bias.contiguous(),
-        out=out,
-        TRANSPOSED=transposed,
-        INDEX=_index(x, hidden, out),
-        **shapes,
-        **_layout("x", x),
-        **_layout("hidden", hidden),
-        **_layout("out", out),
+    """Return the convolution of `x`; if transposed, `x` is grad out and the result is grad x."""
+    out = torch.empty_like(x)
+    grid = (
+        _tiles(x),
+        _blocks(spec.groups, GROUP_BLOCK.value),
+        _blocks(spec.per_group, spec.vector * spec.vectors),
     )
+    tensors = (x, hidden, weight.contiguous(), bias.contiguous(), out)
+    _launch(_convolve_kernel, grid, *tensors, *x.shape[2:], spec, transposed)
     return out
 
 
-def _hidden_gradient(
-    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, kernel: int
-) -> Tensor:
-    """Return the gradient (B, D, H, W) of the hidden features, in their dtype and layout."""
+def _hidden_gradient(grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """Return the gradient (B, D, H, W) of the hidden features."""
     out = torch.empty_like(hidden)
-    _launch(
-        _hidden_gradient_kernel,
-        (_tiles(x),),
-        x,
-        grad=grad,
-        x=x,
-        weight=weight.contiguous(),
-        out=out,
-        INDEX=_index(grad, x, out),
-        **_shapes(x, weight, kernel),
-        **_layout("grad", grad),
-        **_layout("x", x),
-        **_layout("out", out),
-    )
+    tensors = (grad, x, weight.contiguous(), out)
+    _launch(_hidden_gradient_kernel, (_tiles(x),), *tensors, *x.shape[2:], spec)
     return out
 
 
-def _projection_gradient(
-    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, kernel: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients (G·K², D) and (G·K²,) of the projection in float32."""
-    outputs, features = weight.shape
-    shapes = _shapes(x, weight, kernel)
-    tiles = _tiles(x)
+def _projection_gradient(grad: Tensor, x: Tensor, hidden: Tensor, spec: Spec) -> Tensor:
+    """Return the gradients of weight and bias, in float32 and side by side: (G·K², D + 1)."""
+    tiles, taps = _tiles(x), PROJECTION_TAPS[spec.precision]
     splits = min(PROJECTION_SPLITS, tiles)
-    taps = min(PROJECTION_TAPS, kernel**2)
-    partial = x.new_empty((splits, outputs, features + 1), dtype=torch.float32)
-    _launch(
-        _projection_gradient_kernel,
-        (splits, triton.cdiv(kernel**2, taps), triton.cdiv(shapes["GROUPS"], GROUP_BLOCK)),
-        x,
-        grad=grad,
-        x=x,
-        hidden=hidden,
-        partial=partial,
-        tiles=tiles,
-        splits=splits,
-        TAPS=taps,
-        INDEX=_index(grad, x, hidden),
-        **shapes,
-        **_layout("grad", grad),
-        **_layout("x", x),
-        **_layout("hidden", hidden),
-    )
-    total = partial.sum(0)
-    return total[:, :features], total[:, features]
+    grid = (splits, _blocks(spec.taps, taps), _blocks(spec.groups, GROUP_BLOCK.value))
+    shape = (splits, spec.groups * spec.taps, spec.features + 1)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    tensors = (grad, x, hidden, partial)
+    _launch(_projection_gradient_kernel, grid, *tensors, *x.shape[2:], tiles, spec, taps)
+    return partial.sum(0)
 
 
 def projected_forward(
@@ -724,10 +460,11 @@ def projected_forward(
     Returns:
         (B, C, H, W) in the dtype and layout of `x`.
     """
-    out = torch.empty_like(x)
     if x.numel() == 0:
-        return out
-    return _convolve(x, out, hidden, weight, bias, kernel)
+        return torch.empty_like(x)
+    with torch.cuda.device_of(x):  # it need not be the current one
+        spec, (dense_x, dense_hidden) = _prepare(weight, kernel, x, hidden)
+        return _restore(_convolve(dense_x, dense_hidden, weight, bias, spec, False), x)
 
 
 def projected_backward(
@@ -740,10 +477,12 @@ def projected_backward(
     """
     if x.numel() == 0:
         return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
-    grad_weight, grad_bias = _projection_gradient(grad, x, hidden, weight, kernel)
-    return (
-        _convolve(grad, torch.empty_like(x), hidden, weight, bias, kernel, transposed=True),
-        _hidden_gradient(grad, x, hidden, weight, kernel),
-        torch.empty_like(weight).copy_(grad_weight),
-        torch.empty_like(bias).copy_(grad_bias),
-    )
+    with torch.cuda.device_of(x):
+        spec, (dense_x, dense_hidden, grad) = _prepare(weight, kernel, x, hidden, grad)
+        projection = _projection_gradient(grad, dense_x, dense_hidden, spec)
+        return (
+            _restore(_convolve(grad, dense_hidden, weight, bias, spec, True), x),
+            _restore(_hidden_gradient(grad, dense_x, dense_hidden, weight, spec), hidden),
+            torch.empty_like(weight).copy_(projection[:, :-1]),
+            torch.empty_like(bias).copy_(projection[:, -1]),
+        )

@@ -1,0 +1,511 @@
+"""Halves of layers in C: the definition for every option, size, tile and number of threads."""
+
+import os
+
+import definition
+import numpy as np
+import pytest
+import torch
+from test_network import VARIANTS, build, defined, images
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlgsanet_arch import cpu, fused
+from dlgsanet_arch.cpu import library
+from dlgsanet_arch.fused import c_layers
+from dlgsanet_arch.network import GDFN, LayerNorm
+
+pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=f"no C library: {cpu.why_not()}")
+FUSED = ("add_gdfn", "add_mhdlsa", "attention_sums", "add_attended", "convolve3x3")
+
+RUNNABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
+    torch.backends.cpu.get_cpu_capability(), [library.variant()]
+)
+
+
+@pytest.fixture(params=RUNNABLE)
+def variant(request, monkeypatch):
+    """Take the C library of each instruction set that this machine runs."""
+    monkeypatch.setattr(library, "variant", lambda: request.param)
+    library._library.cache_clear()
+    assert library.load() is not None
+    yield request.param
+    library._library.cache_clear()
+
+
+@pytest.fixture(params=[(1, 1), (3, 5), (100, 100)], ids="{0[0]}x{0[1]}".format)
+def tile(request, monkeypatch):
+    """Work in tiles of this size: smaller than any filter, across the borders of windows, whole."""
+    monkeypatch.setattr(c_layers, "_tile", lambda *_: request.param)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads, and set it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Operators(TorchDispatchMode):
+    """Remember which operators ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def fused(self):
+        return {name for name in FUSED if f"dlgsanet::{name}" in self.names}
+
+
+def run(net, x):
+    """Return the output, and which fused operators made it."""
+    with torch.no_grad(), Operators() as ran:
+        return net(x), ran.fused
+
+
+def assert_near(actual, expected):
+    """Compare with what float64 gives: 1e-5 of the largest value, as promised for float32."""
+    assert actual.dtype == torch.float32
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.usefixtures("variant", "tile")
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_fused_layers_equal_the_definition(options):
+    net = build(options, torch.float32)
+    x = images(net, 2, (13, 9))
+    for training in (True, False):
+        out, ran = run(net.train(training), x)
+        assert_near(out, defined(net, x, options, training=training))
+        assert "convolve3x3" in ran
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_fused_layers_equal_the_formula(options, training):
+    net = build(options, torch.float32).train(training)
+    x = images(net, 2, (13, 9))
+    out, ran = run(net, x)
+    assert ran
+    formula = net(x).detach().double()
+    assert_near(out, formula)
+    with torch.inference_mode():
+        assert torch.equal(net(x), out)
+
+
+def test_all_layers_of_the_paper_are_fused():
+    net = build({"groups": 2}, torch.float32).eval()
+    _, ran = run(net, images(net, 1, (13, 9)))
+    assert ran == set(FUSED)
+    with torch.no_grad(), Operators() as seen:
+        net(images(net, 1, (13, 9)))
+    assert {name for name in seen.names if name.startswith("dlgsanet::")} == {
+        f"dlgsanet::{name}" for name in FUSED
+    }
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("size", [(1, 1), (1, 131), (90, 1), (12, 6), (40, 64), (17, 79), (9, 300)])
+def test_any_size(size):
+    net = build({"window_size": 7, "tlc_kernel": 16}, torch.float32).eval()
+    x = images(net, 1, size)
+    out, ran = run(net, x)
+    assert ran
+    with torch.no_grad():
+        assert_near(out, net.double()(x.double()))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Channels that fill no block of results, and filters shared by more than a block.
+        {"dim": 26, "idynamic_num_heads": 13, "restormer_num_heads": 2},
+        {"dim": 7, "idynamic_num_heads": 7, "restormer_num_heads": 1},
+        {"window_size": 33, "dim": 4, "idynamic_num_heads": 2, "restormer_num_heads": 1},
+        {"dim": 90, "window_size": 7},
+    ],
+    ids=str,
+)
+def test_odd_channels_and_the_largest_filter(options):
+    net = build(options, torch.float32).eval()
+    x = images(net, 2, (21, 70))
+    out, ran = run(net, x)
+    assert "add_mhdlsa" in ran
+    with torch.no_grad():
+        assert_near(out, net.double()(x.double()))
+
+
+def test_larger_filters_are_left_to_pytorch():
+    options = {"window_size": fused.LARGEST_KERNEL + 2, "dim": 4, "idynamic_num_heads": 2}
+    net = build({**options, "restormer_num_heads": 1}, torch.float32).eval()
+    x = images(net, 1, (5, 40))
+    out, ran = run(net, x)
+    assert "add_mhdlsa" not in ran
+    assert "add_gdfn" in ran
+    with torch.no_grad():
+        assert_near(out, net.double()(x.double()))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_gelu_is_exact(scale):
+    net, norm = GDFN(4, 2), LayerNorm(4)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.project_in.weight[:2, 0, 0, 0] = scale  # a: the first channel; b: its absolute bias
+        net.project_in.weight[2:, 1, 0, 0] = 1
+        net.dwconv.weight[:, 0, 1, 1] = 1
+        net.project_out.weight[0, 0] = 1
+        x = torch.randn(1, 4, 64, 64)
+        expected = net.double()(norm.double()(x.double()))[:, 0]
+        added = net.float().add_fused(x, norm.float())
+    error = (added.double() - x)[:, 0] - expected
+    assert float(error.abs().max()) < 1e-6 * max(1, float(expected.abs().max()))
+    assert np.allclose(definition.gelu(np.array([1.0])), 0.841345, atol=1e-6)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_change_no_bit(openmp, threads, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(library, "_openmp", lambda: None)
+    net = build({"groups": 2, "dim": 24, "tlc_kernel": 16}, torch.float32).eval()
+    x = images(net, 2, (70, 50))
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        out, ran = run(net, x)
+        assert ran == set(FUSED)
+        results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results)
+
+
+@pytest.mark.usefixtures("tile")
+def test_tiles_change_rounding_only():
+    net = build({"groups": 2, "tlc_kernel": 16}, torch.float32).eval()
+    x = images(net, 3, (50, 70))
+    out, _ = run(net, x)
+    with torch.no_grad():
+        assert_near(out, net.double()(x.double()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own(threads, monkeypatch):
+    monkeypatch.setattr(library, "_openmp", lambda: None)
+    threads(2)
+    convolve = (torch.rand(1, 2, 20, 20), torch.rand(3, 2, 3, 3), None)
+    expected = fused.convolve3x3(*convolve)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"1" if torch.equal(fused.convolve3x3(*convolve), expected) else b"0")
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 1) == b"1"
+    os.waitpid(child, 0)
+    os.close(reader)
+
+
+def test_no_memory_is_an_error_that_says_so():
+    x = torch.rand(1, 4, 3, 3)
+    with pytest.raises(MemoryError, match="convolve3x3"):
+        library.run("convolve3x3", [x, x, None, x], [1, 3, 3, 3, 3, 4, 1 << 40])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_left_to_pytorch(dtype):
+    net = build({}, dtype).eval()
+    x = images(net, 2, (13, 9))
+    out, ran = run(net, x)
+    assert out.dtype == dtype
+    assert not ran
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_keeps_maps_or_traces_is_not_fused(monkeypatch):
+    net = build({}, torch.float32).eval()
+    x = images(net, 1, (13, 9))
+    with Operators() as ran:
+        net(x).mean().backward()
+    assert not ran.fused
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    with torch.no_grad(), Operators() as ran, torch.autocast("cpu", torch.bfloat16):
+        net(x)
+    assert not ran.fused
+    with torch.no_grad():
+        traced = torch.jit.trace(net, x)
+        assert "dlgsanet::add_" not in str(traced.inlined_graph)
+        assert "convolve3x3" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(x), net(x))
+    torch.jit.trace(net, x)  # traces once more without gradients and compares
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert not run(net, x)[1]
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_without_the_library_pytorch_gives_the_same(options, monkeypatch):
+    net = build(options, torch.float32).eval()
+    x = images(net, 2, (13, 9))
+    expected, _ = run(net, x)
+    monkeypatch.setattr(library, "load", lambda: None)
+    out, ran = run(net, x)
+    assert not ran
+    assert_near(out, expected.double())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest number of elements that any operator returned in new memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor):
+                size = each.untyped_storage().nbytes() // each.element_size()
+                self.elements = max(self.elements, size)
+        return result
+
+
+def test_no_map_wider_than_the_features_is_made():
+    net = build({"dim": 24, "tlc_kernel": 48}, torch.float32).eval()
+    height, width = 96, 64
+    x = images(net, 1, (height, width))
+    with torch.no_grad(), LargestTensor() as largest:
+        net(x)
+    assert largest.elements == height * width * 24
+
+
+@pytest.mark.parametrize("kind", ["float64", "without the library", "plain feed-forward"])
+def test_a_batch_needs_the_wide_maps_of_one_image(kind, monkeypatch):
+    if kind == "without the library":
+        monkeypatch.setattr(library, "load", lambda: None)
+    options = {"dim": 24, "tlc_kernel": 48}
+    if kind == "plain feed-forward":
+        options = {**options, "idynamic_ffn_type": "BaseFFN", "restormer_ffn_type": "BaseFFN"}
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    net = build(options, dtype).eval()
+    height, width = 32, 24
+    elements = []
+    for batch in (1, 4):
+        with torch.no_grad(), LargestTensor() as largest:
+            net(images(net, batch, (height, width)))
+        elements.append(largest.elements)
+    # Features are there for the whole batch; within layers they are twice to four times as wide.
+    assert elements[1] <= max(elements[0], 4 * height * width * 24)
+
+
+def test_layers_leave_what_they_are_given_as_it_was():
+    net = build({}, torch.float32).eval()
+    group = net.deep_feature_extraction[0]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.rand(2, 12, 13, 9).to(memory_format=layout)
+        before = x.clone()
+        with torch.no_grad():
+            for layer in (*group.body[:-1], group):
+                layer(x)
+                assert torch.equal(x, before)
+
+
+def test_any_layout_of_input_and_weights():
+    net = build({}, torch.float32).eval()
+    x = images(net, 2, (26, 18))[:, :, ::2, ::2]
+    expected, _ = run(net, x.contiguous())
+    assert torch.equal(run(net, x)[0], expected)
+    net = net.to(memory_format=torch.channels_last)
+    assert torch.equal(run(net, x.to(memory_format=torch.channels_last))[0], expected)
+
+
+def test_nothing_gives_nothing():
+    net = build({}, torch.float32).eval()
+    out, _ = run(net, torch.rand(0, 3, 13, 9))
+    assert out.shape == (0, 3, 26, 18)
+
+
+def test_rows_beyond_the_image_are_never_written():
+    """Memory before and behind a map stays as it is: no tile and no vector reaches over an end."""
+    x, weight = torch.rand(1, 2, 5, 7), torch.rand(7, 2, 3, 3)
+    whole = torch.full((7 * 5 * 7 + 64,), -1.0)
+    out = whole[32:-32].view(1, 7, 5, 7)
+    library.run("convolve3x3", [x, weight, None, out], [1, 5, 7, 2, 3, 2, 7])
+    assert (whole[:32] == -1).all()
+    assert (whole[-32:] == -1).all()
+    torch.testing.assert_close(out, torch.nn.functional.conv2d(x, weight, padding=1))
+
+
+def operators():
+    """Return calls of every operator, with sizes that differ from one another."""
+    x, norm = torch.rand(2, 6, 5, 7), (torch.rand(6), torch.rand(6))
+    gdfn = (torch.rand(8, 6, 1, 1), torch.rand(8, 1, 3, 3), torch.rand(6, 4, 1, 1))
+    mhdlsa = (
+        *(torch.rand(6, 6, 1, 1), torch.rand(2, 6, 1, 1), torch.rand(2)),
+        *(torch.rand(2, 1, 3, 3), torch.rand(2), torch.rand(27, 2, 1, 1), torch.rand(27)),
+        torch.rand(6, 6, 1, 1),
+    )
+    qkv = (torch.rand(18, 6, 1, 1), torch.rand(18, 1, 3, 3))
+    cuts = ([0, 2, 5], [0, 7])
+    return {
+        "add_gdfn": (x, *norm, *gdfn),
+        "add_mhdlsa": (x, *norm, *mhdlsa),
+        "attention_sums": (x, *norm, *qkv, 2, *cuts),
+        "add_attended": (x, x + 1, torch.rand(2, 2, 1, 6, 6), *cuts),
+        "convolve3x3": (x, torch.rand(5, 6, 3, 3), torch.rand(5)),
+    }
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_operators_are_what_they_declare(name):
+    operator = getattr(torch.ops.dlgsanet, name).default
+    torch.library.opcheck(
+        operator, operators()[name], test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def tensors_of(name):
+    return [i for i, given in enumerate(operators()[name]) if isinstance(given, torch.Tensor)]
+
+
+MISFITS = {
+    "wider": lambda t: torch.rand(*t.shape[:-1], t.shape[-1] + 1),
+    "longer": lambda t: torch.rand(t.shape[0] + 1, *t.shape[1:]),
+    "shorter": lambda t: torch.rand(t.shape[0] - 1, *t.shape[1:]),
+    "flat": torch.flatten,
+    "one axis more": lambda t: t[None],
+    "more channels": lambda t: torch.rand(2, 8, 5, 7),
+    "double": torch.Tensor.double,
+    "bfloat16": torch.Tensor.bfloat16,
+}
+
+
+def misfits():
+    """Yield operators, places of their tensors, and a change that does not fit there."""
+    for name, position in ((each, i) for each in FUSED for i in tensors_of(each)):
+        given = operators()[name][position]
+        of_the_map = {"flat", "one axis more", "more channels", "double", "bfloat16"}
+        for misfit in of_the_map if position == 0 else set(MISFITS) - {"more channels"}:
+            if misfit != "flat" or given.dim() > 1:
+                yield name, position, misfit
+
+
+@pytest.mark.parametrize(("name", "position", "misfit"), sorted(misfits()))
+def test_operators_refuse_what_does_not_fit_before_c_sees_it(name, position, misfit, monkeypatch):
+    given = list(operators()[name])
+    given[position] = MISFITS[misfit](given[position])
+    ran = []
+    monkeypatch.setattr(cpu, "run", lambda *_: ran.append(name))
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+        getattr(torch.ops.dlgsanet, name)(*given)
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [(n, i) for n in FUSED for i in tensors_of(n) if (n, i) != ("convolve3x3", 2)],
+)
+def test_operators_refuse_a_tensor_that_is_missing(name, position, monkeypatch):
+    given = list(operators()[name])
+    given[position] = None
+    ran = []
+    monkeypatch.setattr(cpu, "run", lambda *_: ran.append(name))
+    with pytest.raises((ValueError, TypeError, RuntimeError, AttributeError)):
+        getattr(torch.ops.dlgsanet, name)(*given)
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "setting"),
+    [
+        *(("attention_sums", 5, heads) for heads in (0, 4, -1, 12)),
+        *(("attention_sums", 6, cuts) for cuts in ([], [0], [0, 6], [1, 5], [0, 3, 2, 5])),
+        *(("attention_sums", 7, cuts) for cuts in ([], [7], [0, 8], [0, 0, 7], [-1, 7])),
+        *(("add_attended", 3, cuts) for cuts in ([], [0, 5], [0, 2, 6], [0, 5, 2])),
+        *(("add_attended", 4, cuts) for cuts in ([], [0, 3, 7], [0, 8], [1, 7])),
+    ],
+)
+def test_operators_refuse_settings_before_c_sees_them(name, position, setting, monkeypatch):
+    given = list(operators()[name])
+    given[position] = setting
+    ran = []
+    monkeypatch.setattr(cpu, "run", lambda *_: ran.append(name))
+    with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)):
+        getattr(torch.ops.dlgsanet, name)(*given)
+    assert not ran
+
+
+def test_a_map_without_pixels_or_images_never_reaches_c(monkeypatch):
+    net = build({}, torch.float32).eval()
+    for shape in ((0, 3, 13, 9), (2, 3, 0, 9), (2, 3, 13, 0)):
+        x = torch.rand(shape)
+        batch, _, height, width = shape
+        try:
+            expected = net(x).shape
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                run(net, x)
+        else:
+            assert run(net, x)[0].shape == expected == (batch, 3, 2 * height, 2 * width)
+
+
+def count_a_pixel(compute):
+    """Count operations that grow with the image: `compute` takes a height, of images 2 x 9 wide."""
+    counts = []
+    for height in (13, 14):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            compute(height)
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / (2 * 9)
+
+
+@pytest.mark.parametrize("options", [{}, {"tlc_flag": False, "dim": 24, "window_size": 5}], ids=str)
+def test_fused_layers_count_the_operations_of_the_formula(options, monkeypatch):
+    monkeypatch.setattr(c_layers, "_tile", lambda *_: (100, 100))
+    net = build(options, torch.float32)  # in training mode: windows that overlap are no formula
+    dim = net.overlap_embed[0].proj.out_channels
+    local, attending = net.deep_feature_extraction[0].body[:2]
+    for norm, mixer in (
+        (local.norm1, local.IDynamicDWConv),
+        (local.norm2, local.IDynamic_ffn),
+        (attending.norm3, attending.restormer_attn),
+    ):
+
+        def add_fused(height, norm=norm, mixer=mixer):
+            return mixer.add_fused(torch.rand(2, dim, height, 9), norm)
+
+        def add(height, norm=norm, mixer=mixer):
+            return mixer(norm(torch.rand(2, dim, height, 9)))
+
+        by_c, formula = map(count_a_pixel, (add_fused, add))
+        if mixer is attending.restormer_attn:
+            # v is met by one matrix, the projection included, in place of two.
+            formula -= 2 * dim * (dim // 6)
+        assert by_c == formula
+
+
+def test_a_whole_network_counts_alike_with_gradients_and_without():
+    net = build({"tlc_flag": False}, torch.float32).eval()
+    counts = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            net(torch.rand(2, 3, 13, 9))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_inference_mode_leaves_nothing_that_training_trips_over():
+    net = build({}, torch.float32).eval()
+    x = images(net, 1, (13, 9))
+    c_layers._cells.cache_clear()
+    with torch.inference_mode():
+        inferred = net(x)
+    out, ran = run(net, x)
+    assert ran
+    assert torch.equal(out, inferred)
+    net.train()(x).mean().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
