@@ -41,6 +41,7 @@ OUTPUT = (720, 1280)  # height and width
 # Powers of two and a size beside them that is not: in a cache such rows can be in each other's way.
 CURVE_SIZES = ((64, 64), (180, 320), (256, 256), (1024, 1024), (2000, 2040), (2048, 2048))
 FORMULA_SIZES = ((180, 320), (1024, 1024))
+FORMULA_SECONDS = 5.0  # begin no further sample after this: bf16 is slow on many processors
 ONCE_PIXELS = 512**2  # of an image that a CPU takes many seconds for
 WARM_UP_SIDE = 16  # loads the libraries, and leaves memory for images untouched
 QUICK_SIDE = 24
@@ -413,6 +414,7 @@ def formula_section(asked: argparse.Namespace) -> Section:
             "the peak beyond the loaded process with weights and input.",
         ],
         rounds=1,
+        seconds=FORMULA_SECONDS,
     )
 
 

@@ -298,12 +298,11 @@ def agreement_section(asked: argparse.Namespace) -> Section:
         ],
         rows=_agreement_rows,
         notes=lambda records: [
-            f"Tiny x{SCALE} from one seed: {cell['iterations']} iterations of the same batches of",
-            f"{cell['batch']} patches of {cell['patch']}x{cell['patch']} pixels, in float32, by L1 and",
-            "Adam from 5e-4 down a cosine. "
-            f"Trained on {TRAINED_ON} images of BSDS400; PSNR in dB of Y is",
-            "the mean over Set14, without rounding (where these are not at hand: scikit-image's",
-            "photographs). Rounding differs between any two forms, those of PyTorch among them;",
+            f"Tiny x{SCALE} from one seed, {cell['iterations']} iterations of the same batches of",
+            f"{cell['batch']} patches of {cell['patch']}x{cell['patch']}, by L1 and Adam, from",
+            f"{TRAINED_ON} images of BSDS400. PSNR in dB of Y, unrounded, is the mean over Set14",
+            "(where these are not at hand, scikit-image's photographs are taken). Rounding differs",
+            "between any two forms, those of PyTorch among them;",
             f"where ours is more than {TOLERANCE} dB from PyTorch's the benchmark fails.",
             *["**It failed: the trainings do not agree.**" for r in records if "broken" in r],
         ],

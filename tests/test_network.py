@@ -256,9 +256,6 @@ def test_compiles_for_other_sizes_and_batches_without_a_graph_break(training, dy
     compiled = torch.compile(net, fullgraph=True, backend="eager", dynamic=dynamic)
     for batch, size in ((2, (7, 6)), (2, (5, 8)), (3, (5, 8))):
         assert_compiled(compiled, net, images(net, batch, size))
-    with torch.no_grad():
-        x = images(net, 2, (7, 6))
-        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_training_is_compiled_for_nine_sizes_in_a_few_graphs():
