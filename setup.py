@@ -34,7 +34,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-# The C library: its header first, then what is compiled; as dlgsanet_arch/cpu/library.py knows them.
+# The C library: its header first, then what is compiled; as in dlgsanet_arch/cpu/library.py.
 C_FILES = [
     f"dlgsanet_arch/cpu/{name}"
     for name in ("common.h", "dynamic.c", "layers.c", "operators.c", "work.c")

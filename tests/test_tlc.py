@@ -159,7 +159,7 @@ def test_no_side_is_one_window_over_all():
 
 
 def test_sums_over_pixels_are_kept_in_float32():
-    # In bfloat16 a sum of ones stops at 256: q and k would not be of unit length, nor their cosine 1.
+    # In bfloat16 a sum of ones stops at 256: q and k would not be of unit length.
     ones = torch.ones(1, 3 * CHANNELS, 64, 32, dtype=torch.bfloat16)
     temperature = torch.ones(HEADS, 1, 1, dtype=torch.bfloat16)
     out = windowed_attention(ones, temperature, HEADS, "relu", 32)
