@@ -160,7 +160,8 @@ def test_an_sdist_holds_all_that_a_build_needs(checkout):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     sources = {str(path.relative_to(checkout)) for path in checkout.glob("dlgsanet_arch/**/*.py")}
-    needed = {"dlgsanet_arch/cpu/kernels.c", "dlgsanet_arch/py.typed", "MANIFEST.in", "LICENSE"}
+    needed = {"dlgsanet_arch/py.typed", "MANIFEST.in", "LICENSE"}
+    needed |= {f"dlgsanet_arch/cpu/{name}" for name in library.SOURCES}
     assert sources | needed | {"setup.py", "pyproject.toml", "README.md"} <= names
     assert not [name for name in names if name.startswith("tests")]
 
@@ -189,16 +190,21 @@ def installed(build, tmp_path, monkeypatch):
 
 
 def test_a_library_is_taken_for_the_source_it_was_built_from(installed, tmp_path):
-    source = tmp_path / "kernels.c"
-    source.write_text("int kernels;")
-    path = installed(sha256(source.read_bytes()).hexdigest())
+    sources = [tmp_path / name for name in library.SOURCES]
+    for source in sources:
+        source.write_text(f"int {source.stem};")
+    path = installed(sha256(b"".join(map(Path.read_bytes, sources))).hexdigest())
     assert library._library.__wrapped__().fault == ""
-    source.write_text("int kernels = 2;")
-    kernels, fault = library._library.__wrapped__()
-    assert kernels is None
-    assert fault.startswith(f"{path} is older than kernels.c; 'pip install")
+    for source in sources:
+        before = source.read_text()
+        source.write_text("int changed;")
+        kernels, fault = library._library.__wrapped__()
+        assert kernels is None
+        assert fault.startswith(f"{path} is older than its source; 'pip install")
+        source.write_text(before)
     # An installed package has no source beside it.
-    source.unlink()
+    for source in sources:
+        source.unlink()
     assert library._library.__wrapped__().kernels is not None
 
 
@@ -226,7 +232,8 @@ def test_without_a_library_pytorch_computes_and_the_reason_is_told(installed, mo
 def test_a_processor_without_kernels_is_told(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    assert library._library.__wrapped__().fault == "PyTorch uses neither AVX2 nor NEON here"
+    for name in ("ATEN_CPU_CAPABILITY", "DLGSANET_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    assert library._library.__wrapped__().fault == "none is for what PyTorch uses here"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     assert "as ATEN_CPU_CAPABILITY is 'default'" in library._library.__wrapped__().fault

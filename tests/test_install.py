@@ -303,12 +303,11 @@ def test_make_finds_a_python_that_runs(repository, tmp_path, there, chosen):
 def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(repository / "scripts", checkout / "scripts")
-    kernels = Path("dlgsanet_arch", "cpu", "kernels.c")
-    (checkout / kernels).parent.mkdir(parents=True)
+    kernels = Path("dlgsanet_arch", "cpu")
+    shutil.copytree(repository / kernels, checkout / kernels)
     for name in ("requirements.txt", "requirements-test.txt", "setup.py", "pyproject.toml"):
         shutil.copy(repository / name, checkout)
-    for name in ("dlgsanet_arch/version.py", kernels):
-        shutil.copy(repository / name, checkout / name)
+    shutil.copy(repository / "dlgsanet_arch" / "version.py", checkout / "dlgsanet_arch")
     # What an interrupted install leaves: an empty stamp and part of an environment.
     venv.create(checkout / ".venv", symlinks=True)
     stamp, left = checkout / ".venv" / ".dlgsanet-install", checkout / ".venv" / "left"
@@ -326,7 +325,10 @@ def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
         "import sys; sys.path.insert(0, 'scripts'); import install\n"
         "install.STAMP.write_text(install.fingerprint())"
     )
-    for name, change in ((kernels, "/* changed */"), ("requirements.txt", "hypothetical>=1\n")):
+    for name, change in (
+        (kernels / "dynamic.c", "/* changed */"),
+        ("requirements.txt", "hypothetical>=1\n"),
+    ):
         succeed(sys.executable, "finish.py", cwd=checkout)
         assert succeed(*make, cwd=checkout, PIP_NO_INDEX="1") == ""
         with open(checkout / name, "a") as file:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from dlgsanet_arch import cpu
 from dlgsanet_arch.data.databases import DATA, META_INFO
 from dlgsanet_arch.data.known_sets import set_name
 from dlgsanet_arch.data.pictures import find_pictures
@@ -43,13 +44,13 @@ VARIANTS = ("tiny", "light", "large")
 BATCH, PATCH, ITERATIONS, SUB_IMAGES = 16, 48, 500_000, 32_592
 SMALLER_PATCHES = (40, 32, 24)
 
-# Peak memory of a training step, beyond weights and pictures: so many maps of `dim` channels of
-# float32 for each block. Measured as the growth of the resident memory (VmHWM, float32, one step
-# of Adam) on an AMD EPYC, in bytes a LR pixel: Tiny 88,571 at 1x48x48, 87,665 at 4x48x48 and
-# 91,100 at 16x48x48 (51 to 53 maps); Light 117,291 at 1x48x48 and 116,715 at 3x48x48 (51); Large
-# 416,852 at 1x32x32 and 400,999 at 1x48x48 (46 to 48). tests/test_new_options.py measures it again.
-_MAPS_A_BLOCK = 54
-_FIXED = 16 << 20  # what does not grow with the pixels
+# Peak memory of a training step, beyond weights and images: so many maps of `dim` channels of
+# float32 for each block, and bytes that do not grow with the pixels. Measured on an AMD EPYC as the
+# growth of the resident memory (VmHWM, float32, one step of Adam): by PyTorch's operators 51 to 53
+# maps for Tiny and Light, 46 to 48 for Large; by the C library 29 to 34 for Tiny and Light. Large was
+# not measured with it. tests/test_new_options.py measures it again.
+_MAPS_A_BLOCK, _FIXED = 54, 16 << 20
+_C_MAPS_A_BLOCK, _C_FIXED = 35, 8 << 20
 _SHARE = 0.5  # of the free memory: others want some, allocators lose some, GPUs were not measured
 
 _FEWEST_ITERATIONS = 50_000
@@ -61,15 +62,16 @@ _TILE = 256
 _GIB = 2**30
 
 
-def step_bytes(network: Mapping[str, Any], pixels: int) -> int:
+def step_bytes(network: Mapping[str, Any], pixels: int, in_c: bool = False) -> int:
     """Return about how many bytes one training step takes at its peak.
 
     Args:
         network: Arguments of DLGSANet: `dim`, `groups` and `blocks`.
         pixels: LR pixels that are worked on at once, of all patches.
+        in_c: Whether the C library computes it: in float32 on a CPU that has it.
     """
-    maps = _MAPS_A_BLOCK * network["groups"] * network["blocks"]
-    return _FIXED + 4 * maps * network["dim"] * pixels
+    maps, fixed = (_C_MAPS_A_BLOCK, _C_FIXED) if in_c else (_MAPS_A_BLOCK, _FIXED)
+    return fixed + 4 * maps * network["groups"] * network["blocks"] * network["dim"] * pixels
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Fit:
     bytes: int
 
 
-def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> Fit:
+def fit(network: Mapping[str, Any], free: int, patch: int | None = None, in_c: bool = False) -> Fit:
     """Choose how a batch is worked on so that it takes half of the free memory at most.
 
     The published 16 patches of 48x48 stay where they fit; then they are worked on in 2, 4, 8 or 16
@@ -97,6 +99,7 @@ def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> Fit:
         network: Arguments of DLGSANet.
         free: Bytes that are free.
         patch: Side of a patch in LR pixels that is not to be changed.
+        in_c: As in `step_bytes`.
 
     Raises:
         UserError: Not even one patch fits.
@@ -105,7 +108,7 @@ def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> Fit:
     parts = [2**power for power in range(BATCH.bit_length())]
     for side in sides:
         for accumulation in parts if side in (PATCH, patch) else parts[-1:]:
-            needed = step_bytes(network, BATCH // accumulation * side**2)
+            needed = step_bytes(network, BATCH // accumulation * side**2, in_c)
             if needed <= _SHARE * free:
                 return Fit(side, accumulation, needed)
     raise UserError(
@@ -724,7 +727,8 @@ def draft(request: Request) -> Draft:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = memory.free_memory(device) if request.free is None else request.free
     where = {"cuda": "free on the GPU", "cpu": "free here"}[device.type]
-    chosen = fit(network, free, request.patch)
+    in_c = device.type == "cpu" and request.free is None and not cpu.why_not()
+    chosen = fit(network, free, request.patch, in_c)
     plan = schedule(
         data.count,
         data.worth,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet, GlobalLayer, LocalLayer
+from dlgsanet_arch.ops.attention import ACTIVATIONS
 from dlgsanet_arch.tools import figures
 
 _WINDOW = 15  # side of what a place is judged by, in pixels
@@ -63,22 +64,20 @@ def _filters(layer: LocalLayer, x: Tensor, places: Sequence[Place]) -> Tensor:
 
 
 def _dropped(layer: GlobalLayer, x: Tensor) -> Tensor:
-    attention = layer.restormer_attn
-    shares = []
+    attention, shares = layer.restormer_attn, []
+    activation = attention.activation
 
-    def recorded(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def record(similarities: Tensor) -> Tensor:
-            shares.append((similarities <= 0).double().mean((-2, -1)))
-            return act(similarities)
+    def record(similarities: Tensor) -> Tensor:
+        shares.append((similarities <= 0).double().mean((-2, -1)).flatten(0, -2))
+        return ACTIVATIONS[activation](similarities)
 
-        return record
-
-    act = attention.act
-    attention.act = recorded(act)
+    ACTIVATIONS["recorded"] = record
+    attention.activation = "recorded"
     try:
         attention(layer.norm3(x))
     finally:
-        attention.act = act
+        attention.activation = activation
+        del ACTIVATIONS["recorded"]
     return torch.cat(shares).mean(0).float().cpu()
 
 
