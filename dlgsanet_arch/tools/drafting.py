@@ -47,8 +47,8 @@ SMALLER_PATCHES = (40, 32, 24)
 # Peak memory of a training step, beyond weights and images: so many maps of `dim` channels of
 # float32 for each block, and bytes that do not grow with the pixels. Measured on an AMD EPYC as the
 # growth of the resident memory (VmHWM, float32, one step of Adam): by PyTorch's operators 51 to 53
-# maps for Tiny and Light, 46 to 48 for Large; by the C library 29 to 34 for Tiny and Light. Large was
-# not measured with it. tests/test_new_options.py measures it again.
+# maps for Tiny and Light, 46 to 48 for Large; by the C library 29 to 34 for Tiny and Light, Large
+# not measured. tests/test_new_options.py measures it again.
 _MAPS_A_BLOCK, _FIXED = 54, 16 << 20
 _C_MAPS_A_BLOCK, _C_FIXED = 35, 8 << 20
 _SHARE = 0.5  # of the free memory: others want some, allocators lose some, GPUs were not measured
