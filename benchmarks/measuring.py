@@ -5,7 +5,7 @@ function, as "module:function", that measures it, and an entry `threads` says in
 PyTorch works. On a CPU each cell runs in a process of its own, so that its peak memory is its own;
 on a GPU, where memory is counted exactly, the cells of a group share one. All cells are measured
 once a round, so that a change in the machine's load meets all. What is measured is saved at once,
-and a run that was cut off goes on where it was.
+and a run that was cut off is resumed.
 """
 
 import argparse
