@@ -32,8 +32,8 @@ WARPS = 4
 # More stages would prefetch the operands of products through shared memory; they are small here.
 STAGES = 1
 # For the gradients of the projection, a program has a few taps, as many as leave registers for the
-# loaded values, and a share of the tiles. The partial sums of the shares are then added. Their
-# number does not depend on the machine, so neither does the order of the sum.
+# loaded values (IEEE products take more), and a share of the tiles. The partial sums of the shares
+# are then added. Their number does not depend on the machine, so neither does the order of the sum.
 PROJECTION_TAPS = {"tf32": 4, "ieee": 2}
 PROJECTION_SPLITS = 64
 
@@ -244,7 +244,7 @@ def _filter_gradient(grads, pointers, pixels, size, exist, tap, SPEC: tl.constex
     _, rows, columns = pixels
     down, right = _shift(tap, SPEC)
     inside = _inside(rows + down, columns + right, size)
-    inside = inside & (rows * 0 + tap < SPEC.taps)  # the interpreter masks by no lone number
+    inside = inside & (rows * 0 + tap < SPEC.taps)  # a vector: the interpreter wants one
     moved = pointers + _offsets(0, down, right, size, SPEC.channels, SPEC)
     windows = _load(moved, inside, exist, size, SPEC)
     total = grads[0] * windows[0].to(tl.float32)
@@ -390,7 +390,7 @@ def _spec(channels: int, outputs: int, features: int, kernel: int, *settings: An
 
 def _prepare(weight: Tensor, kernel: int, x: Tensor, *maps: Tensor) -> tuple[Spec, list[Tensor]]:
     """Return what to compile for, and x and the other maps in one layout, copied where needed."""
-    # If x has neither layout, this is the one of torch.empty_like(x), or it has neither itself.
+    # Where x has neither layout, torch.empty_like(x) has this one or keeps x's own order of axes.
     channels_last = x.stride(1) == 1 and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     settings = (channels_last, _precision(x.dtype), _index(x, *maps))
@@ -399,7 +399,7 @@ def _prepare(weight: Tensor, kernel: int, x: Tensor, *maps: Tensor) -> tuple[Spe
 
 
 def _restore(values: Tensor, like: Tensor) -> Tensor:
-    """Return a dense map in the layout of torch.empty_like(like)."""
+    """Return the map `values`, which is dense, in the layout of torch.empty_like(like)."""
     return values if values.stride() == like.stride() else torch.empty_like(like).copy_(values)
 
 
@@ -464,7 +464,7 @@ def projected_forward(
         return torch.empty_like(x)
     with torch.cuda.device_of(x):  # it need not be the current one
         spec, (dense_x, dense_hidden) = _prepare(weight, kernel, x, hidden)
-        return _restore(_convolve(dense_x, dense_hidden, weight, bias, spec, False), x)
+        return _restore(_convolve(dense_x, dense_hidden, weight, bias, spec, transposed=False), x)
 
 
 def projected_backward(
@@ -481,7 +481,7 @@ def projected_backward(
         spec, (dense_x, dense_hidden, grad) = _prepare(weight, kernel, x, hidden, grad)
         projection = _projection_gradient(grad, dense_x, dense_hidden, spec)
         return (
-            _restore(_convolve(grad, dense_hidden, weight, bias, spec, True), x),
+            _restore(_convolve(grad, dense_hidden, weight, bias, spec, transposed=True), x),
             _restore(_hidden_gradient(grad, dense_x, dense_hidden, weight, spec), hidden),
             torch.empty_like(weight).copy_(projection[:, :-1]),
             torch.empty_like(bias).copy_(projection[:, -1]),
