@@ -7,7 +7,7 @@ was built with.
 from torch import Tensor, nn
 
 from dlgsanet_arch import fused
-from dlgsanet_arch.as_built import has_layers, is_as_built, register
+from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
 from dlgsanet_arch.ops import depthwise, normed_pointwise, pointwise
 from dlgsanet_arch.ops.convolutions import NORM_EPS
 
@@ -74,7 +74,8 @@ class Conv3x3(nn.Conv2d):
         return _has_settings(self, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_settings() and fused.can_convolve(x, self.weight, self.bias):
+        # Unchanged, for what counts operators by global hooks, as FlopCounterMode, sees PyTorch's.
+        if is_unchanged(self) and fused.can_convolve(x, self.weight, self.bias):
             return fused.convolve3x3(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -102,7 +103,7 @@ def normed(x: Tensor, norm: LayerNorm | None, conv: Conv1x1) -> Tensor:
     """Return conv(norm(x)), in one operator where both are as built; conv(x) without a norm."""
     if norm is None:
         return conv(x)
-    if type(norm) is LayerNorm and type(conv) is Conv1x1 and is_as_built(norm, norm.body, conv):
+    if type(norm) is LayerNorm and type(conv) is Conv1x1 and is_as_built(norm, conv):
         body = norm.body
         return normed_pointwise(x, body.weight, body.bias, conv.weight, conv.bias)
     return conv(norm(x))

@@ -30,10 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlgsanet_arch import cpu, fused
-from dlgsanet_arch.as_built import has_layers, is_as_built, register
+from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
 from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
 from dlgsanet_arch.ops import (
-    attention_weights,
     channel_attention,
     dynamic_dwconv,
     gdfn_gate,
@@ -58,14 +57,10 @@ class Mixer(nn.Module):
     is not as it was built, each is called, as a plain network would.
 
     Attributes:
-        has_fused_form: Whether `add_fused` computes x + mixer(LN(x)) in one pass.
+        fused_form: Computes x + mixer(LN(x)) in one pass, from x, norm and mixer; None for none.
     """
 
-    has_fused_form = False
-
-    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        """Return x + self(norm(x)), where `fused.can_run` allows it."""
-        raise NotImplementedError
+    fused_form: Callable[[Tensor, LayerNorm, "Mixer"], Tensor] | None = None
 
 
 def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
@@ -73,12 +68,12 @@ def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
     if not isinstance(mixer, Mixer):
         return mixer(norm(x)) + x
     if is_inference() and type(norm) is LayerNorm:
-        if mixer.has_fused_form and fused.can_run(x, norm, mixer):
-            return mixer.add_fused(x, norm)
-        if x.is_cpu and len(x) > 1 and is_as_built(*norm.modules(), *mixer.modules()):
+        if mixer.fused_form and fused.can_run(x, norm, mixer):
+            return mixer.fused_form(x, norm, mixer)
+        if x.is_cpu and len(x) > 1 and is_as_built(norm, mixer):
             # Memory for the maps of one image suffices. Hooks are called once, with the batch.
             return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
-    return (mixer(x, norm) if is_as_built(mixer) else mixer(norm(x))) + x
+    return (mixer(x, norm) if is_unchanged(mixer) else mixer(norm(x))) + x
 
 
 def is_inference() -> bool:
@@ -95,7 +90,7 @@ class GDFN(Mixer):
         hidden: e, half the channels within.
     """
 
-    has_fused_form = True
+    fused_form = staticmethod(fused.add_gdfn)
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -107,35 +102,18 @@ class GDFN(Mixer):
 
     def has_settings(self) -> bool:
         """Return whether it has the layers that it was built with."""
-        return (
-            has_layers(self, Conv1x1, DepthwiseConv, Conv1x1)
-            and self.dwconv.kernel_size == (3, 3)
-            and all(layer.bias is None for layer in self.children())
-        )
+        return has_layers(self, (Conv1x1, 1, False), (DepthwiseConv, 3, False), (Conv1x1, 1, False))
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
-        return self.project_out(self._gate(x, norm))
-
-    def _gate(self, x: Tensor, norm: LayerNorm | None) -> Tensor:
-        if (
-            self.has_settings()
-            and type(norm) is LayerNorm
-            and is_as_built(norm, norm.body, self.project_in, self.dwconv)
-        ):
+        project_in, dwconv = self.project_in, self.dwconv
+        known = type(norm) is LayerNorm and self.has_settings()
+        if known and is_as_built(norm, project_in, dwconv):
             body = norm.body
-            return gdfn_gate(x, body.weight, body.bias, self.project_in.weight, self.dwconv.weight)
-        a, b = self.dwconv(normed(x, norm, self.project_in)).chunk(2, dim=1)
-        return F.gelu(a) * b
-
-    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        return fused.add_gdfn(
-            x,
-            norm.body.weight,
-            norm.body.bias,
-            self.project_in.weight,
-            self.dwconv.weight,
-            self.project_out.weight,
-        )
+            gated = gdfn_gate(x, body.weight, body.bias, project_in.weight, dwconv.weight)
+        else:
+            a, b = dwconv(normed(x, norm, project_in)).chunk(2, dim=1)
+            gated = F.gelu(a) * b
+        return self.project_out(gated)
 
 
 @register
@@ -189,22 +167,15 @@ class FilterGenerator(nn.Module):
         """Return whether its two stages have the layers that they were built with."""
         return (
             has_layers(self, nn.Sequential, nn.Sequential)
-            and has_layers(self.conv1, Conv1x1, DepthwiseConv)
-            and has_layers(self.conv2, Conv1x1)
-            and self.conv1[1].kernel_size == (self.kernel, self.kernel)
-            and all(layer.bias is not None for layer in (*self.conv1, *self.conv2))
+            and has_layers(self.conv1, (Conv1x1, 1, True), (DepthwiseConv, self.kernel, True))
+            and has_layers(self.conv2, (Conv1x1, 1, True))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(x)
-        projection = next(self.conv2.children(), None)
-        if (
-            has_layers(self.conv2, Conv1x1)
-            and is_as_built(self.conv2, projection)
-            and projection.bias is not None
-        ):
-            weight = projection.weight.flatten(1)
-            return projected_dwconv(x, hidden, weight, projection.bias, self.kernel)
+        if has_layers(self.conv2, (Conv1x1, 1, True)) and is_as_built(self.conv2):
+            weight, bias = self.conv2[0].weight.flatten(1), self.conv2[0].bias
+            return projected_dwconv(x, hidden, weight, bias, self.kernel)
         filters = self.conv2(hidden)
         return dynamic_dwconv(x, filters.unflatten(1, (-1, self.kernel, self.kernel)))
 
@@ -223,7 +194,6 @@ class MHDLSA(Mixer):
 
     def __init__(self, channels: int, channels_per_filter: int, kernel: int, dynamic: bool) -> None:
         super().__init__()
-        self.has_fused_form = dynamic and kernel <= fused.LARGEST_KERNEL
         self.dynamic = dynamic
         self.conv0 = Conv1x1(channels, channels, 1, bias=False)
         self.conv1 = Conv1x1(channels, channels, 1, bias=False)
@@ -237,32 +207,17 @@ class MHDLSA(Mixer):
     def has_settings(self) -> bool:
         """Return whether it has the layers that it was built with."""
         kind = FilterGenerator if self.dynamic else DepthwiseConv
-        return (
-            has_layers(self, Conv1x1, Conv1x1, kind)
-            and self.conv0.out_channels == self.conv0.in_channels
-            and self.conv0.bias is None
-            and self.conv1.bias is None
-        )
+        kinds = (Conv1x1, 1, False), (Conv1x1, 1, False), kind
+        return has_layers(self, *kinds) and self.conv0.out_channels == self.conv0.in_channels
+
+    @property
+    def fused_form(self) -> Callable[[Tensor, LayerNorm, Mixer], Tensor] | None:
+        conv = self.conv
+        fits = type(conv) is FilterGenerator and conv.kernel <= fused.LARGEST_KERNEL
+        return fused.add_mhdlsa if fits else None
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         return self.conv1(self.conv(normed(x, norm, self.conv0)))
-
-    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        squeeze, dwconv = self.conv.conv1
-        projection = self.conv.conv2[0]
-        return fused.add_mhdlsa(
-            x,
-            norm.body.weight,
-            norm.body.bias,
-            self.conv0.weight,
-            squeeze.weight,
-            squeeze.bias,
-            dwconv.weight,
-            dwconv.bias,
-            projection.weight,
-            projection.bias,
-            self.conv1.weight,
-        )
 
 
 @register
@@ -280,7 +235,7 @@ class SparseGSA(Mixer):
         window: Side of the test-time windows in pixels, or None for none.
     """
 
-    has_fused_form = True
+    fused_form = staticmethod(fused.add_attention)
 
     def __init__(self, channels: int, heads: int, activation: str, window: int | None) -> None:
         super().__init__()
@@ -296,12 +251,8 @@ class SparseGSA(Mixer):
 
     def has_settings(self) -> bool:
         """Return whether it has the layers that it was built with."""
-        return (
-            has_layers(self, Conv1x1, DepthwiseConv, Conv1x1)
-            and self.qkv_dwconv.kernel_size == (3, 3)
-            and all(layer.bias is None for layer in self.children())
-            and self.qkv.out_channels == 3 * self.qkv.in_channels
-        )
+        kinds = (Conv1x1, 1, False), (DepthwiseConv, 3, False), (Conv1x1, 1, False)
+        return has_layers(self, *kinds) and self.qkv.out_channels == 3 * self.qkv.in_channels
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         qkv = self.qkv_dwconv(normed(x, norm, self.qkv))
@@ -316,34 +267,6 @@ class SparseGSA(Mixer):
     def eval_window(self) -> int | None:
         """Return the side of the windows that attention is computed in now, None for none."""
         return None if self.training else self.window
-
-    def _matrices(self, product: Tensor, squares: Tensor) -> Tensor:
-        """Turn sums over windows into what acts on v, the projection included.
-
-        Args:
-            product: Σ q kᵀ over a window's pixels, (n, h, c, c).
-            squares: Σ q² and Σ k², (n, 2C).
-
-        Returns:
-            (n, C, C).
-        """
-        heads = self.heads
-        squares = squares.unflatten(1, (2, heads, -1))
-        weights = attention_weights(product, squares, self.temperature, self.activation)
-        projection = self.project_out.weight.flatten(1).unflatten(1, (heads, -1))
-        return torch.einsum("ohc,nhcd->nohd", projection, weights).flatten(2)
-
-    def add_fused(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        return fused.add_attention(
-            x,
-            norm.body.weight,
-            norm.body.bias,
-            self.qkv.weight,
-            self.qkv_dwconv.weight,
-            self.heads,
-            self._matrices,
-            self.eval_window(),
-        )
 
 
 class LocalLayer(nn.Module):
@@ -407,14 +330,17 @@ def _pixel_shuffle_stages(channels: int, upscale: int) -> nn.Sequential:
     return nn.Sequential(*stages)
 
 
-def _choose(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(value is choice or value == choice for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def _choose(choices: tuple[object, ...], **given: object) -> None:
+    for name, value in given.items():
+        if not any(value is choice or value == choice for choice in choices):
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {known}; got {value!r}")
 
 
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}")
+def _require_counts(**given: object) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}")
 
 
 def _require_divisible(dim: int, name: str, heads: int) -> None:
@@ -425,7 +351,7 @@ def _require_divisible(dim: int, name: str, heads: int) -> None:
 def _require_upscale(upsampler: str, upscale: object) -> None:
     if upsampler == "":
         return
-    _require_count("upscale", upscale)
+    _require_counts(upscale=upscale)
     is_power_of_two = upscale & (upscale - 1) == 0
     if upsampler == "pixelshuffle" and upscale != 3 and (upscale == 1 or not is_power_of_two):
         raise ValueError(f"upscale must be 3 or 2, 4, 8, … for 'pixelshuffle'; got {upscale}")
@@ -521,28 +447,20 @@ class DLGSANet(nn.Module):
         input_resolution: object = None,
     ) -> None:
         super().__init__()
-        _choose("buildblock_type", buildblock_type, get_args(BlockType))
-        _choose("idynamic_ffn_type", idynamic_ffn_type, get_args(FeedForwardType))
-        _choose("restormer_ffn_type", restormer_ffn_type, get_args(FeedForwardType))
-        _choose("activation", activation, get_args(Activation))
-        _choose("upsampler", upsampler, get_args(UpsamplerType))
-        for name, value in (
-            ("in_chans", in_chans),
-            ("dim", dim),
-            ("groups", groups),
-            ("blocks", blocks),
-            ("window_size", window_size),
-            ("idynamic_num_heads", idynamic_num_heads),
-            ("restormer_num_heads", restormer_num_heads),
-            ("tlc_kernel", tlc_kernel),
-        ):
-            _require_count(name, value)
-        for name, flag in (
-            ("idynamic", idynamic),
-            ("tlc_flag", tlc_flag),
-            ("body_norm", body_norm),
-        ):
-            _choose(name, flag, (True, False))
+        _choose(get_args(BlockType), buildblock_type=buildblock_type)
+        _choose(
+            get_args(FeedForwardType),
+            idynamic_ffn_type=idynamic_ffn_type,
+            restormer_ffn_type=restormer_ffn_type,
+        )
+        _choose(get_args(Activation), activation=activation)
+        _choose(get_args(UpsamplerType), upsampler=upsampler)
+        _choose((True, False), idynamic=idynamic, tlc_flag=tlc_flag, body_norm=body_norm)
+        _require_counts(in_chans=in_chans, dim=dim, groups=groups, blocks=blocks)
+        _require_counts(window_size=window_size, tlc_kernel=tlc_kernel)
+        _require_counts(
+            idynamic_num_heads=idynamic_num_heads, restormer_num_heads=restormer_num_heads
+        )
         if dim < 4:
             raise ValueError(f"dim must be 4 or more (filters come from dim // 4); got {dim}")
         if window_size % 2 == 0:

@@ -144,15 +144,6 @@ def check_wide_offsets():
         check_case((2, 2, 3, 2), 1, 3, 2, "float32", "nchw", "channels last", "nchw")
 
 
-def check_nothing_to_do(shape):
-    kernels = _kernels()
-    with mock.patch.object(kernels, "_launch", side_effect=AssertionError("launched")):
-        grad, *inputs = make_tensors(shape, 2, 3, 3, torch.float32)
-        assert kernels.projected_forward(*inputs, 3).shape == shape
-        for each, like in zip(kernels.projected_backward(grad, *inputs, 3), inputs, strict=True):
-            assert torch.equal(each, torch.zeros_like(like))
-
-
 def check_precision():
     kernels = _kernels()
     matmul = torch.backends.cuda.matmul
@@ -208,11 +199,6 @@ def test_kernels_equal_reference(interpreted, case):
 )
 def test_kernels_hold_for(interpreted, check):
     interpreted(check)
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0), (2, 0, 5, 6)])
-def test_nothing_is_launched_for_nothing(interpreted, shape):
-    interpreted(check_nothing_to_do, shape)
 
 
 # (B, C, H, W), G, K, D: Tiny to 1280x720, a batch of its training patches, Large with odd sizes.

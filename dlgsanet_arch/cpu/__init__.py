@@ -5,6 +5,6 @@ This package knows nothing of PyTorch's operators: `ops` has those with gradient
 layers without.
 """
 
-from dlgsanet_arch.cpu.library import can_run, require_shapes, run, why_not
+from dlgsanet_arch.cpu.library import can_run, run, why_not
 
-__all__ = ["can_run", "require_shapes", "run", "why_not"]
+__all__ = ["can_run", "run", "why_not"]

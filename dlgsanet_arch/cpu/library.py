@@ -170,30 +170,25 @@ def _in_threads(work: Callable[[], None], count: int) -> None:
         wait(futures)
 
 
-def require_shapes(operator: str, *pairs: tuple[Tensor | None, Sequence[int]]) -> None:
-    """Raise a ValueError for the first tensor that has not the shape beside it; None passes.
-
-    And a TypeError for one that is not float32 on a CPU.
-    """
-    for tensor, shape in pairs:
-        if tensor is None:
-            continue
-        if tensor.shape != torch.Size(shape):
-            raise ValueError(
-                f"{operator} needs a tensor of {tuple(shape)}; got {tuple(tensor.shape)}"
-            )
-        if not (tensor.is_cpu and tensor.dtype == torch.float32):
-            raise TypeError(
-                f"{operator} computes in float32 on a CPU; got {tensor.dtype}, {tensor.device}"
-            )
+def _numbers(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
-def run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+def _address(kernel: str, each: Tensor | ctypes.Array | None) -> int | None:
+    if not isinstance(each, Tensor):
+        return each if each is None else ctypes.addressof(each)
+    if not each.is_cpu or each.dtype != torch.float32:
+        raise TypeError(f"{kernel} computes in float32 on a CPU; got {each.dtype}, {each.device}")
+    return each.data_ptr()
+
+
+def run(name: str, tensors: Sequence[Tensor | Sequence[int] | None], sizes: Sequence[int]) -> None:
     """Call a kernel in as many threads as PyTorch uses.
 
     Args:
         name: Of the kernel in the C sources.
-        tensors: Its tensors in order, contiguous and on the CPU; None for one that is left out.
+        tensors: Its tensors in order, contiguous and on the CPU; lists of whole numbers among
+            them, and None for what is left out.
         sizes: Its sizes in order.
 
     Raises:
@@ -201,18 +196,14 @@ def run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> No
         MemoryError: If a thread found no memory for its rows.
     """
     library = load()
-    for each in tensors:
-        if each is not None and not (each.is_cpu and each.dtype in (torch.float32, torch.int64)):
-            raise TypeError(f"{name} computes in float32 on a CPU; got {each.dtype}, {each.device}")
-    pointers = (ctypes.c_void_p * len(tensors))(
-        *(None if each is None else each.data_ptr() for each in tensors)
-    )
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+    kept = [_numbers(each) if isinstance(each, list) else each for each in tensors]
+    pointers = (ctypes.c_void_p * len(tensors))(*(_address(name, each) for each in kept))
+    numbers = _numbers(sizes)
     call = _Call(
         *(ctypes.cast(each, ctypes.c_void_p) for each in (library[name], pointers, numbers))
     )
     # An interrupt may end the wait for a thread, but not the thread: what it reads must stay.
-    call.kept = (tensors, pointers, numbers)
+    call.kept = (kept, pointers, numbers)
     threads, openmp = torch.get_num_threads(), _openmp()
     if threads == 1:
         library.work(ctypes.byref(call))

@@ -29,10 +29,8 @@ def can_run(x: Tensor, *parts: nn.Module) -> bool:
     """
     if torch.is_grad_enabled() or not cpu.can_run(x) or x.numel() == 0:
         return False
-    modules = [module for part in parts for module in part.modules()]
-    return is_as_built(*modules) and cpu.can_run(
-        *(weight for module in modules for weight in module._parameters.values())
-    )
+    weights = (weight for part in parts for weight in part.parameters())
+    return is_as_built(*parts) and cpu.can_run(*weights)
 
 
 def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

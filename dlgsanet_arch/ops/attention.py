@@ -16,6 +16,7 @@ from torch import Tensor
 from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
+from dlgsanet_arch.ops.shapes import parse, sizes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -72,7 +73,7 @@ def _forward(
     qkv: Tensor, temperature: Tensor, heads: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, and for the backward Σ q kᵀ (B, h, c, c), and Σ q² and Σ k² (B, 2C)."""
-    _require(qkv, temperature, heads, activation)
+    _sizes(qkv, temperature, heads, activation)
     q, k, v = qkv.chunk(3, 1)
     squares = qkv.new_empty(len(q), 2 * q.shape[1])
     product = c_backend.head_products(q, k, heads, squares)
@@ -82,14 +83,16 @@ def _forward(
     return out, product, squares
 
 
-def _require(qkv: Tensor, temperature: Tensor, heads: int, activation: str) -> None:
-    fits = qkv.dim() == 4 and heads > 0 and qkv.shape[1] % (3 * heads) == 0
-    if not fits or activation not in ACTIVATIONS:
-        raise ValueError(
-            "channel_attention needs qkv (B, 3C, H, W), C divisible by heads, and an activation of "
-            f"{', '.join(ACTIVATIONS)}; got {tuple(qkv.shape)}, {heads=}, {activation=}"
-        )
-    cpu.require_shapes("channel_attention", (qkv, qkv.shape), (temperature, (heads, 1, 1)))
+_FORWARD = parse("qkv: B 3hc H W; temperature: h 1 1")
+_BACKWARD = parse("qkv: B 3hc H W; grad: B hc H W; product: B h c c; squares: B 2hc")
+
+
+def _sizes(qkv: Tensor, temperature: Tensor, heads: int, activation: str) -> list[int]:
+    """Return B, c, H and W, and refuse what does not fit."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"channel_attention needs an activation of {known}; got {activation!r}")
+    return sizes("channel_attention", _FORWARD, qkv, temperature, h=heads)
 
 
 def _activation_backward(grad: Tensor, scaled: Tensor, weights: Tensor, activation: str) -> Tensor:
@@ -112,16 +115,9 @@ def _backward(
     product: Tensor,
     squares: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    _require(qkv, temperature, heads, activation)
-    batch, channels, *image = qkv.shape
-    channels //= 3
-    share = channels // heads
-    cpu.require_shapes(
-        "channel_attention_backward",
-        (grad, (batch, channels, *image)),
-        (product, (batch, heads, share, share)),
-        (squares, (batch, 2 * channels)),
-    )
+    _, share, *_ = _sizes(qkv, temperature, heads, activation)
+    sizes("channel_attention_backward", _BACKWARD, qkv, grad, product, squares, h=heads)
+    channels = heads * share
     qk, v = qkv.split([2 * channels, channels], 1)
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_qk, grad_v = grad_qkv.split([2 * channels, channels], 1)

@@ -15,6 +15,7 @@ from dlgsanet_arch import cpu
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
+from dlgsanet_arch.ops.shapes import parse, sizes
 
 NORM_EPS = 1e-5  # of the paper's norms; of no other eps is there a kernel
 
@@ -29,7 +30,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (B, C', H, W) in the dtype of `x`.
     """
-    if _can_run(x, weight, bias) and _fits(x, weight, bias):
+    if _can_run(x, weight, bias) and weight.shape[2:] == (1, 1):
         return _pointwise(x, weight, bias, False)
     return F.conv2d(x, weight, bias)
 
@@ -52,13 +53,8 @@ def normed_pointwise(
     Returns:
         (B, C', H, W) in the dtype of `x`.
     """
-    if (
-        _can_run(x, norm_weight, norm_bias, weight, bias)
-        and _fits(x, weight, bias)
-        and norm_weight.shape == norm_bias.shape == x.shape[1:2]
-    ):
-        folded, shift = _folded(norm_weight, norm_bias, weight)
-        return _pointwise(x, folded, shift if bias is None else shift + bias, True)
+    if _can_run(x, norm_weight, norm_bias, weight, bias) and weight.shape[2:] == (1, 1):
+        return _pointwise(x, *_folded(norm_weight, norm_bias, weight, bias), True)
     return F.conv2d(layer_norm(x, norm_weight, norm_bias), weight, bias)
 
 
@@ -71,12 +67,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return weight.shape[1:] == (x.shape[1], 1, 1) and (
-        bias is None or bias.shape == weight.shape[:1]
-    )
-
-
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the depthwise convolution of x (B, C, H, W) by weight (C, 1, K, K), bias (C,).
 
@@ -85,12 +75,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (B, C, H, W) in the dtype of `x`.
     """
-    fits = (
-        _can_run(x, weight, bias)
-        and _are_filters(weight, x.shape[1])
-        and (bias is None or bias.shape == weight.shape[:1])
-    )
-    if fits:
+    if _can_run(x, weight, bias) and weight.shape[-1] <= LARGEST_KERNEL:
         return _depthwise(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
@@ -115,33 +100,26 @@ def gdfn_gate(
     Raises:
         ValueError: For an odd number of filters, which have no halves.
     """
-    outs = len(weight)
-    if outs % 2:
-        raise ValueError(f"gdfn_gate needs an even number of filters; got {outs}")
-    if (
-        _can_run(x, norm_weight, norm_bias, weight, filters)
-        and _fits(x, weight)
-        and norm_weight.shape == norm_bias.shape == x.shape[1:2]
-        and _are_filters(filters, outs)
-    ):
+    if len(weight) % 2:
+        raise ValueError(f"gdfn_gate needs an even number of filters; got {len(weight)}")
+    runs = _can_run(x, norm_weight, norm_bias, weight, filters)
+    if runs and weight.shape[2:] == (1, 1) and filters.shape[-1] <= LARGEST_KERNEL:
         return _gate(x, *_folded(norm_weight, norm_bias, weight), filters)
     expanded = normed_pointwise(x, norm_weight, norm_bias, weight)
     a, b = depthwise(expanded, filters).chunk(2, dim=1)
     return F.gelu(a) * b
 
 
-def _folded(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias that make of standardised pixels what `weight` makes of LN(x)."""
-    return weight * norm_weight[:, None, None], weight.flatten(1) @ norm_bias
+_NORMED = parse("norm_weight: C; norm_bias: C; weight: O C 1 1; bias: O")
 
 
-def _are_filters(weight: Tensor, channels: int) -> bool:
-    kernel = weight.shape[-1]
-    return (
-        weight.shape == (channels, 1, kernel, kernel)
-        and kernel % 2 == 1
-        and kernel <= LARGEST_KERNEL
-    )
+def _folded(
+    norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias that make of standardised pixels what these make of LN(x)."""
+    sizes("normed_pointwise", _NORMED, norm_weight, norm_bias, weight, bias)
+    shift = weight.flatten(1) @ norm_bias
+    return weight * norm_weight[:, None, None], shift if bias is None else shift + bias
 
 
 def _flops(x: Any, weight: Any, *_: Any) -> int:

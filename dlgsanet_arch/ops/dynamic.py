@@ -11,6 +11,7 @@ from dlgsanet_arch.cpu.library import is_transformed
 from dlgsanet_arch.ops import backends, pytorch_backend
 from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
+from dlgsanet_arch.ops.shapes import PROJECTED, parse, sizes
 from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 
 
@@ -77,20 +78,14 @@ _projected_dwconv = declare(
 )
 
 
-def _refuse(problem: str, **tensors: Tensor) -> None:
-    got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    raise ValueError(f"{problem}; got {got}")
+_GIVEN, _PROJECTED = parse("weight: B G K K H W; x: B GS H W"), parse(PROJECTED)
 
 
-def _require_one_kind(**tensors: Tensor) -> None:
-    """Refuse dtypes and devices that differ."""
-    first, *others = tensors.values()
-    if not first.is_floating_point() or any(each.dtype != first.dtype for each in others):
-        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        raise ValueError(f"all must have one floating dtype; got {dtypes}")
-    if any(each.device != first.device for each in others):
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"all must be on one device; got {devices}")
+def _require(operator: str, kernel: int, x: Tensor) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{operator} needs filters of an odd side; got {kernel}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator} needs a floating dtype; got {x.dtype}")
 
 
 def _is_plain() -> bool:
@@ -119,16 +114,8 @@ def dynamic_dwconv(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: For shapes, dtypes or devices that do not fit together.
     """
-    if x.dim() != 4 or weight.dim() != 6:
-        _refuse("x must be (B, C, H, W) and weight (B, G, K, K, H, W)", x=x, weight=weight)
-    batch, groups, kernel, kernel_width, height, width = weight.shape
-    if (batch, height, width) != (x.shape[0], x.shape[2], x.shape[3]):
-        _refuse("x and weight differ in batch or image size", x=x, weight=weight)
-    if kernel != kernel_width or kernel % 2 == 0:
-        _refuse("the filters' side must be odd and square", x=x, weight=weight)
-    if groups == 0 or x.shape[1] % groups:
-        _refuse(f"channels cannot be split into {groups} filter groups", x=x, weight=weight)
-    _require_one_kind(x=x, weight=weight)
+    _, _, kernel, *_ = sizes("dynamic_dwconv", _GIVEN, weight, x)
+    _require("dynamic_dwconv", kernel, x)
     if _is_plain():
         return dynamic_dwconv_plain(x, weight)
     return _dynamic_dwconv(x, weight)
@@ -158,18 +145,6 @@ def projected_dwconv(
     Raises:
         ValueError: For shapes, dtypes or devices that do not fit together.
     """
-    given = {"x": x, "hidden": hidden, "weight": weight, "bias": bias}
-    if x.dim() != 4 or hidden.dim() != 4 or weight.dim() != 2 or bias.dim() != 1:
-        _refuse("x and hidden must be (B, C or D, H, W), weight (G·K², D), bias (G·K²,)", **given)
-    if x.shape[0] != hidden.shape[0] or x.shape[2:] != hidden.shape[2:]:
-        _refuse("x and hidden differ in batch or image size", **given)
-    if weight.shape[1] != hidden.shape[1] or weight.shape[0] != bias.shape[0]:
-        _refuse("weight does not fit hidden or bias", **given)
-    if kernel < 1 or kernel % 2 == 0 or weight.shape[0] % kernel**2:
-        _refuse(f"kernel {kernel} must be odd, and weight have K² rows a group", **given)
-    groups = weight.shape[0] // kernel**2
-    if groups == 0 or x.shape[1] % groups:
-        _refuse(f"channels cannot be split into {groups} filter groups", **given)
     device = x.device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -177,7 +152,8 @@ def projected_dwconv(
             each.to(dtype) if each.dtype != torch.float64 else each
             for each in (x, hidden, weight, bias)
         )
-    _require_one_kind(x=x, hidden=hidden, weight=weight, bias=bias)
+    _require("projected_dwconv", kernel, x)
+    sizes("projected_dwconv", _PROJECTED, weight, bias, hidden, x, K=kernel)
     if _is_plain():
         filters = F.conv2d(hidden, weight[:, :, None, None], bias)
         return dynamic_dwconv_plain(x, filters.unflatten(1, (-1, kernel, kernel)))

@@ -422,34 +422,11 @@ def _convolve(
 ) -> Tensor:
     """Return the convolution of `x`; if transposed, `x` is grad out and the result is grad x."""
     out = torch.empty_like(x)
-    grid = (
-        _tiles(x),
-        _blocks(spec.groups, GROUP_BLOCK.value),
-        _blocks(spec.per_group, spec.vector * spec.vectors),
-    )
+    together = spec.vector * spec.vectors
+    blocks = _blocks(spec.groups, GROUP_BLOCK.value), _blocks(spec.per_group, together)
     tensors = (x, hidden, weight.contiguous(), bias.contiguous(), out)
-    _launch(_convolve_kernel, grid, *tensors, *x.shape[2:], spec, transposed)
+    _launch(_convolve_kernel, (_tiles(x), *blocks), *tensors, *x.shape[2:], spec, transposed)
     return out
-
-
-def _hidden_gradient(grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, spec: Spec) -> Tensor:
-    """Return the gradient (B, D, H, W) of the hidden features."""
-    out = torch.empty_like(hidden)
-    tensors = (grad, x, weight.contiguous(), out)
-    _launch(_hidden_gradient_kernel, (_tiles(x),), *tensors, *x.shape[2:], spec)
-    return out
-
-
-def _projection_gradient(grad: Tensor, x: Tensor, hidden: Tensor, spec: Spec) -> Tensor:
-    """Return the gradients of weight and bias, in float32 and side by side: (G·K², D + 1)."""
-    tiles, taps = _tiles(x), PROJECTION_TAPS[spec.precision]
-    splits = min(PROJECTION_SPLITS, tiles)
-    grid = (splits, _blocks(spec.taps, taps), _blocks(spec.groups, GROUP_BLOCK.value))
-    shape = (splits, spec.groups * spec.taps, spec.features + 1)
-    partial = x.new_empty(shape, dtype=torch.float32)
-    tensors = (grad, x, hidden, partial)
-    _launch(_projection_gradient_kernel, grid, *tensors, *x.shape[2:], tiles, spec, taps)
-    return partial.sum(0)
 
 
 def projected_forward(
@@ -460,8 +437,6 @@ def projected_forward(
     Returns:
         (B, C, H, W) in the dtype and layout of `x`.
     """
-    if x.numel() == 0:
-        return torch.empty_like(x)
     with torch.cuda.device_of(x):  # it need not be the current one
         spec, (dense_x, dense_hidden) = _prepare(weight, kernel, x, hidden)
         return _restore(_convolve(dense_x, dense_hidden, weight, bias, spec, transposed=False), x)
@@ -475,14 +450,22 @@ def projected_backward(
     Returns:
         Each in the dtype of its tensor; those of `x` and `hidden` also in its layout.
     """
-    if x.numel() == 0:
-        return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
     with torch.cuda.device_of(x):
         spec, (dense_x, dense_hidden, grad) = _prepare(weight, kernel, x, hidden, grad)
-        projection = _projection_gradient(grad, dense_x, dense_hidden, spec)
+        grad_x = _convolve(grad, dense_hidden, weight, bias, spec, transposed=True)
+        grad_hidden, tiles, size = torch.empty_like(dense_hidden), _tiles(x), x.shape[2:]
+        tensors = (grad, dense_x, weight.contiguous(), grad_hidden)
+        _launch(_hidden_gradient_kernel, (tiles,), *tensors, *size, spec)
+
+        taps, splits = PROJECTION_TAPS[spec.precision], min(PROJECTION_SPLITS, tiles)
+        grid = (splits, _blocks(spec.taps, taps), _blocks(spec.groups, GROUP_BLOCK.value))
+        partial = x.new_empty((splits, len(bias), spec.features + 1), dtype=torch.float32)
+        tensors = (grad, dense_x, dense_hidden, partial)
+        _launch(_projection_gradient_kernel, grid, *tensors, *size, tiles, spec, taps)
+        projection = partial.sum(0)  # the gradients of weight and bias side by side
         return (
-            _restore(_convolve(grad, dense_hidden, weight, bias, spec, transposed=True), x),
-            _restore(_hidden_gradient(grad, dense_x, dense_hidden, weight, spec), hidden),
+            _restore(grad_x, x),
+            _restore(grad_hidden, hidden),
             torch.empty_like(weight).copy_(projection[:, :-1]),
             torch.empty_like(bias).copy_(projection[:, -1]),
         )
