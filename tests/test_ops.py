@@ -1183,7 +1183,7 @@ def _nothing_said_yet():
 
 
 def on(device, dtype):
-    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1,))
 
 
 @pytest.mark.usefixtures("_nothing_said_yet")

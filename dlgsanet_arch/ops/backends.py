@@ -56,6 +56,8 @@ def choose(kernel: int, *tensors: Tensor) -> ModuleType:
     RuntimeWarning with the reason.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
+    if 0 in tensors[0].shape:
+        return pytorch_backend
     if device.type in ("cpu", "meta"):
         runs_in_c = kernel <= LARGEST_KERNEL and cpu.can_run(*tensors)
         return c_backend if runs_in_c else pytorch_backend

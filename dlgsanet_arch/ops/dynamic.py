@@ -15,20 +15,8 @@ from dlgsanet_arch.ops.shapes import PROJECTED, parse, sizes
 from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
 
 
-def _given(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(x) if x.numel() == 0 else pytorch_backend.forward(x, weight)
-
-
-def _given_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight)
-    return pytorch_backend.backward(grad, x, weight)
-
-
 # Autocast is kept out of the backends: it would round the filters, which are float32 there.
 def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty_like(x)
     with full_precision(x.device.type):
         backend = backends.choose(kernel, x, hidden, weight, bias)
         return backend.projected_forward(x, hidden, weight, bias, kernel)
@@ -37,8 +25,6 @@ def _projected(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: 
 def _projected_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.numel() == 0:
-        return tuple(torch.zeros_like(each) for each in (x, hidden, weight, bias))
     with full_precision(x.device.type):
         backend = backends.choose(kernel, grad, x, hidden, weight, bias)
         return backend.projected_backward(grad, x, hidden, weight, bias, kernel)
@@ -63,8 +49,8 @@ def _projected_backward_flops(x: Any, hidden: Any, weight: Any, bias: Any, kerne
 
 _dynamic_dwconv = declare(
     "dynamic_dwconv",
-    _given,
-    backward=_given_backward,
+    pytorch_backend.forward,
+    backward=pytorch_backend.backward,
     result=lambda x, _: torch.empty_like(x),
     flops=_given_flops,
 )

@@ -28,14 +28,15 @@ def _strips(x: Tensor, taps: int) -> Iterator[slice]:
     batch, channels, height, width = x.shape
     on_cpu = x.device.type == "cpu"
     most = _CPU_ELEMENTS if on_cpu else _GPU_FILTER_ELEMENTS
-    step = max(1, most // (batch * width * (channels if on_cpu else taps)))
+    step = max(1, most // max(1, batch * width * (channels if on_cpu else taps)))
     for start in range(0, height, step):
         yield slice(start, min(start + step, height))
 
 
 def _padded(x: Tensor, groups: int, kernel: int) -> Tensor:
     """Copy (B, C, H, W) into (B, G, C // G, H + K - 1, W + K - 1) with a border of zeros."""
-    return F.pad(_wide(x), (kernel // 2,) * 4).unflatten(1, (groups, -1))
+    padded = F.pad(_wide(x), (kernel // 2,) * 4)
+    return padded.unflatten(1, (groups, x.shape[1] // groups))
 
 
 def _windows(padded: Tensor, kernel: int, rows: slice) -> Iterator[Tensor]:
@@ -128,7 +129,8 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tenso
     filters = torch.baddbmm(
         _wide(bias)[:, None], _wide(weight).expand(len(hidden), -1, -1), features
     )
-    return filters.view(len(hidden), -1, kernel, kernel, *hidden.shape[2:])
+    groups = len(bias) // kernel**2
+    return filters.view(len(hidden), groups, kernel, kernel, *hidden.shape[2:])
 
 
 def projected_forward(
