@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(absp
 help:
 	@echo "make demo   train, resume and test a small network on real pictures, with the install at most 6 minutes"
 	@echo "make test   lint and the whole test suite"
-	@echo "make test-faults  kills, full disks and damaged files for real, minutes"
+	@echo "make test-faults  kills, full disks, damaged files, the C library under sanitisers: for real, minutes"
 	@echo "make lint   ruff's rules and format"
 	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
 	@echo "            with PYTHON=python3 as it is: nothing is installed"
