@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the thing that is wrong and the fix.
+    """Something the user can fix: the message names the thing that is wrong and the fix.
 
     The command line prints the message and exits with status 1; library callers catch it or one
     of its subclasses, which live beside the code that raises them.
@@ -12,13 +12,17 @@ class UserError(Exception):
 class Interrupted(BaseException):
     """A signal ended the work, and what was done is saved.
 
-    Like KeyboardInterrupt it is no Exception, so that what handles errors does not swallow it.
+    Like KeyboardInterrupt it is not an Exception, so that what handles errors does not swallow it.
 
     Args:
-        message: What happened and how to go on.
+        message: What happened and how to continue.
         status: The exit status for it: 130 after Ctrl-C, 143 after any other signal.
     """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class ResumeError(UserError):
+    """A training state that cannot be resumed from; the message names the file."""

@@ -17,7 +17,6 @@ both ways with `strict=True`; classes carry the paper's terms:
 Letters: B batch, C channels, H height, W width, G filter groups, K filter side, h heads, N pixels.
 """
 
-import difflib
 import functools
 import inspect
 import math
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch import cpu, fused
 from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
+from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
 from dlgsanet_arch.ops import (
     channel_attention,
@@ -372,8 +372,7 @@ def _suggest_names(init: Callable[..., None]) -> Callable[..., None]:
     def checked(self: nn.Module, *args: Any, **options: Any) -> None:
         unknown = [name for name in options if name not in names]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+            hint = suggest_or_list(unknown[0], names)
             raise TypeError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
         init(self, *args, **options)
 

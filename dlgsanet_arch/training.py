@@ -5,7 +5,6 @@ that a loop can use them with any of them. Importing this module imports basicsr
 """
 
 import copy
-import difflib
 import inspect
 import json
 import math
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import suggest_or_list
 
 
 class TrainingError(UserError):
@@ -445,9 +445,8 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         if isinstance(value, type) and issubclass(value, base) and value is not base
     }
     if name not in classes:
-        near = difflib.get_close_matches(name, classes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(classes))}"
-        raise TrainingError(f"torch.optim has no optimizer {name!r}; {hint}")
+        hint = suggest_or_list(name, sorted(classes))
+        raise TrainingError(f"torch.optim has no optimizer {name!r}{hint}")
     if (
         inspect.signature(classes[name].step).parameters["closure"].default
         is inspect.Parameter.empty

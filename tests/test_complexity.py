@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlgsanet_arch import DLGSANet, plugin
+from dlgsanet_arch import DLGSANet, _basicsr
 from dlgsanet_arch.checkpoint import infer_config, nearest_published
 from dlgsanet_arch.cli import main
 from dlgsanet_arch.tools import complexity
@@ -95,7 +95,7 @@ def test_the_table(capsys):
 
 
 def test_json_and_csv_say_the_same(capsys):
-    asked = ["complexity", "--network", "tiny", "--output", "96x64", "--runs", "1"]
+    asked = ["complexity", "--network", "tiny", "--size", "64x96", "--runs", "1"]
     assert main([*asked, "--scale", "2", "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["input_height"], record["input_width"]) == (32, 48)
@@ -130,7 +130,7 @@ def test_the_plot_takes_a_table_of_reproduce(tmp_path, monkeypatch, capsys):
     drawn = []
     draw = complexity.draw
     monkeypatch.setattr(complexity, "draw", lambda *each: drawn.append(each) or draw(*each))
-    asked = ["complexity", "--no-time", "--network", "tiny", "--scale", "4", "--output", "64x64"]
+    asked = ["complexity", "--no-time", "--network", "tiny", "--scale", "4", "--size", "64x64"]
     asked += ["--dataset", "Set14", "--plot", str(tmp_path / "plot.png"), "--measured", str(table)]
     assert main(asked) == 0
     assert drawn[0][2] == {("DLGSANet Tiny", 4): 27.8}
@@ -157,7 +157,7 @@ def test_the_plot_with_what_was_measured():
     [
         (["--network", "tinny"], "there is none here"),
         (["--plot", "a.jpg"], ".png, .pdf, .svg"),
-        (["--network", "large", "--output", "64x64", "--plot", "a.png"], "nothing to draw"),
+        (["--network", "large", "--size", "64x64", "--plot", "a.png"], "nothing to draw"),
     ],
 )
 def test_the_verb_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
@@ -168,8 +168,8 @@ def test_the_verb_says_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, m
 
 
 def test_without_basicsr_its_networks_are_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(plugin, "basicsr_installed", lambda: False)
-    asked = ["complexity", "--no-time", "--output", "64x64", "--scale", "4"]
+    monkeypatch.setattr(_basicsr, "basicsr_installed", lambda: False)
+    asked = ["complexity", "--no-time", "--size", "64x64", "--scale", "4"]
     assert main([*asked, "--network", "tiny"]) == 0
     assert "BasicSR is not installed: SwinIR-light, EDSR" in capsys.readouterr().out
     assert main([*asked, "--network", "edsr"]) == 1

@@ -10,9 +10,9 @@ import torch
 from helpers import run
 
 from dlgsanet_arch import cli
-from dlgsanet_arch.cli import cmd_doctor
-from dlgsanet_arch.cli.cmd_doctor import Package
 from dlgsanet_arch.cpu import library
+from dlgsanet_arch.tools import doctor
+from dlgsanet_arch.tools.doctor import Package
 from dlgsanet_arch.version import __version__
 
 
@@ -91,7 +91,7 @@ def test_without_basicsr_doctor_says_how_to_install_it(dlgsanet):
     ],
 )
 def test_a_broken_basicsr(error, fix):
-    (problem,) = cmd_doctor.basicsr_problems(Package("basicsr", "1.4.2", error))
+    (problem,) = doctor.basicsr_problems(Package("basicsr", "1.4.2", error))
     assert type(error).__name__ in problem.cause
     assert fix in problem.fix
 
@@ -100,25 +100,25 @@ def test_a_broken_basicsr(error, fix):
 def test_a_taken_name_is_a_problem(monkeypatch):
     module = importlib.import_module("basicsr.utils.registry")
     installed = Package("basicsr", "1.4.2")
-    assert list(cmd_doctor.basicsr_problems(installed)) == []
+    assert list(doctor.basicsr_problems(installed)) == []
     monkeypatch.setattr(module, "ARCH_REGISTRY", module.Registry("arch"))
     module.ARCH_REGISTRY.register(type("DLGSANet", (), {"__module__": "their_plugin"}))
-    (problem,) = cmd_doctor.basicsr_problems(installed)
+    (problem,) = doctor.basicsr_problems(installed)
     assert "their_plugin.DLGSANet" in problem.cause
 
 
 def test_the_kernels_in_use_are_named_or_what_to_do(monkeypatch):
     monkeypatch.setattr(library, "variant", lambda: "avx2")
     monkeypatch.setattr(library, "why_not", lambda: "")
-    assert cmd_doctor._cpu_kernels() == "avx2"
+    assert doctor._cpu_kernels() == "avx2"
     monkeypatch.setattr(library, "why_not", lambda: "they are old; 'pip install' builds them")
     told = "none, inference on a CPU is slower: they are old; 'pip install' builds them"
-    assert cmd_doctor._cpu_kernels() == told
+    assert doctor._cpu_kernels() == told
 
 
 def test_a_device_that_fails_is_a_problem():
-    assert cmd_doctor.device_problem("cpu") is None
-    problem = cmd_doctor.device_problem("cuda:99")
+    assert doctor.device_problem("cpu") is None
+    problem = doctor.device_problem("cuda:99")
     assert "DLGSANet does not run on cuda:99" in problem.cause
 
 
@@ -131,8 +131,8 @@ def test_a_network_that_is_not_finite_is_a_problem(monkeypatch):
         def forward(self, pictures):
             return pictures * self.weight / 0
 
-    monkeypatch.setattr(cmd_doctor, "DLGSANet", NotFinite)
-    assert "not finite" in cmd_doctor.device_problem("cpu").cause
+    monkeypatch.setattr(doctor, "DLGSANet", NotFinite)
+    assert "not finite" in doctor.device_problem("cpu").cause
 
 
 VERB = """
@@ -158,13 +158,14 @@ def main(argv=None):
 
 @pytest.fixture
 def greet(tmp_path, monkeypatch):
-    """A verb that was added by dropping a file in."""
+    """A verb more."""
     (tmp_path / "cmd_greet.py").write_text(VERB)
+    monkeypatch.setitem(cli.VERBS, "greet", "Greet.")
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     return Path(tmp_path)
 
 
-def test_a_verb_is_added_by_dropping_a_file_in(greet, capsys):
+def test_a_verb_is_a_line_and_a_module(greet, capsys):
     assert cli.main(["greet", "-opt", "--help", "me"]) == 7
     assert capsys.readouterr().out == "hello -opt --help me\n"
     assert cli.main(["--help"]) == 0
@@ -173,7 +174,7 @@ def test_a_verb_is_added_by_dropping_a_file_in(greet, capsys):
     assert re.search(r"^  doctor +Say what is installed, ", helped, re.MULTILINE)
 
 
-def test_what_a_user_can_mend_is_a_message(greet, capsys):
+def test_what_a_user_can_fix_is_a_message(greet, capsys):
     assert cli.main(["greet", "nobody"]) == 1
     assert capsys.readouterr().err == "dlgsanet: nobody is not there; name somebody\n"
     assert cli.main(["greet", "interrupt"]) == 130
@@ -200,4 +201,4 @@ def test_version(capsys):
 def test_help_needs_neither_basicsr_nor_what_it_needs(dlgsanet):
     result = dlgsanet("--help", absent=("basicsr", "torchvision", "cv2", "lmdb", "scipy"))
     assert result.returncode == 0, result.stderr
-    assert all(f"\n  {verb} " in result.stdout for verb in cli.verbs())
+    assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)

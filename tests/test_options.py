@@ -53,7 +53,7 @@ def registered():
     names = ("arch", "model", "dataset", "metric", "loss")
     found = {name: dict(iter(getattr(registry, f"{name.upper()}_REGISTRY"))) for name in names}
     found["model"] |= {"TwoStepModel": TwoStepModel, "DLGSANetModel": lambda opt: None}
-    found["model"]["DLGSANetModel"].__module__ = "dlgsanet_arch.plugin"
+    found["model"]["DLGSANetModel"].__module__ = "dlgsanet_arch._basicsr"
     found["dataset"]["Frames"] = Frames
     found["arch"]["denoiser"] = denoiser
     return found

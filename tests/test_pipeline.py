@@ -258,7 +258,7 @@ def test_a_refusal_is_a_message_and_an_exit_status(root, options, tmp_path, caps
     file = helpers.write_options(tmp_path / "train.yml", options)
     assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
     assert "dimm" in capsys.readouterr().err
-    monkeypatch.setattr("dlgsanet_arch.plugin.basicsr_installed", lambda: False)
+    monkeypatch.setattr("dlgsanet_arch._basicsr.basicsr_installed", lambda: False)
     assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
     assert "pip install --no-build-isolation --no-deps basicsr==1.4.2" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ import torch
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 
 from dlgsanet_arch.checkpoint import save_whole
-from dlgsanet_arch.compat import ResumeError
+from dlgsanet_arch.errors import ResumeError
 from dlgsanet_arch.pipeline.resume import AsEdited, Start, edits, find_start, is_kept_by_state, use
 
 

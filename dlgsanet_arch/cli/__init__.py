@@ -1,37 +1,51 @@
 """The command line: `dlgsanet <verb> …`, the same as `python -m dlgsanet_arch <verb> …`.
 
-A verb is a module `cmd_<verb>.py` in this folder; dropping the file in adds the verb, in whose name
-underscores become dashes. It holds
+A verb is a line of `VERBS` and a module `cmd_<verb>.py` in this folder, underscores for dashes:
 
     def build_parser() -> argparse.ArgumentParser: ...
 
     @exit_status
     def main(argv: Sequence[str] | None = None) -> int: ...
 
-The first line of the parser's description is the verb's line in `dlgsanet --help`. That help
-imports every verb, so what is slow to import, or may be absent, is imported inside `main`.
-`main` returns the exit status and takes its arguments from sys.argv where `argv` is None, so that
-a script can be a door to one verb: `sys.exit(cmd_train.main())`. Errors become messages and exit
-statuses in `exit_status` alone.
+At its top such a module imports the standard library, `cli` and `errors` alone, so that help
+answers at once; everything else is imported inside `main`. `main` returns the exit status and
+takes its arguments from sys.argv where `argv` is None, so that a script can call one verb:
+`sys.exit(cmd_train.main())`. Errors become messages and exit statuses in `exit_status` alone.
 """
 
-import difflib
 import functools
 import importlib
-import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 
 from dlgsanet_arch.errors import Interrupted, UserError
+from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.version import __version__
 
-PREFIX = "cmd_"
+VERBS = {
+    "compare": "Show a detail of an image beside what networks and bicubic make of it.",
+    "complexity": "Parameters, operations, memory and time of networks, in a table.",
+    "data": "Prepare and verify data sets.",
+    "doctor": "Say what is installed, what is wrong and how to fix it.",
+    "export": "Write the network as ONNX or .pt2, compared with the network first.",
+    "new-options": "Write an option file for your data.",
+    "reproduce": "Measure weights on the benchmark sets, beside the paper's figures.",
+    "test": "Test trained weights as an option file says, through BasicSR.",
+    "train": "Train a network as an option file says, through BasicSR.",
+    "upscale": "Enlarge an image, or all images of a folder.",
+    "weights": "Inspect, convert, average or transfer files of weights.",
+}
+# Earlier spellings, and what to use instead.
+MOVED = {
+    **{verb: f"dlgsanet weights {verb}" for verb in ("inspect", "convert", "average", "transfer")},
+    **{verb: f"python examples/{verb}.py in a checkout" for verb in ("curves", "explain")},
+}
 
 
 def exit_status(
     main: Callable[[Sequence[str] | None], int],
 ) -> Callable[[Sequence[str] | None], int]:
-    """Decorate a verb's `main` so that what a user can mend ends as a message, not a traceback.
+    """Decorate a verb's `main` so that what a user can fix ends as a message, not a traceback.
 
     Returns:
         A function that returns what `main` returns; 1 after a UserError, whose message goes to
@@ -57,25 +71,11 @@ def exit_status(
     return guarded
 
 
-def verbs() -> list[str]:
-    """Return the names of all verbs, sorted, without importing any."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    modules = (name.removeprefix(PREFIX) for name in found if name.startswith(PREFIX))
-    return sorted(name.replace("_", "-") for name in modules)
-
-
-def _verb_module(verb: str):
-    return importlib.import_module(f"{__name__}.{PREFIX}{verb.replace('-', '_')}")
-
-
 def _help() -> str:
-    lines = ["usage: dlgsanet [--help] [--version] VERB ...", "", "verbs:"]
-    known = verbs()
-    width = max(map(len, known))
-    for verb in known:
-        description = (_verb_module(verb).build_parser().description or "").strip()
-        lines.append(f"  {verb:<{width}} {description.partition(chr(10))[0]}".rstrip())
-    return "\n".join([*lines, "", "`dlgsanet VERB --help` says what a verb takes."])
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}} {line}" for verb, line in VERBS.items()]
+    head = ["usage: dlgsanet [--help] [--version] VERB ...", "", "verbs:"]
+    return "\n".join([*head, *lines, "", "`dlgsanet VERB --help` says what a verb takes."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,10 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"dlgsanet {__version__}")
         return 0
-    known = verbs()
-    if verb not in known:
-        near = difflib.get_close_matches(verb, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-        print(f"dlgsanet: unknown verb {verb!r}; {hint}", file=sys.stderr)
+    if verb not in VERBS:
+        hint = f"; use `{MOVED[verb]}`" if verb in MOVED else suggest_or_list(verb, VERBS)
+        print(f"dlgsanet: unknown verb {verb!r}{hint}", file=sys.stderr)
         return 2
-    return _verb_module(verb).main(rest)
+    return importlib.import_module(f"{__name__}.cmd_{verb.replace('-', '_')}").main(rest)

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "-o",
-        "--out",
+        "--output",
         type=Path,
         default=Path("compare.png"),
         metavar="FILE",
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dlgsanet_arch.tools import crops, figures
 
-    figures.check_figure_path(arguments.out)
+    figures.check_figure_path(arguments.output)
     if arguments.box and arguments.size is not None:
         raise UserError("--box names the side of the detail already: leave out --size")
     given = len(arguments.result) + len(arguments.weights) + 2
@@ -154,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         side = crops.usual_side(hr) if arguments.size is None else arguments.size
         box = crops.telling_box(made, side)
     figure = crops.draw(made, box, name=arguments.hr.stem, scale=scale)
-    figures.save_figure(figure, arguments.out)
+    figures.save_figure(figure, arguments.output)
     for panel in made[:-1]:
         print(f"{panel.label}: {panel.figures}")
     print(f"box: {box.left} {box.top} {box.side}")
-    print(f"written: {arguments.out}")
+    print(f"written: {arguments.output}")
     return 0

@@ -16,8 +16,8 @@ from dlgsanet_arch.tools.published import DATASETS
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found or min(int(found[1]), int(found[2])) < 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1280x720")
-    return int(found[2]), int(found[1])
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 720x1280")
+    return int(found[1]), int(found[2])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,11 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale", type=int, nargs="+", choices=(2, 3, 4), default=[2, 3, 4], help="default: all"
     )
     parser.add_argument(
-        "--output",
+        "--size",
         type=_size,
         default=(720, 1280),
-        metavar="WIDTHxHEIGHT",
-        help="size to upscale to (default: 1280x720, as papers have it)",
+        metavar="HxW",
+        help="size to upscale to (default: 720x1280, as in papers)",
     )
     parser.add_argument("--no-time", action="store_true", help="count only: seconds, not minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -104,15 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 where a network could not be measured.
     """
-    import torch
-
-    from dlgsanet_arch.options.subject import choose
-    from dlgsanet_arch.tools import complexity, figures
-
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.runs is not None and arguments.runs < 1:
-        parser.error(f"--runs: {arguments.runs} is no number of forwards")
+        parser.error(f"--runs must be 1 or more; got {arguments.runs}")
+    import torch
+
+    from dlgsanet_arch.hints import suggest_or_list
+    from dlgsanet_arch.tools import complexity, figures
+
     if arguments.plot is not None:
         figures.check_figure_path(arguments.plot)
         figures.new_figure(1, 1)  # says now that matplotlib is absent
@@ -124,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.network:
         if not any(name.lower() in network.name.lower() for network in networks):
             names = [network.name for network in complexity.NETWORKS]
+            hint = suggest_or_list(name, names)
             raise UserError(
-                f"--network {name}: there is none here{choose(name, names)} (all but DLGSANet "
-                "need BasicSR)"
+                f"--network {name}: there is none here{hint} (all but DLGSANet need BasicSR)"
             )
     chosen = [
         network
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"measuring {network.name} x{scale}", file=sys.stderr, flush=True)
             rows.append(
                 complexity.evaluate(
-                    network, scale, arguments.output, device=device, runs=arguments.runs
+                    network, scale, arguments.size, device=device, runs=arguments.runs
                 )
             )
     records = [row.record() for row in rows]

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlgsanet_arch.cli import exit_status
-from dlgsanet_arch.data.sub_images import SCALES
+from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
+
+SCALES = (2, 3, 4)
 
 
 def _check_imports() -> None:
@@ -49,7 +51,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data.training_sets import find_sources
 
     sources = find_sources(arguments.hr, arguments.lr, arguments.scale)
-    return _build_training(arguments, sources, arguments.out)
+    return _build_training(arguments, sources, arguments.output)
 
 
 def _official(arguments: argparse.Namespace) -> int:
@@ -61,7 +63,7 @@ def _official(arguments: argparse.Namespace) -> int:
         if arguments.archives:
             places.insert(0, arguments.archives)
         found += official.sources(each, arguments.scale, places, arguments.mirror)
-    out = arguments.out or arguments.root / "datasets" / arguments.target
+    out = arguments.output or arguments.root / "datasets" / arguments.target
     return _build_training(arguments, found, out)
 
 
@@ -104,12 +106,6 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
-
-
-def _usable_cores() -> int:
-    from dlgsanet_arch.data.workers import usable_cores
-
-    return usable_cores()
 
 
 # What each verb makes: the first line is its line in `--help`, all is the verb's own.
@@ -160,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--workers",
         type=_count,
-        default=_usable_cores(),
+        default=usable_cores(),
         metavar="N",
         help="processes (default: one a core, %(default)s here)",
     )
@@ -212,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: made by MATLAB's bicubic)",
     )
     train.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="such as datasets/NAME"
+        "--output", type=Path, required=True, metavar="FOLDER", help="such as datasets/NAME"
     )
 
     for verb, sets, target in (
@@ -231,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--mirror", metavar="URL", help="download from here, not the official server"
         )
         official.add_argument(
-            "--out", type=Path, metavar="FOLDER", help=f"default: datasets/{target}"
+            "--output", type=Path, metavar="FOLDER", help=f"default: datasets/{target}"
         )
 
     benchmark = add("benchmark", making, run=_benchmark)

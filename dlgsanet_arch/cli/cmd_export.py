@@ -4,12 +4,12 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dlgsanet_arch.checkpoint import read_checkpoint
 from dlgsanet_arch.cli import exit_status
-from dlgsanet_arch.export import DTYPES, OPSET, Exported, export
 
 _TIMED_RUNS = 5
+_OPSET = 18  # of ONNX, the least with all that is needed
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -36,14 +36,14 @@ Half precision is compared with the network in float32: fp16 may differ by 0.01,
 values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get its name.""",
     )
     parser.add_argument(
-        "-m", "--model", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors"
+        "-m", "--weights", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors"
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2"
     )
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=("fp32", "fp16", "bf16"),
         default="fp32",
         help="of weights, input and output (default: %(default)s; bf16 for .pt2 alone)",
     )
@@ -54,7 +54,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
         "--opset",
         type=int,
         choices=range(18, 24),
-        default=OPSET,
+        default=_OPSET,
         help="version of ONNX's operators (default: %(default)s)",
     )
     parser.add_argument(
@@ -66,7 +66,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
     return parser
 
 
-def _table(exported: Exported) -> str:
+def _table(exported: Any) -> str:
     lines = [f"{'input':<18} {'exported':>10} {'PyTorch':>10} {'difference':>11}"]
     lines += [
         f"{'x'.join(map(str, each.shape)):<18} {each.seconds:>9.3f}s "
@@ -80,7 +80,10 @@ def _table(exported: Exported) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export weights; see `build_parser`."""
     args = build_parser().parse_args(argv)
-    checkpoint = read_checkpoint(args.model, args.param_key)
+    from dlgsanet_arch.checkpoint import read_checkpoint
+    from dlgsanet_arch.export import export
+
+    checkpoint = read_checkpoint(args.weights, args.param_key)
     exported = export(
         checkpoint,
         args.output,

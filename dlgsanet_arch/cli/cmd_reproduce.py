@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "-o",
-        "--out",
+        "--output",
         type=Path,
         default=Path("results/reproduce"),
         metavar="FOLDER",
@@ -98,15 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = reproduction.reproduce(
         weights,
         arguments.datasets,
-        arguments.out,
+        arguments.output,
         datasets=list(dict.fromkeys(arguments.sets)),
         tolerance=arguments.tolerance,
         progress=_bar,
     )
     only = arguments.measured_only
     print(reproduction.markdown(result, only_measured=only))
-    written = reproduction.write(result, arguments.out, only_measured=only)
-    for path in (arguments.out / reproduction.PICTURES, *written):
+    written = reproduction.write(result, arguments.output, only_measured=only)
+    for path in (arguments.output / reproduction.PICTURES, *written):
         print(f"written: {path}")
     if all(cell.psnr is None for cell in result.cells):
         raise UserError("no cell could be measured; the table says what is missing")

@@ -12,7 +12,7 @@ from dlgsanet_arch.pipeline import flags
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
-    return flags.build_parser(train=False)
+    return flags.build_parser("test")
 
 
 @exit_status

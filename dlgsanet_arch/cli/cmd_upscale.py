@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "-m",
-        "--model",
+        "--weights",
         type=Path,
         metavar="WEIGHTS",
         help=".pth or .safetensors; the network is told by it (default: those of the package)",
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: getattr(arguments, name)
         for name in ("dtype", "tile", "overlap", "ensemble", "batch", "scale")
     }
-    options["weights"] = arguments.model
+    options["weights"] = arguments.weights
     devices = arguments.device.split(",") if arguments.device else folders.local_devices()
     if arguments.check_tiles or len(jobs) < 2:
         devices = devices[:1]

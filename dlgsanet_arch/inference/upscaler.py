@@ -256,7 +256,7 @@ class Upscaler:
             raise UpscaleError(
                 f"the network's results are no numbers in {self._dtype}: "
                 + (
-                    "the weights are damaged, which `dlgsanet inspect` shows"
+                    "the weights are damaged, which `dlgsanet weights inspect` shows"
                     if self._dtype == "fp32"
                     else "use fp32, or the weights are damaged"
                 )

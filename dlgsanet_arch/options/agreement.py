@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options.known import known_model, parameters_of
-from dlgsanet_arch.options.subject import Subject, choose, is_number, is_whole
+from dlgsanet_arch.options.subject import Subject, is_number, is_whole
 
 
 def _sizes(subject: Subject) -> Iterator[str]:
@@ -124,14 +125,15 @@ def _best(subject: Subject) -> Iterator[str]:
     if not metrics:
         yield "logger:save_best: val:metrics measures nothing; add a metric there, or write ~"
     elif metric not in metrics:
-        yield f"logger:save_best: val:metrics has no {metric!r}{choose(metric, metrics)}"
+        yield f"logger:save_best: val:metrics has no {metric!r}{suggest_or_list(metric, metrics)}"
     names = [
         str(entry.get("name"))
         for phase, entry in subject.datasets()
         if phase.split("_")[0] == "val"
     ]
     if dataset and names and dataset not in names:
-        yield f"logger:save_best: no validation set is named {dataset!r}{choose(dataset, names)}"
+        hint = suggest_or_list(dataset, names)
+        yield f"logger:save_best: no validation set is named {dataset!r}{hint}"
 
 
 def _loaders(subject: Subject) -> Iterator[str]:

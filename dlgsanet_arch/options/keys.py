@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dlgsanet_arch.hints import suggest, suggest_or_list
 from dlgsanet_arch.options.known import Known, arguments, known_in, read_by
 from dlgsanet_arch.options.presence import meant_for_missing
-from dlgsanet_arch.options.subject import Subject, choose, near
+from dlgsanet_arch.options.subject import Subject
 from dlgsanet_arch.options.values import matching
 
 # Where an option file names what is registered, and in which registry.
@@ -24,7 +25,7 @@ def _what_is_wrong(subject: Subject, section: str, key: str, value: Any, known: 
     meant = known.misspelt(key)
     hint = f"; did you mean {meant!r}?" if meant else ""
     if arguments(subject, section) is not None or section.startswith("train:"):
-        return f"{known.reader} has no such argument{hint or choose(key, known.patterns)}"
+        return f"{known.reader} has no such argument{hint or suggest_or_list(key, known.patterns)}"
     if section == _MADE_FOLDERS and value is not None:
         return f"not known; BasicSR would make a folder {value!r}{hint}"
     readers = read_by(key) if section in ("", "train") else []
@@ -54,7 +55,7 @@ def _registered_types(subject: Subject) -> Iterator[str]:
     for path, value, registry in matching(subject, _TYPES):
         names = subject.names_in(registry)
         if names is not None and value is not None and value not in names:
-            hint = near(value, names) or "; is the package that registers it imported?"
+            hint = suggest(value, names) or "; is the package that registers it imported?"
             yield f"{path}: no {registry} is registered as {value!r}{hint}"
 
 

@@ -14,14 +14,8 @@ from typing import Any
 
 import torch
 
-from dlgsanet_arch.options.subject import (
-    MISSPELT,
-    OFFERED,
-    Subject,
-    comes_from,
-    nearest,
-    source_names,
-)
+from dlgsanet_arch.hints import nearest
+from dlgsanet_arch.options.subject import MISSPELT, Subject, comes_from, source_names
 
 _TOP = (
     *("name", "model_type", "scale", "num_gpu", "manual_seed", "datasets", "network_*", "path"),
@@ -201,7 +195,7 @@ class Known:
             return None
         names = [pattern.replace("_*", "_g") for pattern in self.patterns]
         if not self.open:
-            return nearest(key, names, OFFERED) or ""
+            return nearest(key, names) or ""
         meant = nearest(key, names, MISSPELT)
         read = self.thing is not None and source_names(self.thing, key)
         return None if meant is None or read else meant

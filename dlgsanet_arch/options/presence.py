@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dlgsanet_arch.hints import nearest, suggest
 from dlgsanet_arch.options.known import (
     DATASETS,
     DEGRADATIONS,
@@ -12,7 +13,7 @@ from dlgsanet_arch.options.known import (
     known_model,
     parameters_of,
 )
-from dlgsanet_arch.options.subject import Subject, near, nearest
+from dlgsanet_arch.options.subject import Subject
 
 # Paths of keys that BasicSR reads without a default, each with an example of what to write there;
 # an example in braces stands for a section.
@@ -180,7 +181,7 @@ def meant_for_missing(subject: Subject) -> dict[str, str]:
 def _required_keys(subject: Subject) -> Iterator[str]:
     meant = meant_for_missing(subject)
     for path, fault in _unfilled(subject, required(subject)).items():
-        yield f"{path}: {fault}{near(meant[path], [meant[path]]) if path in meant else ''}"
+        yield f"{path}: {fault}{suggest(meant[path], [meant[path]]) if path in meant else ''}"
 
 
 def _arguments(subject: Subject) -> Iterator[str]:
@@ -209,7 +210,7 @@ def _losses(subject: Subject) -> Iterator[str]:
         yield (
             "train:pixel_opt: missing; write "
             "`pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}`"
-            f"{near('pixel_opt', spare)}"
+            f"{suggest('pixel_opt', spare)}"
         )
 
 

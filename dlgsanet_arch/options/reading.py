@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from dlgsanet_arch.hints import suggest
 from dlgsanet_arch.options.known import FREE, known_in, read_by
-from dlgsanet_arch.options.subject import OptionsError, Subject, near
+from dlgsanet_arch.options.subject import OptionsError, Subject
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,7 +55,7 @@ def load(path: Path) -> dict[str, Any]:
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         others = [entry.name for entry in path.parent.glob("*.y*ml")]
-        raise OptionsError(f"there is no option file {path}{near(path.name, others)}") from None
+        raise OptionsError(f"there is no option file {path}{suggest(path.name, others)}") from None
     except OSError as error:
         raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -97,7 +98,7 @@ def _fault_of_new(subject: Subject, section: str, key: str) -> str:
     """Say why a key cannot be added to a section, or nothing."""
     above = section or "the option file"
     if section in FREE:
-        return f"{above} has no key {key!r}{near(key, subject.section(section))}"
+        return f"{above} has no key {key!r}{suggest(key, subject.section(section))}"
     known = known_in(subject, section)
     if section in ("", "train") and read_by(key):
         return ""  # another model may be meant: `problems` looks at the whole

@@ -6,7 +6,8 @@ package; the build of a wheel copies them to option_files/ within it.
 
 from pathlib import Path
 
-from dlgsanet_arch.options.subject import OptionsError, near
+from dlgsanet_arch.hints import suggest
+from dlgsanet_arch.options.subject import OptionsError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "option_files"
@@ -40,7 +41,7 @@ def path_of(name: str, *, train: bool) -> Path:
         listed = f"shipped to {verb}: {', '.join(known) or 'none, the installation is not whole'}"
         raise OptionsError(
             f"there is no file {name!r}, and no shipped option file of that name"
-            f"{near(name, known)}; {listed}"
+            f"{suggest(name, known)}; {listed}"
         )
     return folder(train=train) / f"{name}{_SUFFIX}"
 

@@ -1,8 +1,7 @@
 """Options to be looked at, and how a report names what is near."""
 
-import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,14 @@ from dlgsanet_arch.network import DLGSANet
 # For each of BasicSR's registries, what is registered, by name.
 Registered = Mapping[str, Mapping[str, Any]]
 
-# How near a name must be to be offered, and to be taken for a misspelling where any name may stand.
-OFFERED, MISSPELT = 0.6, 0.8
+# How near a name must be to be taken for a misspelling where any name may stand.
+MISSPELT = 0.8
 
 _BASICSR_SUFFIX = "_basicsr"  # BasicSR's registries look for a name with it, too
 
 
 class OptionsError(UserError):
     """An option file, or an entry given beside it, that cannot be used; the message says why."""
-
-
-def nearest(name: object, known: Iterable[object], cutoff: float = OFFERED) -> str | None:
-    """Return the known name that is most like `name`, letter case aside, if any is like it."""
-    lowered = {str(entry).lower(): str(entry) for entry in known}
-    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=cutoff)
-    return lowered[near[0]] if near else None
-
-
-def near(name: object, known: Iterable[object]) -> str:
-    """Return "; did you mean …?" with the nearest known name, or nothing."""
-    found = nearest(name, known)
-    return "" if found is None else f"; did you mean {found!r}?"
-
-
-def choose(name: object, choices: Iterable[object]) -> str:
-    """Return the nearest choice as `near` does, or all of them."""
-    choices = list(choices)
-    return near(name, choices) or f"; there are: {', '.join(map(repr, choices))}"
 
 
 def is_whole(value: object) -> bool:

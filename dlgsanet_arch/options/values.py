@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options.known import (
     ANY_OPTIMIZER,
@@ -15,7 +16,7 @@ from dlgsanet_arch.options.known import (
     parameters_of,
     torch_optimizers,
 )
-from dlgsanet_arch.options.subject import Subject, choose, is_number
+from dlgsanet_arch.options.subject import Subject, is_number
 
 # Keys, wherever they stand, whose value is computed with.
 _ABOVE_ZERO = frozenset(
@@ -135,7 +136,7 @@ def _choices(subject: Subject) -> Iterator[str]:
         patterns["train:scheduler:type"] = tuple(SCHEDULERS)
     for path, value, choices in matching(subject, patterns):
         if value is not None and value not in choices:
-            hint = choose(value, choices)
+            hint = suggest_or_list(value, choices)
             if choices == ("Adam",) and value in torch_optimizers():
                 hint = f" to this model; write Adam, or model_type: {ANY_OPTIMIZER}"
             yield f"{path}: {value!r} is not known{hint}"
@@ -156,7 +157,7 @@ def _networks(subject: Subject) -> Iterator[str]:
             annotation = known[name].annotation
             choices = get_args(annotation) if get_origin(annotation) is Literal else ()
             if choices and value not in choices:
-                yield f"{key}:{name}: {value!r} is not known{choose(value, choices)}"
+                yield f"{key}:{name}: {value!r} is not known{suggest_or_list(value, choices)}"
                 continue
             texts |= annotation in (int, float) and isinstance(value, str | bool)
             valid[name] = value

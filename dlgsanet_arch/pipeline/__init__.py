@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from dlgsanet_arch import plugin
+from dlgsanet_arch import _basicsr
 from dlgsanet_arch.pipeline import flags
 
 __all__ = ["test", "train"]
@@ -17,7 +17,7 @@ __all__ = ["test", "train"]
 
 def _runs() -> ModuleType:
     """Import what runs are made of: it needs all that BasicSR does, whose absence is told first."""
-    plugin.import_basicsr("basicsr")
+    _basicsr.import_basicsr("basicsr")
     from dlgsanet_arch.pipeline import runs
 
     return runs
@@ -40,7 +40,7 @@ def train(root: Path, argv: Sequence[str]) -> None:
         Interrupted: A signal asked for the end; the iteration at hand is saved.
         SystemExit: The command line cannot be understood, or asks for help.
     """
-    arguments = flags.build_parser(train=True).parse_args(argv)
+    arguments = flags.build_parser("train").parse_args(argv)
     _runs().train(root, arguments)
 
 
@@ -57,5 +57,5 @@ def test(root: Path, argv: Sequence[str]) -> None:
             created or renamed.
         SystemExit: The command line cannot be understood, or asks for help.
     """
-    arguments = flags.build_parser(train=False).parse_args(argv)
+    arguments = flags.build_parser("test").parse_args(argv)
     _runs().test(root, arguments)

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 
-def build_parser(*, train: bool) -> argparse.ArgumentParser:
+def build_parser(verb: str) -> argparse.ArgumentParser:
     """Return the parser of `train`, or of `test`: both take every flag of BasicSR."""
-    verb, does = ("train", "Train a network") if train else ("test", "Test trained weights")
+    does = {"train": "Train a network", "test": "Test trained weights"}[verb]
     parser = argparse.ArgumentParser(
         prog=f"dlgsanet {verb}",
         description=f"{does} as an option file says, through BasicSR.",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dlgsanet_arch.compat import read_state
+from dlgsanet_arch._basicsr import read_state
 from dlgsanet_arch.errors import Interrupted, UserError
 from dlgsanet_arch.pipeline import evaluation, models, resume
 from dlgsanet_arch.pipeline.logs import Pace, RunLog, progress_bar, training_line

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
-from dlgsanet_arch import plugin
-from dlgsanet_arch.compat import ResumeError
-from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.errors import ResumeError, UserError
 from dlgsanet_arch.options import shipped
 from dlgsanet_arch.options.subject import is_whole
 from dlgsanet_arch.pipeline import scan, weights
@@ -42,8 +41,8 @@ def _import_packages(names: Sequence[str], root: Path) -> None:
 def registered() -> dict[str, dict[str, Any]]:
     """Return what BasicSR's registries hold, by registry and name."""
     for package in ("archs", "models", "data", "losses", "metrics"):
-        plugin.import_basicsr(f"basicsr.{package}")
-    registries = plugin.import_basicsr("basicsr.utils.registry")
+        _basicsr.import_basicsr(f"basicsr.{package}")
+    registries = _basicsr.import_basicsr("basicsr.utils.registry")
     found = {kind: getattr(registries, f"{kind.upper()}_REGISTRY") for kind in _REGISTRIES}
     return {kind: dict(iter(registry)) for kind, registry in found.items()}
 

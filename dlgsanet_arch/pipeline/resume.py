@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlgsanet_arch._basicsr import read_state
 from dlgsanet_arch.checkpoint import CheckpointError, check_whole
-from dlgsanet_arch.compat import ResumeError, read_state
+from dlgsanet_arch.errors import ResumeError
 from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.saving import numbered
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlgsanet_arch import plugin
+from dlgsanet_arch import _basicsr
 from dlgsanet_arch.checkpoint import published_configs
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
@@ -103,7 +103,7 @@ NETWORKS = (
 
 def available() -> list[Network]:
     """Return the networks that are here: BasicSR's only where it is installed."""
-    installed = plugin.basicsr_installed()
+    installed = _basicsr.basicsr_installed()
     return [network for network in NETWORKS if installed or not network.from_basicsr]
 
 

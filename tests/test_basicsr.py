@@ -9,17 +9,15 @@ import pytest
 import torch
 from helpers import run
 
-from dlgsanet_arch import compat
+from dlgsanet_arch import _basicsr
+from dlgsanet_arch.errors import ResumeError
 
 # Applies all repairs but those named in the arguments, then says of each fault whether it shows.
 SYMPTOMS = """
 import json, os, sys, tempfile
 
-sys.modules["basicsr"] = None  # hidden while the package is imported, which repairs nothing then
-from dlgsanet_arch import compat
-del sys.modules["basicsr"]
-compat.REPAIRS = tuple(repair for repair in compat.REPAIRS if repair.name not in sys.argv[1:])
-compat.repair()
+from dlgsanet_arch import _basicsr
+_basicsr.REPAIRS = tuple(each for each in _basicsr.REPAIRS if each.name not in sys.argv[1:])
 
 def imports():
     import basicsr
@@ -100,7 +98,7 @@ for check in checks:
         found[check.__name__] = None
     except Exception as error:
         found[check.__name__] = f"{type(error).__name__}: {error}"
-found["active"] = [repair.name for repair in compat.REPAIRS if repair.active()]
+found["active"] = [repair.name for repair in _basicsr.REPAIRS if repair.is_active]
 print(json.dumps(found))
 """
 
@@ -122,14 +120,14 @@ _has_ops = lambda: True
 """
 IMPORT_TORCHVISION = """
 import sys
-sys.modules["basicsr"] = None
-from dlgsanet_arch import compat
-assert "torchvision" not in sys.modules  # nobody needs it where BasicSR is absent
-compat.REPAIRS = tuple(repair for repair in compat.REPAIRS if repair.name not in sys.argv[1:])
-compat.repair()
-compat.repair()
-print([repair.name for repair in compat.REPAIRS if repair.active()])
-import torchvision
+from dlgsanet_arch import _basicsr
+assert "torchvision" not in sys.modules
+_basicsr.REPAIRS = tuple(each for each in _basicsr.REPAIRS if each.name not in sys.argv[1:])
+_basicsr.install()
+try:
+    import torchvision
+finally:
+    print([repair.name for repair in _basicsr.REPAIRS if repair.is_active])
 """
 
 
@@ -155,7 +153,7 @@ def test_no_fault_shows_once_repaired(symptoms):
     active = found.pop("active")
     assert not any(found.values()), found
     # Whether torchvision's operators need a repair depends on the torch beside it.
-    assert set(active) | {"torchvision operators"} == {repair.name for repair in compat.REPAIRS}
+    assert set(active) | {"torchvision operators"} == {repair.name for repair in _basicsr.REPAIRS}
 
 
 def test_faults_in_basicsr_show_without_their_repairs(symptoms):
@@ -226,7 +224,7 @@ def test_resumes_from_the_highest_iteration(tmp_path):
         state = {"epoch": 0, "iter": iteration, "weight": torch.ones(2)}
         torch.save(state, tmp_path / name)
     opt = _resume_options(tmp_path)
-    state = compat._load_resume_state(opt)
+    state = _basicsr._load_resume_state(opt)
     assert state["iter"] == 10
     assert state["weight"].device.type == "cpu"
     assert opt["path"]["resume_state"] == str(tmp_path / "10.state")
@@ -237,8 +235,8 @@ def test_resumes_from_the_highest_iteration(tmp_path):
 @pytest.mark.parametrize("folder", ["", "absent"])
 def test_nothing_to_resume_from_is_a_new_run(tmp_path, folder):
     opt = _resume_options(tmp_path / folder)
-    assert compat._load_resume_state(opt) is None
-    assert compat._load_resume_state({**opt, "auto_resume": False}) is None
+    assert _basicsr._load_resume_state(opt) is None
+    assert _basicsr._load_resume_state({**opt, "auto_resume": False}) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
@@ -248,20 +246,20 @@ def test_a_damaged_state_is_named(tmp_path, content):
         torch.save({"params": {}}, tmp_path / "2.state")
     else:
         (tmp_path / "2.state").write_bytes(content)
-    with pytest.raises(compat.ResumeError, match=r"2\.state"):
-        compat._load_resume_state(_resume_options(tmp_path))
+    with pytest.raises(ResumeError, match=r"2\.state"):
+        _basicsr._load_resume_state(_resume_options(tmp_path))
 
 
 def test_a_named_state_that_is_absent_is_named(tmp_path):
     opt = _resume_options(tmp_path, resume_state=str(tmp_path / "3.state"))
-    with pytest.raises(compat.ResumeError, match=r"3\.state"):
-        compat._load_resume_state({**opt, "auto_resume": False})
+    with pytest.raises(ResumeError, match=r"3\.state"):
+        _basicsr._load_resume_state({**opt, "auto_resume": False})
 
 
 def test_a_function_without_the_fault_is_left_alone():
     def load_resume_state(opt):
         return torch.load(opt["path"]["resume_state"], map_location="cpu")
 
-    assert compat._resume_anywhere(load_resume_state) is None
-    assert compat._share_environments(load_resume_state) is None
-    assert compat._wrap_on_cpu(load_resume_state) is None
+    assert _basicsr._resume_anywhere(load_resume_state) is None
+    assert _basicsr._share_environments(load_resume_state) is None
+    assert _basicsr._wrap_on_cpu(load_resume_state) is None

@@ -1,4 +1,4 @@
-"""`dlgsanet inspect`, `convert`, `average` and `transfer`, as they are called."""
+"""`dlgsanet weights`: each action, as it is called."""
 
 import json
 
@@ -13,6 +13,11 @@ from dlgsanet_arch.network import DLGSANet
 SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
 
 
+def call(*arguments):
+    """Run `dlgsanet weights` with these arguments."""
+    return main(["weights", *map(str, arguments)])
+
+
 def small(**changes):
     return DLGSANet(**{**SMALL, **changes}).state_dict()
 
@@ -25,7 +30,7 @@ def weights(tmp_path):
 
 
 def test_inspect_says_what_a_file_holds(weights, capsys):
-    assert main(["inspect", str(weights)]) == 0
+    assert call("inspect", weights) == 0
     text = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in small().values())
     for said in ("x2", f"{count:,} (float32)", "4,000", "DLGSANet Tiny x2", "from the weights"):
@@ -37,9 +42,9 @@ def test_inspect_says_what_a_file_holds(weights, capsys):
 
 def test_inspect_json(weights, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
-    main(["convert", str(weights), str(other), "--set", "tlc_flag=false"])
+    call("convert", weights, "-o", other, "--set", "tlc_flag=false")
     capsys.readouterr()
-    assert main(["inspect", "--json", str(weights), str(other)]) == 0
+    assert call("inspect", "--json", weights, other) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["iteration"] == second["iteration"] == 4000
     assert (first["config_from"], second["config_from"]) == ("the weights", "the file")
@@ -51,26 +56,25 @@ def test_inspect_finds_weights_that_are_not_finite(tmp_path, capsys):
     weights = small()
     next(iter(weights.values()))[0, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])
     torch.save(weights, tmp_path / "net.pth")
-    assert main(["inspect", str(tmp_path / "net.pth")]) == 1
+    assert call("inspect", tmp_path / "net.pth") == 1
     assert "DAMAGED: 2 weights" in capsys.readouterr().out
 
 
 def test_files_that_are_no_weights_are_named(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_text("no weights")
-    for verb in (["inspect"], ["convert"], ["average"], ["transfer"]):
-        more = {"convert": [str(tmp_path / "o.pth")], "inspect": []}.get(
-            verb[0], ["-o", str(tmp_path / "o.pth"), *(["--scale", "4"] * (verb[0] == "transfer"))]
-        )
-        assert main([*verb, str(path), *more]) == 1
+    out = ["-o", str(tmp_path / "o.pth")]
+    actions = {"inspect": [], "convert": out, "average": out, "transfer": [*out, "--scale", "4"]}
+    for action, more in actions.items():
+        assert call(action, path, *more) == 1
         assert f"dlgsanet: {path} is no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "o.pth").exists()
 
 
 def test_convert_there_and_back(weights, tmp_path, capsys):
     middle, back = tmp_path / "net.safetensors", tmp_path / "back.pth"
-    assert main(["convert", str(weights), str(middle), "--set", "activation=gelu"]) == 0
-    assert main(["convert", str(middle), str(back)]) == 0
+    assert call("convert", weights, "-o", middle, "--set", "activation=gelu") == 0
+    assert call("convert", middle, "-o", back) == 0
     first, last = read_weights(weights), read_weights(back, "params")
     assert all(torch.equal(first[name], last[name]) for name in first)
     assert read_checkpoint(back).config["activation"] == "gelu"
@@ -83,7 +87,7 @@ def test_convert_takes_the_key_that_is_asked_for(tmp_path):
     torch.save({"params": params, "params_ema": averaged}, tmp_path / "net.pth")
     out = tmp_path / "net.safetensors"
     for key, expected in ((None, averaged), ("params", params)):
-        assert main(["convert", str(tmp_path / "net.pth"), str(out), *_key(key)]) == 0
+        assert call("convert", tmp_path / "net.pth", "-o", out, *_key(key)) == 0
         read = read_checkpoint(out).weights
         assert all(torch.equal(read[name], expected[name]) for name in expected)
 
@@ -92,14 +96,14 @@ def test_convert_takes_the_key_that_is_asked_for(tmp_path):
 def test_notes_are_kept_and_weights_may_be_halved(weights, tmp_path, suffix, capsys):
     halved, again = tmp_path / f"halved{suffix}", tmp_path / f"again{suffix}"
     notes = ["--note", "licence=Apache-2.0", "--note", "trained_on=a = b, Straße"]
-    assert main(["convert", str(weights), str(halved), "--dtype", "fp16", *notes]) == 0
-    assert main(["convert", str(halved), str(again), "--note", "licence=MIT"]) == 0
+    assert call("convert", weights, "-o", halved, "--dtype", "fp16", *notes) == 0
+    assert call("convert", halved, "-o", again, "--note", "licence=MIT") == 0
     kept = read_checkpoint(again)
     assert kept.notes == {"licence": "MIT", "trained_on": "a = b, Straße"}
     for name, tensor in read_weights(weights).items():
         assert kept.weights[name].dtype == torch.float16
         torch.testing.assert_close(kept.weights[name].float(), tensor, rtol=1e-3, atol=1e-6)
-    assert main(["inspect", str(again)]) == 0
+    assert call("inspect", again) == 0
     assert "licence     MIT" in capsys.readouterr().out
 
 
@@ -108,7 +112,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
     next(iter(weights.values())).fill_(1e6)
     torch.save(weights, tmp_path / "net.pth")
     out = tmp_path / "out.pth"
-    assert main(["convert", str(tmp_path / "net.pth"), str(out), "--dtype", "fp16"]) == 1
+    assert call("convert", tmp_path / "net.pth", "-o", out, "--dtype", "fp16") == 1
     assert "fp16 cannot hold" in capsys.readouterr().err
     assert not out.exists()
 
@@ -121,12 +125,12 @@ def _key(key):
     ("text", "said"),
     [
         ("tlc_flag", "'tlc_flag' is not NAME=VALUE"),
-        ("tlc_flag=[", "'[' is no value"),
+        ("tlc_flag=[", "'[' cannot be read"),
         ("nonsense=1", "no argument 'nonsense'"),
     ],
 )
 def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, capsys):
-    command = ["convert", str(weights), str(tmp_path / "o.pth"), "--set", text]
+    command = ["weights", "convert", str(weights), "-o", str(tmp_path / "o.pth"), "--set", text]
     try:
         status = main(command)
     except SystemExit as error:  # argparse's own refusal
@@ -138,7 +142,16 @@ def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, caps
 def test_average_and_transfer(weights, tmp_path, capsys):
     torch.save({"params": {name: t + 2 for name, t in small().items()}}, tmp_path / "other.pth")
     assert (
-        main(["average", str(weights), str(tmp_path / "other.pth"), "-o", str(tmp_path / "a.pth")])
+        main(
+            [
+                "weights",
+                "average",
+                str(weights),
+                str(tmp_path / "other.pth"),
+                "-o",
+                str(tmp_path / "a.pth"),
+            ]
+        )
         == 0
     )
     one, two, mean = (
@@ -146,6 +159,6 @@ def test_average_and_transfer(weights, tmp_path, capsys):
     )
     assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2) for name in one)
     out = tmp_path / "start.pth"
-    assert main(["transfer", str(tmp_path / "a.pth"), "--scale", "4", "-o", str(out)]) == 0
+    assert call("transfer", tmp_path / "a.pth", "--scale", "4", "-o", out) == 0
     assert read_checkpoint(out).scale == 4
     assert "the upsampler is new" in capsys.readouterr().out

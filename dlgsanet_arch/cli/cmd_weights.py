@@ -1,0 +1,205 @@
+"""`dlgsanet weights <action>`: what files of weights hold, and files made of them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dlgsanet_arch.cli import VERBS, exit_status
+from dlgsanet_arch.errors import UserError
+
+_NOT_STORED = "activation, img_range, tlc_flag, tlc_kernel, and edge against sparseedge"
+# What each action does: the first line is its line in `--help`.
+ACTIONS = {
+    "inspect": f"""Say which network a file of weights belongs to.
+
+    The weights alone do not show {_NOT_STORED}: where the file does not state them, they are shown
+    as published.""",
+    "convert": """Write weights as .safetensors or as BasicSR's .pth.
+
+    Both hold the configuration; --set states what the weights do not show, and the suffix of the
+    output decides on the format.""",
+    "average": "Average the weights of several checkpoints of one configuration.",
+    "transfer": """Make weights of one scale a start for another, such as x4 out of x2.
+
+    All weights are kept but the upsampler's, which start anew. Train with
+    path: pretrain_network_g: OUTPUT.""",
+}
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, the value as option files have it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as tlc_flag=false")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} cannot be read as YAML") from error
+
+
+def _note(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TEXT, such as licence=Apache-2.0")
+    return name, value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb: a sub-command for each action."""
+    parser = argparse.ArgumentParser(prog="dlgsanet weights", description=VERBS["weights"])
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def add(action: str, run: Any, files: str | None, output: bool) -> argparse.ArgumentParser:
+        line = ACTIONS[action].partition("\n")[0]
+        added = actions.add_parser(action, help=line, description=ACTIONS[action])
+        added.set_defaults(run=run)
+        added.add_argument(
+            "weights", type=Path, nargs=files, metavar="WEIGHTS", help=".pth or .safetensors"
+        )
+        added.add_argument(
+            "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
+        )
+        if output:
+            added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+        return added
+
+    inspect = add("inspect", _inspect, "+", output=False)
+    inspect.add_argument("--json", action="store_true", help="print JSON, one line a file")
+    convert = add("convert", _convert, None, output=True)
+    convert.add_argument(
+        "--set",
+        type=_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the network, such as tlc_flag=false; may be repeated",
+    )
+    convert.add_argument(
+        "--note",
+        type=_note,
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="a note for the file, such as licence=Apache-2.0; may be repeated",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        help="of the weights (default: unchanged); fp16 halves the size and rounds to 11 bits",
+    )
+    add("average", _average, "+", output=True)
+    transfer = add("transfer", _transfer, None, output=True)
+    transfer.add_argument("--scale", type=int, required=True, help="to train for, such as 4")
+    transfer.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    return parser
+
+
+def _described(path: Path, checkpoint: Any) -> dict[str, Any]:
+    from dlgsanet_arch.checkpoint import nearest_published
+
+    nearest, differing = nearest_published(checkpoint.config)
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in checkpoint.weights.values()}
+    return {
+        "file": str(path),
+        "network": checkpoint.name,
+        "scale": checkpoint.scale,
+        "parameters": checkpoint.parameters,
+        "dtype": " ".join(sorted(dtypes)),
+        "iteration": checkpoint.iteration,
+        "not_finite": sum(int((~each.isfinite()).sum()) for each in checkpoint.weights.values()),
+        "nearest": nearest,
+        "differences": {
+            name: {"here": here, "published": there} for name, (here, there) in differing.items()
+        },
+        "notes": dict(checkpoint.notes),
+        "config_from": "the file" if checkpoint.is_told else "the weights",
+        "config": dict(checkpoint.config),
+    }
+
+
+def _report(facts: dict[str, Any]) -> str:
+    rows = {
+        "network": facts["network"],
+        "scale": f"x{facts['scale']}",
+        "parameters": f"{facts['parameters']:,} ({facts['dtype']})",
+        "iteration": "not known" if facts["iteration"] is None else f"{facts['iteration']:,}",
+        "nearest": facts["nearest"] + ("" if facts["differences"] else ", no difference"),
+    }
+    lines = [facts["file"], *(f"  {label:<11} {value}" for label, value in rows.items())]
+    lines += [
+        f"    {name}: {json.dumps(each['here'])} (published: {json.dumps(each['published'])})"
+        for name, each in facts["differences"].items()
+    ]
+    lines += [f"  {name:<11} {text}" for name, text in facts["notes"].items()]
+    if facts["not_finite"]:
+        lines.append(f"  DAMAGED: {facts['not_finite']:,} weights are infinite or not a number")
+    lines.append(f"  configuration, from {facts['config_from']}")
+    lines += [f"    {name}: {json.dumps(value)}" for name, value in facts["config"].items()]
+    return "\n".join(lines)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.checkpoint import read_checkpoint
+
+    damaged = False
+    for path in arguments.weights:
+        facts = _described(path, read_checkpoint(path, arguments.param_key))
+        print(json.dumps(facts) if arguments.json else _report(facts))
+        damaged |= bool(facts["not_finite"])
+    return int(damaged)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    import torch
+
+    from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint
+
+    checkpoint = read_checkpoint(arguments.weights, arguments.param_key, dict(arguments.set))
+    weights = dict(checkpoint.weights)
+    if arguments.dtype:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        for name, tensor in checkpoint.weights.items():
+            if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
+                raise UserError(f"--dtype fp16 cannot hold the weights of {name}: keep fp32")
+    notes = {**checkpoint.notes, **dict(arguments.note)}
+    save_checkpoint(replace(checkpoint, weights=weights, notes=notes), arguments.output)
+    print(f"{arguments.output}: {checkpoint.name}, {checkpoint.parameters:,} parameters")
+    return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.checkpoint import average, read_checkpoint, save_checkpoint
+
+    mean = average([read_checkpoint(path, arguments.param_key) for path in arguments.weights])
+    save_checkpoint(mean, arguments.output)
+    print(f"{arguments.output}: {mean.name}, the mean of {len(arguments.weights)}")
+    return 0
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint, transfer
+
+    checkpoint = read_checkpoint(arguments.weights, arguments.param_key)
+    start = transfer(checkpoint, arguments.scale, arguments.seed)
+    save_checkpoint(start, arguments.output)
+    out = arguments.output
+    print(f"{out}: {start.name}, a start from {checkpoint.name}; the upsampler is new")
+    return 0
+
+
+@exit_status
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the action that `argv` names.
+
+    Returns:
+        0, or 1 where an inspected file has weights that are not finite.
+    """
+    arguments = build_parser().parse_args(argv)
+    return arguments.run(arguments)

@@ -1,0 +1,29 @@
+"""How a message names what is near an unknown name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like `name`, letter case aside, if any is like it.
+
+    Args:
+        name: What was given.
+        known: What there is.
+        cutoff: How like a name must be, from 0 to 1.
+    """
+    lowered = {str(entry).lower(): str(entry) for entry in known}
+    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=cutoff)
+    return lowered[near[0]] if near else None
+
+
+def suggest(name: object, known: Iterable[object]) -> str:
+    """Return "; did you mean …?" with the nearest known name, or nothing."""
+    found = nearest(name, known)
+    return "" if found is None else f"; did you mean {found!r}?"
+
+
+def suggest_or_list(name: object, known: Iterable[object]) -> str:
+    """Return the nearest name as `suggest` does, or all of them."""
+    known = list(known)
+    return suggest(name, known) or f"; there are: {', '.join(map(repr, known))}"
