@@ -81,11 +81,11 @@ def observe(network: nn.Module, image: Tensor, pixels: Pixels) -> tuple[list[Ten
     return filters, shares
 
 
-def mosaic(filters: Tensor) -> Tensor:
+def mosaic(filters: Tensor) -> np.ndarray:
     """Arrange filters (G, K, K) in a rectangle, with NaN between them."""
     columns = math.ceil(math.sqrt(len(filters)))
     padded = F.pad(filters, (0, 1, 0, 1, 0, -len(filters) % columns), value=math.nan)
-    return padded.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return padded.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1).numpy()
 
 
 def draw(image: Tensor, pixels: Pixels, filters: list[Tensor], shares: list[Tensor]) -> Figure:
@@ -94,7 +94,7 @@ def draw(image: Tensor, pixels: Pixels, filters: list[Tensor], shares: list[Tens
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     left, right = top.subfigures(1, 2, width_ratios=(2, 5))
     axes = left.subplots()
-    axes.imshow(image[0].permute(1, 2, 0))
+    axes.imshow(image[0].permute(1, 2, 0).numpy())
     for label, (x, y) in pixels.items():
         axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgewidth=3, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
@@ -103,14 +103,16 @@ def draw(image: Tensor, pixels: Pixels, filters: list[Tensor], shares: list[Tens
         grid = right.subplots(len(pixels), len(layers), squeeze=False)
         for row, column in np.ndindex(grid.shape):
             values = mosaic(filters[layers[column]][row])
-            limit = float(values.nan_to_num().abs().max())
+            limit = np.nanmax(np.abs(values))
             grid[row, column].imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
             grid[row, column].set(xticks=[], yticks=[], xlabel=f"±{limit:.2g}")
             grid[row, 0].set_ylabel([*pixels][row])
             grid[0, column].set_title(f"MHDLSA {layers[column] + 1}")
     if shares:
         axes = bottom.subplots()
-        drawn = axes.imshow(100 * torch.stack(shares).T, vmin=0, vmax=100, aspect="auto")
+        percent = 100 * torch.stack(shares).T.numpy()
+        extent = (0.5, percent.shape[1] + 0.5, percent.shape[0] + 0.5, 0.5)  # counts from 1
+        drawn = axes.imshow(percent, vmin=0, vmax=100, aspect="auto", extent=extent)
         bottom.colorbar(drawn, ax=axes)
         axes.set(xlabel="SparseGSA layer", ylabel="head", title="similarities not positive, %")
     return figure

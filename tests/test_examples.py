@@ -4,28 +4,34 @@ import itertools
 import json
 import re
 import runpy
+import sys
 
 import numpy as np
 import pytest
 import torch
 from definition import window_starts
-from helpers import SMALL_NETWORK, run
+from helpers import SMALL_NETWORK
 from PIL import Image
 
 from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
 
 PNG = b"\x89PNG"
 SCORES = {"Set5": ((200, 30.5), (300, 30.25)), "Set14": ((200, 27.0),)}
 
 
 @pytest.fixture
-def example(repository, tmp_path):
-    """A function that runs an example in `tmp_path`."""
+def example(repository, tmp_path, monkeypatch):
+    """A function that runs an example in `tmp_path`, and returns its error message or None."""
+    monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
-        result = run([repository / "examples" / name, *arguments], tmp_path)
-        assert "Traceback" not in result.stderr
-        return result
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(repository / "examples" / name), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return None
 
     return call
 
@@ -47,25 +53,24 @@ def training(tmp_path):
     return log
 
 
-def test_curves_are_drawn_up_to_the_iteration_resumed_from(example, training, tmp_path):
-    result = example("curves.py", "tiny", training, "-o", "out.png", "--smooth", 2)
-    assert result.returncode == 0, result.stderr
+def test_curves_are_drawn_up_to_the_iteration_resumed_from(example, training, tmp_path, capsys):
+    assert example("curves.py", "tiny", training, "-o", "out.png", "--smooth", 2) is None
     assert (tmp_path / "out.png").read_bytes().startswith(PNG)
-    printed = result.stdout.splitlines()
+    assert example("curves.py", "tiny", "--metric", "lpips") is None
+    printed = capsys.readouterr().out.splitlines()
     assert "tiny, Set5 psnr: best 30.5 at 200" in printed
     assert "tiny, Set14 psnr: best 27 at 200" in printed
-    assert "Set5 lpips: best 0.3025 at 300" in example("curves.py", "tiny", "--metric=lpips").stdout
+    assert "tiny, Set5 lpips: best 0.3025 at 300" in printed
 
 
-def test_explain_draws_the_image_and_counts_similarities(example, repository, tmp_path):
+def test_explain_draws_the_image_and_counts_similarities(example, tmp_path, capsys):
     torch.manual_seed(0)
     arguments = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
     network = DLGSANet(**arguments).eval()
-    torch.save({"params": network.state_dict()}, tmp_path / "net.pth")
+    save_checkpoint(Checkpoint(network.state_dict(), arguments), tmp_path / "net.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 17, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "lr.png")
-    result = example("explain.py", "-i", "lr.png", "-m", "net.pth", "-o", "out.png")
-    assert result.returncode == 0, result.stderr
+    assert example("explain.py", "-i", "lr.png", "-m", "net.pth", "-o", "out.png") is None
     assert (tmp_path / "out.png").read_bytes().startswith(PNG)
 
     attention = network.get_submodule("deep_feature_extraction.0.body.1.restormer_attn")
@@ -80,14 +85,14 @@ def test_explain_draws_the_image_and_counts_similarities(example, repository, tm
         q, k, _ = window.flatten(1).unflatten(0, (3, attention.heads, -1))
         shares.append((torch.einsum("hcn,hdn->hcd", q, k) <= 0).double().mean().item())
     assert len(shares) == 9
-    assert f"{np.mean(shares):.1%}" in result.stdout
+    assert f"similarities that are not positive: {np.mean(shares):.1%}" in capsys.readouterr().out
 
 
 def test_explain_finds_edge_texture_and_flat_area(repository):
     image = torch.full((1, 3, 90, 120), 0.5)
     image[..., 100:] = 1
     image[..., 10:60, 10:60] = torch.rand(50, 50, generator=torch.manual_seed(0))
-    found = runpy.run_path(repository / "examples" / "explain.py")["choose_pixels"](image)
+    found = runpy.run_path(str(repository / "examples" / "explain.py"))["choose_pixels"](image)
     assert 92 <= found["edge"][0] <= 108
     assert all(10 <= value < 60 for value in found["texture"])
     x, y = found["flat"]
@@ -99,7 +104,7 @@ def test_explain_finds_edge_texture_and_flat_area(repository):
     [
         ("curves.py absent", "absent cannot be read"),
         ("curves.py tiny --loss l_pixel", "no l_pixel in its log, which has lr, l_pix, Set5 psnr"),
-        ("curves.py tiny -o out.gif", "out.gif cannot be written"),
+        ("curves.py tiny -o out.txt", "out.txt cannot be written"),
         ("curves.py tiny -o absent/out.png", "absent/out.png cannot be written"),
         ("curves.py wrong.jsonl", "wrong.jsonl:2 is not a line of a training log"),
         ("explain.py -i absent.png", "absent.png"),
@@ -113,7 +118,6 @@ def test_bad_input_is_refused(example, training, tmp_path, words, message):
     (tmp_path / "wrong.jsonl").write_text('{"event": "end"}\n{"event": "train", "iter": "x"}\n')
     for name, side in (("lr.png", 14), ("large.png", 20)):
         Image.new("RGB", (side, side)).save(tmp_path / name)
-    result = example(*words.split())
-    assert result.returncode == 1
-    assert re.match(rf"{words.split()[0]}: .*{message}", result.stderr), result.stderr
+    error = example(*words.split())
+    assert re.match(rf"{words.split()[0]}: .*{message}", error), error
     assert not list(tmp_path.glob("out*"))
