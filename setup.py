@@ -216,7 +216,9 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             "Topic :: Scientific/Engineering :: Image Processing",
         ],
         packages=find_packages(include=["dlgsanet_arch", "dlgsanet_arch.*"]),
-        package_data={"dlgsanet_arch": ["py.typed", "weights/*.safetensors"]},
+        package_data={
+            "dlgsanet_arch": ["py.typed", "weights/*.safetensors", "tools/templates/*.yml"]
+        },
         ext_modules=_extensions(),
         cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
         python_requires=">=3.10",

@@ -79,3 +79,4 @@ def test_the_package_is_built_with_them(repository, tmp_path):
     }
     inside = built / "dlgsanet_arch" / "option_files"
     assert {path.relative_to(inside) for path in inside.rglob("*.yml")} == files
+    assert len(list((built / "dlgsanet_arch/tools/templates").glob("*.yml"))) == 2

@@ -1,0 +1,268 @@
+"""Option files for a user's own images: data sets are made, and templates are filled to fit them.
+
+The published recipe is kept as far as it fits; `fit` and `schedule` say what changes.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import yaml
+
+from dlgsanet_arch import options
+from dlgsanet_arch.checkpoint import check_compatible, read_weights
+from dlgsanet_arch.data import benchmark, training_sets
+from dlgsanet_arch.data.databases import META_INFO
+from dlgsanet_arch.data.known_sets import set_name
+from dlgsanet_arch.data.training_sets import Source, database_name
+from dlgsanet_arch.data.workers import usable_cores
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named, write_whole
+from dlgsanet_arch.inference import memory
+from dlgsanet_arch.options import shipped
+
+# The published recipe: patches an iteration, their side in LR pixels, and iterations; number and
+# side of DIV2K's sub-images.
+BATCH, PATCH, ITERATIONS = 16, 48, 500_000
+SUB_IMAGES, SUB_IMAGE_SIDE = 32_592, 480
+
+# Peak memory of a training step beyond weights and images: maps of `dim` channels of float32 for
+# each block, and bytes that do not grow with the pixels. Measured for PyTorch's operators on a CPU;
+# the C library takes a third less (tests/test_new_options.py).
+_MAPS, _FIXED = 54, 16 << 20
+_SHARE = 0.5  # of the free memory is used
+_GIB = 2**30
+_TEMPLATES = Path(__file__).with_name("templates")
+HELD_OUT = "held_out"  # folder of images that a test set is made from
+
+
+def step_bytes(network: Mapping[str, Any], pixels: int) -> int:
+    """Estimate the peak memory of a training step on so many LR pixels at once."""
+    return _FIXED + 4 * _MAPS * network["groups"] * network["blocks"] * network["dim"] * pixels
+
+
+def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> tuple[int, int]:
+    """Choose patches and parts of a batch that take half of the free memory at most.
+
+    A batch is first divided into 2, 4, 8 and 16 parts, which changes results by rounding alone.
+    Where that is not enough and `patch` is not given, patches become smaller.
+
+    Returns:
+        Side of a patch in LR pixels, and number of parts.
+
+    Raises:
+        UserError: One patch does not fit.
+    """
+    choices = [(patch or PATCH, parts) for parts in (1, 2, 4, 8, BATCH)]
+    choices += [(side, BATCH) for side in (40, 32, 24) if patch is None]
+    for side, parts in choices:
+        needed = step_bytes(network, BATCH // parts * side**2)
+        if needed <= _SHARE * free:
+            return side, parts
+    raise UserError(
+        f"a training step on one patch of {side}x{side} takes about {needed / _GIB:.2f} GiB, more "
+        f"than half of {free / _GIB:.2f} GiB: free some memory, give a smaller --variant or "
+        "--patch, or the memory of another machine as --memory"
+    )
+
+
+def schedule(
+    sizes: Sequence[tuple[int, int]], fine_tuning: bool, iterations: int | None
+) -> dict[str, Any]:
+    """Return the values of the template that depend on the length of the training.
+
+    Unless `iterations` are given, a pixel is seen as often as one of DIV2K in the published 500,000
+    iterations, in 50,000 to 500,000 iterations; starting from trained weights, in a fifth of that.
+
+    Args:
+        sizes: Heights and widths of the HR sub-images.
+        fine_tuning: Whether the training starts from trained weights.
+        iterations: Their number, or None.
+    """
+    if iterations is None:
+        div2k_sets = sum(map(math.prod, sizes)) / SUB_IMAGE_SIDE**2 / SUB_IMAGES
+        iterations = min(ITERATIONS, max(50_000, int(round(ITERATIONS * div2k_sets, -3))))
+        iterations //= 5 if fine_tuning else 1
+    period = max(1, iterations // 100)
+    return {
+        "iterations": iterations,
+        "milestones": [max(1, round(part * iterations)) for part in (0.5, 0.8, 0.9, 0.95)],
+        "enlarge_ratio": math.ceil(iterations * BATCH / len(sizes)),
+        "period": period,
+        "print_freq": min(100, period),
+        "rate": "1e-4" if fine_tuning else "5e-4",
+    }
+
+
+def _sub_image_sizes(database: Path) -> list[tuple[int, int]]:
+    """Return the heights and widths that the list of an LMDB gives."""
+    text = (database / META_INFO).read_text(encoding="utf-8", errors="replace")
+    sizes = re.findall(r"^\S+ \((\d+), ?(\d+),", text, re.MULTILINE)
+    if not sizes:
+        raise UserError(f"{database} lists no images: make it again with `dlgsanet data train`")
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+def _make_training_set(asked: argparse.Namespace, folder: Path, own_val: Path, patch: int) -> str:
+    """Make LMDBs in `folder`, without images that are held out; return a report."""
+    images = asked.hr.absolute()
+    if folder.absolute() != images and folder.absolute().is_relative_to(images):
+        raise UserError(f"{folder} would be within {images}: give a folder of images alone")
+    sources = training_sets.find_sources(asked.hr, asked.lr, [asked.scale])
+    if asked.val is None:
+        # With LR they are a complete test set.
+        sources = _hold_out(sources, own_val / (f"X{asked.scale}" if asked.lr else HELD_OUT))
+    cutting = training_sets.Cutting(patch=patch)
+    made = training_sets.build(sources, [asked.scale], folder, cutting=cutting, **_settings(asked))
+    return training_sets.report(made)
+
+
+def _hold_out(sources: Sequence[Source], folder: Path) -> list[Source]:
+    """Link one in 10 images, 20 at most, into folder/HR and folder/LR; return the others."""
+    if len(sources) < 2:
+        raise UserError("one image is too few to hold one out: give a folder as --val")
+    count = min(20, max(1, len(sources) // 10))
+    held_out = sources[len(sources) // (2 * count) :: len(sources) // count][:count]
+    with disk_faults_named(f"{folder} cannot be written"):
+        for path in folder.glob("?R/*"):
+            if path.is_symlink():  # made before
+                path.unlink()
+        for source in held_out:
+            for side, path in zip(("HR", "LR"), source.files, strict=False):
+                link = folder / side / f"{source.key}{source.hr.suffix.lower()}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.absolute())
+    return [source for source in sources if source not in held_out]
+
+
+def _settings(asked: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that all data sets are made with."""
+    settings = {name: getattr(asked, name) for name in ("skip_bad", "overwrite")}
+    return {"workers": usable_cores(), **settings}
+
+
+def _find_or_make_sets(
+    asked: argparse.Namespace, hr: Path | None, name: str, patch: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Find or make the data sets.
+
+    Args:
+        asked: Arguments of `dlgsanet new-options`.
+        hr: LMDB of HR sub-images, where it is given.
+        name: Of the training set.
+        patch: Side of a patch in LR pixels.
+
+    Returns:
+        `hr`, `lr`, `val`, a folder with HR and LR, and `val_name`; and reports on what was made.
+    """
+    reports = []
+    own_val = asked.root / "datasets" / "benchmark" / f"{name}_val"
+    if hr is None:
+        folder = asked.root / "datasets" / name
+        reports.append(_make_training_set(asked, folder, own_val, patch))
+        hr, lr = (folder / database_name(scale) for scale in (1, asked.scale))
+    else:
+        lr = asked.lr or hr.with_name(database_name(asked.scale))
+    val = asked.val or (own_val if own_val.is_dir() else own_val.with_name("Set5"))
+    val_name = set_name(_slug(val.absolute().name))
+    if (val / HELD_OUT).is_dir():
+        val = val / HELD_OUT
+    prepared = [part for part in (val / f"X{asked.scale}", val) if (part / "LR").is_dir()]
+    if prepared:
+        val = prepared[0]
+    else:
+        target = own_val.with_name(val_name)
+        made = benchmark.build(val_name, val, target, [asked.scale], **_settings(asked))
+        reports.append(benchmark.report(made))
+        val = target / f"X{asked.scale}"
+    return {"hr": hr, "lr": lr, "val": val, "val_name": val_name}, reports
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-") or "own"
+
+
+def _quoted(path: Path, root: Path) -> str:
+    """Return a path as an option file has it: from the root where it is below, in quotes."""
+    path, root = path.absolute(), root.absolute()
+    text = str(path.relative_to(root) if path.is_relative_to(root) else path)
+    return json.dumps(str(path) if text.startswith("~") else text, ensure_ascii=False)
+
+
+def write_option_files(asked: argparse.Namespace) -> tuple[Path, Path, list[str]]:
+    """Find or make the data sets, and write an option file to train and one to test.
+
+    Args:
+        asked: Arguments of `dlgsanet new-options`.
+
+    Returns:
+        The files, and notes for the user.
+
+    Raises:
+        UserError: Something is wrong with the arguments, images, weights, memory or disk.
+    """
+    if not asked.root.is_dir():
+        raise UserError(f"--root: there is no folder {asked.root}")
+    databases = (asked.hr, asked.hr / database_name(1))
+    hr = next((path for path in databases if (path / META_INFO).is_file()), None)
+    data_name = _slug((hr.parent if hr else asked.hr).absolute().name)
+    name = asked.name or f"{asked.variant}_x{asked.scale}_{data_name}"
+    train, test = (asked.output / verb / f"{name}.yml" for verb in ("train", "test"))
+    there = [str(file) for file in (train, test) if file.exists()]
+    if there and not asked.overwrite:
+        raise UserError(f"{' and '.join(there)} exist: give another --name, or --overwrite")
+
+    recipe = options.load(shipped.path_of(f"{asked.variant}_x{asked.scale}", train=True))
+    network = recipe["network_g"]
+    if asked.weights is not None:
+        check_compatible(read_weights(asked.weights), network)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = int(asked.memory * _GIB) if asked.memory else memory.free_memory(device)
+    patch, parts = fit(network, free, asked.patch)
+
+    sets, notes = _find_or_make_sets(asked, hr, data_name, patch)
+    sizes = _sub_image_sizes(sets["hr"])
+    plan = schedule(sizes, asked.weights is not None, asked.iterations)
+    values = {
+        **plan,
+        **{key: network[key] for key in ("dim", "groups", "blocks", "tlc_kernel")},
+        "name": name,
+        "variant": asked.variant,
+        "scale": asked.scale,
+        "data_name": data_name,
+        "hr": _quoted(sets["hr"], asked.root),
+        "lr": _quoted(sets["lr"], asked.root),
+        "val_name": sets["val_name"],
+        "val_hr": _quoted(sets["val"] / "HR", asked.root),
+        "val_lr": _quoted(sets["val"] / "LR", asked.root),
+        "patch": patch,
+        "gt_size": patch * asked.scale,
+        "accumulation": parts,
+        "workers": min(6, usable_cores() // 2),
+        "weights": _quoted(asked.weights, asked.root) if asked.weights else "~",
+    }
+    texts = {
+        file: Template((_TEMPLATES / f"{file.parent.name}.yml").read_text()).substitute(values)
+        for file in (train, test)
+    }
+    made = yaml.safe_load(texts[train])
+    options.refuse(options.problems(made, train=True, root=asked.root, registered=None))
+    for file, text in texts.items():
+        with disk_faults_named(f"{file} cannot be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, text.encode())
+    step = step_bytes(network, BATCH // parts * patch**2) / _GIB
+    notes += [
+        f"{len(sizes):,} sub-images, {plan['iterations']:,} iterations; validation: {sets['val']}",
+        f"{BATCH} patches of {patch}x{patch} in {parts} parts take about {step:.1f} GiB of "
+        f"{free / _GIB:.1f} GiB",
+    ]
+    if device.type == "cpu" and not asked.memory:
+        notes.append("no GPU is found: on a CPU an iteration takes seconds; see --iterations")
+    return train, test, notes
