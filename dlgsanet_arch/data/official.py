@@ -73,6 +73,19 @@ FLICKR2K = OfficialSet(
     hr=_flickr2k("Flickr2K_HR"),
     lr=lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
 )
+# SHA-256 of the archives on DIV2K's own server, as TensorFlow Datasets lists them.
+PUBLISHED = {
+    "DIV2K_train_HR.zip": "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335",
+    "DIV2K_train_LR_bicubic_X2.zip": (
+        "a53a424317575838dadce4bcd97cf7b744d6855f43740ed5f0245af3cf4bd850"
+    ),
+    "DIV2K_train_LR_bicubic_X3.zip": (
+        "ad5c8e5507e2765823d3c2c5bd0934842efcd487c5370604c224090898b3163a"
+    ),
+    "DIV2K_train_LR_bicubic_X4.zip": (
+        "f006b837f4eb52b82909aa01478e6d6d199eefce932179491d0c9dbb706dde3a"
+    ),
+}
 
 
 def _find_folder(part: Part, places: Sequence[Path]) -> Path | None:
@@ -96,7 +109,8 @@ def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str
     names = list(dict.fromkeys(part.archive for part in missing))
     for number, name in enumerate(names):
         try:
-            download(server + name, places[0] / name)
+            sha256 = PUBLISHED.get(name) if server == DIV2K.server else None
+            download(server + name, places[0] / name, sha256)
         except UserError as error:
             more = names[number + 1 :]
             after = f"\nWanted from {server} after that: {', '.join(more)}" if more else ""
