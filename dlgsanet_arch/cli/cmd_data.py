@@ -132,9 +132,9 @@ VERBS = {
     HR/ beside LR_bicubic/, GTmod12/, or image_SRF_4/.""",
     "verify": """open everything that data sets hold, say what is wrong
 
-    Lists of keys, sizes and names of HR and LR, every picture, displacement of LR, pictures below
-    gt_size, equal ones, and pictures of a test set inside a training set. The exit status is 1 if
-    anything is wrong.""",
+    Lists of keys, sizes and names of HR and LR, every image, LR that is not the bicubic of HR,
+    images below gt_size, equal ones, and test images among training images. The exit status is 1
+    if anything is wrong.""",
 }
 
 
