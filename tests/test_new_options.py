@@ -219,7 +219,8 @@ def test_given_lr_is_trained_and_validated_on(here, capsys):
     given = ("--hr", hr, "--lr", lr, "--scale", 4, "--patch", 8, "--iterations", 2)
     assert new_options(*given) == 0
     options = checked(here / "options/train/tiny_x4_large.yml", here)
-    (image,) = (here / options["datasets"]["val"]["dataroot_lq"]).iterdir()
+    assert options["datasets"]["val"]["dataroot_lq"] == "datasets/benchmark/large_val/X4/LR"
+    (image,) = (here / "datasets/benchmark/large_val/X4/LR").iterdir()
     assert image.resolve().parent == lr
     assert cli.main(["train", "-opt", "options/train/tiny_x4_large.yml"]) == 0
     next(lr.iterdir()).unlink()

@@ -1,4 +1,4 @@
-"""What is done with runs, networks and pictures beside training: figures, counts, option files.
+"""Tables, figures and option files.
 
-matplotlib, TensorBoard and BasicSR may be absent, and are imported inside functions.
+matplotlib and BasicSR may be absent, and are imported inside functions.
 """
