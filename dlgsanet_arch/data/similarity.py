@@ -2,11 +2,12 @@
 
 Copies are found by thumbnails: 16x16 grey levels. Compression, resizing and conversion to grey
 change them less than `TOLERANCE`. Not found are images that were flipped, rotated, changed in
-brightness or cropped by 1 % or more, and images without contrast. Of crops, only those
-from the upper left corner of a test image are found, since the first sub-image of an image is one.
+brightness or cropped by 1 % or more, and images without contrast. Of crops, only those from the
+upper left corner of a test image are found, since the first sub-image of an image is one.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import NamedTuple
@@ -53,21 +54,25 @@ class TrainingImages:
         # ``0001_s002`` is the second sub-image of 0001
         self._images = {name: re.sub(r"_s\d+$", "", name) for name in thumbnails}
         self._names = np.array(list(thumbnails))
-        self._sizes = np.array([each.size for each in thumbnails.values()])
         self._levels = np.array([each.levels for each in thumbnails.values()])
+        rows = defaultdict(list)
+        for row, each in enumerate(thumbnails.values()):
+            rows[each.size].append(row)
+        self._rows = {size: np.array(each) for size, each in rows.items()}
+
+    def _alike(self, image: Picture, rows: NDArray[np.int64] | slice) -> set[str]:
+        levels = thumbnail(image).levels
+        if levels.std() < FLAT:
+            return set()
+        difference = np.abs(self._levels[rows] - levels).sum(1) / len(levels)
+        return {*self._names[rows][difference <= TOLERANCE * levels.std()]}
 
     def find(self, image: Picture) -> list[str]:
         """Name the copies of a test image, of its upper left part, and their other sub-images."""
-        found = set()
-        for size in np.unique([image.shape[:2], *self._sizes], axis=0):
-            if (size > image.shape[:2]).any():
-                continue
-            whole = (size == image.shape[:2]).all()
-            rows = np.flatnonzero(whole | (self._sizes == size).all(1))
-            levels = thumbnail(image[: size[0], : size[1]]).levels
-            difference = np.abs(self._levels[rows] - levels).mean(1)
-            if levels.std() >= FLAT:
-                found |= {*self._names[rows[difference <= TOLERANCE * levels.std()]]}
+        found = self._alike(image, slice(None))
+        for (height, width), rows in self._rows.items():
+            if height <= image.shape[0] and width <= image.shape[1]:
+                found |= self._alike(image[:height, :width], rows)
         found = {self._images[name] for name in found}
         return [name for name, image in self._images.items() if image in found]
 
