@@ -172,7 +172,7 @@ def test_what_is_printed_trains_and_tests(here, capsys):
     few = ("--patch", 8, "--iterations", 2, "--memory", 0.17)
     assert new_options("--hr", hr, "--scale", 4, *few) == 0
     output = capsys.readouterr().out
-    assert "16 patches of 8x8 in 2 parts" in output
+    assert "8 of 16 patches of 8x8 at once" in output
     options = checked(here / "options/train/tiny_x4_it_s_mine.yml", here)
     assert options["train"]["accumulation"] == 2
     for line in output.partition("next:\n")[2].splitlines():
@@ -210,19 +210,22 @@ def test_one_image_in_ten_is_held_out_evenly_spread(here):
     assert len(list((here / "datasets/benchmark/own_val/X2/LR").iterdir())) == 3
 
 
-def test_given_lr_is_trained_and_validated_on(here, capsys):
-    hr, lr = write_images(here / "large", 4), here / "small"
+def test_given_lr_is_trained_and_validated_on_below_a_root(here, capsys):
+    hr, lr, root = write_images(here / "large", 4), here / "small", here / "root"
     lr.mkdir()
+    root.mkdir()
     for path in hr.iterdir():
         with Image.open(path) as image:
             image.reduce(4).save(lr / path.name)
-    given = ("--hr", hr, "--lr", lr, "--scale", 4, "--patch", 8, "--iterations", 2)
-    assert new_options(*given) == 0
-    options = checked(here / "options/train/tiny_x4_large.yml", here)
+    given = ("--hr", hr, "--lr", lr, "--scale", 4, "--root", "root", "--patch", 8)
+    assert new_options(*given, "--iterations", 2) == 0
+    options = checked(root / "options/train/tiny_x4_large.yml", root)
     assert options["datasets"]["val"]["dataroot_lq"] == "datasets/benchmark/large_val/X4/LR"
-    (image,) = (here / "datasets/benchmark/large_val/X4/LR").iterdir()
+    (image,) = (root / "datasets/benchmark/large_val/X4/LR").iterdir()
     assert image.resolve().parent == lr
-    assert cli.main(["train", "-opt", "options/train/tiny_x4_large.yml"]) == 0
+    train, _ = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert cli.main(shlex.split(train)[1:]) == 0
+    assert (root / "experiments/tiny_x4_large/models/net_g_2.pth").is_file()
     next(lr.iterdir()).unlink()
     assert new_options(*given, "--overwrite") == 1
     assert "do not pair by name" in capsys.readouterr().err

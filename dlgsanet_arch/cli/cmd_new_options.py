@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--name {arguments.name!r}: use letters, digits, -, _ and .")
     if arguments.output is None:
         arguments.output = arguments.root / "options"
-    *files, notes = write_option_files(arguments)
+    files, notes = write_option_files(arguments)
     print(*notes, sep="\n")
     root = [] if os.path.samefile(arguments.root, ".") else ["--root", str(arguments.root)]
     print(f"written: {files[0]}, {files[1]}; next:")

@@ -195,7 +195,19 @@ def _quoted(path: Path, root: Path) -> str:
     return json.dumps(str(path) if text.startswith("~") else text, ensure_ascii=False)
 
 
-def write_option_files(asked: argparse.Namespace) -> tuple[Path, Path, list[str]]:
+def _write(files: Sequence[Path], values: Mapping[str, Any], root: Path) -> None:
+    """Fill the templates train.yml and test.yml, check the result and write it."""
+    templates = [Template((_TEMPLATES / f"{file.parent.name}.yml").read_text()) for file in files]
+    texts = [template.substitute(values) for template in templates]
+    train = yaml.safe_load(texts[0])
+    options.refuse(options.problems(train, train=True, root=root, registered=None))
+    for file, text in zip(files, texts, strict=True):
+        with disk_faults_named(f"{file} cannot be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, text.encode())
+
+
+def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """Find or make the data sets, and write an option file to train and one to test.
 
     Args:
@@ -213,13 +225,13 @@ def write_option_files(asked: argparse.Namespace) -> tuple[Path, Path, list[str]
     hr = next((path for path in databases if (path / META_INFO).is_file()), None)
     data_name = _slug((hr.parent if hr else asked.hr).absolute().name)
     name = asked.name or f"{asked.variant}_x{asked.scale}_{data_name}"
-    train, test = (asked.output / verb / f"{name}.yml" for verb in ("train", "test"))
-    there = [str(file) for file in (train, test) if file.exists()]
+    files = [asked.output / verb / f"{name}.yml" for verb in ("train", "test")]
+    there = [str(file) for file in files if file.exists()]
     if there and not asked.overwrite:
         raise UserError(f"{' and '.join(there)} exist: give another --name, or --overwrite")
 
-    recipe = options.load(shipped.path_of(f"{asked.variant}_x{asked.scale}", train=True))
-    network = recipe["network_g"]
+    published = shipped.path_of(f"{asked.variant}_x{asked.scale}", train=True)
+    network = options.load(published)["network_g"]
     if asked.weights is not None:
         check_compatible(read_weights(asked.weights), network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,22 +259,13 @@ def write_option_files(asked: argparse.Namespace) -> tuple[Path, Path, list[str]
         "workers": min(6, usable_cores() // 2),
         "weights": _quoted(asked.weights, asked.root) if asked.weights else "~",
     }
-    texts = {
-        file: Template((_TEMPLATES / f"{file.parent.name}.yml").read_text()).substitute(values)
-        for file in (train, test)
-    }
-    made = yaml.safe_load(texts[train])
-    options.refuse(options.problems(made, train=True, root=asked.root, registered=None))
-    for file, text in texts.items():
-        with disk_faults_named(f"{file} cannot be written"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, text.encode())
+    _write(files, values, asked.root)
     step = step_bytes(network, BATCH // parts * patch**2) / _GIB
     notes += [
         f"{len(sizes):,} sub-images, {plan['iterations']:,} iterations; validation: {sets['val']}",
-        f"{BATCH} patches of {patch}x{patch} in {parts} parts take about {step:.1f} GiB of "
-        f"{free / _GIB:.1f} GiB",
+        f"{BATCH // parts} of {BATCH} patches of {patch}x{patch} at once take about {step:.1f} GiB "
+        f"of {free / _GIB:.1f} GiB",
     ]
     if device.type == "cpu" and not asked.memory:
         notes.append("no GPU is found: on a CPU an iteration takes seconds; see --iterations")
-    return train, test, notes
+    return files, notes
