@@ -1,5 +1,6 @@
 """Processes to be killed, forked as worker processes are: without seconds of imports."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -17,3 +18,8 @@ def started(function: Callable, *arguments: object) -> Iterator[BaseProcess]:
     finally:
         process.kill()
         process.join()
+
+
+def imported_of(names):
+    """Return which of these modules this process has imported."""
+    return [name for name in names if name in sys.modules]

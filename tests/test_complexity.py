@@ -111,7 +111,7 @@ def test_json_and_csv_say_the_same(capsys):
 
 def test_the_plot(tmp_path, capsys):
     path = tmp_path / "plot.png"
-    asked = ["--no-time", "--network", "tiny", "light", "--scale", "4", "--output", "128x128"]
+    asked = ["--no-time", "--network", "tiny", "light", "--scale", "4", "--size", "128x128"]
     assert main(["complexity", *asked, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     rows = [complexity.evaluate(BY_NAME["DLGSANet Tiny"], scale, (48, 48)) for scale in (2, 4)]

@@ -141,3 +141,38 @@ for _ in range(3):
 assert sum(type(each).__name__ == "_Finder" for each in sys.meta_path) == 1
 """
     assert imported(code, tmp_path) == set()
+
+
+def write_images(folder, count):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        cv2.imwrite(str(folder / f"{index}.png"), rng.integers(0, 256, (96, 96, 3), np.uint8))
+
+
+@pytest.mark.parametrize("verb", ["train", "benchmark"])
+def test_data_verbs_import_neither_torch_nor_basicsr(verb, tmp_path):
+    write_images(tmp_path / "hr", 3)
+    words = ["data", verb, "--hr", "hr", "--scale", 2, "--workers", 2]
+    more = {
+        "train": ["--output", "set", "--crop", 48, "--step", 48, "--patch", 12],
+        "benchmark": ["--name", "Mine"],
+    }[verb]
+    assert not imported(call(*words, *more), tmp_path) & {"torch", "torchvision", "basicsr"}
+
+
+WORKERS = """
+from functools import partial
+from processes import imported_of
+from dlgsanet_arch.data import benchmark, training_sets
+from dlgsanet_arch.data.workers import ordered
+if __name__ == "__main__":
+    print(list(ordered(imported_of, [("torch", "torchvision", "basicsr"), ("cv2",)], 2)))
+"""
+
+
+def test_workers_of_data_verbs_import_neither_torch_nor_basicsr(tmp_path, repository):
+    (tmp_path / "script.py").write_text(WORKERS)
+    path = {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
+    result = run([tmp_path / "script.py"], tmp_path, path)
+    assert result.stdout == "[[], ['cv2']]\n", result.stdout + result.stderr

@@ -6,10 +6,10 @@ from statistics import fmean
 
 import cv2
 import numpy as np
-from basicsr.metrics import calculate_psnr, calculate_ssim
 from numpy.typing import NDArray
 
 from dlgsanet_arch.data.bicubic import bicubic
+from dlgsanet_arch.data.scores import Scores, measure, psnr
 from dlgsanet_arch.data.sub_images import Picture
 
 # Of the picture to look at, in pixels.
@@ -21,14 +21,6 @@ FONT = cv2.FONT_HERSHEY_DUPLEX
 BACKGROUND = (255, 255, 255)
 INK = (40, 40, 40)
 MARK = (60, 60, 230)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What is measured on the Y channel, a border of `scale` pixels cut off: dB, and SSIM."""
-
-    psnr: float
-    ssim: float
 
 
 @dataclass(frozen=True)
@@ -69,12 +61,8 @@ class Comparison:
         return cls(name, scale, hr, enlarged, restored)
 
     def scores(self, picture: Picture) -> Scores:
-        """Measure a picture of HR's size against HR, by BasicSR's metrics."""
-        measured = {"crop_border": self.scale, "test_y_channel": True}
-        return Scores(
-            calculate_psnr(picture, self.hr, **measured),
-            calculate_ssim(picture, self.hr, **measured),
-        )
+        """Measure a picture of HR's size against HR."""
+        return measure(picture, self.hr, self.scale)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
@@ -150,7 +138,7 @@ def _row(comparison: Comparison) -> Picture:
         return np.repeat(np.repeat(picture[place], ZOOM, axis=0), ZOOM, axis=1)
 
     def figures(picture: Picture) -> str:
-        here = calculate_psnr(picture[place], comparison.hr[place], 0, test_y_channel=True)
+        here = psnr(picture[place], comparison.hr[place])
         return f"{comparison.scores(picture).psnr:.2f} dB (this crop {here:.2f})"
 
     columns = [

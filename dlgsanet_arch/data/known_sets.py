@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dlgsanet_arch.data.comparison import Scores
+from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.errors import UserError
 
 

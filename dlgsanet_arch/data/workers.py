@@ -33,10 +33,10 @@ def usable_cores() -> int:
 def _begin_worker() -> None:
     """Set up a worker process: one thread, deaf to Ctrl-C, gone when its parent is."""
     import cv2
-    import torch
 
-    torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     # The parent hears of the interrupt too, and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -52,8 +52,8 @@ def _begin_worker() -> None:
 def process_context(function: Callable) -> BaseContext:
     """How worker processes start: forked off one process that has imported what they need.
 
-    Importing PyTorch and BasicSR takes seconds and hundreds of MiB, here once instead of once a
-    worker. Forking this process would not do: PyTorch's threads do not survive a fork.
+    That import takes place once instead of once a worker. Forking this process would not do:
+    threads, as those of OpenCV and PyTorch, do not survive a fork.
 
     Args:
         function: What the workers are to run.
