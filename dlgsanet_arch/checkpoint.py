@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import written_whole
+from dlgsanet_arch.hints import named
 from dlgsanet_arch.network import DLGSANet
 
 _TRAINED_KEYS = ("params_ema", "params")  # where BasicSR keeps weights; the averaged ones first
@@ -167,8 +168,7 @@ def _is_state_dict(content: object) -> bool:
 def _contents(content: Mapping[Any, Any]) -> str:
     """Describe a checkpoint's top level in a few words."""
     keys = [str(key) for key in content]
-    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-    return f"it has the keys {', '.join(keys[:6])}{more}" if keys else "it has no keys"
+    return f"it has the keys {named(keys, 6)}" if keys else "it has no keys"
 
 
 def read_weights(path: Path, param_key: str | None = None) -> dict[str, Tensor]:
@@ -423,10 +423,9 @@ def check_compatible(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
             f"asked for is {_with(wanted, differing)}"
         )
     names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise CheckpointError(
         f"the weights do not fit {_name(wanted)}; absent, unknown or of another size: "
-        f"{', '.join(names[:3])}{more}"
+        f"{named(names, 3)}"
     )
 
 

@@ -1,7 +1,7 @@
-"""How a message names what is near an unknown name."""
+"""How messages name things: what is near an unknown name, and the first few of many."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -27,3 +27,9 @@ def suggest_or_list(name: object, known: Iterable[object]) -> str:
     """Return the nearest name as `suggest` does, or all of them."""
     known = list(known)
     return suggest(name, known) or f"; there are: {', '.join(map(repr, known))}"
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """Name the first few of many things, and count the others."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -35,7 +35,6 @@ from dlgsanet_arch.data.pictures import PictureError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
@@ -47,6 +46,7 @@ from dlgsanet_arch.files import (
     unfinished,
     write_json,
 )
+from dlgsanet_arch.hints import named
 
 # Of what is written: another number makes finished folders count as made by another recipe.
 RECIPE_VERSION = 1

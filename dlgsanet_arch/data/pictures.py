@@ -34,8 +34,8 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
 
 # The suffixes that make a file a picture, in lower case, and the format that each announces.
 SUFFIXES = {

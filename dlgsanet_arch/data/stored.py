@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dlgsanet_arch.data.databases import DATA, META_INFO, open_database
 from dlgsanet_arch.data.pictures import SUFFIXES
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
 
 
 @dataclass

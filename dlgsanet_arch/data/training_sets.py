@@ -30,10 +30,10 @@ from dlgsanet_arch.data.sub_images import (
     crop_to_multiple,
     sub_images,
 )
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
+from dlgsanet_arch.hints import named
 
 Result = TypeVar("Result")
 

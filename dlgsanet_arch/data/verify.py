@@ -28,10 +28,10 @@ from dlgsanet_arch.data.similarity import (
 )
 from dlgsanet_arch.data.stored import Reader, Stored, look_into
 from dlgsanet_arch.data.sub_images import Picture
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
+from dlgsanet_arch.hints import named
 
 MOST_LISTED = 50
 # Folders of pictures to test on, and of none to train on.

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from dlgsanet_arch.data.databases import DATA, META_INFO
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Registered, Subject
 from dlgsanet_arch.options.known import DatasetKeys, known_dataset
 from dlgsanet_arch.options.places import data_faults, owner

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.checkpoint import CheckpointError, check_compatible, read_weights
+from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Registered, Subject
 from dlgsanet_arch.options.subject import is_number
 
 # Where files keep weights, by what each kind of run wants first.
 _KEYS_TO_TRAIN = ("params", "params_ema", "state_dict")
 _KEYS_TO_TEST = ("params_ema", "params", "state_dict")
-_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def _differences(network: Network, weights: Mapping[str, Tensor]) -> str:
         ),
     ):
         if names:
-            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-            parts.append(f"{what}: {', '.join(names[:_MOST_NAMED])}{more}")
+            parts.append(f"{what}: {named(names, 3)}")
     return "; ".join(parts)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dlgsanet_arch import metrics
 from dlgsanet_arch.data.pictures import SUFFIXES, read_8_bits
-from dlgsanet_arch.data.wording import named
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
 from dlgsanet_arch.tools import figures
 
 Picture = NDArray[np.uint8]
