@@ -434,7 +434,7 @@ def test_of_two_runs_started_together_one_runs(root, flags):
         (winner,) = (run for run in pair if run is not loser)
         said = loser.output.read_text()
         assert status == 1, said
-        assert f"the run {name} is being worked on by process" in said
+        assert f"the run {name} is being worked on by" in said
         winner.reaches(1)
         winner.signal(signal.SIGTERM)
         assert wait(winner) == 143, winner.output.read_text()[-3000:]

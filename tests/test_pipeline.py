@@ -83,7 +83,7 @@ def test_resumes_where_it_stopped(runs):
 def test_everything_is_below_the_folder_of_train_py(runs):
     checkout, elsewhere, *_ = runs
     assert listing(elsewhere) == ["test.yml", "train.yml"]
-    assert sorted(path.name for path in (checkout / "experiments").iterdir()) == ["small"]
+    assert [path.name for path in (checkout / "experiments").glob("[!.]*")] == ["small"]
 
 
 def test_the_figure_tested_is_the_figure_validated(runs):
@@ -270,7 +270,7 @@ def test_a_fixed_seed_repeats_a_run(root, options, tmp_path):
     for _ in range(2):
         pipeline.train(root, ["-opt", str(file)])
         weights.append(torch.load(root / "experiments/small/models/net_g_latest.pth")["params"])
-    archived = [path.name for path in (root / "experiments").iterdir()]
+    archived = [path.name for path in (root / "experiments").glob("[!.]*")]
     assert len(archived) == 2
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert all(tensor.isfinite().all() for tensor in weights[0].values())

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -30,22 +30,20 @@ def _current_folder(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(prepared: Prepared, processes: Processes, folder: Path) -> Iterator[None]:
-    """Hold the run's lock in the main process; what it says counts for all of them."""
-    what = f"the run {prepared.opt['name']}"
-    lock = one_run(folder.with_name(f".{folder.name}.lock"), what) if processes.is_main else None
-    error: Exception | None = None
-    if lock is not None:
-        try:
-            lock.__enter__()
-        except Exception as caught:
-            error = caught
-    processes.agree(error)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)
+def _alone(prepared: Prepared, processes: Processes, folder: Path) -> Iterator[str]:
+    """Hold the run's lock in the main process, for all of them; yield its warning, or ""."""
+    warning, error = "", None
+    with ExitStack() as stack:
+        if processes.is_main:
+            lock = one_run(
+                folder.with_name(f".{folder.name}.lock"), f"the run {prepared.opt['name']}"
+            )
+            try:
+                warning = stack.enter_context(lock)
+            except Exception as caught:
+                error = caught
+        processes.agree(error)
+        yield warning
 
 
 def _archive(folder: Path) -> Path:
@@ -94,7 +92,7 @@ def _opened(
         prepared = preparation.prepare(arguments, options, processes, train=train)
         opt = prepared.opt
         folder = Path(opt["path"]["experiments_root" if train else "results_root"])
-        with _alone(prepared, processes, folder):
+        with _alone(prepared, processes, folder) as lock_warning:
             from basicsr.utils import get_env_info, get_time_str, set_random_seed
             from basicsr.utils.options import dict2str
 
@@ -106,6 +104,8 @@ def _opened(
                 log.info(dict2str({key: value for key, value in opt.items() if key != "as_given"}))
                 for line in lines:
                     log.info(line)
+                if lock_warning:
+                    log.warning(lock_warning)
                 for is_warning, line in prepared.notes:
                     (log.warning if is_warning else log.info)(line)
                 torch.backends.cudnn.benchmark = True
