@@ -17,8 +17,8 @@ from basicsr.utils.matlab_functions import imresize
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark
 from dlgsanet_arch.data.benchmark import build, folder_sha256, report
-from dlgsanet_arch.data.known_sets import KNOWN, KnownSet, set_name
-from dlgsanet_arch.data.layouts import Original, find_source
+from dlgsanet_arch.data.benchmarks import KNOWN, KnownSet, set_name
+from dlgsanet_arch.data.discovery import Original, find_source
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.errors import UserError
 

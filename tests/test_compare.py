@@ -14,8 +14,8 @@ from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
 from dlgsanet_arch.cli import main
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference import Upscaler
-from dlgsanet_arch.tools import crops, figures
-from dlgsanet_arch.tools.crops import Box, Panel
+from dlgsanet_arch.tools import crop_figure, figures
+from dlgsanet_arch.tools.crop_figure import Box, Panel
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def find_block(picture, block):
 
 def test_figures_are_those_of_basicsr(hr):
     result = noisy(hr, 1)
-    first, last = crops.panels(hr, {"A": result}, 4)
+    first, last = crop_figure.panels(hr, {"A": result}, 4)
     pair = [picture[..., ::-1] for picture in (result, hr)]
     assert first.psnr == pytest.approx(calculate_psnr(*pair, 4, test_y_channel=True), abs=1e-4)
     assert first.ssim == pytest.approx(calculate_ssim(*pair, 4, test_y_channel=True), abs=1e-4)
@@ -65,14 +65,14 @@ def test_figures_are_those_of_basicsr(hr):
 
 def test_result_of_uncropped_hr_is_cut_and_others_are_refused(hr):
     larger = np.pad(hr, ((0, 3), (0, 1), (0, 0)))
-    assert crops.panels(hr, {"A": larger}, 4)[0].psnr == float("inf")
+    assert crop_figure.panels(hr, {"A": larger}, 4)[0].psnr == float("inf")
     for wrong in (np.pad(hr, ((0, 4), (0, 0), (0, 0))), hr[1:]):
         with pytest.raises(UserError, match=r"A is .* and HR is 104x72"):
-            crops.panels(hr, {"A": wrong}, 4)
+            crop_figure.panels(hr, {"A": wrong}, 4)
     with pytest.raises(UserError, match="A cannot be measured"):
-        crops.panels(hr[:16, :16], {"A": hr[:16, :16]}, 4)
+        crop_figure.panels(hr[:16, :16], {"A": hr[:16, :16]}, 4)
     with pytest.raises(UserError, match="2 to 8 crops"):
-        crops.panels(hr, {str(i): hr for i in range(8)}, 4)
+        crop_figure.panels(hr, {str(i): hr for i in range(8)}, 4)
 
 
 def test_box_goes_where_methods_differ_and_not_where_hr_does(hr):
@@ -80,44 +80,47 @@ def test_box_goes_where_methods_differ_and_not_where_hr_does(hr):
     one[20:36, 60:76] = 0
     other[20:36, 60:76] = 255
     one[50:66, 5:21] = other[50:66, 5:21] = 0  # both are wrong, and alike
-    made = crops.panels(hr, {"bicubic": hr, "A": one, "B": other}, 2)
-    assert crops.telling_box(made, 16) == Box(60, 20, 16)
+    made = crop_figure.panels(hr, {"bicubic": hr, "A": one, "B": other}, 2)
+    assert crop_figure.most_different_crop(made, 16) == Box(60, 20, 16)
     # One method: it is held against bicubic. None: bicubic against HR.
-    assert crops.telling_box(crops.panels(hr, {"bicubic": other, "A": one}, 2), 16) == Box(
-        60, 20, 16
+    assert crop_figure.most_different_crop(
+        crop_figure.panels(hr, {"bicubic": other, "A": one}, 2), 16
+    ) == Box(60, 20, 16)
+    assert (
+        crop_figure.most_different_crop(crop_figure.panels(hr, {"bicubic": other}, 2), 16).side
+        == 16
     )
-    assert crops.telling_box(crops.panels(hr, {"bicubic": other}, 2), 16).side == 16
 
 
 def test_bicubic_has_no_say_beside_two_methods(hr):
     one, bicubic = hr.copy(), hr.copy()
     one[20:36, 60:76] ^= 16
     bicubic[40:56, 10:26] ^= 128  # by far the larger difference
-    made = crops.panels(hr, {"bicubic": bicubic, "A": one, "B": hr}, 2)
-    assert crops.telling_box(made, 16) == Box(60, 20, 16)
+    made = crop_figure.panels(hr, {"bicubic": bicubic, "A": one, "B": hr}, 2)
+    assert crop_figure.most_different_crop(made, 16) == Box(60, 20, 16)
 
 
 def test_box_of_methods_that_do_not_differ_and_of_the_whole(hr):
-    made = crops.panels(hr, {"bicubic": hr, "A": hr, "B": hr}, 2)
-    assert crops.telling_box(made, 16) == Box(0, 0, 16)
-    assert crops.telling_box(made, 72).side == 72
+    made = crop_figure.panels(hr, {"bicubic": hr, "A": hr, "B": hr}, 2)
+    assert crop_figure.most_different_crop(made, 16) == Box(0, 0, 16)
+    assert crop_figure.most_different_crop(made, 72).side == 72
     for side in (73, 0, -5):
         with pytest.raises(UserError, match="box"):
-            crops.telling_box(made, side)
+            crop_figure.most_different_crop(made, side)
 
 
 @pytest.mark.parametrize("box", [Box(-1, 0, 8), Box(0, 65, 8), Box(97, 0, 8), Box(0, 0, 3)])
 def test_boxes_outside_are_refused(hr, box):
     with pytest.raises(UserError, match="box"):
-        crops.check_box(box, hr)
+        crop_figure.check_box(box, hr)
 
 
 @pytest.mark.parametrize("count", range(2, 9))
 def test_crops_keep_their_pixels(hr, tmp_path, count):
     """Each is in the file once, each pixel a square of whole pixels, in the order given."""
-    made = crops.panels(hr, {f"method {i}": noisy(hr, i) for i in range(count - 1)}, 2)
+    made = crop_figure.panels(hr, {f"method {i}": noisy(hr, i) for i in range(count - 1)}, 2)
     box = Box(31, 17, 26)
-    figures.save_figure(crops.draw(made, box, name="picture", scale=2), tmp_path / "a.png")
+    figures.save_figure(crop_figure.draw(made, box, name="picture", scale=2), tmp_path / "a.png")
     drawn = cv2.imread(str(tmp_path / "a.png"))[..., ::-1]
     places = []
     for panel in made:
@@ -131,12 +134,12 @@ def test_crops_keep_their_pixels(hr, tmp_path, count):
 def test_long_names_wrap_and_are_no_formulas(hr):
     name = "a_method_with_a_name_that_has_no_end_and no spaces $x^2$ for " + 40 * "W"
     made = [Panel(name, hr, 30.0, 0.9), Panel("HR", hr)]
-    figure = crops.draw(made, Box(0, 0, 26), name=3 * name, scale=2)
-    texts = [text.get_text() for text in figure.texts]
+    drawn = crop_figure.draw(made, Box(0, 0, 26), name=3 * name, scale=2)
+    texts = [text.get_text() for text in drawn.texts]
     assert max(map(len, texts)) < 100
     assert "a_method_with_a_name_that_" in texts
     assert "".join(texts).replace(" ", "").count("nospaces$x^2$for") == 4
-    assert not any(text.get_parse_math() for text in figure.texts)
+    assert not any(text.get_parse_math() for text in drawn.texts)
 
 
 def test_results_are_found_by_name(tmp_path):
@@ -145,21 +148,21 @@ def test_results_are_found_by_name(tmp_path):
     (tmp_path / "a_more.png").touch()
     (tmp_path / "img_1.txt").touch()
     for name, file in (("img_1", "img_1_EDSR.png"), ("baby", "babyx4.png"), ("a", "a.png")):
-        assert crops.find_result(tmp_path, name).name == file
-    assert crops.find_result(tmp_path / "a.png", "other") == tmp_path / "a.png"
+        assert crop_figure.find_result(tmp_path, name).name == file
+    assert crop_figure.find_result(tmp_path / "a.png", "other") == tmp_path / "a.png"
     with pytest.raises(UserError, match=r"several results of img.*img_1_EDSR.*name one file"):
-        crops.find_result(tmp_path, "img")
+        crop_figure.find_result(tmp_path, "img")
     with pytest.raises(UserError, match="no result of nothing"):
-        crops.find_result(tmp_path, "nothing")
+        crop_figure.find_result(tmp_path, "nothing")
     with pytest.raises(UserError, match="does not exist"):
-        crops.find_result(tmp_path / "absent", "a")
+        crop_figure.find_result(tmp_path / "absent", "a")
 
 
 def test_scale_of_a_pair(hr):
-    assert crops.scale_between(hr[:71], hr[:35, :52]) == 2
+    assert crop_figure.scale_between(hr[:71], hr[:35, :52]) == 2
     for lr in (hr[:36, :51], np.pad(hr, ((0, 1), (0, 0), (0, 0)))):
         with pytest.raises(UserError, match="no small version"):
-            crops.scale_between(hr, lr)
+            crop_figure.scale_between(hr, lr)
 
 
 def test_command(hr, weights, tmp_path, capsys):

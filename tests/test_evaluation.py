@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.evaluation import Evaluation, EvaluationError, Row
-from dlgsanet_arch.pipeline.processes import ElsewhereError, Processes
+from dlgsanet_arch.pipeline.processes import Processes, RemoteRankError
 from dlgsanet_arch.tiles import self_ensemble
 
 PICTURES = 5
@@ -317,7 +317,7 @@ def test_a_rank_that_fails_stops_the_others_with_its_reason(data, tmp_path):
     opt = complete(tmp_path, broken)
     models = [built(SRModel, opt) for _ in range(3)]
     found = in_ranks(3, lambda each: evaluate(models[each.rank], opt, each))
-    assert [type(error) for error in found] == [ElsewhereError, EvaluationError, ElsewhereError]
+    assert [type(error) for error in found] == [RemoteRankError, EvaluationError, RemoteRankError]
     assert all("LR/picture1.png of the data set made_val" in str(error) for error in found)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlgsanet_arch.data import pictures
-from dlgsanet_arch.data.pictures import (
+from dlgsanet_arch.data import images as pictures
+from dlgsanet_arch.data.images import (
     PictureError,
     PictureFile,
     find_pictures,

@@ -170,7 +170,7 @@ def test_applied_edits_hold_as_if_they_had_always_done(make, iteration):
     as_edited = AsEdited(resumed)
     resumed.optimizers[0].load_state_dict(old.optimizers[0].state_dict())
     resumed.schedulers[0].load_state_dict(old.schedulers[0].state_dict())
-    as_edited.put_in_force(resumed, iteration)
+    as_edited.apply(resumed, iteration)
     found = [resumed.step(at) for at in range(iteration + 1, 13)]
     assert found == pytest.approx(expected[iteration:], rel=1e-12)
     assert resumed.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)

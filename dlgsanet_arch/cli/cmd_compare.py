@@ -96,33 +96,33 @@ def _add(results: dict[str, Any], label: str, picture: Any) -> None:
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the figure, and print the figures under the crops."""
+    """Write the figure, and print the figures under the crop_figure."""
     arguments = build_parser().parse_args(argv)
-    from dlgsanet_arch.tools import crops, figures
+    from dlgsanet_arch.tools import crop_figure, figures
 
     figures.check_figure_path(arguments.output)
     if arguments.box and arguments.size is not None:
         raise UserError("--box names the side of the detail already: leave out --size")
     given = len(arguments.result) + len(arguments.weights) + 2
-    if given > crops.MOST:
+    if given > crop_figure.MOST:
         raise UserError(
-            f"the figure has {crops.MOST} crops at most, bicubic and HR among them; got {given}"
+            f"the figure has {crop_figure.MOST} crops at most, with bicubic and HR; got {given}"
         )
     from dlgsanet_arch.checkpoint import read_checkpoint
     from dlgsanet_arch.data.bicubic import bicubic
     from dlgsanet_arch.inference import Upscaler
 
-    hr = crops.read_rgb(arguments.hr)
+    hr = crop_figure.read_rgb(arguments.hr)
     weights = [
         (label, path, read_checkpoint(path, arguments.param_key))
         for label, path in arguments.weights
     ]
-    lr = crops.read_rgb(arguments.lr) if arguments.lr else None
+    lr = crop_figure.read_rgb(arguments.lr) if arguments.lr else None
     told = {f"{path} is of x{each.scale}": each.scale for _, path, each in weights}
     if arguments.scale is not None:
         told[f"--scale is {arguments.scale}"] = arguments.scale
     if lr is not None:
-        between = crops.scale_between(hr, lr)
+        between = crop_figure.scale_between(hr, lr)
         told[f"{arguments.lr} makes it x{between}"] = between
     scale = _agreed(told)
     if not 1 <= scale <= min(hr.shape[:2]):
@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     results = {"bicubic": bicubic(lr, scale)}
     for label, place in arguments.result:
-        found = crops.find_result(place, arguments.hr.stem)
-        _add(results, label or place.stem, crops.read_rgb(found))
+        found = crop_figure.find_result(place, arguments.hr.stem)
+        _add(results, label or place.stem, crop_figure.read_rgb(found))
     for label, path, checkpoint in weights:
         upscaler = Upscaler(
             checkpoint,
@@ -147,14 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = checkpoint.name
         _add(results, label or (f"{name} ({path.stem})" if name in results else name), upscaler(lr))
 
-    made = crops.panels(hr, results, scale)
+    made = crop_figure.panels(hr, results, scale)
     if arguments.box:
-        box = crops.Box(*arguments.box)
+        box = crop_figure.Box(*arguments.box)
     else:
-        side = crops.usual_side(hr) if arguments.size is None else arguments.size
-        box = crops.telling_box(made, side)
-    figure = crops.draw(made, box, name=arguments.hr.stem, scale=scale)
-    figures.save_figure(figure, arguments.output)
+        side = crop_figure.usual_side(hr) if arguments.size is None else arguments.size
+        box = crop_figure.most_different_crop(made, side)
+    drawn = crop_figure.draw(made, box, name=arguments.hr.stem, scale=scale)
+    figures.save_figure(drawn, arguments.output)
     for panel in made[:-1]:
         print(f"{panel.label}: {panel.figures}")
     print(f"box: {box.left} {box.top} {box.side}")

@@ -68,10 +68,10 @@ def _official(arguments: argparse.Namespace) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from dlgsanet_arch.data import benchmark, known_sets, layouts
+    from dlgsanet_arch.data import benchmark, benchmarks, discovery
 
-    name = known_sets.set_name(arguments.name)
-    source = arguments.hr or layouts.find_source(name, arguments.root)
+    name = benchmarks.set_name(arguments.name)
+    source = arguments.hr or discovery.find_source(name, arguments.root)
     summary = benchmark.build(
         name,
         source,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dlgsanet_arch.data.pictures import SUFFIXES
+from dlgsanet_arch.data.images import SUFFIXES
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, unfinished

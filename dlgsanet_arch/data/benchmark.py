@@ -26,12 +26,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dlgsanet_arch.data.benchmarks import KNOWN, set_name
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.known_sets import KNOWN, set_name
-from dlgsanet_arch.data.layouts import Layout, Original, find_layout
-from dlgsanet_arch.data.pictures import PictureError, read_8_bits
+from dlgsanet_arch.data.discovery import Layout, Original, find_layout
+from dlgsanet_arch.data.images import PictureError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple

@@ -14,7 +14,7 @@ from pathlib import Path
 from dlgsanet_arch.data import training_sets
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.pictures import PictureError, read_8_bits
+from dlgsanet_arch.data.images import PictureError, read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, Source, Summary
 from dlgsanet_arch.errors import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlgsanet_arch.data.databases import DATA, META_INFO, open_database
-from dlgsanet_arch.data.pictures import SUFFIXES
+from dlgsanet_arch.data.images import SUFFIXES
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 
@@ -91,10 +91,10 @@ def _database(path: Path) -> Stored:
             f"{META_INFO} names keys more than once, or keys that differ only behind a dot: "
             f"{_quoted(twice)}; --fix writes a new database"
         )
-    ghosts = sorted(listed.keys() - entries)
-    if ghosts:
+    missing_keys = sorted(listed.keys() - entries)
+    if missing_keys:
         stored.faults.append(
-            f"{META_INFO} names keys that are not in the database: {_quoted(ghosts)}; --fix "
+            f"{META_INFO} names keys that are not in the database: {_quoted(missing_keys)}; --fix "
             "writes a new one without them"
         )
     silent = sorted(entries - listed.keys())

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.pictures import PictureError, find_pictures, read_8_bits
+from dlgsanet_arch.data.images import PictureError, find_pictures, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,

@@ -15,9 +15,9 @@ from pathlib import Path, PurePath
 from statistics import median
 from typing import Any, NamedTuple
 
+from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.known_sets import known_name
-from dlgsanet_arch.data.pictures import SUFFIXES, PictureError, decode_8_bits, picture_key
+from dlgsanet_arch.data.images import SUFFIXES, PictureError, decode_8_bits, picture_key
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.similarity import (
     Thumbnail,

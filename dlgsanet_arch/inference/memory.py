@@ -23,14 +23,14 @@ _SAID = re.compile(
 )
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory did not suffice, of a device's or the machine's."""
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
     )
 
 
-def let_go(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     """Give back what PyTorch keeps for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

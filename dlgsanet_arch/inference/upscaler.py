@@ -293,18 +293,18 @@ class Upscaler:
             run, pictures, self.checkpoint.scale, side, overlap, progress, together
         )
 
-    def _patiently(self, work: Callable[[int], Any], height: int, width: int, count: int) -> Any:
+    def _retry_on_oom(self, work: Callable[[int], Any], height: int, width: int, count: int) -> Any:
         """Return work(tile), with smaller tiles as long as memory does not suffice."""
         tile = self.choose_tile(height, width, count)
         while True:
             try:
                 return work(tile)
             except Exception as error:
-                if not memory.ran_out(error):
+                if not memory.is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
             # Out of the handler: the error held the frames that held the memory.
-            memory.let_go(self.device)
+            memory.empty_cache(self.device)
             side = tile or max(height, width)
             if side <= LEAST_TILE:
                 raise UpscaleError(
@@ -397,7 +397,7 @@ class Upscaler:
             )
         stack = np.stack([each[..., None] if flat else each for each in pictures])
         height, width = first.shape[:2]
-        made = self._patiently(
+        made = self._retry_on_oom(
             lambda tile: self._pictures(stack, tile, progress), height, width, len(stack)
         )
         return [each[..., 0] if flat else each for each in made]
@@ -418,7 +418,7 @@ class Upscaler:
 
         made = torch.cat(
             [
-                self._patiently(partial(work, chunk, steps.next()), height, width, len(chunk))
+                self._retry_on_oom(partial(work, chunk, steps.next()), height, width, len(chunk))
                 for chunk in pictures.split(self.batch)
             ]
         )
@@ -481,7 +481,7 @@ class Upscaler:
         try:
             (whole,) = self._rows(given, peak, 0, None)
         except Exception as error:
-            if memory.ran_out(error):
+            if memory.is_out_of_memory(error):
                 raise UpscaleError(
                     f"memory on {self.device} does not suffice for the whole picture, which tiles "
                     "are to be compared with: take a smaller one"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dlgsanet_arch.data.pictures import Pixels
+from dlgsanet_arch.data.images import Pixels
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import written_whole
 

@@ -1,11 +1,11 @@
 """What an option file may say: read, overridden and checked before anything is created.
 
 `problems` runs every function of `CHECKS` and lists all they found; `refuse` makes one error of it.
-A check is a generator: it takes a `Subject` and yields one line a problem, "datasets:train:gt_size:
+A check is a generator: it takes a `Context` and yields one line a problem, "datasets:train:gt_size:
 what is wrong; the fix". To add a check, write it where its like are and name it in that file's
-`CHECKS`: `presence` has what must be there, `keys` what may be there, `values` what it may be,
-`agreement` what must fit together, and `places` the files that are named. A check must bear any
-YAML: a section may be absent, empty or no section at all, which `presence` alone reports. What
+`CHECKS`: `required` has what must be there, `keys` what may be there, `values` what it may be,
+`cross_checks` what must fit together, and `paths` the files that are named. A check must bear any
+YAML: a section may be absent, empty or no section at all, which `required` alone reports. What
 pictures and weights hold is looked at by the pipeline.
 """
 
@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.options import agreement, keys, places, presence, values
+from dlgsanet_arch.options import cross_checks, keys, paths, required, values
+from dlgsanet_arch.options.context import Context, OptionsError, Registered
 from dlgsanet_arch.options.reading import load, override, parse_value
-from dlgsanet_arch.options.subject import OptionsError, Registered, Subject
 
 __all__ = [
+    "Context",
     "OptionsError",
     "Registered",
-    "Subject",
     "load",
     "override",
     "parse_value",
@@ -28,7 +28,7 @@ __all__ = [
     "refuse",
 ]
 
-CHECKS = (*presence.CHECKS, *keys.CHECKS, *values.CHECKS, *agreement.CHECKS, *places.CHECKS)
+CHECKS = (*required.CHECKS, *keys.CHECKS, *values.CHECKS, *cross_checks.CHECKS, *paths.CHECKS)
 
 
 def problems(
@@ -51,8 +51,8 @@ def problems(
     Returns:
         One line a problem: the key's path, what is wrong, the fix.
     """
-    subject = Subject(options, train, root, registered)
-    return [problem for find in CHECKS for problem in find(subject)]
+    context = Context(options, train, root, registered)
+    return [problem for find in CHECKS for problem in find(context)]
 
 
 def refuse(found: Sequence[str]) -> None:

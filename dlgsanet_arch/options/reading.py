@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from dlgsanet_arch.hints import suggest
-from dlgsanet_arch.options.known import FREE, known_in, read_by
-from dlgsanet_arch.options.subject import OptionsError, Subject
+from dlgsanet_arch.options.context import Context, OptionsError
+from dlgsanet_arch.options.schema import FREE, known_in, read_by
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,12 +94,12 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _fault_of_new(subject: Subject, section: str, key: str) -> str:
+def _fault_of_new(context: Context, section: str, key: str) -> str:
     """Say why a key cannot be added to a section, or nothing."""
     above = section or "the option file"
     if section in FREE:
-        return f"{above} has no key {key!r}{suggest(key, subject.section(section))}"
-    known = known_in(subject, section)
+        return f"{above} has no key {key!r}{suggest(key, context.section(section))}"
+    known = known_in(context, section)
     if section in ("", "train") and read_by(key):
         return ""  # another model may be meant: `problems` looks at the whole
     meant = None if known is None else known.misspelt(key)
@@ -115,14 +115,14 @@ def _set(options: dict[str, Any], path: str, value: Any) -> str:
     Returns:
         Why it cannot be set, or nothing.
     """
-    subject = Subject(options, True, Path(), None)
+    context = Context(options, True, Path(), None)
     keys = path.split(":")
     node: Any = options
     for depth, key in enumerate(keys, 1):
         above = ":".join(keys[: depth - 1])
         if not isinstance(node, dict):
             return f"{above} is no section of keys; it is {node!r}"
-        if key not in node and (fault := _fault_of_new(subject, above, key)):
+        if key not in node and (fault := _fault_of_new(context, above, key)):
             return fault
         if depth == len(keys):
             node[key] = value

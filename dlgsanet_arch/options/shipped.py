@@ -7,7 +7,7 @@ package; the build of a wheel copies them to option_files/ within it.
 from pathlib import Path
 
 from dlgsanet_arch.hints import suggest
-from dlgsanet_arch.options.subject import OptionsError
+from dlgsanet_arch.options.context import OptionsError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "option_files"

@@ -8,7 +8,8 @@ import torch
 
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.known import (
+from dlgsanet_arch.options.context import Context, is_number
+from dlgsanet_arch.options.schema import (
     ANY_OPTIMIZER,
     SCHEDULERS,
     arguments,
@@ -16,7 +17,6 @@ from dlgsanet_arch.options.known import (
     parameters_of,
     torch_optimizers,
 )
-from dlgsanet_arch.options.subject import Subject, is_number
 
 # Keys, wherever they stand, whose value is computed with.
 _ABOVE_ZERO = frozenset(
@@ -68,9 +68,9 @@ _CHOICES = {
 }
 
 
-def matching(subject: Subject, patterns: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def matching(context: Context, patterns: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield path, value and the pattern's entry for each value whose path matches a pattern."""
-    for path, value in subject.values():
+    for path, value in context.values():
         for pattern, entry in patterns.items():
             if path.count(":") == pattern.count(":") and fnmatchcase(path, pattern):
                 yield path, value, entry
@@ -84,21 +84,21 @@ def _number_for(text: str) -> str:
     return f"; write {text} without quotes"
 
 
-def _numeric_arguments(subject: Subject) -> frozenset[str]:
+def _numeric_arguments(context: Context) -> frozenset[str]:
     """Return the paths of arguments whose annotation or default says that they are numbers."""
     paths = set()
-    for path, _ in subject.sections():
-        found = arguments(subject, path)
+    for path, _ in context.sections():
+        found = arguments(context, path)
         for name, entry in (parameters_of(found[0]) if found else {}).items():
             if entry.annotation in (int, float) or is_number(entry.default):
                 paths.add(f"{path}:{name}")
     return frozenset(paths)
 
 
-def _numbers(subject: Subject) -> Iterator[str]:
+def _numbers(context: Context) -> Iterator[str]:
     """BasicSR fails on text in place of a number only when it computes."""
-    numeric_arguments = _numeric_arguments(subject)
-    for path, value in subject.values():
+    numeric_arguments = _numeric_arguments(context)
+    for path, value in context.values():
         key = path.rpartition(":")[2]
         if key in _YES_OR_NO and isinstance(value, str):
             yield f"{path}: must be true or false; got the text {value!r}"
@@ -116,10 +116,10 @@ def _numbers(subject: Subject) -> Iterator[str]:
             yield f"{path}: must be 0 or above; got {value!r}"
 
 
-def _names(subject: Subject) -> Iterator[str]:
+def _names(context: Context) -> Iterator[str]:
     """BasicSR makes paths of names; YAML reads a name such as 291 as a number."""
-    names = {"name": subject.options.get("name")}
-    for phase, dataset in subject.datasets():
+    names = {"name": context.options.get("name")}
+    for phase, dataset in context.datasets():
         names |= {f"datasets:{phase}:{key}": dataset.get(key) for key in ("name", "filename_tmpl")}
     for path, name in names.items():
         if name is not None and not isinstance(name, str):
@@ -127,14 +127,14 @@ def _names(subject: Subject) -> Iterator[str]:
             yield f"{path}: must be text; got {name!r}; write it in quotes: '{text}'"
 
 
-def _choices(subject: Subject) -> Iterator[str]:
+def _choices(context: Context) -> Iterator[str]:
     """BasicSR takes any other `better` for "lower", and refuses the rest after the run began."""
     patterns: dict[str, Any] = dict(_CHOICES)
-    if known_model(subject) is not None:
-        any_optimizer = subject.options["model_type"] == ANY_OPTIMIZER
+    if known_model(context) is not None:
+        any_optimizer = context.options["model_type"] == ANY_OPTIMIZER
         patterns["train:optim_*:type"] = torch_optimizers() if any_optimizer else ("Adam",)
         patterns["train:scheduler:type"] = tuple(SCHEDULERS)
-    for path, value, choices in matching(subject, patterns):
+    for path, value, choices in matching(context, patterns):
         if value is not None and value not in choices:
             hint = suggest_or_list(value, choices)
             if choices == ("Adam",) and value in torch_optimizers():
@@ -142,11 +142,11 @@ def _choices(subject: Subject) -> Iterator[str]:
             yield f"{path}: {value!r} is not known{hint}"
 
 
-def _networks(subject: Subject) -> Iterator[str]:
+def _networks(context: Context) -> Iterator[str]:
     """Compare a DLGSANet's arguments with what they may be, then build it without memory."""
     known = parameters_of(DLGSANet)
-    for key in subject.networks():
-        network = subject.section(key)
+    for key in context.networks():
+        network = context.section(key)
         if network.get("type") != "DLGSANet":
             continue
         valid = {}

@@ -210,7 +210,7 @@ class Training:
         as_edited = resume.AsEdited(model) if apply_edits else None
         model.resume_training(state)
         if as_edited is not None:
-            as_edited.put_in_force(model, iteration)
+            as_edited.apply(model, iteration)
         restore(model, self._saver, state)
         generators = state.get("randomness", ())
         if len(generators) == self._processes.world:

@@ -16,7 +16,7 @@ from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.errors import ResumeError, UserError
 from dlgsanet_arch.options import shipped
-from dlgsanet_arch.options.subject import is_whole
+from dlgsanet_arch.options.context import is_whole
 from dlgsanet_arch.pipeline import scan, weights
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.resume import Start, find_start

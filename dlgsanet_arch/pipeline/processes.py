@@ -19,7 +19,7 @@ _PATIENCE = timedelta(days=30)
 _DEFAULT_PORT = "29500"  # PyTorch's own
 
 
-class ElsewhereError(UserError):
+class RemoteRankError(UserError):
     """Another process of the run has an error, which it reports itself."""
 
 
@@ -70,14 +70,14 @@ class Processes:
 
         Raises:
             Exception: `error` itself, on the process that has it.
-            ElsewhereError: On the others.
+            RemoteRankError: On the others.
         """
         found = self.gather(None if error is None else str(error).partition("\n")[0])
         if error is not None:
             raise error
         for rank, text in enumerate(found):
             if text is not None:
-                raise ElsewhereError(f"process {rank} stopped: {text}")
+                raise RemoteRankError(f"process {rank} stopped: {text}")
 
     def flag(self) -> "Flag":
         """Return a flag that any process may raise and all see at the same iteration."""

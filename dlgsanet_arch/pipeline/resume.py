@@ -193,7 +193,7 @@ class AsEdited:
         ]
         self._schedulers = [scheduler.state_dict() for scheduler in model.schedulers]
 
-    def put_in_force(self, model: Any, iteration: int) -> None:
+    def apply(self, model: Any, iteration: int) -> None:
         """Set them on `model`, which has `iteration` iterations behind it."""
         for optimizer, groups in zip(model.optimizers, self._groups, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):

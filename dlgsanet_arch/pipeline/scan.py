@@ -22,10 +22,10 @@ from PIL import Image
 from dlgsanet_arch.data.databases import DATA, META_INFO
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
-from dlgsanet_arch.options import Registered, Subject
-from dlgsanet_arch.options.known import DatasetKeys, known_dataset
-from dlgsanet_arch.options.places import data_faults, owner
-from dlgsanet_arch.options.subject import is_number, is_whole
+from dlgsanet_arch.options import Context, Registered
+from dlgsanet_arch.options.context import is_number, is_whole
+from dlgsanet_arch.options.paths import data_faults, owner
+from dlgsanet_arch.options.schema import DatasetKeys, known_dataset
 from dlgsanet_arch.pipeline import weights
 from dlgsanet_arch.pipeline.lmdb_index import Value, read_index
 
@@ -160,13 +160,13 @@ def _list_faults(lines: Sequence[str], index: Mapping[str, Value]) -> Iterator[s
     twice = sorted(key for key, count in listed.items() if count > 1)
     if twice:
         yield f"lists keys more than once, or with more behind a dot: {_quoted(twice)}"
-    ghosts = sorted(listed.keys() - index.keys())
-    if ghosts:
+    missing_keys = sorted(listed.keys() - index.keys())
+    if missing_keys:
         dots = any(key.split(".")[0] in listed for key in index if "." in key)
         reason = " (keys end at their first dot: name them without)" if dots else ""
-        yield f"lists keys that it does not hold{reason}: {_quoted(ghosts)}"
+        yield f"lists keys that it does not hold{reason}: {_quoted(missing_keys)}"
     silent = sorted(index.keys() - listed.keys())
-    if silent and not ghosts:
+    if silent and not missing_keys:
         yield (
             f"holds {len(silent)} pictures that {META_INFO} does not list and that are never read: "
             f"{_quoted(silent)}"
@@ -243,7 +243,7 @@ class _SetScan:
 
     def __init__(
         self,
-        subject: Subject,
+        context: Context,
         phase: str,
         reads: DatasetKeys,
         databases: dict[Path, _Database],
@@ -251,8 +251,8 @@ class _SetScan:
     ) -> None:
         self._phase = phase
         self._path = f"datasets:{phase}"
-        self._options = subject.section(self._path)
-        self._subject = subject
+        self._options = context.section(self._path)
+        self._subject = context
         self._reads = reads
         self._databases = databases
         self._scan = scan
@@ -502,15 +502,15 @@ def scan(
         train: Whether they are to train, else to test.
         registered: What is in BasicSR's registries: sets of somebody else's type are left alone.
     """
-    subject = Subject(options, train, root, registered)
+    context = Context(options, train, root, registered)
     databases: dict[Path, _Database] = {}
     found = Scan()
-    for phase, dataset in subject.datasets():
-        reads = known_dataset(subject, dataset.get("type"))
-        backend = subject.section(f"datasets:{phase}:io_backend").get("type")
+    for phase, dataset in context.datasets():
+        reads = known_dataset(context, dataset.get("type"))
+        backend = context.section(f"datasets:{phase}:io_backend").get("type")
         known = reads is not None and backend in ("disk", "lmdb")
         named_all = known and all(isinstance(dataset.get(key), str) for key in reads.folders)
-        if not named_all or any(data_faults(subject, phase, dataset)):
+        if not named_all or any(data_faults(context, phase, dataset)):
             continue
         if backend == "disk" and dataset["type"] == "FFHQDataset":
             found.samples[phase] = _FFHQ_PICTURES
@@ -522,7 +522,7 @@ def scan(
         ):
             continue
         try:
-            _SetScan(subject, phase, reads, databases, found).run()
+            _SetScan(context, phase, reads, databases, found).run()
         except (OSError, UserError) as error:
             found.problems.append(f"datasets:{phase}: {error}")
     return found
@@ -538,7 +538,7 @@ def batch_problems(
         samples: Of each phase, as `scan` counted them.
         copies: Processes, or GPUs of one process, that take a batch each.
     """
-    dataset = Subject(options, True, Path(), None).section("datasets:train")
+    dataset = Context(options, True, Path(), None).section("datasets:train")
     batch, ratio = dataset.get("batch_size_per_gpu"), dataset.get("dataset_enlarge_ratio", 1)
     count = samples.get("train")
     if not count or not is_whole(batch) or not is_number(ratio):
@@ -568,12 +568,12 @@ def _folder_problem(folder: Path) -> str:
     return ""
 
 
-def _pair_size(subject: Subject) -> int:
+def _pair_size(context: Context) -> int:
     """Return the bytes of a saved pair, all networks and the state, as far as it can be told."""
-    average = subject.section("train").get("ema_decay", 0)
+    average = context.section("train").get("ema_decay", 0)
     size = 0
-    for key in subject.networks():
-        network = weights.build(subject, key)
+    for key in context.networks():
+        network = weights.build(context, key)
         if network is not None:
             copies = 2 if key == "network_g" and is_number(average) and average > 0 else 1
             size += _BYTES * (network.values * copies + network.trained * _ADAM_STATES)
@@ -599,9 +599,9 @@ def check_disk(
     problem = _folder_problem(run)
     if problem or not train:
         return [problem] if problem else [], []
-    subject = Subject(options, train, root, registered or weights.registered_networks())
-    size = _pair_size(subject)
-    logger, total = subject.section("logger"), subject.section("train")["total_iter"]
+    context = Context(options, train, root, registered or weights.registered_networks())
+    size = _pair_size(context)
+    logger, total = context.section("logger"), context.section("train")["total_iter"]
     saved = max(1, int(total // logger["save_checkpoint_freq"]))
     count = min(saved, logger.get("keep_last") or saved) + 1  # and what the end or the best leaves
     free = shutil.disk_usage(_nearest_existing(run)).free

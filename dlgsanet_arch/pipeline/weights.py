@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dlgsanet_arch.checkpoint import CheckpointError, check_compatible, read_weights
 from dlgsanet_arch.hints import named
-from dlgsanet_arch.options import Registered, Subject
-from dlgsanet_arch.options.subject import is_number
+from dlgsanet_arch.options import Context, Registered
+from dlgsanet_arch.options.context import is_number
 
 # Where files keep weights, by what each kind of run wants first.
 _KEYS_TO_TRAIN = ("params", "params_ema", "state_dict")
@@ -79,19 +79,19 @@ def _built(thing: Any, arguments: str) -> Network:
     return Network(shapes, sum(parameter.numel() for parameter in network.parameters()))
 
 
-def build(subject: Subject, key: str) -> Network | None:
+def build(context: Context, key: str) -> Network | None:
     """Find out what the network of an option file's section holds.
 
     Args:
-        subject: The options.
+        context: The options.
         key: The section, such as "network_g".
 
     Returns:
         What it holds; None where its type or its arguments are wrong, which the check of the
         options reports.
     """
-    arguments = {name: value for name, value in subject.section(key).items() if name != "type"}
-    thing = subject.registered_as("arch", subject.section(key).get("type"))
+    arguments = {name: value for name, value in context.section(key).items() if name != "type"}
+    thing = context.registered_as("arch", context.section(key).get("type"))
     try:
         inspect.signature(thing).bind(**arguments)
         text = json.dumps(arguments)
@@ -141,10 +141,10 @@ def _keys_of(file: Path) -> list[str]:
 
 
 class _Check:
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, context: Context) -> None:
         self.found = WeightsCheck()
-        self._subject = subject
-        self._paths = subject.section("path")
+        self._subject = context
+        self._paths = context.section("path")
 
     def resumed(self, key: str, file: Path) -> None:
         """Check the weights that belong to the state that a run goes on from."""
@@ -262,12 +262,12 @@ def check(
         registered: What is in BasicSR's registries.
         resumed: The files of the networks that come with a saved state, by "network_g".
     """
-    subject = Subject(options, train, root, registered)
-    checking = _Check(subject)
-    for key in subject.networks():
-        network = build(subject, key)
-        if network is not None and network.fault and subject.section(key)["type"] != "DLGSANet":
-            kind = subject.section(key)["type"]
+    context = Context(options, train, root, registered)
+    checking = _Check(context)
+    for key in context.networks():
+        network = build(context, key)
+        if network is not None and network.fault and context.section(key)["type"] != "DLGSANet":
+            kind = context.section(key)["type"]
             checking.found.problems.append(f"{key}: {kind} cannot be built: {network.fault}")
         if key in resumed:
             checking.resumed(key, resumed[key])

@@ -18,8 +18,8 @@ import yaml
 from dlgsanet_arch import options
 from dlgsanet_arch.checkpoint import check_compatible, read_weights
 from dlgsanet_arch.data import benchmark, training_sets
+from dlgsanet_arch.data.benchmarks import set_name
 from dlgsanet_arch.data.databases import META_INFO
-from dlgsanet_arch.data.known_sets import set_name
 from dlgsanet_arch.data.training_sets import Source, database_name
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError

@@ -22,7 +22,7 @@ from torch import Tensor
 from dlgsanet_arch import metrics
 from dlgsanet_arch.checkpoint import Checkpoint, nearest_published, read_checkpoint
 from dlgsanet_arch.data.benchmark import folder_sha256
-from dlgsanet_arch.data.pictures import read_8_bits
+from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_whole
 from dlgsanet_arch.inference import Upscaler

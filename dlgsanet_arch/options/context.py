@@ -33,7 +33,7 @@ def is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Context:
     """Options with what is needed to judge them, and ways through them.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dlgsanet_arch.hints import nearest
-from dlgsanet_arch.options.subject import MISSPELT, Subject, comes_from, source_names
+from dlgsanet_arch.options.context import MISSPELT, Context, comes_from, source_names
 
 _TOP = (
     *("name", "model_type", "scale", "num_gpu", "manual_seed", "datasets", "network_*", "path"),
@@ -217,18 +217,18 @@ def torch_optimizers() -> tuple[str, ...]:
     return tuple(name for name in dir(torch.optim) if is_torch_optimizer(name))
 
 
-def known_model(subject: Subject) -> ModelKeys | None:
+def known_model(context: Context) -> ModelKeys | None:
     """Return what the model reads, None where it is no model of BasicSR's or this package's."""
-    name = subject.options.get("model_type")
-    model = subject.registered_as("model", name)
+    name = context.options.get("model_type")
+    model = context.registered_as("model", name)
     if model is not None and not comes_from(model, "basicsr", "dlgsanet_arch"):
         return None
     return MODELS.get(name) if isinstance(name, str) else None
 
 
-def known_dataset(subject: Subject, kind: object) -> DatasetKeys | None:
+def known_dataset(context: Context, kind: object) -> DatasetKeys | None:
     """Return what data sets of a type read, None where it is none of BasicSR's."""
-    dataset = subject.registered_as("dataset", kind)
+    dataset = context.registered_as("dataset", kind)
     if dataset is not None and not comes_from(dataset, "basicsr"):
         return None
     return DATASETS.get(kind) if isinstance(kind, str) else None
@@ -261,11 +261,11 @@ def _taken_by(thing: Any, name: object, *, given: Iterable[str] = ()) -> Known |
     return Known(("type", *names), str(name), is_open, thing)
 
 
-def arguments(subject: Subject, path: str) -> tuple[Any, tuple[str, ...]] | None:
+def arguments(context: Context, path: str) -> tuple[Any, tuple[str, ...]] | None:
     """Return what is built from a section, and which of its arguments are given to it.
 
     Args:
-        subject: The options.
+        context: The options.
         path: Of a section.
 
     Returns:
@@ -273,7 +273,7 @@ def arguments(subject: Subject, path: str) -> tuple[Any, tuple[str, ...]] | None
     """
     for pattern, registry in _ARGUMENTS.items():
         if _matches(path, pattern):
-            thing = subject.registered_as(registry, subject.section(path).get("type"))
+            thing = context.registered_as(registry, context.section(path).get("type"))
             given = _GIVEN_TO_METRICS if registry == "metric" else ()
             return None if thing is None else (thing, given)
     return None
@@ -283,91 +283,91 @@ def _matches(path: str, pattern: str) -> bool:
     return path.count(":") == pattern.count(":") and fnmatchcase(path, pattern)
 
 
-def _in_dataset(subject: Subject, path: str) -> Known:
-    section = subject.section(path)
+def _in_dataset(context: Context, path: str) -> Known:
+    section = context.section(path)
     kind = section.get("type")
     common = _DATASET
     if path.split(":")[1].split("_")[0] == "train":
         common += _TRAINING_SET
-    dataset = known_dataset(subject, kind)
+    dataset = known_dataset(context, kind)
     if dataset is not None:
         return Known((*common, *dataset.all()), str(kind))
     every = tuple(key for each in DATASETS.values() for key in each.all())
-    return Known((*common, *every), str(kind), True, subject.registered_as("dataset", kind))
+    return Known((*common, *every), str(kind), True, context.registered_as("dataset", kind))
 
 
-def _of_model(subject: Subject, base: tuple[str, ...], of: Callable[[ModelKeys], tuple]) -> Known:
-    name = str(subject.options.get("model_type"))
-    model = known_model(subject)
+def _of_model(context: Context, base: tuple[str, ...], of: Callable[[ModelKeys], tuple]) -> Known:
+    name = str(context.options.get("model_type"))
+    model = known_model(context)
     if model is not None:
         return Known((*base, *of(model)), name)
     every = tuple(key for each in MODELS.values() for key in of(each))
-    return Known((*base, *every), name, True, subject.registered_as("model", name))
+    return Known((*base, *every), name, True, context.registered_as("model", name))
 
 
-def _in_optimizer(subject: Subject, path: str) -> Known | None:
-    kind = subject.section(path).get("type")
+def _in_optimizer(context: Context, path: str) -> Known | None:
+    kind = context.section(path).get("type")
     if not is_torch_optimizer(kind):
         return None
     optimizer = getattr(torch.optim, kind)
     known = _taken_by(optimizer, kind, given=("params",))
-    if known is None or known_model(subject) is not None:
+    if known is None or known_model(context) is not None:
         return known
-    thing = subject.registered_as("model", subject.options.get("model_type"))
+    thing = context.registered_as("model", context.options.get("model_type"))
     return Known(known.patterns, known.reader, True, thing)
 
 
-def _in_scheduler(subject: Subject, path: str) -> Known | None:
-    kind = subject.section(path).get("type")
+def _in_scheduler(context: Context, path: str) -> Known | None:
+    kind = context.section(path).get("type")
     names = SCHEDULERS.get(kind) if isinstance(kind, str) else None
     return None if names is None else Known(("type", *names), kind)
 
 
-def _in_backend(subject: Subject, path: str) -> Known | None:
-    kind = subject.section(path).get("type")
+def _in_backend(context: Context, path: str) -> Known | None:
+    kind = context.section(path).get("type")
     names = _BACKENDS.get(kind) if isinstance(kind, str) else None
     return None if names is None else Known(("type", *names), f"the backend {kind}")
 
 
-def _in_path(subject: Subject, path: str) -> Known:
+def _in_path(context: Context, path: str) -> Known:
     del path
-    return _of_model(subject, _PATH, lambda model: ())
+    return _of_model(context, _PATH, lambda model: ())
 
 
-def _in_train(subject: Subject, path: str) -> Known:
+def _in_train(context: Context, path: str) -> Known:
     del path
-    return _of_model(subject, _TRAIN, lambda model: model.train)
+    return _of_model(context, _TRAIN, lambda model: model.train)
 
 
-def _in_val(subject: Subject, path: str) -> Known:
+def _in_val(context: Context, path: str) -> Known:
     del path
-    return _of_model(subject, _VAL, lambda model: ())
+    return _of_model(context, _VAL, lambda model: ())
 
 
-def _in_top(subject: Subject, path: str) -> Known:
+def _in_top(context: Context, path: str) -> Known:
     del path
-    return _of_model(subject, _TOP, lambda model: model.top)
+    return _of_model(context, _TOP, lambda model: model.top)
 
 
-def _in_arguments(subject: Subject, path: str) -> Known | None:
-    found = arguments(subject, path)
+def _in_arguments(context: Context, path: str) -> Known | None:
+    found = arguments(context, path)
     if found is None:
         return None
     thing, given = found
-    known = _taken_by(thing, subject.section(path).get("type"), given=given)
+    known = _taken_by(thing, context.section(path).get("type"), given=given)
     if known is not None and given:
         return replace(known, patterns=(*known.patterns, "better"))
     return known
 
 
-_SECTIONS: dict[str, Callable[[Subject, str], Known | None]] = {
+_SECTIONS: dict[str, Callable[[Context, str], Known | None]] = {
     "": _in_top,
     "path": _in_path,
     "train": _in_train,
     "val": _in_val,
-    "logger": lambda subject, path: Known(_LOGGER),
-    "logger:wandb": lambda subject, path: Known(("project", "resume_id")),
-    "dist_params": lambda subject, path: Known(("backend", "port", "timeout")),
+    "logger": lambda context, path: Known(_LOGGER),
+    "logger:wandb": lambda context, path: Known(("project", "resume_id")),
+    "dist_params": lambda context, path: Known(("backend", "port", "timeout")),
     "datasets:*": _in_dataset,
     "datasets:*:io_backend": _in_backend,
     "train:optim_*": _in_optimizer,
@@ -376,11 +376,11 @@ _SECTIONS: dict[str, Callable[[Subject, str], Known | None]] = {
 }
 
 
-def known_in(subject: Subject, path: str) -> Known | None:
+def known_in(context: Context, path: str) -> Known | None:
     """Return the keys that the section at `path` may have, None where nothing is known of it."""
     for pattern, find in _SECTIONS.items():
         if _matches(path, pattern):
-            return find(subject, path)
+            return find(context, path)
     return None
 
 

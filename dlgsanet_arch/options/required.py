@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dlgsanet_arch.hints import nearest, suggest
-from dlgsanet_arch.options.known import (
+from dlgsanet_arch.options.context import Context
+from dlgsanet_arch.options.schema import (
     DATASETS,
     DEGRADATIONS,
     arguments,
@@ -13,7 +14,6 @@ from dlgsanet_arch.options.known import (
     known_model,
     parameters_of,
 )
-from dlgsanet_arch.options.subject import Subject
 
 # Paths of keys that BasicSR reads without a default, each with an example of what to write there;
 # an example in braces stands for a section.
@@ -81,50 +81,50 @@ _TRAINING_SETS = {
 }
 
 
-def _of_dataset(subject: Subject, phase: str, dataset: Mapping[str, Any]) -> dict[str, str]:
+def _of_dataset(context: Context, phase: str, dataset: Mapping[str, Any]) -> dict[str, str]:
     required = {"name": "Set5", "type": "PairedImageDataset"}
     kind = dataset.get("type")
-    if known_dataset(subject, kind) is not None:
+    if known_dataset(context, kind) is not None:
         required |= {key: _FOLDERS[key] for key in DATASETS[kind].folders}
         required |= {"io_backend:type": "disk", **_DATASETS.get(kind, {})}
         if phase == "train":
             required |= _TRAINING_SETS.get(kind, {})
-        backend = subject.section(f"datasets:{phase}:io_backend").get("type")
+        backend = context.section(f"datasets:{phase}:io_backend").get("type")
         if kind == "RealESRGANDataset" and backend != "lmdb":
             required["meta_info"] = "datasets/DF2K/meta_info.txt"
     return {f"datasets:{phase}:{key}": example for key, example in required.items()}
 
 
-def _of_training(subject: Subject) -> dict[str, str]:
+def _of_training(context: Context) -> dict[str, str]:
     required = dict(_TO_TRAIN)
-    model = known_model(subject)
+    model = known_model(context)
     if model is not None:
         required |= _TO_TRAIN_GAN if model.gan else {}
-        if model.real and subject.options.get("high_order_degradation") is not False:
+        if model.real and context.options.get("high_order_degradation") is not False:
             required |= DEGRADATIONS
         if model.real and model.gan:
             required |= _SHARPENED
-    for key, value in subject.section("train").items():
+    for key, value in context.section("train").items():
         if str(key).endswith("_opt") and isinstance(value, Mapping):
             required[f"train:{key}:type"] = "L1Loss"
-    if subject.options.get("val") is not None:
+    if context.options.get("val") is not None:
         required |= {"val:val_freq": "5000", "val:save_img": "false"}
     return required
 
 
-def required(subject: Subject) -> dict[str, str]:
+def required(context: Context) -> dict[str, str]:
     """Return the paths that an option file must fill, each with an example of its value."""
-    paths = {**_ALWAYS, **(_of_training(subject) if subject.train else _TO_TEST)}
-    for phase, dataset in subject.datasets():
-        paths |= _of_dataset(subject, phase, dataset)
-    if not subject.train and subject.section("val").get("save_img"):
+    paths = {**_ALWAYS, **(_of_training(context) if context.train else _TO_TEST)}
+    for phase, dataset in context.datasets():
+        paths |= _of_dataset(context, phase, dataset)
+    if not context.train and context.section("val").get("save_img"):
         paths["val:suffix"] = "~"
-    for metric in subject.section("val:metrics"):
+    for metric in context.section("val:metrics"):
         path = f"val:metrics:{metric}"
         paths[f"{path}:type"] = "calculate_psnr"
-        kind = str(subject.section(path).get("type"))
+        kind = str(context.section(path).get("type"))
         if kind.startswith(("calculate_psnr", "calculate_ssim", "calculate_niqe")):
-            paths[f"{path}:crop_border"] = str(subject.options.get("scale", 4))
+            paths[f"{path}:crop_border"] = str(context.options.get("scale", 4))
     return paths
 
 
@@ -138,11 +138,11 @@ def _how_to_fill(path: str, required: Mapping[str, str]) -> str:
     return f"write `{path.rpartition(':')[2]}: {required[path]}`"
 
 
-def _unfilled(subject: Subject, required: Mapping[str, str]) -> dict[str, str]:
+def _unfilled(context: Context, required: Mapping[str, str]) -> dict[str, str]:
     """Return what is wrong with the paths that are missing, empty or no section."""
     faults: dict[str, str] = {}
     for path, example in required.items():
-        node: Any = subject.options
+        node: Any = context.options
         keys = path.split(":")
         for depth, key in enumerate(keys, 1):
             here = ":".join(keys[:depth])
@@ -159,16 +159,16 @@ def _unfilled(subject: Subject, required: Mapping[str, str]) -> dict[str, str]:
     return faults
 
 
-def meant_for_missing(subject: Subject) -> dict[str, str]:
+def meant_for_missing(context: Context) -> dict[str, str]:
     """Return the paths of missing keys, each with the unknown key beside it that looks like it."""
-    paths = required(subject)
+    paths = required(context)
     meant = {}
-    for path, fault in _unfilled(subject, paths).items():
+    for path, fault in _unfilled(context, paths).items():
         section, _, key = path.rpartition(":")
-        known = known_in(subject, section)
+        known = known_in(context, section)
         spare = (
             name
-            for name in map(str, subject.section(section))
+            for name in map(str, context.section(section))
             if f"{section}:{name}".lstrip(":") not in paths
             and (known is None or known.misspelt(name) is not None)
         )
@@ -178,17 +178,17 @@ def meant_for_missing(subject: Subject) -> dict[str, str]:
     return meant
 
 
-def _required_keys(subject: Subject) -> Iterator[str]:
-    meant = meant_for_missing(subject)
-    for path, fault in _unfilled(subject, required(subject)).items():
+def _required_keys(context: Context) -> Iterator[str]:
+    meant = meant_for_missing(context)
+    for path, fault in _unfilled(context, required(context)).items():
         yield f"{path}: {fault}{suggest(meant[path], [meant[path]]) if path in meant else ''}"
 
 
-def _arguments(subject: Subject) -> Iterator[str]:
+def _arguments(context: Context) -> Iterator[str]:
     """Networks, losses and metrics must get what they have no default for."""
-    paths = required(subject)
-    for path, section in subject.sections():
-        found, known = arguments(subject, path), known_in(subject, path)
+    paths = required(context)
+    for path, section in context.sections():
+        found, known = arguments(context, path), known_in(context, path)
         if found is None or known is None:
             continue
         misspelt = {known.misspelt(str(key)) for key in section}
@@ -199,11 +199,11 @@ def _arguments(subject: Subject) -> Iterator[str]:
                 yield f"{here}: missing; {section['type']} has no default for it"
 
 
-def _losses(subject: Subject) -> Iterator[str]:
+def _losses(context: Context) -> Iterator[str]:
     """BasicSR's models refuse to train without a loss after they built everything else."""
-    train = subject.section("train")
-    model = known_model(subject)
-    if not (subject.train and train and model is not None) or model.gan:
+    train = context.section("train")
+    model = known_model(context)
+    if not (context.train and train and model is not None) or model.gan:
         return
     if not (train.get("pixel_opt") or train.get("perceptual_opt")):
         spare = [key for key in train if key not in ("optim_g", "perceptual_opt")]
@@ -214,18 +214,18 @@ def _losses(subject: Subject) -> Iterator[str]:
         )
 
 
-def _phases(subject: Subject) -> Iterator[str]:
+def _phases(context: Context) -> Iterator[str]:
     """BasicSR knows a data set's phase by its key up to the underscore."""
-    if not subject.train and subject.options.get("datasets") == {}:
+    if not context.train and context.options.get("datasets") == {}:
         yield "datasets: there is nothing to test on; write a section test_1"
-    for phase, _ in subject.datasets():
+    for phase, _ in context.datasets():
         kind = phase.split("_")[0]
-        known = phase == "train" or kind == "val" if subject.train else kind in ("val", "test")
+        known = phase == "train" or kind == "val" if context.train else kind in ("val", "test")
         if not known:
-            examples = "train, val, val_2" if subject.train else "test_1, test_2"
+            examples = "train, val, val_2" if context.train else "test_1, test_2"
             yield (
                 f"datasets:{phase}: no name for a data set when "
-                f"{'training' if subject.train else 'testing'}; use names such as {examples}"
+                f"{'training' if context.train else 'testing'}; use names such as {examples}"
             )
 
 

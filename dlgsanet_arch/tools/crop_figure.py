@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dlgsanet_arch import metrics
-from dlgsanet_arch.data.pictures import SUFFIXES, read_8_bits
+from dlgsanet_arch.data.images import SUFFIXES, read_8_bits
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.tools import figures
@@ -194,7 +194,7 @@ def usual_side(hr: Picture) -> int:
     return min(shorter, max(32, shorter // 5))
 
 
-def telling_box(made: Sequence[Panel], side: int) -> Box:
+def most_different_crop(made: Sequence[Panel], side: int) -> Box:
     """Find the square where methods differ most; which of them is the better has no say.
 
     Args:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from dlgsanet_arch.data.known_sets import known_name, set_name
-from dlgsanet_arch.data.pictures import find_pictures, picture_key
+from dlgsanet_arch.data.benchmarks import known_name, set_name
+from dlgsanet_arch.data.images import find_pictures, picture_key
 from dlgsanet_arch.data.sub_images import SCALES
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED

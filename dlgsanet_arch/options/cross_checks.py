@@ -5,16 +5,16 @@ from typing import Any
 
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.known import known_model, parameters_of
-from dlgsanet_arch.options.subject import Subject, is_number, is_whole
+from dlgsanet_arch.options.context import Context, is_number, is_whole
+from dlgsanet_arch.options.schema import known_model, parameters_of
 
 
-def _sizes(subject: Subject) -> Iterator[str]:
+def _sizes(context: Context) -> Iterator[str]:
     """The network must enlarge by `scale`, and patches must have whole LR pixels."""
-    scale = subject.options.get("scale")
+    scale = context.options.get("scale")
     if not is_whole(scale) or scale < 1:
         return  # missing and text are reported elsewhere
-    network = subject.section("network_g")
+    network = context.section("network_g")
     if network.get("type") == "DLGSANet":
         parameters = parameters_of(DLGSANet)
         values = {name: entry.default for name, entry in parameters.items()} | dict(network)
@@ -22,18 +22,18 @@ def _sizes(subject: Subject) -> Iterator[str]:
         if isinstance(upscale, int) and upscale != scale:
             reason = "" if values["upsampler"] else ", as without an upsampler"
             yield f"scale: is {scale}, but network_g enlarges by {upscale}{reason}; make them equal"
-    gt_size = subject.section("datasets:train").get("gt_size")
-    if subject.train and is_whole(gt_size) and gt_size % scale:
+    gt_size = context.section("datasets:train").get("gt_size")
+    if context.train and is_whole(gt_size) and gt_size % scale:
         yield (
             f"datasets:train:gt_size: {gt_size} is not a multiple of scale {scale}; "
             f"write {max(gt_size // scale, 1) * scale}"
         )
 
 
-def _other_scales(subject: Subject) -> Iterator[str]:
+def _other_scales(context: Context) -> Iterator[str]:
     """Networks that are not ours say their scale as an argument, and fail in the first loss."""
-    scale = subject.options.get("scale")
-    network = subject.section("network_g")
+    scale = context.options.get("scale")
+    network = context.section("network_g")
     if network.get("type") == "DLGSANet":
         return
     for name in ("upscale", "scale"):
@@ -42,9 +42,9 @@ def _other_scales(subject: Subject) -> Iterator[str]:
             yield f"network_g:{name}: is {value}, but scale is {scale}; make them equal"
 
 
-def _total(subject: Subject) -> float | None:
-    total = subject.section("train").get("total_iter")
-    return total if subject.train and is_number(total) else None
+def _total(context: Context) -> float | None:
+    total = context.section("train").get("total_iter")
+    return total if context.train and is_number(total) else None
 
 
 def _numbers_in(section: Mapping[str, Any], key: str, default: list[int]) -> list[Any] | None:
@@ -53,13 +53,13 @@ def _numbers_in(section: Mapping[str, Any], key: str, default: list[int]) -> lis
     return value if isinstance(value, list) and all(map(is_number, value)) else None
 
 
-def _schedule(subject: Subject) -> Iterator[str]:
+def _schedule(context: Context) -> Iterator[str]:
     """BasicSR fails at the step behind the last period, and passes over what does not fit."""
-    total = _total(subject)
+    total = _total(context)
     if total is None:
         return
     path = "train:scheduler"
-    scheduler = subject.section(path)
+    scheduler = context.section(path)
     weights = _numbers_in(scheduler, "restart_weights", [1])
     if scheduler.get("type") == "CosineAnnealingRestartLR":
         if "periods" not in scheduler:
@@ -92,8 +92,8 @@ def _schedule(subject: Subject) -> Iterator[str]:
         )
 
 
-def _warm_up(subject: Subject) -> Iterator[str]:
-    total, warm_up = _total(subject), subject.section("train").get("warmup_iter")
+def _warm_up(context: Context) -> Iterator[str]:
+    total, warm_up = _total(context), context.section("train").get("warmup_iter")
     if total is not None and is_number(warm_up) and warm_up >= total:
         yield (
             f"train:warmup_iter: {warm_up} is not less than train:total_iter {total}: the learning "
@@ -101,26 +101,26 @@ def _warm_up(subject: Subject) -> Iterator[str]:
         )
 
 
-def _decay(subject: Subject) -> Iterator[str]:
-    decay = subject.section("train").get("ema_decay")
+def _decay(context: Context) -> Iterator[str]:
+    decay = context.section("train").get("ema_decay")
     if is_number(decay) and decay >= 1:
         yield f"train:ema_decay: must be less than 1, such as 0.999; got {decay!r}"
 
 
-def _validation(subject: Subject) -> Iterator[str]:
+def _validation(context: Context) -> Iterator[str]:
     """BasicSR fails at the first validation without a data set."""
-    phases = [phase for phase, _ in subject.datasets()]
-    validates = subject.train and subject.section("val")
+    phases = [phase for phase, _ in context.datasets()]
+    validates = context.train and context.section("val")
     if validates and phases and not any(phase.split("_")[0] == "val" for phase in phases):
         yield "val: there is no data set to validate on; add datasets:val, or remove val"
 
 
-def _best(subject: Subject) -> Iterator[str]:
+def _best(context: Context) -> Iterator[str]:
     """What `save_best` names must be measured."""
-    best = subject.section("logger").get("save_best")
-    if not subject.train or best is None:
+    best = context.section("logger").get("save_best")
+    if not context.train or best is None:
         return
-    metrics = [str(name) for name in subject.section("val:metrics")]
+    metrics = [str(name) for name in context.section("val:metrics")]
     dataset, _, metric = str(best).rpartition("/")
     if not metrics:
         yield "logger:save_best: val:metrics measures nothing; add a metric there, or write ~"
@@ -128,7 +128,7 @@ def _best(subject: Subject) -> Iterator[str]:
         yield f"logger:save_best: val:metrics has no {metric!r}{suggest_or_list(metric, metrics)}"
     names = [
         str(entry.get("name"))
-        for phase, entry in subject.datasets()
+        for phase, entry in context.datasets()
         if phase.split("_")[0] == "val"
     ]
     if dataset and names and dataset not in names:
@@ -136,9 +136,9 @@ def _best(subject: Subject) -> Iterator[str]:
         yield f"logger:save_best: no validation set is named {dataset!r}{hint}"
 
 
-def _loaders(subject: Subject) -> Iterator[str]:
+def _loaders(context: Context) -> Iterator[str]:
     """Ways of loading that hang, or that need another key."""
-    for phase, dataset in subject.datasets():
+    for phase, dataset in context.datasets():
         path = f"datasets:{phase}"
         mode = dataset.get("prefetch_mode")
         if mode == "cpu":
@@ -156,30 +156,30 @@ def _loaders(subject: Subject) -> Iterator[str]:
                     yield f"{path}:{key}: needs workers; leave it out, or raise num_worker_per_gpu"
 
 
-def _parts(subject: Subject) -> Iterator[str]:
+def _parts(context: Context) -> Iterator[str]:
     """A batch is worked on in parts, a large picture in tiles."""
-    batch = subject.section("datasets:train").get("batch_size_per_gpu")
-    parts = subject.section("train").get("accumulation")
+    batch = context.section("datasets:train").get("batch_size_per_gpu")
+    parts = context.section("train").get("accumulation")
     if is_whole(batch) and is_whole(parts) and parts > batch:
         yield (
             f"train:accumulation: a batch of {batch} cannot be worked on in {parts} parts; "
             f"write {batch} or less"
         )
-    validation = subject.section("val")
+    validation = context.section("val")
     tile, overlap = validation.get("tile"), validation.get("tile_overlap")
     if is_whole(tile) and is_whole(overlap) and tile and overlap >= tile:
         yield f"val:tile_overlap: {overlap} must be less than val:tile {tile}"
 
 
-def _queue(subject: Subject) -> Iterator[str]:
+def _queue(context: Context) -> Iterator[str]:
     """The models of Real-ESRGAN keep a queue of whole batches."""
-    model = known_model(subject)
-    if not subject.train or model is None or not model.real:
+    model = known_model(context)
+    if not context.train or model is None or not model.real:
         return
-    if subject.options.get("high_order_degradation") is False:
+    if context.options.get("high_order_degradation") is False:
         return
-    batch = subject.section("datasets:train").get("batch_size_per_gpu")
-    size = subject.options.get("queue_size", 180)
+    batch = context.section("datasets:train").get("batch_size_per_gpu")
+    size = context.options.get("queue_size", 180)
     if is_whole(batch) and is_whole(size) and batch > 0 and size % batch:
         yield (
             f"queue_size: {size} is not a multiple of batch_size_per_gpu {batch}; "
@@ -187,11 +187,11 @@ def _queue(subject: Subject) -> Iterator[str]:
         )
 
 
-def _loggers(subject: Subject) -> Iterator[str]:
+def _loggers(context: Context) -> Iterator[str]:
     """Weights & Biases is sent what TensorBoard gets."""
-    logger = subject.section("logger")
-    project = subject.section("logger:wandb").get("project")
-    if subject.train and project is not None and not logger.get("use_tb_logger"):
+    logger = context.section("logger")
+    project = context.section("logger:wandb").get("project")
+    if context.train and project is not None and not logger.get("use_tb_logger"):
         yield "logger:use_tb_logger: must be true for wandb; write true, or ~ for wandb:project"
 
 

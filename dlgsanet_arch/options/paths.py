@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.options.known import known_dataset
-from dlgsanet_arch.options.subject import Subject
+from dlgsanet_arch.options.context import Context
+from dlgsanet_arch.options.schema import known_dataset
 
 _ROLES = {"train": "training", "val": "validation", "test": "test"}
 _CONTENTS = {"dataroot_gt": "HR", "dataroot_lq": "LR"}
@@ -54,21 +54,21 @@ def owner(phase: str, dataset: Mapping[str, Any]) -> str:
     return f"the {_ROLES.get(phase.split('_')[0], phase)} set {dataset.get('name')}"
 
 
-def data_faults(subject: Subject, phase: str, dataset: Mapping[str, Any]) -> Iterator[str]:
+def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the places that a data set's pictures are read from.
 
     Args:
-        subject: The options.
+        context: The options.
         phase: Of the data set.
         dataset: Its section.
     """
-    reads = known_dataset(subject, dataset.get("type"))
-    backend = subject.section(f"datasets:{phase}:io_backend").get("type")
+    reads = known_dataset(context, dataset.get("type"))
+    backend = context.section(f"datasets:{phase}:io_backend").get("type")
     if reads is None or backend not in ("disk", "lmdb"):
         return
     listed = backend == "disk" and reads.listing and dataset.get(reads.listing) is not None
     if listed:
-        listing = subject.resolve(dataset[reads.listing])
+        listing = context.resolve(dataset[reads.listing])
         if fault := _list_fault(listing):
             what = f"datasets:{phase}:{reads.listing}: the list of {owner(phase, dataset)}"
             yield f"{what}: {listing} {fault}; correct the path"
@@ -78,7 +78,7 @@ def data_faults(subject: Subject, phase: str, dataset: Mapping[str, Any]) -> Ite
     for key in reads.folders:
         if dataset.get(key) is None:
             continue
-        folder = subject.resolve(dataset[key])
+        folder = context.resolve(dataset[key])
         try:
             if backend == "lmdb":
                 fault = _lmdb_fault(folder)
@@ -93,21 +93,21 @@ def data_faults(subject: Subject, phase: str, dataset: Mapping[str, Any]) -> Ite
             yield f"datasets:{phase}:{key}: {what}: {folder} {fault}; {_HOW_TO_GET_DATA}"
 
 
-def _pictures(subject: Subject) -> Iterator[str]:
+def _pictures(context: Context) -> Iterator[str]:
     """Training and test sets must be there, with something in them."""
-    for phase, dataset in subject.datasets():
-        yield from data_faults(subject, phase, dataset)
+    for phase, dataset in context.datasets():
+        yield from data_faults(context, phase, dataset)
 
 
-def _weights(subject: Subject) -> Iterator[str]:
+def _weights(context: Context) -> Iterator[str]:
     """Files to start from must be there; a resumed run takes its weights from its own folder."""
-    paths = subject.section("path")
-    resumed = subject.train and paths.get("resume_state")
+    paths = context.section("path")
+    resumed = context.train and paths.get("resume_state")
     keys = ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in str(key)]
     for key in keys:
-        if paths[key] and not (file := subject.resolve(paths[key])).is_file():
+        if paths[key] and not (file := context.resolve(paths[key])).is_file():
             fix = "correct the path"
-            if not subject.train:
+            if not context.train:
                 fix += " (training writes weights to experiments/<name>/models)"
             yield f"path:{key}: there is no file {file}; {fix}"
 
