@@ -13,14 +13,13 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image, ImageCms
 from test_inference import checkpoint, picture
 
 from dlgsanet_arch.checkpoint import save_checkpoint
 from dlgsanet_arch.cli import main
-from dlgsanet_arch.data.pictures import read_stored
-from dlgsanet_arch.inference import Upscaler, folders, upscaler, writing
+from dlgsanet_arch.data.images import read_stored
+from dlgsanet_arch.inference import Upscaler, upscaler, writing
 from dlgsanet_arch.inference.folders import Job, plan
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -420,32 +419,15 @@ def test_how_far_tiles_are_off_is_printed(weights, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_do_a_folder(weights, expected, tmp_path, capsys):
-    arrays = [picture(6, 7, seed=index) for index in range(4)]
-    for index, array in enumerate(arrays):
-        save(tmp_path / "in" / f"{index}.png", array)
-    (tmp_path / "in" / "bad.png").touch()
-    assert call(weights, tmp_path / "in", tmp_path / "out", "--device", "cpu,cpu") == 1
-    assert capsys.readouterr().out == "4 upscaled, 1 FAILED\n"
-    for index, array in enumerate(arrays):
-        made = np.asarray(Image.open(tmp_path / "out" / f"{index}.png"))
-        assert np.array_equal(made, expected(array))
-
-
-def _dies(connection, device, threads, make, jobs, writing_):
-    connection.send(folders.Event("written", jobs[0].source))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_pictures_of_a_process_that_died_are_named(weights, tmp_path, monkeypatch):
-    for index in range(4):
-        save(tmp_path / "in" / f"{index}.png", picture(6, 7))
-    monkeypatch.setattr(folders, "_work", _dies)
-    events = []
-    jobs = plan(tmp_path / "in", tmp_path / "out")
-    folders.run_on_devices(["cpu", "cpu"], {}, jobs, folders.Writing(), events.append)
-    bad = {event.path.name for event in events if event.kind == "bad"}
-    assert bad == {"2.png", "3.png"}
+def test_several_devices_are_refused_with_the_commands_to_use_instead(weights, tmp_path, capsys):
+    source = save(tmp_path / "a.png", picture(5, 6))
+    with pytest.raises(SystemExit) as exit_:
+        call(weights, source, tmp_path / "out", "--device", "cuda:0,cuda:1")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "one process for each" in said
+    assert "--device cuda:0 --shard 1/2" in said
+    assert "--device cuda:1 --shard 2/2" in said
 
 
 def test_an_interrupted_run_leaves_whole_pictures(weights, tmp_path):
@@ -498,7 +480,3 @@ def test_smooth_16_bit_png_files_are_small(tmp_path):
     slope = np.add.outer(np.arange(200) * 90, np.arange(300) * 70).astype(np.uint16)
     writing.write_picture(tmp_path / "a.png", "png", slope[..., None])
     assert (tmp_path / "a.png").stat().st_size < slope.nbytes / 20
-
-
-def test_devices_are_found():
-    assert len(folders.local_devices()) == torch.cuda.device_count()

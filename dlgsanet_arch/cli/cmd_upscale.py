@@ -23,6 +23,19 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
+def _device(text: str) -> str:
+    names = text.split(",")
+    if len(names) > 1:
+        each = "; ".join(
+            f"dlgsanet upscale … --device {name} --shard {index}/{len(names)}"
+            for index, name in enumerate(names, 1)
+        )
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names several devices: start one process for each of them, here {each}"
+        )
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
@@ -80,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add(
         "--device",
+        type=_device,
         metavar="NAME",
-        help="cpu, cuda, cuda:1, mps, or several with commas: a process each (default: all GPUs "
-        "for a folder, one for a picture; else the CPU)",
+        help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one, else the CPU)",
     )
     add(
         "--batch",
@@ -97,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_shard,
         default=(1, 1),
         metavar="I/N",
-        help="the I-th of N parts of a folder, to share it among machines",
+        help="the I-th of N parts of a folder, to divide it among GPUs and machines",
     )
     return parser
 
@@ -159,7 +172,7 @@ def _check_imports() -> None:
 
 
 def _check_tiles(upscaler, jobs) -> int:
-    from dlgsanet_arch.data.pictures import read_stored
+    from dlgsanet_arch.data.images import read_stored
 
     failed = 0
     for job in jobs:
@@ -199,27 +212,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     taken = frozenset(job.target for job in jobs)
     jobs = folders.shard(jobs, *arguments.shard)
-    options = {
-        name: getattr(arguments, name)
-        for name in ("dtype", "tile", "overlap", "ensemble", "batch", "scale")
-    }
-    options["weights"] = arguments.weights
-    devices = arguments.device.split(",") if arguments.device else folders.local_devices()
-    if arguments.check_tiles or len(jobs) < 2:
-        devices = devices[:1]
-    writing = folders.Writing(arguments.skip_existing, arguments.quality, taken)
+    names = ("weights", "device", "dtype", "tile", "overlap", "ensemble", "batch", "scale")
+    options = {name: getattr(arguments, name) for name in names}
     if arguments.check_tiles:
-        upscaler = Upscaler(
-            **options, device=devices[0] if devices else None, notice=lambda text: print(text)
-        )
-        return _check_tiles(upscaler, jobs)
+        return _check_tiles(Upscaler(**options, notice=print), jobs)
+    writing = folders.Writing(arguments.skip_existing, arguments.quality, taken)
     with _Screen(len(jobs)) as screen:
-        if len(devices) > 1:
-            folders.run_on_devices(devices, options, jobs, writing, screen.tell)
-        else:
-            device = devices[0] if devices else None
-            upscaler = Upscaler(**options, device=device, notice=screen.say)
-            folders.run(upscaler, jobs, writing, screen.tell)
+        folders.run(Upscaler(**options, notice=screen.say), jobs, writing, screen.tell)
     counts = screen.counts
     said = [f"{counts['written']} upscaled"]
     said += [f"{counts[kind]} {word}" for kind, word in _WORDS.items() if counts[kind]]

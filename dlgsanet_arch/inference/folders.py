@@ -1,24 +1,14 @@
-"""Files and folders of pictures enlarged, on one device or several, bad ones named and counted."""
+"""Files and folders of images upscaled; bad ones are named and counted."""
 
-import signal
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 
-from dlgsanet_arch.data.pictures import (
-    Pixels,
-    StoredPicture,
-    read_stored,
-    walk_pictures,
-)
-from dlgsanet_arch.data.workers import process_context
+from dlgsanet_arch.data.images import Pixels, StoredPicture, read_stored, walk_pictures
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference.upscaler import Upscaler
 from dlgsanet_arch.inference.writing import FORMATS, QUALITY, format_of, why_not, write_picture
@@ -232,78 +222,3 @@ def run(upscaler: Upscaler, jobs: Sequence[Job], writing: Writing, tell: Tell) -
 
 def _alike(one: Pixels, other: Pixels) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
-
-
-def _work(
-    connection: Connection,
-    device: str,
-    threads: int,
-    make: partial[Upscaler],
-    jobs: Sequence[Job],
-    writing: Writing,
-) -> None:
-    """Enlarge a share of the pictures in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it too, and ends this
-    torch.set_num_threads(threads)
-    try:
-        upscaler = make(
-            device=device, notice=lambda text: connection.send(Event("notice", Path(device), text))
-        )
-        run(upscaler, jobs, writing, connection.send)
-    except UserError as error:
-        connection.send(Event("notice", Path(device), str(error)))
-
-
-def run_on_devices(
-    devices: Sequence[str],
-    arguments: Mapping[str, Any],
-    jobs: Sequence[Job],
-    writing: Writing,
-    tell: Tell,
-) -> None:
-    """Enlarge pictures in a process for each device; see `run`.
-
-    Args:
-        devices: Such as ["cuda:0", "cuda:1"]; one may be named twice.
-        arguments: Arguments of `Upscaler`, but for `device` and `notice`.
-        jobs: What `plan` returned; each process gets an equal share.
-        writing: How results are written.
-        tell: As in `run`. Pictures of a process that died are "bad".
-    """
-    context = process_context(_work)
-    threads = max(1, torch.get_num_threads() // len(devices))
-    shares = [shard(jobs, index, len(devices)) for index in range(1, len(devices) + 1)]
-    left: dict[Connection, set[Path]] = {}
-    processes = []
-    try:
-        for device, share in zip(devices, shares, strict=True):
-            ours, theirs = context.Pipe(duplex=False)
-            make = partial(Upscaler, **arguments)
-            process = context.Process(
-                target=_work, args=(theirs, device, threads, make, share, writing)
-            )
-            process.start()
-            theirs.close()
-            processes.append(process)
-            left[ours] = {job.source for job in share}
-        while left:
-            for connection in wait(list(left)):
-                try:
-                    event = connection.recv()
-                except EOFError:
-                    for path in sorted(left.pop(connection)):
-                        tell(Event("bad", path, "was not done: its process ended before"))
-                    continue
-                if event.kind in ("written", "bad", "skipped"):
-                    left[connection].discard(event.path)
-                tell(event)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def local_devices() -> list[str]:
-    """Return all GPUs for CUDA that are here."""
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
