@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(absp
 .PHONY: help demo test test-faults lint gpu clean environment
 
 help:
-	@echo "make demo   train, resume and test a small network on real pictures, with the install at most 6 minutes"
+	@echo "make demo   train, resume and test a small network on real images, with the install at most 6 minutes"
 	@echo "make test   lint and the whole test suite"
 	@echo "make test-faults  kills, full disks, damaged files, the C library under sanitisers: for real, minutes"
 	@echo "make lint   ruff's rules and format"

@@ -154,7 +154,7 @@ def get_requires_for_build_editable(config_settings: Mapping[str, Any] | None = 
 class BuildKernels(build_ext):
     """Builds the kernels with any C compiler, or leaves them out.
 
-    They are no modules of Python's: the compiler and the flags that Python was built with, which
+    They are not modules of Python's: the compiler and the flags that Python was built with, which
     may name what only that machine had, do not matter to them.
     """
 
@@ -233,7 +233,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             # What basicsr 1.4.2 imports; its own list demands tb-nightly and what it never imports.
             "train": [
                 "lmdb>=1.4",
-                "pillow>=10.1",  # not BasicSR but our data tools read pictures with it
+                "pillow>=10.1",  # not BasicSR but our data tools read images with it
                 "requests>=2.28",
                 "scipy>=1.9,<2",  # it imports scipy.ndimage.filters, which SciPy 2.0 removes
                 "setuptools; python_version >= '3.12'",  # it imports distutils

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import open_database
-from dlgsanet_arch.data.images import find_pictures, read_8_bits
+from dlgsanet_arch.data.images import find_images, read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 
@@ -52,7 +52,7 @@ def _photographs(folder: str | None) -> list[NDArray[np.uint8]]:
         names = (*demo.TRAIN_PICTURES, *demo.VALIDATION_PICTURES)
         paths = [demo.pictures_folder() / name for name in names]
     else:
-        paths = [file.path for file in find_pictures(Path(folder))][: 9 * PICTURES]
+        paths = [file.path for file in find_images(Path(folder))][: 9 * PICTURES]
     return [read_8_bits(path).pixels for path in paths]
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.images import find_pictures, read_8_bits
+from dlgsanet_arch.data.images import find_images, read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 
@@ -274,7 +274,7 @@ def validation_set(count: int, size: Sequence[int]) -> dict[str, Any]:
     folder = Path(os.environ[DATA]) / f"val_{count}"
     if not folder.exists():
         given = _shared_pictures("Set14", "HR") if tuple(size) == MADE_SIZE else None
-        paths = [file.path for file in find_pictures(given)] if given else []
+        paths = [file.path for file in find_images(given)] if given else []
         for index in range(count):
             picture = read_8_bits(paths[index]).pixels if paths else _made(index, size)
             hr = crop_to_multiple(picture, SCALE)

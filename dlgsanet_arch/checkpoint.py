@@ -1,4 +1,4 @@
-"""Weights in and out: which key of a file holds them, which configuration they are, whole files.
+"""Weights in and out: which key of a file holds them, which configuration they are, complete files.
 
 `read_weights` and `check_compatible` serve the pipeline, whose files are BasicSR's; what follows
 `read_checkpoint` serves whoever has a file of weights, `.pth` or `.safetensors`, and no options.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import written_whole
+from dlgsanet_arch.files import written_atomically
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.network import DLGSANet
 
@@ -64,7 +64,7 @@ class CheckpointError(UserError):
     """A file of weights that cannot be used; the message says why and what would help."""
 
 
-def check_whole(path: Path) -> int:
+def check_complete(path: Path) -> int:
     """Read all of a file of torch.save's and compare it with the checksums that it holds.
 
     Returns:
@@ -99,7 +99,7 @@ def save_whole(content: Any, path: Path) -> int:
     name.
 
     Returns:
-        The checksum that `check_whole` returns for it.
+        The checksum that `check_complete` returns for it.
 
     Raises:
         CheckpointError: It cannot be written; the old file is as it was.
@@ -107,7 +107,9 @@ def save_whole(content: Any, path: Path) -> int:
     checksums: list[int] = []
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with written_whole(path, lambda beside: checksums.append(check_whole(beside))) as file:
+            with written_atomically(
+                path, lambda beside: checksums.append(check_complete(beside))
+            ) as file:
                 torch.save(content, file)
             return checksums[-1]
         except (OSError, RuntimeError, CheckpointError) as error:
@@ -117,7 +119,7 @@ def save_whole(content: Any, path: Path) -> int:
                 reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
                 raise CheckpointError(
                     f"{path} cannot be written ({reason}); what was there before is untouched; "
-                    "free space or mend the cause; a training run then goes on with --auto_resume"
+                    "free space or fix the cause; a training run then resumes with --auto_resume"
                 ) from error
             time.sleep(_SECONDS_BETWEEN)
     raise AssertionError("the last attempt returns or raises")
@@ -151,7 +153,7 @@ def _load(path: Path) -> Any:
                 f"{path} is truncated or damaged; get it again, or use an earlier checkpoint"
             ) from error
         raise CheckpointError(
-            f"{path} is no checkpoint of PyTorch's; weights are files such as "
+            f"{path} is not a checkpoint of PyTorch's; weights are files such as "
             "experiments/<name>/models/net_g_latest.pth"
         ) from error
 
@@ -229,7 +231,7 @@ class _Shapes:
         sizes = self._sizes.get(name)
         if sizes is None or len(sizes) <= axis:
             found = "is absent" if sizes is None else f"has the shape {sizes}"
-            raise CheckpointError(f"these are no weights of a DLGSANet: {name} {found}")
+            raise CheckpointError(f"these are not weights of a DLGSANet: {name} {found}")
         return sizes[axis]
 
     def count(self, prefix: str) -> int:
@@ -242,7 +244,9 @@ def _root(number: int) -> int:
     """Return the side of a square of `number` things."""
     side = math.isqrt(number)
     if side * side != number:
-        raise CheckpointError(f"these are no weights of a DLGSANet: {number} is no square number")
+        raise CheckpointError(
+            f"these are not weights of a DLGSANet: {number} is not a square number"
+        )
     return side
 
 
@@ -272,7 +276,7 @@ def _local_layer(shapes: _Shapes, dim: int, layer: str) -> dict[str, Any]:
         window = shapes.size(f"{mixer}.conv1.1.weight", 3)
         filters = shapes.size(f"{mixer}.conv2.0.weight", 0) // window**2
         if not filters:
-            raise CheckpointError(f"these are no weights of a DLGSANet: {mixer} makes no filters")
+            raise CheckpointError(f"these are not weights of a DLGSANet: {mixer} makes no filters")
         shared = dim // filters
     else:
         window = shapes.size(f"{mixer}.weight", 3)
@@ -330,7 +334,7 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     first_global = f"{first_group}{int(has_local)}"
     has_global = f"{first_global}.restormer_attn.temperature" in shapes
     if not (has_local or has_global):
-        raise CheckpointError(f"these are no weights of a DLGSANet: no layer at {first_group}0")
+        raise CheckpointError(f"these are not weights of a DLGSANet: no layer at {first_group}0")
     config = {
         **_PUBLISHED,
         "in_chans": in_chans,
@@ -541,9 +545,9 @@ def _config_in(stated: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     try:
         config = json.loads(config) if isinstance(config, str) else config
     except ValueError as error:
-        raise CheckpointError(f"the configuration in {path} is no JSON: {error}") from error
+        raise CheckpointError(f"the configuration in {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"the configuration in {path} is no object of names and values")
+        raise CheckpointError(f"the configuration in {path} is not an object of names and values")
     return config
 
 
@@ -614,7 +618,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     elif path.suffix == ".safetensors":
         data = _safetensors().torch.save(weights, {"format": "pt", **beside})
         try:
-            with written_whole(path) as file:
+            with written_atomically(path) as file:
                 file.write(data)
         except OSError as error:
             raise CheckpointError(
@@ -661,7 +665,7 @@ def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
         CheckpointError: The network has no upsampler, or it cannot make this scale.
     """
     if not checkpoint.config["upsampler"]:
-        raise CheckpointError("these weights have no upsampler: they keep the size of a picture")
+        raise CheckpointError("these weights have no upsampler: they keep the size of an image")
     kernel = _TLC_KERNELS.get(scale, checkpoint.config["tlc_kernel"])
     config = {**checkpoint.config, "upscale": scale, "tlc_kernel": kernel}
     with torch.random.fork_rng(devices=[]):

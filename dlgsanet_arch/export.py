@@ -1,8 +1,8 @@
 """DLGSANet in files that run without this package: ONNX, and PyTorch's .pt2.
 
 Both hold plain operators only, and both are compared with the network before they get their name.
-The test-time windows (TLC) depend on the size of the picture: with a fixed size they are in the
-file, with dynamic sizes they are left out, and attention looks at the whole picture. Up to
+The test-time windows (TLC) depend on the size of the image: with a fixed size they are in the
+file, with dynamic sizes they are left out, and attention looks at the whole image. Up to
 `tlc_kernel` pixels on a side that is the same.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch.checkpoint import Checkpoint
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, written_whole
+from dlgsanet_arch.files import disk_faults_named, written_atomically
 from dlgsanet_arch.network import DLGSANet, GlobalLayer, LocalLayer
 
 FORMATS = (".onnx", ".pt2")
@@ -37,7 +37,7 @@ CHECKED_SIZES = ((1, 31, 45), (3, 1, 16), (2, 40, 64))
 CHECKED_BATCHES = (1, 2, 3)  # of files with a fixed size
 _EXAMPLE = (2, 24, 28)  # all 2 or more, or the exporter takes them for constants
 _LARGEST_FILE = 1 << 31  # of protobuf
-_DOMAIN = "dlgsanet"  # of what is no operator of ONNX's, while a file is made
+_DOMAIN = "dlgsanet"  # of what is not an operator of ONNX's, while a file is made
 
 
 class ExportError(UserError):
@@ -46,7 +46,7 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The exported network beside the network itself, on one picture.
+    """The exported network beside the network itself, on one image.
 
     Args:
         shape: Of the input, (B, C, H, W).
@@ -120,18 +120,18 @@ def _example(channels: int, dtype: torch.dtype, size: tuple[int, int] | None) ->
 
 
 def _dynamic_axes(size: tuple[int, int] | None) -> dict[int, str]:
-    """Name the axes of a picture or a map that may have any length."""
+    """Name the axes of an image or a map that may have any length."""
     return {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
 
 
 def _capture(
     network: nn.Module, channels: int, dtype: torch.dtype, size: tuple[int, int] | None
 ) -> torch.export.ExportedProgram:
-    """Capture the network's graph for any batch, and any size of picture or a given one."""
-    picture = _example(channels, dtype, size)
+    """Capture the network's graph for any batch, and any size of image or a given one."""
+    image = _example(channels, dtype, size)
     axes = {axis: torch.export.Dim(name, min=1) for axis, name in _dynamic_axes(size).items()}
     with _quiet(), torch.no_grad():
-        return torch.export.export(network, (picture,), dynamic_shapes={"x": axes})
+        return torch.export.export(network, (image,), dynamic_shapes={"x": axes})
 
 
 def _facts(checkpoint: Checkpoint, config: dict[str, Any], dtype: Precision) -> dict[str, str]:
@@ -181,19 +181,19 @@ class _WithWeights(nn.Module):
 
 def _to_onnx(
     module: nn.Module,
-    picture: Tensor,
+    image: Tensor,
     weights: tuple[list[Tensor], ...],
     axes: dict[int, str],
     opset: int,
 ) -> Any:
-    """Export a module of a picture or map, and maybe of weights, to an ONNX ModelProto."""
+    """Export a module of an image or map, and maybe of weights, to an ONNX ModelProto."""
     with _quiet(), torch.no_grad():
         made = torch.onnx.export(
             module,
-            (picture, *weights),
+            (image, *weights),
             dynamo=True,
             dynamic_shapes=(axes, *([None] * len(each) for each in weights)),
-            input_names=["picture"],
+            input_names=["image"],
             output_names=["enlarged"],
             opset_version=opset,
             verbose=False,
@@ -267,8 +267,8 @@ def _onnx_bytes(
     }
     for name in layers:
         network.set_submodule(name, _Call(name))
-    picture = _example(network.in_chans, network.mean.dtype, size)
-    model = _to_onnx(network, picture, (), _dynamic_axes(size), opset)
+    image = _example(network.in_chans, network.mean.dtype, size)
+    model = _to_onnx(network, image, (), _dynamic_axes(size), opset)
     graph = model.graph
     made = _Layers(network.overlap_embed[0].proj.out_channels, size, opset)
     for node in graph.node:
@@ -298,8 +298,8 @@ def _onnx_runner(path: Path) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def run(picture: Tensor) -> Tensor:
-        (enlarged,) = session.run(None, {"picture": picture.numpy()})
+    def run(image: Tensor) -> Tensor:
+        (enlarged,) = session.run(None, {"image": image.numpy()})
         return torch.from_numpy(enlarged)
 
     return run
@@ -309,42 +309,42 @@ def _pt2_runner(path: Path) -> Run:
     with _quiet(), path.open("rb") as file:
         module = torch.export.load(file).module()
 
-    def run(picture: Tensor) -> Tensor:
+    def run(image: Tensor) -> Tensor:
         with torch.no_grad():
-            return module(picture)
+            return module(image)
 
     return run
 
 
-def _timed(run: Run, picture: Tensor, repeats: int) -> tuple[Tensor, float]:
+def _timed(run: Run, image: Tensor, repeats: int) -> tuple[Tensor, float]:
     """Return what `run` gives, and the seconds of its best run."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        enlarged = run(picture)
+        enlarged = run(image)
         best = min(best, time.perf_counter() - start)
     return enlarged, best
 
 
 def _compare(
-    run: Run, network: nn.Module, picture: Tensor, dtype: Precision, repeats: int
+    run: Run, network: nn.Module, image: Tensor, dtype: Precision, repeats: int
 ) -> Comparison:
     with torch.no_grad():
-        expected, in_pytorch = _timed(network, picture, repeats)
-    enlarged, seconds = _timed(run, picture.to(DTYPES[dtype]), repeats)
+        expected, in_pytorch = _timed(network, image, repeats)
+    enlarged, seconds = _timed(run, image.to(DTYPES[dtype]), repeats)
     if enlarged.shape != expected.shape or enlarged.dtype != DTYPES[dtype]:
         raise ExportError(
-            f"the exported network makes {enlarged.dtype} {tuple(enlarged.shape)} of a picture "
-            f"{tuple(picture.shape)}; the network makes {dtype} {tuple(expected.shape)}"
+            f"the exported network makes {enlarged.dtype} {tuple(enlarged.shape)} of an image "
+            f"{tuple(image.shape)}; the network makes {dtype} {tuple(expected.shape)}"
         )
     difference = (enlarged.double() - expected.double()).abs().max().item()
     if not difference <= BOUNDS[dtype] * max(1.0, expected.abs().max().item()):
         raise ExportError(
-            f"on a picture {tuple(picture.shape)} the exported network differs from the network "
+            f"on an image {tuple(image.shape)} the exported network differs from the network "
             f"by {difference:.3g}, more than rounding explains ({BOUNDS[dtype]:.0e}); nothing was "
             "written" + ("" if dtype == "fp32" else "; try --dtype fp32")
         )
-    return Comparison(tuple(picture.shape), difference, seconds, in_pytorch)
+    return Comparison(tuple(image.shape), difference, seconds, in_pytorch)
 
 
 def _check_arguments(
@@ -383,8 +383,8 @@ def export(
 ) -> Exported:
     """Write a network as ONNX or .pt2, and compare the file with the network first.
 
-    The file maps pictures (B, C, H, W) in [0, 1] to (B, C, H·s, W·s), not clipped, any batch. In
-    ONNX they are named `picture` and `enlarged`, and the configuration is in the metadata; in a
+    The file maps images (B, C, H, W) in [0, 1] to (B, C, H·s, W·s), not clipped, any batch. In
+    ONNX they are named `image` and `enlarged`, and the configuration is in the metadata; in a
     .pt2 it is in the extra file `facts.json`.
 
     Args:
@@ -393,7 +393,7 @@ def export(
             before is still there.
         dtype: "fp32", "fp16" or "bf16" (the last for .pt2 alone), of the weights, the input and
             the output. Differences from the network in float32 must be below BOUNDS.
-        size: (H, W) of the pictures; None for any, which leaves the test-time windows out.
+        size: (H, W) of the images; None for any, which leaves the test-time windows out.
         opset: Version of ONNX's operators, 18 or more.
         repeats: Runs of each comparison, the best of which counts.
 
@@ -425,10 +425,10 @@ def export(
         shapes = CHECKED_SIZES if size is None else [(batch, *size) for batch in CHECKED_BATCHES]
         random = torch.Generator().manual_seed(0)
         for batch, height, width in shapes:
-            picture = torch.rand(batch, channels, height, width, generator=random)
-            comparisons.append(_compare(run, network, picture, dtype, repeats))
+            image = torch.rand(batch, channels, height, width, generator=random)
+            comparisons.append(_compare(run, network, image, dtype, repeats))
 
-    with disk_faults_named(f"{path} cannot be written"), written_whole(path, check) as file:
+    with disk_faults_named(f"{path} cannot be written"), written_atomically(path, check) as file:
         file.write(data.getbuffer())
     return Exported(
         path, seconds, path.stat().st_size, bool(config["tlc_flag"]), tuple(comparisons)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, written by one process at a time."""
+"""Files that are complete or absent, written by one process at a time."""
 
 import errno
 import json
@@ -29,7 +29,9 @@ def unfinished(path: Path) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
+def written_atomically(
+    path: Path, check: Callable[[Path], None] | None = None
+) -> Iterator[IO[bytes]]:
     """Open a file beside and rename it at the end: after a crash it is the old or the new one.
 
     Args:
@@ -56,15 +58,15 @@ def written_whole(path: Path, check: Callable[[Path], None] | None = None) -> It
             os.close(folder)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write the bytes of a file: after a crash it is the old one or the new one."""
-    with written_whole(path) as file:
+    with written_atomically(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

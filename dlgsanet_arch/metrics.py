@@ -1,8 +1,8 @@
-"""PSNR and SSIM of pictures where they are, equal to BasicSR's figures of 8-bit pictures.
+"""PSNR and SSIM of images where they are, equal to BasicSR's figures of 8-bit images.
 
-BasicSR's `calculate_psnr` and `calculate_ssim` are the definition: pictures are rounded to 8 bits,
+BasicSR's `calculate_psnr` and `calculate_ssim` are the definition: images are rounded to 8 bits,
 Y is BT.601's, and SSIM has the Gaussian window of 11x11 pixels (Wang et al., 2004), away from the
-border. Here they come from tensors on any device, without a NumPy picture in between.
+border. Here they come from tensors on any device, without a NumPy image in between.
 
 For the window's means E, SSIM needs E[a], E[b], E[a² + b²] and E[ab]. With s = a + b and d = a - b
 these follow from E[s], E[d], E[s²] and E[d²]: four filters instead of five. They are computed in
@@ -28,16 +28,16 @@ _VALUES_ON_CPU, _COLUMNS_ON_CPU = 60 * 512, 512
 _VALUES_ELSEWHERE = 2**22
 
 
-def to_8_bits(picture: Tensor) -> Tensor:
+def to_8_bits(image: Tensor) -> Tensor:
     """Round RGB in [0, 1] to the 256 values of a file, as float32; NaN stays NaN.
 
     Args:
-        picture: Any shape and float dtype; values outside [0, 1] are clamped.
+        image: Any shape and float dtype; values outside [0, 1] are clamped.
 
     Returns:
         Whole numbers in [0, 255], halves rounded to even.
     """
-    scaled = picture.detach().float().clamp(0, 1).mul_(255)
+    scaled = image.detach().float().clamp(0, 1).mul_(255)
     # From 2²³ up float32 has no fractions: the sum is rounded, as `round` does. That wakes threads.
     return scaled.add_(2**23).sub_(2**23)
 
@@ -74,15 +74,15 @@ def _luma(channels: Sequence[Tensor]) -> Tensor:
     return total.div_(white).float().mul_(white)
 
 
-def _planes(picture: Tensor, *, y_channel: bool) -> Tensor:
-    """Return a picture (B, C, H, W) in 8 bits, or its Y channel, as float32 in [0, 255]."""
+def _planes(image: Tensor, *, y_channel: bool) -> Tensor:
+    """Return an image (B, C, H, W) in 8 bits, or its Y channel, as float32 in [0, 255]."""
     # Apple's GPUs have no float64
-    picture = picture.detach().cpu() if picture.device.type == "mps" else picture.detach()
-    batch, channels, height, width = picture.shape
+    image = image.detach().cpu() if image.device.type == "mps" else image.detach()
+    batch, channels, height, width = image.shape
     shape = (batch, 1 if y_channel else channels, height, width)
-    planes = torch.empty(shape, dtype=torch.float32, device=picture.device)
-    for block in _blocks(picture[:, 0]):
-        rounded = [to_8_bits(picture[:, i][block]) for i in range(channels)]
+    planes = torch.empty(shape, dtype=torch.float32, device=image.device)
+    for block in _blocks(image[:, 0]):
+        rounded = [to_8_bits(image[:, i][block]) for i in range(channels)]
         for i, values in enumerate([_luma(rounded)] if y_channel else rounded):
             planes[:, i][block] = values
     return planes
@@ -137,7 +137,7 @@ def _ssim_total(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tenso
 
 @dataclass(frozen=True)
 class Compared:
-    """Two pictures as they are measured; made by `compare`.
+    """Two images as they are measured; made by `compare`.
 
     Args:
         output: (B, C, H, W) float32 in [0, 255]: whole numbers, or Y.
@@ -148,7 +148,7 @@ class Compared:
     target: Tensor
 
     def psnr(self) -> Tensor:
-        """Return PSNR in dB, (B,) float64: inf where the pictures are identical."""
+        """Return PSNR in dB, (B,) float64: inf where the images are identical."""
         errors = torch.zeros(len(self.output), dtype=torch.float64, device=self.output.device)
         for block in _blocks(self.output):
             difference = self.output[block].double() - self.target[block].double()
@@ -159,12 +159,12 @@ class Compared:
         """Return the mean SSIM of the channels, (B,) float64.
 
         Raises:
-            ValueError: The pictures are smaller than the window.
+            ValueError: The images are smaller than the window.
         """
         batch, channels, height, width = self.output.shape
         if min(height, width) < WINDOW:
             raise ValueError(
-                f"SSIM needs {WINDOW}x{WINDOW} pixels and what is left of the picture after "
+                f"SSIM needs {WINDOW}x{WINDOW} pixels and what is left of the image after "
                 f"crop_border is {width}x{height}"
             )
         device = self.output.device
@@ -181,7 +181,7 @@ class Compared:
 def compare(
     output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
 ) -> Compared:
-    """Make two pictures ready to be measured, by one metric or several.
+    """Make two images ready to be measured, by one metric or several.
 
     Args:
         output: (B, 3, H, W) or (B, 1, H, W), RGB in [0, 1], any float dtype and device.
@@ -190,7 +190,7 @@ def compare(
         y_channel: Whether Y of YCbCr is compared, instead of all channels.
 
     Raises:
-        ValueError: The shapes differ, are no pictures, or nothing is left after the crop.
+        ValueError: The shapes differ, are not images, or nothing is left after the crop.
     """
     if output.shape != target.shape:
         raise ValueError(
@@ -198,12 +198,12 @@ def compare(
         )
     if output.dim() != 4 or output.shape[1] not in (1, 3):
         raise ValueError(
-            f"pictures are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(output.shape)}"
+            f"images are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(output.shape)}"
         )
     height, width = output.shape[-2:]
     if not 0 <= 2 * crop_border < min(height, width):
         raise ValueError(
-            f"crop_border {crop_border} leaves nothing of a picture of {width}x{height}"
+            f"crop_border {crop_border} leaves nothing of an image of {width}x{height}"
             if crop_border > 0
             else f"crop_border must be 0 or more; got {crop_border}, of {width}x{height}"
         )
@@ -221,14 +221,14 @@ def compare(
 def psnr(
     output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
 ) -> Tensor:
-    """Return the PSNR of each picture in dB, (B,) float64; `compare` says what it takes."""
+    """Return the PSNR of each image in dB, (B,) float64; `compare` says what it takes."""
     return compare(output, target, crop_border=crop_border, y_channel=y_channel).psnr()
 
 
 def ssim(
     output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
 ) -> Tensor:
-    """Return the SSIM of each picture, (B,) float64; `compare` says what it takes.
+    """Return the SSIM of each image, (B,) float64; `compare` says what it takes.
 
     Raises:
         ValueError: As `compare`, or less than 11x11 pixels are left after the crop.

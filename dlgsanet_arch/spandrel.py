@@ -8,7 +8,7 @@
 spandrel knows a network by the names of its weights alone. What these do not tell is as in the
 paper, see `checkpoint.infer_config`: networks trained with softmax (`edge`), GELU or sigmoid
 attention, without TLC, with another `tlc_kernel` or `img_range` load as if they were the paper's,
-without an error, and give other pictures than they should; use `dlgsanet upscale` for them, with
+without an error, and give other images than they should; use `dlgsanet upscale` for them, with
 a file of .safetensors that has the configuration.
 """
 
@@ -59,9 +59,9 @@ class DLGSANetArch(Architecture[DLGSANet]):
     def load(self, state_dict: dict[str, Tensor]) -> ImageModelDescriptor[DLGSANet]:
         """Build the network that `infer_config` tells, in eval mode, with these weights.
 
-        It takes pictures of any size from 1x1 up. Half precision is summed in float32 where
+        It takes images of any size from 1x1 up. Half precision is summed in float32 where
         sums are long, so that float16 and bfloat16 both serve. Attention looks at windows of the
-        picture (TLC), at the same statistics in a tile as in the whole: tiles are supported, and
+        image (TLC), at the same statistics in a tile as in the whole: tiles are supported, and
         bound the memory, which windows do not.
 
         Raises:

@@ -1,6 +1,6 @@
-"""A function of pictures run another way: on tiles of a large picture, or on its eight symmetries.
+"""A function of images run another way: on tiles of a large image, or on its eight symmetries.
 
-Both take the network as a function of pictures (B, C, H, W), so that a bare network, one prepared
+Both take the network as a function of images (B, C, H, W), so that a bare network, one prepared
 by `repeat` and one of BasicSR's models do alike, and one can be given to the other.
 """
 
@@ -15,32 +15,32 @@ Run = Callable[[Tensor], Tensor]
 # Mirrored left to right, mirrored top to bottom, rows taken as columns: each is its own inverse,
 # and together they make the eight symmetries of a square.
 _SYMMETRIES: tuple[Run, ...] = (
-    lambda picture: picture.flip(-1),
-    lambda picture: picture.flip(-2),
-    lambda picture: picture.transpose(-1, -2).contiguous(),
+    lambda image: image.flip(-1),
+    lambda image: image.flip(-2),
+    lambda image: image.transpose(-1, -2).contiguous(),
 )
 
 
-def self_ensemble(run: Run, picture: Tensor) -> Tensor:
-    """Return the mean of `run` over the eight flips and rotations of a picture, each turned back.
+def self_ensemble(run: Run, image: Tensor) -> Tensor:
+    """Return the mean of `run` over the eight flips and rotations of an image, each turned back.
 
     Args:
-        run: Maps (B, C, H, W) to (B, C', s·H, s·W), for pictures on their side too.
-        picture: (B, C, H, W).
+        run: Maps (B, C, H, W) to (B, C', s·H, s·W), for images on their side too.
+        image: (B, C, H, W).
 
     Returns:
-        (B, C', s·H, s·W). A `run` that turns with the picture is unchanged, to the bit: means are
+        (B, C', s·H, s·W). A `run` that turns with the image is unchanged, to the bit: means are
         taken of two at a time.
     """
-    return _ensemble(run, picture, _SYMMETRIES)
+    return _ensemble(run, image, _SYMMETRIES)
 
 
-def _ensemble(run: Run, picture: Tensor, symmetries: Sequence[Run]) -> Tensor:
+def _ensemble(run: Run, image: Tensor, symmetries: Sequence[Run]) -> Tensor:
     if not symmetries:
-        return run(picture)
+        return run(image)
     turn, *others = symmetries
-    plain = _ensemble(run, picture, others)
-    turned = turn(_ensemble(run, turn(picture), others))
+    plain = _ensemble(run, image, others)
+    turned = turn(_ensemble(run, turn(image), others))
     return (plain + turned) / 2
 
 
@@ -117,7 +117,7 @@ def _row_of_tiles(
 
 def rows_in_tiles(
     run: Run,
-    picture: Tensor,
+    image: Tensor,
     scale: int,
     tile: int,
     overlap: int,
@@ -130,7 +130,7 @@ def rows_in_tiles(
 
     Args:
         run: As in `run_in_tiles`.
-        picture: (B, C, H, W), of any dtype and place that `run` takes.
+        image: (B, C, H, W), of any dtype and place that `run` takes.
         scale: As in `run_in_tiles`.
         tile: As in `run_in_tiles`.
         overlap: As in `run_in_tiles`.
@@ -148,7 +148,7 @@ def rows_in_tiles(
             "tile and batch must be 1 or more, and overlap 0 or more and less than tile; got "
             f"{tile=}, {overlap=}, {batch=}"
         )
-    height, width = picture.shape[2:]
+    height, width = image.shape[2:]
     tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
     tall, wide = min(tile, height), min(tile, width)
     margin = overlap // 4 * scale
@@ -162,7 +162,7 @@ def rows_in_tiles(
 
     held: Tensor | None = None  # rows that the next tiles still have a say in
     for top, following in zip(tops, [*tops[1:], height], strict=True):
-        strip = picture[:, :, top : top + tall]
+        strip = image[:, :, top : top + tall]
         row = _row_of_tiles(run, strip, scale, lefts, wide, margin, batch, count)
         if held is not None:
             joined = torch.empty_like(row)
@@ -177,25 +177,25 @@ def rows_in_tiles(
 
 def run_in_tiles(
     run: Run,
-    picture: Tensor,
+    image: Tensor,
     scale: int,
     tile: int,
     overlap: int,
     on_tile: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Return `run` of a picture, computed on overlapping squares that are blended.
+    """Return `run` of an image, computed on overlapping squares that are blended.
 
     Besides the result, memory holds one tile and at most two rows of them. All tiles have one
     size. In an overlap, the outer quarter at the edge of a tile has no weight, and between the
     weights of the two tiles rise and fall and sum to 1: where pixels depend on neighbours at most
-    `overlap // 4` away, the result is that of the whole picture.
+    `overlap // 4` away, the result is that of the whole image.
 
     Args:
         run: Maps (B, C, h, w) to (B, C', scale·h, scale·w).
-        picture: (B, C, H, W) of any size; along a side shorter than a tile there is one.
+        image: (B, C, H, W) of any size; along a side shorter than a tile there is one.
         scale: How much larger the result is.
-        tile: Side of a tile, in pixels of `picture`.
-        overlap: What neighbouring tiles share at least, in pixels of `picture`.
+        tile: Side of a tile, in pixels of `image`.
+        overlap: What neighbouring tiles share at least, in pixels of `image`.
         on_tile: Called after each tile with the number of tiles done and of all.
 
     Returns:
@@ -206,9 +206,9 @@ def run_in_tiles(
     """
     whole: Tensor | None = None
     done = 0
-    for rows in rows_in_tiles(run, picture, scale, tile, overlap, on_tile):
+    for rows in rows_in_tiles(run, image, scale, tile, overlap, on_tile):
         if whole is None:
-            whole = rows.new_empty(*rows.shape[:2], scale * picture.shape[2], rows.shape[3])
+            whole = rows.new_empty(*rows.shape[:2], scale * image.shape[2], rows.shape[3])
         whole[:, :, done : done + rows.shape[2]] = rows
         done += rows.shape[2]
     return whole

@@ -182,7 +182,7 @@ def _scheduled(scheduler: Any, factor: float) -> list[float]:
 def update_learning_rate(model: Any, current_iter: int, warmup_iter: int = -1) -> None:
     """Set the learning rate of an iteration: schedule(it) · min(1, it / warmup_iter).
 
-    It stands in for `BaseModel.update_learning_rate`, whose warm-up leaves MultiStepLR at
+    It replaces `BaseModel.update_learning_rate`, whose warm-up leaves MultiStepLR at
     (warmup_iter - 1) / warmup_iter of the rate for good. The state of optimizer and scheduler
     resumes it at any iteration.
 
@@ -233,7 +233,7 @@ class FiniteLosses:
     """Watches the losses of a run, and stops it at the first that is infinite or no number.
 
     Losses on a GPU are kept there until `check`, so that no iteration waits for them; others are
-    looked at when they come.
+    checked when they come.
 
     Args:
         folder: The run's folder, for `non_finite_<iteration>.json`.

@@ -65,7 +65,7 @@ def run(
         arguments: A script below the root and its arguments.
         stop_when: Told each line; when it first says yes, the command is interrupted as by
             Ctrl-C.
-        expect: The exit status that is no failure.
+        expect: The exit status that is not a failure.
 
     Raises:
         StepFailed: Another exit status; the last lines of the output were shown.
@@ -124,7 +124,7 @@ def check_saved(iteration: int) -> None:
 
 
 def compare(iterations: int) -> str:
-    """Write the table and the picture; returns the table with a line that says what it shows."""
+    """Write the table and the image; returns the table with a line that says what it shows."""
     import cv2
 
     from dlgsanet_arch.data.comparison import Comparison, figure, table
@@ -141,12 +141,12 @@ def compare(iterations: int) -> str:
                 hr_path,
             )
         )
-        ways = {"trained just now": trained, "shipped weights": shipped}
+        ways = {"trained just now": trained, "bundled weights": shipped}
         comparisons.append(Comparison.of(name, lr, ways, hr))
     scale = comparisons[0].scale
     text = (
         f"x{scale}, a small network after {iterations} iterations and DLGSANet Tiny with the "
-        "weights of the package, on photographs that neither training saw: "
+        "bundled weights, on photographs that neither training saw: "
         f"PSNR and SSIM of the Y channel, a border of {scale} pixels cut off.\n\n"
         f"{table(comparisons)}"
     )
@@ -170,7 +170,7 @@ def main() -> int:
         with step(f"Training, interrupted after its checkpoint at iteration {saved} of {total}"):
             run(*train, stop_when=past(saved), expect=INTERRUPTED)
             check_saved(saved)
-        with step("Training goes on from the saved state"):
+        with step("Training resumes from the saved state"):
             run(*train, "--auto_resume")
             check_saved(total)
         with step("Test on photographs that it was not trained on"):

@@ -18,7 +18,7 @@ fail() {
 
 if [ -n "${PYTHON:-}" ]; then
     version=$(version_of "$PYTHON")
-    [ "${version:-0}" -ge 310 ] || fail "PYTHON=$PYTHON is no working Python 3.10 or newer"
+    [ "${version:-0}" -ge 310 ] || fail "PYTHON=$PYTHON is not a working Python 3.10 or newer"
     echo "$PYTHON"
     exit
 fi

@@ -1,7 +1,7 @@
 """What `make gpu` does: the GPU's tests, then every benchmark without a result for this very code.
 
 Pieces run in order of their worth, each in a process of its own with a time limit, and a call ends
-within --minutes; called again, it goes on where it was. Results are written as they come, to
+within --minutes; called again, it continues where it was. Results are written as they come, to
 benchmarks/results/ and, where the variable OUT names a folder, as copies to that.
 """
 
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run_piece(section, seconds, asked.results)
         copy_results(section, asked.results)
         if outcome.status is None:
-            print(f"   stopped after {outcome.seconds:.0f} s; the next call goes on", flush=True)
+            print(f"   stopped after {outcome.seconds:.0f} s; the next call continues", flush=True)
         else:
             print(f"   took {outcome.seconds:.0f} s, exit status {outcome.status}", flush=True)
             if outcome.status:

@@ -19,7 +19,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of golden files and pictures beside the checkout, or the one named by the user."""
+    """The folder of golden files and images beside the checkout, or the one named by the user."""
     return Path(os.environ.get("DLGSANET_SHARED", REPOSITORY.parent / "shared"))
 
 

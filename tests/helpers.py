@@ -1,4 +1,4 @@
-"""What several test modules need: running a command, made pictures, small option files."""
+"""What several test modules need: running a command, made images, small option files."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def run(
 
 
 def write_pairs(folder: Path, count: int, hr_size: tuple[int, int] = (48, 64), scale: int = 2):
-    """Write `count` PNG pairs of smooth made pictures to folder/HR and folder/LR, equal names.
+    """Write `count` PNG pairs of smooth made images to folder/HR and folder/LR, equal names.
 
     HR is hr_size (height, width), LR is HR averaged over scale x scale pixels.
     """
@@ -57,9 +57,9 @@ def write_pairs(folder: Path, count: int, hr_size: tuple[int, int] = (48, 64), s
         coarse = rng.uniform(0, 255, (6, 8, 3)).astype(np.float32)
         hr = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
         lr = hr.reshape(height // scale, scale, width // scale, scale, 3).mean((1, 3))
-        for part, picture in (("HR", hr), ("LR", lr)):
-            name = str(folder / part / f"picture{index}.png")
-            assert cv2.imwrite(name, picture.clip(0, 255).round().astype(np.uint8)), name
+        for part, image in (("HR", hr), ("LR", lr)):
+            name = str(folder / part / f"image{index}.png")
+            assert cv2.imwrite(name, image.clip(0, 255).round().astype(np.uint8)), name
 
 
 def small_train_options(data: Path, **changes: Any) -> dict[str, Any]:

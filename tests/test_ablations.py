@@ -1,4 +1,4 @@
-"""The ablations in small: what is trained, the figures made of it, and going on."""
+"""The ablations in small: what is trained, the figures made of it, and resuming."""
 
 import importlib
 import json

@@ -145,7 +145,7 @@ def zip_member(name: str, kind: int, content: bytes = b"") -> tuple[zipfile.ZipI
     return info, content
 
 
-# Members that are no files: they are skipped, whatever they are called.
+# Members that are not files: they are skipped, whatever they are called.
 SPECIAL = {
     "zip symlink": ("zip", zip_member("x/2.png", stat.S_IFLNK, b"/etc/passwd")),
     "zip symlink as a folder": ("zip", zip_member("x", stat.S_IFLNK, b"/tmp")),

@@ -26,16 +26,16 @@ SIZE = (27, 34)  # no scale divides a side
 
 
 def made(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A smooth picture with some noise, another one for each number."""
+    """A smooth image with some noise, another one for each number."""
     random = np.random.default_rng(number)
     coarse = random.integers(0, 256, (4, 5, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
     return (smooth + random.normal(0, 5, smooth.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def saved(path: Path, picture: np.ndarray) -> Path:
+def saved(path: Path, image: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fine, data = cv2.imencode(path.suffix, picture)
+    fine, data = cv2.imencode(path.suffix, image)
     assert fine
     path.write_bytes(data.tobytes())
     return path
@@ -43,24 +43,24 @@ def saved(path: Path, picture: np.ndarray) -> Path:
 
 def read(path: Path) -> np.ndarray:
     """The stored samples: dtype and channels as they are in the file."""
-    picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    assert picture is not None
-    return picture
+    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    return image
 
 
-def resized(picture: np.ndarray, factor: float) -> np.ndarray:
+def resized(image: np.ndarray, factor: float) -> np.ndarray:
     """BasicSR's bicubic, rounded to 8 bits."""
-    result = imresize(picture.astype(np.float32) / 255, factor)
+    result = imresize(image.astype(np.float32) / 255, factor)
     return (result * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def cropped(picture: np.ndarray, scale: int) -> np.ndarray:
-    height, width = picture.shape[:2]
-    return picture[: height // scale * scale, : width // scale * scale]
+def cropped(image: np.ndarray, scale: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    return image[: height // scale * scale, : width // scale * scale]
 
 
-def lr_of(picture: np.ndarray, scale: int) -> np.ndarray:
-    return resized(cropped(picture, scale), 1 / scale)
+def lr_of(image: np.ndarray, scale: int) -> np.ndarray:
+    return resized(cropped(image, scale), 1 / scale)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def refused(match: str, *arguments, **options) -> str:
 def test_set14_has_the_known_figures_at_every_scale(tmp_path, shared_data):
     source = shared_data / "data" / "Set14"
     if not source.is_dir():
-        pytest.skip(f"the pictures of Set14 are not in {source}")
+        pytest.skip(f"the images of Set14 are not in {source}")
     summary = build("set14", source, tmp_path)
     measured = [(each.scale, each.bicubic.psnr, each.bicubic.ssim) for each in summary.scales]
     # NETWORK.md, measured by BasicSR's functions
@@ -97,7 +97,7 @@ def test_set14_has_the_known_figures_at_every_scale(tmp_path, shared_data):
     assert np.allclose(np.array(measured), known, rtol=0, atol=[0, 0.01, 0.0005])
     assert [each.agrees for each in summary.scales] == [True] * 3
     assert (summary.name, summary.count, summary.notices) == ("Set14", 14, ())
-    # the smallest picture, by OpenCV and BasicSR alone
+    # the smallest image, by OpenCV and BasicSR alone
     hr = cropped(read(source / "HR" / "img_006.png")[..., :3], 4)
     assert np.array_equal(read(tmp_path / "X4" / "HR" / "img_006.png"), hr)
     assert np.array_equal(read(tmp_path / "X4" / "LR" / "img_006.png"), resized(hr, 1 / 4))
@@ -137,21 +137,21 @@ def test_figures_are_the_mean_of_basicsrs_metrics(tmp_path):
 def sum_by_hand(folder: Path) -> str:
     data = b""
     for path in sorted(folder.iterdir(), key=lambda path: path.stem):
-        picture = read(path)
+        image = read(path)
         data += path.stem.encode("utf-8") + b"\x00"
-        data += struct.pack("<I", picture.shape[0]) + struct.pack("<I", picture.shape[1])
-        for row in picture:
+        data += struct.pack("<I", image.shape[0]) + struct.pack("<I", image.shape[1])
+        for row in image:
             data += b"".join(bytes(pixel.tolist()) for pixel in row)
     return hashlib.sha256(data).hexdigest()
 
 
-def test_a_picture_of_one_colour_does_not_hide_the_others(tmp_path):
+def test_a_image_of_one_colour_does_not_hide_the_others(tmp_path):
     saved(tmp_path / "in" / "a.png", made(1))
     alone = build("set", tmp_path / "in", tmp_path / "alone", [2]).scales[0]
     saved(tmp_path / "in" / "flat.png", np.full((40, 40, 3), 90, np.uint8))
     summary = build("set", tmp_path / "in", tmp_path / "both", [2])
     assert summary.scales[0].bicubic.psnr == alone.bicubic.psnr
-    assert "bicubic restores 1 pictures without an error" in report(summary)
+    assert "bicubic restores 1 images without an error" in report(summary)
 
 
 def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
     assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
-    assert "Set5 has 5 pictures, here are 1" in said
+    assert "Set5 has 5 images, here are 1" in said
     (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
     assert cmd_data.main(arguments) == 1
     assert "b.png is empty: zero bytes" in capsys.readouterr().err
@@ -175,10 +175,10 @@ def test_sums_can_be_recomputed_by_their_description(tmp_path):
     summary = build("made", source, tmp_path / "out")
     for each in summary.scales:
         assert each.sha256 == {part: sum_by_hand(each.folder / part) for part in ("HR", "LR")}
-    picture = tmp_path / "out" / "X2" / "HR" / "p.png"
-    before = folder_sha256(picture.parent)
-    picture.rename(picture.with_name("q.png"))
-    assert folder_sha256(picture.parent) != before
+    image = tmp_path / "out" / "X2" / "HR" / "p.png"
+    before = folder_sha256(image.parent)
+    image.rename(image.with_name("q.png"))
+    assert folder_sha256(image.parent) != before
 
 
 def test_gray_becomes_three_equal_channels(tmp_path):
@@ -218,7 +218,7 @@ def test_what_goes_to_workers_can_be_pickled(tmp_path):
         assert str(pickle.loads(pickle.dumps(result))) == str(result)
 
 
-def test_workers_are_started_for_many_pictures_only():
+def test_workers_are_started_for_many_images_only():
     assert benchmark._useful_workers(4, 5) == 1
     assert benchmark._useful_workers(4, 300) == 4
 
@@ -292,7 +292,7 @@ def test_layouts_are_found_by_looking(tmp_path, layout, further):
     source = tmp_path / "in"
     for number, name in enumerate(NAMES):
         saved(source / (further + LAYOUTS[layout].format(name)), made(number))
-    # beside them: what is no HR
+    # beside them: what is not a HR
     for name in ("LR_bicubic/X4/babyx4.png", "image_SRF_4/baby_SRF_4_bicubic.png"):
         saved(source / further / name, made(7, (6, 8)))
     summary = build("Set5", source, tmp_path / "out", [4])
@@ -300,7 +300,7 @@ def test_layouts_are_found_by_looking(tmp_path, layout, further):
     assert sorted(written) == sorted(NAMES)
     for number, name in enumerate(NAMES):
         assert np.array_equal(written[name], cropped(made(number), 4))
-    notices = [text for text in summary.notices if "Set5 has 5 pictures" not in text]
+    notices = [text for text in summary.notices if "Set5 has 5 images" not in text]
     assert len(notices) == {"BasicSR's": 1, "flat": 1}.get(layout, 0)
 
 
@@ -313,8 +313,8 @@ def test_each_scale_takes_its_own_hr_of_selfexsr(tmp_path):
     for scale in (2, 4):
         hr = read(tmp_path / "out" / f"X{scale}" / "HR" / "img_001.png")
         assert np.array_equal(hr, cropped(made(scale), scale))
-    assert [each.given for each in summary.scales] == ["given LR equals ours (1 of 1 pictures)"] * 2
-    refused("no HR pictures for x3.*--scale 2 4", "made", tmp_path / "in", tmp_path / "out")
+    assert [each.given for each in summary.scales] == ["given LR equals ours (1 of 1 images)"] * 2
+    refused("no HR images for x3.*--scale 2 4", "made", tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out" / "X3").exists()
     saved(tmp_path / "in" / "HR" / "img_001.png", made(9))
     build("made", tmp_path / "in", tmp_path / "out", [3])
@@ -347,7 +347,7 @@ def test_of_several_sets_the_named_one_is_taken(tmp_path):
     refused("more than one place", "made", tmp_path / "in", tmp_path / "other")
 
 
-def test_pictures_in_folders_of_a_flat_set_are_missed_aloud(tmp_path):
+def test_images_in_folders_of_a_flat_set_are_missed_aloud(tmp_path):
     saved(tmp_path / "in" / "a.png", made(1))
     saved(tmp_path / "in" / "more" / "b.png", made(2))
     summary = build("made", tmp_path / "in", tmp_path / "out", [2])
@@ -357,17 +357,17 @@ def test_pictures_in_folders_of_a_flat_set_are_missed_aloud(tmp_path):
 
 def test_a_folder_without_hr_is_refused(tmp_path):
     saved(tmp_path / "in" / "a" / "b" / "c.png", made(1))
-    refused("no HR pictures of made", "made", tmp_path / "in", tmp_path / "out")
+    refused("no HR images of made", "made", tmp_path / "in", tmp_path / "out")
     refused("does not exist", "made", tmp_path / "missing", tmp_path / "out")
 
 
-def test_pictures_of_one_name_are_refused(tmp_path):
+def test_images_of_one_name_are_refused(tmp_path):
     for folder in ("image_SRF_2", "."):
         saved(tmp_path / "in" / folder / "a_SRF_2_HR.png", made(1))
     refused("have one name", "made", tmp_path / "in", tmp_path / "out", [2])
 
 
-# LR that came with the pictures
+# LR that came with the images
 
 GIVEN = ["LR_bicubic/X2/p{}x2.png", "LR/x2/p{}.png", "LRbicx2/p{}.png", "X2/LR/p{}.png"]
 
@@ -383,7 +383,7 @@ def test_given_lr_is_compared(tmp_path, given):
         assert summary.scales[1].given is None
         return summary.scales[0].given
 
-    assert told("a") == "given LR equals ours (2 of 2 pictures)"
+    assert told("a") == "given LR equals ours (2 of 2 images)"
     lr = lr_of(made(0), 2)
     lr[0, 0] ^= 1
     saved(source / given.format(0), lr)
@@ -397,20 +397,20 @@ def test_given_lr_is_compared(tmp_path, given):
     assert text in told("a")
     saved(source / given.format(0), lr[:-1])
     (source / given.format(1)).write_bytes(b"nothing")
-    assert "of 1 pictures has another size" in told("a")
-    assert "of 1 pictures cannot be read" in told("a")
+    assert "of 1 images has another size" in told("a")
+    assert "of 1 images cannot be read" in told("a")
 
 
-# Bad pictures
+# Bad images
 
 
-def test_all_bad_pictures_are_named_before_anything_is_written(tmp_path):
+def test_all_bad_images_are_named_before_anything_is_written(tmp_path):
     source = source_of(tmp_path / "in")
     whole = (source / "HR" / "p0.png").read_bytes()
     (source / "HR" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (source / "HR" / "empty.jpg").write_bytes(b"")
     saved(source / "HR" / "small.png", made(1, (16, 19)))
-    said = refused("3 pictures of made cannot be used", "made", source, tmp_path / "out")
+    said = refused("3 images of made cannot be used", "made", source, tmp_path / "out")
     reasons = {"cut": "is cut short", "empty": "zero bytes", "small": "too small"}
     for name, reason in reasons.items():
         assert [reason in line for line in said.splitlines() if f"{name}." in line] == [True]
@@ -422,9 +422,9 @@ def test_all_bad_pictures_are_named_before_anything_is_written(tmp_path):
     assert "cut.png is cut short" in report(summary)
 
 
-def test_a_set_of_bad_pictures_alone_is_refused(tmp_path):
+def test_a_set_of_bad_images_alone_is_refused(tmp_path):
     saved(tmp_path / "in" / "a.png", made(1, (8, 8)))
-    refused("1 picture of made", "made", tmp_path / "in", tmp_path / "out", skip_bad=True)
+    refused("1 image of made", "made", tmp_path / "in", tmp_path / "out", skip_bad=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -451,7 +451,7 @@ def test_finished_scales_are_left_alone(tmp_path):
     source = source_of(tmp_path / "in")
     first = build("made", source, tmp_path / "out", [2])
     before = (tmp_path / "out" / "X2").stat().st_ino
-    shutil.copytree(source, tmp_path / "moved")  # the same pictures
+    shutil.copytree(source, tmp_path / "moved")  # the same images
     for overwrite in (False, True):
         again = build("made", tmp_path / "moved", tmp_path / "out", [2, 3], overwrite=overwrite)
         assert (tmp_path / "out" / "X2").stat().st_ino == before
@@ -463,20 +463,20 @@ def test_finished_scales_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["pixels", "another", "renamed", "fewer"])
-def test_a_scale_of_other_pictures_is_replaced_on_demand_only(tmp_path, change):
+def test_a_scale_of_other_images_is_replaced_on_demand_only(tmp_path, change):
     source = source_of(tmp_path / "in")
     build("made", source, tmp_path / "out", [2])
     before = tree(tmp_path / "out")
-    picture = source / "HR" / "p0.png"
+    image = source / "HR" / "p0.png"
     if change == "pixels":
-        saved(picture, made(5))
+        saved(image, made(5))
     elif change == "another":
-        saved(picture.with_name("q.png"), made(5))
+        saved(image.with_name("q.png"), made(5))
     elif change == "renamed":
-        picture.rename(picture.with_name("q.png"))
+        image.rename(image.with_name("q.png"))
     else:
-        picture.unlink()
-    refused("X2 was made from other pictures.*--overwrite", "made", source, tmp_path / "out", [2])
+        image.unlink()
+    refused("X2 was made from other images.*--overwrite", "made", source, tmp_path / "out", [2])
     assert tree(tmp_path / "out") == before
     summary = build("made", source, tmp_path / "out", [2], overwrite=True)
     assert summary.scales[0].written
@@ -489,15 +489,15 @@ def test_a_scale_that_was_changed_is_noticed(tmp_path, change):
     source = source_of(tmp_path / "in")
     build("made", source, tmp_path / "out", [2])
     before = tree(tmp_path / "out")
-    picture = tmp_path / "out" / "X2" / "LR" / "p0.png"
+    image = tmp_path / "out" / "X2" / "LR" / "p0.png"
     if change == "pixels":
-        saved(picture, read(picture) ^ 1)
+        saved(image, read(image) ^ 1)
     elif change == "missing":
-        picture.unlink()
+        image.unlink()
     elif change == "another":
-        saved(picture.with_name("q.png"), made(5))
+        saved(image.with_name("q.png"), made(5))
     else:
-        picture.write_bytes(picture.read_bytes()[:-30])
+        image.write_bytes(image.read_bytes()[:-30])
     refused("X2 was changed after it was made", "made", source, tmp_path / "out", [2])
     build("made", source, tmp_path / "out", [2], overwrite=True)
     assert tree(tmp_path / "out") == before
@@ -561,7 +561,7 @@ def test_the_set_may_lie_where_the_tree_goes(tmp_path):
     assert [each.scale for each in both.scales] == [2, 4]
     assert [each.written for each in both.scales] == [False, True]
     assert both.source == tmp_path / "HR"
-    assert both.scales[0].given == "given LR equals ours (1 of 2 pictures)"
+    assert both.scales[0].given == "given LR equals ours (1 of 2 images)"
     # what was made is enough to find it finished, and for nothing else
     shutil.rmtree(tmp_path / "HR")
     shutil.rmtree(tmp_path / "LR_bicubic")
@@ -571,7 +571,7 @@ def test_the_set_may_lie_where_the_tree_goes(tmp_path):
     assert [each.written for each in alone.scales] == [False, False]
     assert [each.given for each in alone.scales] == [None, None]
     assert alone.scales[0].sha256 == first.scales[0].sha256
-    refused("no HR pictures for x3.*--scale 2 4", "made", tmp_path, tmp_path)
+    refused("no HR images for x3.*--scale 2 4", "made", tmp_path, tmp_path)
     saved(tmp_path / "X2" / "HR" / "p0.png", made(5))
     for overwrite in (False, True):
         options = {"overwrite": overwrite}
@@ -587,11 +587,11 @@ def test_the_report_tells_a_wrong_set_by_its_figures(tmp_path):
     assert [each.agrees for each in summary.scales] == [False, False]
     for each, known in zip(summary.scales, ("33.68 dB / 0.9305", "28.43 dB / 0.8113"), strict=True):
         ours = f"{each.bicubic.psnr:.2f} dB / {each.bicubic.ssim:.4f}"
-        line = f"  x{each.scale}  {ours}  known {known}  differs: other pictures, or another"
+        line = f"  x{each.scale}  {ours}  known {known}  differs: other images, or another"
         assert line in text
         assert f"X{each.scale}/HR  {each.sha256['HR']}\n" in text
         assert f"X{each.scale}/LR  {each.sha256['LR']}\n" in text
-    assert "Set5 has 5 pictures, here are 2" in text
+    assert "Set5 has 5 images, here are 2" in text
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,19 @@ from dlgsanet_arch.data.scores import Scores, measure
 SCALES = [1 / 2, 1 / 3, 1 / 4, 2, 3, 4]
 
 
-def unrounded(picture: np.ndarray, scale: float) -> np.ndarray:
-    peak = np.iinfo(picture.dtype).max
-    return imresize(picture.astype(np.float32) / peak, scale) * peak
+def unrounded(image: np.ndarray, scale: float) -> np.ndarray:
+    peak = np.iinfo(image.dtype).max
+    return imresize(image.astype(np.float32) / peak, scale) * peak
 
 
-def assert_equals_imresize(picture: np.ndarray, scale: float) -> float:
+def assert_equals_imresize(image: np.ndarray, scale: float) -> float:
     """Compare all values, and return the share of those that differ."""
-    ours, exact = bicubic(picture, scale), unrounded(picture, scale)
-    expected = exact.round().clip(0, np.iinfo(picture.dtype).max).astype(picture.dtype)
+    ours, exact = bicubic(image, scale), unrounded(image, scale)
+    expected = exact.round().clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
     assert ours.shape == expected.shape
     assert ours.dtype == expected.dtype
     # Half-way between two levels the order of the sum decides, and BasicSR's is the BLAS's.
-    halfway = np.abs(exact % 1 - 0.5) < 1e-4 * np.iinfo(picture.dtype).max / 255
+    halfway = np.abs(exact % 1 - 0.5) < 1e-4 * np.iinfo(image.dtype).max / 255
     different = ours != expected
     assert not (different & ~halfway).any(), (
         f"{(different & ~halfway).sum()} of {different.size} differ at {scale=}; ours, and "
@@ -47,7 +47,7 @@ def made(*shape: int, dtype: type = np.uint8) -> np.ndarray:
 @pytest.mark.parametrize(
     "shape", [(37, 53, 3), (48, 60), (1, 43, 3), (41, 1), (35, 22, 1), (24, 29, 4)]
 )
-def test_made_pictures_equal_imresize(shape, scale):
+def test_made_images_equal_imresize(shape, scale):
     assert_equals_imresize(made(*shape), scale)
 
 
@@ -55,16 +55,16 @@ def test_made_pictures_equal_imresize(shape, scale):
 def test_photographs_equal_imresize(shared_data, folder):
     paths = sorted((shared_data / "data" / folder).glob("*.*"))[:10]
     if not paths:
-        pytest.skip(f"no pictures at {shared_data / 'data' / folder} (set DLGSANET_SHARED)")
-    pictures = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in paths]
+        pytest.skip(f"no images at {shared_data / 'data' / folder} (set DLGSANET_SHARED)")
+    images = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in paths]
     for scale in (1 / 2, 1 / 3, 1 / 4):
-        assert np.mean([assert_equals_imresize(each, scale) for each in pictures]) < 1e-5
+        assert np.mean([assert_equals_imresize(each, scale) for each in images]) < 1e-5
 
 
 def test_set14_has_its_published_figure(shared_data):
     paths = sorted((shared_data / "data" / "Set14" / "HR").glob("*.png"))
     if not paths:
-        pytest.skip(f"no pictures at {shared_data / 'data/Set14/HR'} (set DLGSANET_SHARED)")
+        pytest.skip(f"no images at {shared_data / 'data/Set14/HR'} (set DLGSANET_SHARED)")
     figures = []
     for path in paths:
         hr = cv2.imread(str(path), cv2.IMREAD_COLOR)
@@ -74,7 +74,7 @@ def test_set14_has_its_published_figure(shared_data):
     assert np.mean(figures) == pytest.approx(26.09, abs=0.01)
 
 
-def definition(picture: np.ndarray, scale: Fraction) -> np.ndarray:
+def definition(image: np.ndarray, scale: Fraction) -> np.ndarray:
     """The sums along both axes as MATLAB's manual has them, pixel by pixel in float64."""
 
     def kernel(x: float) -> float:
@@ -95,17 +95,17 @@ def definition(picture: np.ndarray, scale: Fraction) -> np.ndarray:
                 weights[mirrored] += kernel(float((centre - position) * stretch))
         return result / result.sum(1, keepdims=True)
 
-    height, width = (matrix(length) for length in picture.shape)
-    return height @ picture.astype(np.float64) @ width.T
+    height, width = (matrix(length) for length in image.shape)
+    return height @ image.astype(np.float64) @ width.T
 
 
 @pytest.mark.parametrize("scale", [Fraction(1, 4), Fraction(1, 3), Fraction(5, 8), Fraction(3)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("shape", [(2, 3), (5, 2), (23, 19)])
-def test_pictures_shorter_than_the_kernel_are_mirrored_again(shape, dtype, scale):
-    picture = made(*shape, dtype=dtype)
-    ours = bicubic(picture, scale)
-    exact = definition(picture, scale).clip(0, np.iinfo(dtype).max)
+def test_images_shorter_than_the_kernel_are_mirrored_again(shape, dtype, scale):
+    image = made(*shape, dtype=dtype)
+    ours = bicubic(image, scale)
+    exact = definition(image, scale).clip(0, np.iinfo(dtype).max)
     assert ours.dtype == dtype
     assert ours.shape == exact.shape
     # Half a level, and positions in float32 as imresize has them: near 23 they are 2e-6 off.
@@ -114,31 +114,31 @@ def test_pictures_shorter_than_the_kernel_are_mirrored_again(shape, dtype, scale
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_uint16_equals_imresize_but_for_its_float32(scale):
-    picture = made(45, 38, 3, dtype=np.uint16)
-    exact = unrounded(picture, scale).clip(0, 65535)
-    assert np.abs(bicubic(picture, scale) - exact).max() < 0.5 + 0.06
+    image = made(45, 38, 3, dtype=np.uint16)
+    exact = unrounded(image, scale).clip(0, 65535)
+    assert np.abs(bicubic(image, scale) - exact).max() < 0.5 + 0.06
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_strips_leave_no_seam(monkeypatch, scale):
-    picture = made(330, 61, 3)
+    image = made(330, 61, 3)
     monkeypatch.setattr(module, "STRIP", 10_000)
-    whole = bicubic(picture, scale)
+    whole = bicubic(image, scale)
     monkeypatch.setattr(module, "STRIP", 64)
-    assert np.array_equal(bicubic(picture, scale), whole)
+    assert np.array_equal(bicubic(image, scale), whole)
 
 
 @pytest.mark.parametrize("scale", [1 / 3, 2])
 def test_views_and_channels_are_resized_one_by_one(scale):
-    picture = made(31, 45, 5)
-    whole = bicubic(picture, scale)
+    image = made(31, 45, 5)
+    whole = bicubic(image, scale)
     for channel in range(5):
-        assert np.array_equal(bicubic(picture[:, :, channel], scale), whole[:, :, channel])
-    assert np.array_equal(bicubic(picture[:, :, ::-1], scale), whole[:, :, ::-1])
+        assert np.array_equal(bicubic(image[:, :, channel], scale), whole[:, :, channel])
+    assert np.array_equal(bicubic(image[:, :, ::-1], scale), whole[:, :, ::-1])
 
 
 @pytest.mark.parametrize(
-    ("picture", "scale", "named"),
+    ("image", "scale", "named"),
     [
         (made(4, 4).astype(np.float32), 2, "float32"),
         (made(4), 2, r"\(4,\)"),
@@ -150,15 +150,15 @@ def test_views_and_channels_are_resized_one_by_one(scale):
         (made(4, 4), float("inf"), "scale=inf"),
     ],
 )
-def test_what_cannot_be_resized_is_named(picture, scale, named):
+def test_what_cannot_be_resized_is_named(image, scale, named):
     with pytest.raises(ValueError, match=named):
-        bicubic(picture, scale)
+        bicubic(image, scale)
 
 
 def test_scores_equal_basicsr_s(shared_data):
     paths = sorted((shared_data / "data" / "Set14" / "HR").glob("*.png"))[:3]
     if not paths:
-        pytest.skip(f"no pictures at {shared_data / 'data/Set14/HR'} (set DLGSANET_SHARED)")
+        pytest.skip(f"no images at {shared_data / 'data/Set14/HR'} (set DLGSANET_SHARED)")
     for path in paths:
         hr = cv2.imread(str(path), cv2.IMREAD_COLOR)
         hr = hr[: hr.shape[0] // 4 * 4, : hr.shape[1] // 4 * 4]

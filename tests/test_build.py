@@ -98,7 +98,7 @@ def test_a_compiler_is_one_that_compiles(build, monkeypatch, tmp_path):
     build.find_compiler.cache_clear()
     monkeypatch.setenv("CC", f"{works} -pthread")
     assert build.find_compiler() == (works, "-pthread")
-    # One that cannot build all variants is no compiler: Zig can.
+    # One that cannot build all variants is not a compiler: Zig can.
     build.find_compiler.cache_clear()
     lanes = [count for count, _ in build.variants().values()][-1]
     for name in ("cc", "gcc", "clang"):
@@ -220,11 +220,11 @@ def test_a_library_that_does_not_load_is_named(installed, content):
 
 def test_without_a_library_pytorch_computes_and_the_reason_is_told(installed, monkeypatch):
     options = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
-    net, picture = DLGSANet(**options).eval(), torch.rand(1, 3, 13, 9)
+    net, image = DLGSANet(**options).eval(), torch.rand(1, 3, 13, 9)
     assert library.load() is None
     assert "were not built; 'pip install --no-deps .'" in cpu.why_not()
     with torch.no_grad():
-        torch.testing.assert_close(net(picture), net.double()(picture.double()).float())
+        torch.testing.assert_close(net(image), net.double()(image.double()).float())
     monkeypatch.setattr(os, "name", "nt")
     assert "not built on" in library._library.__wrapped__().fault
 

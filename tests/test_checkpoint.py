@@ -180,7 +180,7 @@ BAD_FILES = {
     "nearly whole": (lambda path, params: _cut(path, params, 0.99), "truncated"),
     "half, old format": (lambda path, params: _cut(path, params, 0.5, **OLD_FORMAT), "truncated"),
     "empty": (lambda path, _: path.touch(), "is empty"),
-    "picture": (lambda path, _: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "no checkpoint"),
+    "image": (lambda path, _: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "no checkpoint"),
     "text": (lambda path, _: path.write_text("version https://git-lfs\n"), "no checkpoint"),
     "plain pickle": (lambda path, _: path.write_bytes(pickle.dumps([1, 2], 2)), "no checkpoint"),
     "list": (lambda path, params: torch.save([params], path), "holds a list"),
@@ -291,11 +291,11 @@ def test_a_checkpoint_keeps_all_that_is_known_of_it(tmp_path, suffix):
     assert (read.iteration, read.is_told, read.scale) == (5000, True, 2)
     assert _equal(dict(sorted(read.weights.items())), dict(sorted(saved.weights.items())))
     network = read.network()
-    picture = torch.rand(1, 3, 9, 12)
+    image = torch.rand(1, 3, 9, 12)
     with torch.no_grad():
         expected = DLGSANet(**saved.config)
         expected.load_state_dict(saved.weights)
-        assert torch.equal(network(picture), expected.eval()(picture))
+        assert torch.equal(network(image), expected.eval()(image))
     assert list(tmp_path.iterdir()) == [tmp_path / f"weights{suffix}"]
 
 

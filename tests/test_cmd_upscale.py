@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms
-from test_inference import checkpoint, picture
+from test_inference import checkpoint, image
 
 from dlgsanet_arch.checkpoint import save_checkpoint
 from dlgsanet_arch.cli import main
@@ -34,7 +34,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(weights):
-    """What a picture should become, by the library."""
+    """What an image should become, by the library."""
     return Upscaler(weights, device="cpu")
 
 
@@ -79,7 +79,7 @@ def deep_gray_alpha(path, array):
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (30, 41)], ids=str)
 @pytest.mark.parametrize("channels", [0, 2, 3, 4])
 def test_8_bits(weights, expected, tmp_path, channels, size):
-    array = picture(*size, channels)
+    array = image(*size, channels)
     source = save(tmp_path / "a.png", array)
     assert call(weights, source, tmp_path / "out") == 0
     made = np.asarray(Image.open(tmp_path / "out" / "a.png"))
@@ -90,7 +90,7 @@ def test_8_bits(weights, expected, tmp_path, channels, size):
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 @pytest.mark.parametrize("channels", [0, 3, 4])
 def test_16_bits(weights, expected, tmp_path, channels, suffix):
-    array = picture(70, 21, channels, np.uint16)
+    array = image(70, 21, channels, np.uint16)
     source = save_deep(tmp_path / f"a.{suffix}", array)
     assert call(weights, source, tmp_path / "out") == 0
     made = cv2.imread(str(tmp_path / "out" / f"a.{suffix}"), cv2.IMREAD_UNCHANGED)
@@ -103,7 +103,7 @@ def test_16_bits(weights, expected, tmp_path, channels, suffix):
 
 
 def test_16_bit_gray_with_alpha(weights, expected, tmp_path):
-    array = picture(20, 31, 2, np.uint16)
+    array = image(20, 31, 2, np.uint16)
     source = deep_gray_alpha(tmp_path / "a.png", array)
     assert np.array_equal(read_stored(source).pixels, array)
     assert call(weights, source, tmp_path / "out") == 0
@@ -116,7 +116,7 @@ def test_16_bit_gray_with_alpha(weights, expected, tmp_path):
 
 
 def test_palettes_and_their_transparency(weights, tmp_path):
-    indexed = Image.fromarray(picture(20, 30)).quantize(16)
+    indexed = Image.fromarray(image(20, 30)).quantize(16)
     indexed.save(tmp_path / "opaque.png")
     indexed.save(tmp_path / "clear.png", transparency=3)
     assert call(weights, tmp_path, tmp_path / "out") == 0
@@ -132,7 +132,7 @@ def test_palettes_and_their_transparency(weights, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "tif"])
 def test_the_format_stays(weights, tmp_path, suffix):
-    source = save(tmp_path / f"a.{suffix}", picture(30, 40), quality=95)
+    source = save(tmp_path / f"a.{suffix}", image(30, 40), quality=95)
     assert call(weights, source, tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / f"a.{suffix}") as made, Image.open(source) as before:
         assert made.format == before.format
@@ -140,7 +140,7 @@ def test_the_format_stays(weights, tmp_path, suffix):
 
 
 def test_cmyk_is_converted_and_said(weights, tmp_path, capsys):
-    rgb = picture(30, 40)
+    rgb = image(30, 40)
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "a.jpg", quality=98)
     assert call(weights, tmp_path / "a.jpg", tmp_path / "out") == 0
     assert "holds CMYK colours; they were converted to sRGB" in capsys.readouterr().err
@@ -156,11 +156,11 @@ def test_cmyk_is_converted_and_said(weights, tmp_path, capsys):
 )
 def test_the_colour_profile_stays(weights, tmp_path, name, depth):
     if depth == 8:
-        source = save(tmp_path / name, picture(9, 12), icc_profile=SRGB)
+        source = save(tmp_path / name, image(9, 12), icc_profile=SRGB)
     else:
         source = tmp_path / name
-        pixels = picture(9, 12, 3, np.uint16)
-        writing.write_picture(source, writing.format_of(source), pixels, icc=SRGB)
+        pixels = image(9, 12, 3, np.uint16)
+        writing.write_image(source, writing.format_of(source), pixels, icc=SRGB)
     assert call(weights, source, tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / name) as made:
         assert made.info["icc_profile"] == SRGB
@@ -168,11 +168,11 @@ def test_the_colour_profile_stays(weights, tmp_path, name, depth):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
-def test_the_picture_is_seen_the_same_way_up(weights, tmp_path, name, orientation):
+def test_the_image_is_seen_the_same_way_up(weights, tmp_path, name, orientation):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "A camera"
     exif[0x8769] = {0x9003: "2023:10:02 12:00:00", 0xA002: 24, 0x927C: b"offsets"}
-    smooth = picture(16, 24)
+    smooth = image(16, 24)
     source = save(tmp_path / name, smooth, exif=exif.tobytes())
     assert call(weights, source, tmp_path / "out") == 0
     from PIL import ImageOps
@@ -196,8 +196,8 @@ def test_the_picture_is_seen_the_same_way_up(weights, tmp_path, name, orientatio
 def test_a_folder_keeps_its_tree_and_its_names(weights, tmp_path, capsys):
     names = ["a.png", "sub/夜景 1.jpg", "sub/deep/é.webp", "sub/old.bmp", "sub/UPPER.PNG"]
     for name in names:
-        save(tmp_path / "in" / name, picture(8, 10))
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+        save(tmp_path / "in" / name, image(8, 10))
+    (tmp_path / "in" / "notes.txt").write_text("no image")
     assert call(weights, tmp_path / "in", tmp_path / "out", "--suffix", "_x2") == 0
     found = {
         path.relative_to(tmp_path / "out").as_posix()
@@ -215,15 +215,15 @@ def test_a_folder_keeps_its_tree_and_its_names(weights, tmp_path, capsys):
 
 
 def test_a_file_by_name(weights, tmp_path):
-    source = save(tmp_path / "a.png", picture(8, 10))
+    source = save(tmp_path / "a.png", image(8, 10))
     assert call(weights, source, tmp_path / "new" / "b.jpg") == 0
     with Image.open(tmp_path / "new" / "b.jpg") as made:
         assert made.format == "JPEG"
 
 
 def test_what_a_format_cannot_hold_becomes_png(weights, tmp_path, capsys):
-    save(tmp_path / "in" / "wide.webp", picture(1, 9000))
-    save(tmp_path / "in" / "clear.png", picture(5, 6, 4)).rename(tmp_path / "in" / "clear.jpg")
+    save(tmp_path / "in" / "wide.webp", image(1, 9000))
+    save(tmp_path / "in" / "clear.png", image(5, 6, 4)).rename(tmp_path / "in" / "clear.jpg")
     assert call(weights, tmp_path / "in", tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"wide.png", "clear.png"}
     said = capsys.readouterr().err
@@ -236,8 +236,8 @@ def test_what_a_format_cannot_hold_becomes_png(weights, tmp_path, capsys):
 
 
 def test_wishes_that_cannot_be_met_are_named(weights, tmp_path, capsys):
-    source = save(tmp_path / "in" / "a.png", picture(5, 6))
-    save(tmp_path / "in" / "a.jpg", picture(5, 6))
+    source = save(tmp_path / "in" / "a.png", image(5, 6))
+    save(tmp_path / "in" / "a.jpg", image(5, 6))
     for more, said in (
         ((tmp_path / "none", tmp_path), "none does not exist"),
         ((source, tmp_path / "in"), "a.png would be replaced by its result"),
@@ -253,7 +253,7 @@ def test_wishes_that_cannot_be_met_are_named(weights, tmp_path, capsys):
 
 
 def test_the_weights_of_the_package_serve_where_none_are_named(tmp_path, monkeypatch, capsys):
-    source = save(tmp_path / "a.png", picture(5, 6))
+    source = save(tmp_path / "a.png", image(5, 6))
     command = ["upscale", "-i", str(source), "-o", str(tmp_path / "out.png"), "--device", "cpu"]
     assert main(command) == 0
     assert cv2.imread(str(tmp_path / "out.png")).shape == (20, 24, 3)
@@ -262,8 +262,8 @@ def test_the_weights_of_the_package_serve_where_none_are_named(tmp_path, monkeyp
     assert "dlgsanet upscale -m" in capsys.readouterr().err
 
 
-def test_results_of_before_are_no_pictures_of_now(weights, tmp_path):
-    save(tmp_path / "a.png", picture(5, 6))
+def test_results_of_before_are_no_images_of_now(weights, tmp_path):
+    save(tmp_path / "a.png", image(5, 6))
     for _ in range(2):
         assert call(weights, tmp_path, tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
@@ -277,12 +277,12 @@ def test_results_of_before_are_no_pictures_of_now(weights, tmp_path):
 
 def test_bad_files_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
     folder = tmp_path / "in"
-    save(folder / "a.png", picture(8, 10))
-    save(folder / "z.jpg", picture(8, 10))
+    save(folder / "a.png", image(8, 10))
+    save(folder / "z.jpg", image(8, 10))
     whole = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "cut.jpg").write_bytes((folder / "z.jpg").read_bytes()[:300])
-    (folder / "text.png").write_text("This is no picture.")
+    (folder / "text.png").write_text("This is not an image.")
     (folder / "empty.png").touch()
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
@@ -298,7 +298,7 @@ def test_bad_files_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
     for name, reason in {
         "cut.png": "cut short",
         "cut.jpg": "cut short",
-        "text.png": "is not a picture",
+        "text.png": "is not an image",
         "empty.png": "is empty",
         "gone.png": "cannot be opened",
         "bomb.png": "claims 100000 x 100000 pixels",
@@ -313,7 +313,7 @@ def test_bad_files_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 def test_what_may_not_be_read_or_written_is_named(weights, tmp_path, capsys):
-    source = save(tmp_path / "in" / "a.png", picture(5, 6))
+    source = save(tmp_path / "in" / "a.png", image(5, 6))
     (tmp_path / "out").mkdir(mode=0o555)
     assert call(weights, source, tmp_path / "out") == 1
     source.chmod(0)
@@ -324,7 +324,7 @@ def test_what_may_not_be_read_or_written_is_named(weights, tmp_path, capsys):
 def test_what_cannot_be_read_or_written_is_named(weights, tmp_path, capsys):
     folder = tmp_path / "in"
     for name in ("a.png", "b/c.png"):
-        save(folder / name, picture(5, 6))
+        save(folder / name, image(5, 6))
     (tmp_path / "out" / "a.png").mkdir(parents=True)
     (tmp_path / "out" / "b").touch()
     assert call(weights, folder, tmp_path / "out") == 1
@@ -334,7 +334,7 @@ def test_what_cannot_be_read_or_written_is_named(weights, tmp_path, capsys):
     assert f"{tmp_path / 'out' / 'b' / 'c.png'} cannot be written: " in said.err
     (folder / "d.png").mkdir()
     assert call(weights, folder / "d.png", tmp_path / "out") == 1
-    assert "no pictures below" in capsys.readouterr().err
+    assert "no images below" in capsys.readouterr().err
 
 
 def test_a_fault_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_fault_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing, "_write", fail)
     with pytest.raises(writing.WriteError, match="No space left"):
-        writing.write_picture(path, "png", picture(4, 4))
+        writing.write_image(path, "png", image(4, 4))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -357,8 +357,8 @@ def test_a_fault_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_is_there_is_passed_over(weights, tmp_path, capsys):
     for name in ("a.png", "b.png"):
-        save(tmp_path / "in" / name, picture(5, 6))
-    save(tmp_path / "out" / "a.png", picture(1, 1))
+        save(tmp_path / "in" / name, image(5, 6))
+    save(tmp_path / "out" / "a.png", image(1, 1))
     assert call(weights, tmp_path / "in", tmp_path / "out", "--skip-existing") == 0
     assert capsys.readouterr().out == "1 upscaled, 1 skipped, as their results are there\n"
     with Image.open(tmp_path / "out" / "a.png") as kept:
@@ -367,7 +367,7 @@ def test_what_is_there_is_passed_over(weights, tmp_path, capsys):
 
 def test_parts_make_the_whole(weights, tmp_path):
     for index in range(7):
-        save(tmp_path / "in" / f"{index}.png", picture(5, 6))
+        save(tmp_path / "in" / f"{index}.png", image(5, 6))
     seen = []
     for part in ("1/3", "2/3", "3/3"):
         out = tmp_path / part[0]
@@ -379,16 +379,16 @@ def test_parts_make_the_whole(weights, tmp_path):
         call(weights, tmp_path / "in", tmp_path, "--shard", "4/3")
 
 
-def test_pictures_of_one_size_are_computed_together(weights, expected, tmp_path, monkeypatch):
+def test_images_of_one_size_are_computed_together(weights, expected, tmp_path, monkeypatch):
     sizes = [(8, 10), (8, 10), (8, 10), (9, 10), (8, 10)]
-    arrays = [picture(*size, seed=index) for index, size in enumerate(sizes)]
+    arrays = [image(*size, seed=index) for index, size in enumerate(sizes)]
     for index, array in enumerate(arrays):
         save(tmp_path / "in" / f"{index}.png", array)
     together, whole = [], Upscaler.many
 
-    def many(self, pictures, progress=None):
-        together.append(len(pictures))
-        return whole(self, pictures, progress)
+    def many(self, images, progress=None):
+        together.append(len(images))
+        return whole(self, images, progress)
 
     monkeypatch.setattr(Upscaler, "many", many)
     assert call(weights, tmp_path / "in", tmp_path / "out", "--batch", "2") == 0
@@ -399,7 +399,7 @@ def test_pictures_of_one_size_are_computed_together(weights, expected, tmp_path,
 
 
 def test_options_reach_the_network(weights, tmp_path):
-    array = picture(40, 50)
+    array = image(40, 50)
     source = save(tmp_path / "a.png", array)
     options = ("--tile", "32", "--overlap", "8", "--ensemble", "--scale", "3")
     assert call(weights, source, tmp_path / "out", *options) == 0
@@ -408,19 +408,19 @@ def test_options_reach_the_network(weights, tmp_path):
 
 
 def test_how_far_tiles_are_off_is_printed(weights, tmp_path, capsys):
-    save(tmp_path / "in" / "a.png", picture(40, 50))
-    save(tmp_path / "in" / "b.png", picture(8, 8))
+    save(tmp_path / "in" / "a.png", image(40, 50))
+    save(tmp_path / "in" / "b.png", image(8, 8))
     (tmp_path / "in" / "c.png").touch()
     tiles = ("--tile", "32", "--overlap", "8", "--check-tiles")
     assert call(weights, tmp_path / "in", tmp_path / "out", *tiles) == 1
     first, second = capsys.readouterr().out.splitlines()
-    assert "a.png: tiles of 32 differ from the whole picture by at most" in first
+    assert "a.png: tiles of 32 differ from the whole image by at most" in first
     assert "b.png: computed whole, no tiles" in second
     assert not (tmp_path / "out").exists()
 
 
 def test_several_devices_are_refused_with_the_commands_to_use_instead(weights, tmp_path, capsys):
-    source = save(tmp_path / "a.png", picture(5, 6))
+    source = save(tmp_path / "a.png", image(5, 6))
     with pytest.raises(SystemExit) as exit_:
         call(weights, source, tmp_path / "out", "--device", "cuda:0,cuda:1")
     assert exit_.value.code == 2
@@ -430,9 +430,9 @@ def test_several_devices_are_refused_with_the_commands_to_use_instead(weights, t
     assert "--device cuda:1 --shard 2/2" in said
 
 
-def test_an_interrupted_run_leaves_whole_pictures(weights, tmp_path):
+def test_an_interrupted_run_leaves_whole_images(weights, tmp_path):
     for index in range(30):
-        save(tmp_path / "in" / f"{index}.png", picture(150, 150))
+        save(tmp_path / "in" / f"{index}.png", image(150, 150))
     command = [sys.executable, "-m", "dlgsanet_arch", "upscale", "-i", str(tmp_path / "in")]
     command += ["-o", str(tmp_path / "out"), "-m", str(weights), "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -449,16 +449,16 @@ def test_an_interrupted_run_leaves_whole_pictures(weights, tmp_path):
     made = list((tmp_path / "out").iterdir())
     assert 0 < len(made) < 30
     for path in made:
-        with Image.open(path) as image:
-            image.load()
-            assert image.size == (300, 300)
+        with Image.open(path) as found:
+            found.load()
+            assert found.size == (300, 300)
 
 
 # The reader and the writer
 
 
 def test_opaque_alpha_is_left_out_and_colours_stay_bit_for_bit(tmp_path):
-    array = np.dstack([picture(6, 7), np.full((6, 7), 255, np.uint8)])
+    array = np.dstack([image(6, 7), np.full((6, 7), 255, np.uint8)])
     assert np.array_equal(read_stored(save(tmp_path / "a.png", array)).pixels, array[..., :3])
 
 
@@ -468,15 +468,15 @@ def test_16_bit_png_files_hold_what_they_were_given(tmp_path, channels, size):
     rng = np.random.default_rng(channels)
     array = rng.integers(0, 1 << 16, (*size, channels), np.uint16)
     array[..., -1][0, 0] = 7  # not opaque
-    writing.write_picture(tmp_path / "a.png", "png", array, icc=SRGB, exif=b"Exif\0\0MM\0*")
+    writing.write_image(tmp_path / "a.png", "png", array, icc=SRGB, exif=b"Exif\0\0MM\0*")
     assert np.array_equal(read_stored(tmp_path / "a.png").pixels, array)
-    with Image.open(BytesIO((tmp_path / "a.png").read_bytes())) as image:
-        image.load()
-        assert image.info["icc_profile"] == SRGB
-        assert image.info["exif"] == b"Exif\0\0MM\0*"
+    with Image.open(BytesIO((tmp_path / "a.png").read_bytes())) as found:
+        found.load()
+        assert found.info["icc_profile"] == SRGB
+        assert found.info["exif"] == b"Exif\0\0MM\0*"
 
 
 def test_smooth_16_bit_png_files_are_small(tmp_path):
     slope = np.add.outer(np.arange(200) * 90, np.arange(300) * 70).astype(np.uint16)
-    writing.write_picture(tmp_path / "a.png", "png", slope[..., None])
+    writing.write_image(tmp_path / "a.png", "png", slope[..., None])
     assert (tmp_path / "a.png").stat().st_size < slope.nbytes / 20

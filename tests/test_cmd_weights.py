@@ -67,7 +67,7 @@ def test_files_that_are_no_weights_are_named(tmp_path, capsys):
     actions = {"inspect": [], "convert": out, "average": out, "transfer": [*out, "--scale", "4"]}
     for action, more in actions.items():
         assert call(action, path, *more) == 1
-        assert f"dlgsanet: {path} is no checkpoint" in capsys.readouterr().err
+        assert f"dlgsanet: {path} is not a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "o.pth").exists()
 
 

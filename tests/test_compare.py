@@ -40,23 +40,23 @@ def write(path, rgb):
     return path
 
 
-def noisy(picture, seed, level=20):
-    noise = np.random.default_rng(seed).normal(0, level, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8)
+def noisy(image, seed, level=20):
+    noise = np.random.default_rng(seed).normal(0, level, image.shape)
+    return (image + noise).clip(0, 255).astype(np.uint8)
 
 
-def find_block(picture, block):
-    """Where a picture holds a block, to the last pixel."""
+def find_block(image, block):
+    """Where an image holds a block, to the last pixel."""
     height, width = block.shape[:2]
-    corner = (picture[: -height + 1, : -width + 1] == block[0, 0]).all(2)
+    corner = (image[: -height + 1, : -width + 1] == block[0, 0]).all(2)
     places = zip(*np.nonzero(corner), strict=True)
-    return [(y, x) for y, x in places if (picture[y : y + height, x : x + width] == block).all()]
+    return [(y, x) for y, x in places if (image[y : y + height, x : x + width] == block).all()]
 
 
 def test_figures_are_those_of_basicsr(hr):
     result = noisy(hr, 1)
     first, last = crop_figure.panels(hr, {"A": result}, 4)
-    pair = [picture[..., ::-1] for picture in (result, hr)]
+    pair = [image[..., ::-1] for image in (result, hr)]
     assert first.psnr == pytest.approx(calculate_psnr(*pair, 4, test_y_channel=True), abs=1e-4)
     assert first.ssim == pytest.approx(calculate_ssim(*pair, 4, test_y_channel=True), abs=1e-4)
     assert first.figures == f"{first.psnr:.2f} / {first.ssim:.4f}"
@@ -120,11 +120,11 @@ def test_crops_keep_their_pixels(hr, tmp_path, count):
     """Each is in the file once, each pixel a square of whole pixels, in the order given."""
     made = crop_figure.panels(hr, {f"method {i}": noisy(hr, i) for i in range(count - 1)}, 2)
     box = Box(31, 17, 26)
-    figures.save_figure(crop_figure.draw(made, box, name="picture", scale=2), tmp_path / "a.png")
+    figures.save_figure(crop_figure.draw(made, box, name="image", scale=2), tmp_path / "a.png")
     drawn = cv2.imread(str(tmp_path / "a.png"))[..., ::-1]
     places = []
     for panel in made:
-        crop = panel.picture[17:43, 31:57].repeat(10, 0).repeat(10, 1)
+        crop = panel.image[17:43, 31:57].repeat(10, 0).repeat(10, 1)
         (place,) = find_block(drawn, crop)
         places.append(place)
     assert places == sorted(places)
@@ -167,9 +167,9 @@ def test_scale_of_a_pair(hr):
 
 def test_command(hr, weights, tmp_path, capsys):
     uncropped = np.pad(hr, ((0, 1), (0, 1), (0, 0)), mode="edge")
-    picture = write(tmp_path / "bird.png", uncropped)
+    image = write(tmp_path / "bird.png", uncropped)
     write(tmp_path / "edsr" / "bird_x2.png", noisy(hr, 3))
-    arguments = ["compare", "--hr", picture, "--weights", weights, "--weights", f"Old={weights}"]
+    arguments = ["compare", "--hr", image, "--weights", weights, "--weights", f"Old={weights}"]
     arguments += ["--result", f"EDSR={tmp_path / 'edsr'}", "-o", tmp_path / "a.pdf"]
     assert main([*map(str, arguments), "--device", "cpu", "--box", "40", "20", "32"]) == 0
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -180,8 +180,8 @@ def test_command(hr, weights, tmp_path, capsys):
         psnr, ssim = (f(*pair, 2, test_y_channel=True) for f in (calculate_psnr, calculate_ssim))
         return f"{label}: {psnr:.2f} / {ssim:.4f}"
 
-    def levels(picture):
-        return (np.asarray(picture) * 255).round().clip(0, 255).astype(np.uint8)
+    def levels(image):
+        return (np.asarray(image) * 255).round().clip(0, 255).astype(np.uint8)
 
     lr = levels(imresize(hr.astype(np.float32) / 255, 1 / 2))
     enlarged = levels(imresize(lr.astype(np.float32) / 255, 2))
@@ -204,13 +204,13 @@ def test_command(hr, weights, tmp_path, capsys):
         (["--scale", "2", "--result", "A={lr4}"], "A is 26x18 and HR is 104x72"),
         (["--scale", "2", "--result", "HR={hr}"], "called 'HR'"),
         (["--scale", "2", "--result", "A={hr}", "--result", "A={hr}"], "called 'A'"),
-        (["--scale", "2", "--result", "A={text}"], "no picture|not a picture|cannot be"),
+        (["--scale", "2", "--result", "A={text}"], "no image|not an image|cannot be"),
         (["--scale", "2", "--box", "100", "0", "16"], "does not lie within"),
         (["--scale", "2", "--box", "0", "0", "16", "--size", "9"], "leave out --size"),
         (["--scale", "2", "--size", "0"], "4 pixels or more"),
         (["--scale", "2", "-o", "figure.txt"], r"\.png"),
         (["--scale", "2", *(7 * ["--result", "A=b"])], "8 crops at most"),
-        (["--weights", "{text}"], "picture.txt|weights"),
+        (["--weights", "{text}"], "image.txt|weights"),
     ],
 )
 def test_faults_are_named_and_nothing_is_written(
@@ -218,8 +218,8 @@ def test_faults_are_named_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     places = {"hr": write(tmp_path / "hr.png", hr), "lr4": write(tmp_path / "lr.png", hr[::4, ::4])}
-    places["text"] = tmp_path / "picture.txt"
-    places["text"].write_text("no picture")
+    places["text"] = tmp_path / "image.txt"
+    places["text"].write_text("no image")
     before = sorted(tmp_path.iterdir())
     given = [each.format(**places) for each in arguments]
     assert main(["compare", "--hr", str(places["hr"]), *given]) == 1

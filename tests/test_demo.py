@@ -23,8 +23,8 @@ TRAIN = ("left.png", "wide.png")
 VALIDATION = ("face.png",)
 
 
-def picture(height: int, width: int, seed: int) -> np.ndarray:
-    """A smooth made picture with some noise on it."""
+def image(height: int, width: int, seed: int) -> np.ndarray:
+    """A smooth made image with some noise on it."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (5, 7, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -33,12 +33,12 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Stand-ins for the photographs: sides that are no multiples of anything."""
+    """Stand-ins for the photographs: sides that are not multiples of anything."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     sizes = {"left.png": (145, 200), "wide.png": (121, 330), "face.png": (51, 63)}
     for seed, (name, size) in enumerate(sizes.items()):
-        assert cv2.imwrite(str(folder / name), picture(*size, seed))
+        assert cv2.imwrite(str(folder / name), image(*size, seed))
     return folder
 
 
@@ -110,12 +110,12 @@ def test_basicsr_reads_the_pairs(tmp_path, source, repository):
 def test_no_photograph_is_on_both_sides():
     train, validation = (
         {name.split(".")[0] for name in names}
-        for names in (demo.TRAIN_PICTURES, demo.VALIDATION_PICTURES)
+        for names in (demo.TRAIN_IMAGES, demo.VALIDATION_IMAGES)
     )
     assert not train & validation
     assert len({"motorcycle_left", "motorcycle_right"} & train) in (0, 2)
-    available = {path.name for path in demo.pictures_folder().iterdir()}
-    assert available.issuperset({*demo.TRAIN_PICTURES, *demo.VALIDATION_PICTURES})
+    available = {path.name for path in demo.images_folder().iterdir()}
+    assert available.issuperset({*demo.TRAIN_IMAGES, *demo.VALIDATION_IMAGES})
 
 
 def test_a_photograph_on_both_sides_is_refused(tmp_path, source):
@@ -141,10 +141,10 @@ def test_a_complete_preparation_is_reused_and_what_is_missing_is_made(tmp_path, 
 def test_other_photographs_replace_what_was_made_from_the_first(tmp_path, source):
     folder = tmp_path / "demo"
     prepare(folder, source)
-    assert cv2.imwrite(str(source / "left.png"), picture(145, 200, 7))
+    assert cv2.imwrite(str(source / "left.png"), image(145, 200, 7))
     assert prepare(folder, source).cut == 2
     first = read_lmdb(folder / "train_HR_sub.lmdb")["left_s001"]
-    assert np.array_equal(first, picture(145, 200, 7)[:120, :120])
+    assert np.array_equal(first, image(145, 200, 7)[:120, :120])
 
 
 def test_an_interrupted_preparation_is_completed(tmp_path, source, monkeypatch):
@@ -178,8 +178,8 @@ def test_a_missing_photograph_is_named(tmp_path, source):
 
 
 def test_the_verb_prepares_below_its_root(tmp_path, source, monkeypatch):
-    pictures = {"source": source, "train": TRAIN, "validation": VALIDATION}
-    monkeypatch.setattr(demo, "prepare", functools.partial(demo.prepare, **pictures))
+    images = {"source": source, "train": TRAIN, "validation": VALIDATION}
+    monkeypatch.setattr(demo, "prepare", functools.partial(demo.prepare, **images))
     assert cli.main(["data", "--root", str(tmp_path), "demo"]) == 0
     assert cli.main(["data", "demo", "--root", str(tmp_path / "other")]) == 0
     for root in (tmp_path, tmp_path / "other"):
@@ -195,10 +195,10 @@ def test_the_verb_says_what_is_missing(monkeypatch, capsys):
 
 @pytest.fixture
 def compared() -> list[Comparison]:
-    """Two pictures; the restored ones are nearer to the original than bicubic's."""
+    """Two images; the restored ones are nearer to the original than bicubic's."""
     comparisons = []
     for seed, size in enumerate([(120, 140), (100, 196)]):
-        hr = picture(*size, seed)
+        hr = image(*size, seed)
         lr = matlab_lr(hr, 2)
         restored = {
             way: (hr * share + bicubic(lr, 2) * (1 - share)).round().astype(np.uint8)
@@ -213,7 +213,7 @@ def test_the_table_holds_basicsrs_figures(compared):
     measured = {"crop_border": 2, "test_y_channel": True}
     expected = []
     for each in compared:
-        pairs = [(picture, each.hr) for picture in (each.enlarged, *each.restored.values())]
+        pairs = [(image, each.hr) for image in (each.enlarged, *each.restored.values())]
         psnr = [calculate_psnr(*pair, **measured) for pair in pairs]
         expected.append([psnr, [calculate_ssim(*pair, **measured) for pair in pairs]])
     expected.append(np.mean(expected, axis=0))
@@ -231,7 +231,7 @@ def test_the_table_holds_basicsrs_figures(compared):
         assert gains == pytest.approx([psnr[1] - psnr[0], psnr[2] - psnr[0]], abs=0.0051)
 
 
-def test_the_picture_shows_where_bicubic_fails_most(compared):
+def test_the_image_shows_where_bicubic_fails_most(compared):
     each = compared[0]
     side = 32
     top, left = comparison.telling_place(each, side)

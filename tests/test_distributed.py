@@ -180,12 +180,12 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting_for_ever(root):
 
 def test_a_bad_sample_of_one_process_is_named_and_ends_both(root):
     made = make_root(root / "bad")
-    picture = made / "data/LR/picture3.png"
-    picture.write_bytes(picture.read_bytes()[:100])  # its header is whole
+    image = made / "data/LR/image3.png"
+    image.write_bytes(image.read_bytes()[:100])  # its header is complete
     options = small_options("bad")
     runs = together(made, options)
     assert 0 not in statuses(runs), said(runs)
-    assert "picture3.png of the data set made: cannot be decoded" in said(runs)
+    assert "image3.png of the data set made: cannot be decoded" in said(runs)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -199,8 +199,8 @@ def test_uneven_shares_are_measured_once_each(root, alone, world):
     assert one.wait() == 0, said([one])
     alone_log = (root / "results/tested_alone/log.jsonl").read_text().splitlines()[-1]
     assert content["metrics"] == json.loads(alone_log)["metrics"]
-    pictures = list((root / f"results/tested_{world}/visualization/made_val").glob("*.png"))
-    assert len(pictures) == SAMPLES
+    images = list((root / f"results/tested_{world}/visualization/made_val").glob("*.png"))
+    assert len(images) == SAMPLES
 
 
 @pytest.mark.parametrize("launcher", ["pytorch", "slurm"])

@@ -128,8 +128,8 @@ def test_a_network_that_is_not_finite_is_a_problem(monkeypatch):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
 
-        def forward(self, pictures):
-            return pictures * self.weight / 0
+        def forward(self, images):
+            return images * self.weight / 0
 
     monkeypatch.setattr(doctor, "DLGSANet", NotFinite)
     assert "not finite" in doctor.device_problem("cpu").cause

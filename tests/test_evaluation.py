@@ -29,7 +29,7 @@ from dlgsanet_arch.pipeline.evaluation import Evaluation, EvaluationError, Row
 from dlgsanet_arch.pipeline.processes import Processes, RemoteRankError
 from dlgsanet_arch.tiles import self_ensemble
 
-PICTURES = 5
+IMAGES = 5
 
 NETWORKS = {
     "DLGSANet": dict(helpers.SMALL_NETWORK),
@@ -95,8 +95,8 @@ def largest_error(img, img2, **settings):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    helpers.write_pairs(folder, PICTURES)
+    folder = tmp_path_factory.mktemp("images")
+    helpers.write_pairs(folder, IMAGES)
     return folder
 
 
@@ -166,7 +166,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_figures_pictures_and_records_are_basicsr_s(kind, train, data, tmp_path, logged):
+def test_figures_images_and_records_are_basicsr_s(kind, train, data, tmp_path, logged):
     model_class, network = MODELS[kind]
     made = []
     for folder, validate in ((tmp_path / "ours", evaluate), (tmp_path / "theirs", of_basicsr)):
@@ -184,17 +184,17 @@ def test_figures_pictures_and_records_are_basicsr_s(kind, train, data, tmp_path,
             "val": pytest.approx(best["val"], rel=0, abs=close),
         }
     assert list(ours.metric_results) == list(theirs.metric_results)
-    assert len(our_files) == PICTURES
+    assert len(our_files) == IMAGES
     assert our_files == their_files
     assert our_line == their_line
     assert our_line.startswith("Validation made_val\n\t # psnr: ")
 
 
-def test_what_comes_back_is_each_picture_and_the_means(data, tmp_path):
+def test_what_comes_back_is_each_image_and_the_means(data, tmp_path):
     opt = complete(tmp_path, data)
     found = evaluate(built(SRModel, opt), opt)
     assert (found.dataset, found.iteration, found.identical) == ("made_val", 7, 0)
-    assert [row.name for row in found.rows] == [f"picture{i}" for i in range(PICTURES)]
+    assert [row.name for row in found.rows] == [f"image{i}" for i in range(IMAGES)]
     for name, mean in found.means.items():
         assert mean == pytest.approx(np.mean([row.values[name] for row in found.rows]), rel=1e-12)
 
@@ -219,20 +219,20 @@ def test_ensemble_and_tiles_go_through_the_model_s_own_test(model_class, network
             super().test()
 
     plain = evaluate(built(Watched, opt), opt)
-    assert seen == [(24, 32)] * PICTURES
+    assert seen == [(24, 32)] * IMAGES
     opt["val"]["self_ensemble"] = True
     seen.clear()
     model = built(Watched, opt)
     ensemble = evaluate(model, opt)
-    assert len(seen) == 8 * PICTURES
-    assert seen.count((32, 24)) == 4 * PICTURES
+    assert len(seen) == 8 * IMAGES
+    assert seen.count((32, 24)) == 4 * IMAGES
     assert ensemble.means != plain.means
-    saved = cv2.imread(str(tmp_path / "visualization/picture2/picture2_7.png"))
-    lq = cv2.imread(str(data / "LR/picture2.png"))[..., ::-1].astype(np.float32) / 255
+    saved = cv2.imread(str(tmp_path / "visualization/image2/image2_7.png"))
+    lq = cv2.imread(str(data / "LR/image2.png"))[..., ::-1].astype(np.float32) / 255
     model.lq = torch.from_numpy(lq.copy()).permute(2, 0, 1)[None]
 
-    def run(picture):
-        model.lq = picture
+    def run(image):
+        model.lq = image
         model.test()
         return model.output
 
@@ -241,7 +241,7 @@ def test_ensemble_and_tiles_go_through_the_model_s_own_test(model_class, network
     opt["val"] |= {"self_ensemble": False, "tile": 16, "tile_overlap": 8}
     seen.clear()
     tiled = evaluate(built(Watched, opt), opt)
-    assert seen == [(16, 16)] * 6 * PICTURES
+    assert seen == [(16, 16)] * 6 * IMAGES
     assert 0 < abs(tiled.means["psnr"] - plain.means["psnr"]) < 2
 
 
@@ -312,17 +312,17 @@ def test_ranks_find_together_what_one_finds_alone(world, data, tmp_path, monkeyp
 
 def test_a_rank_that_fails_stops_the_others_with_its_reason(data, tmp_path):
     broken = tmp_path / "broken"
-    helpers.write_pairs(broken, PICTURES)
-    (broken / "LR/picture1.png").write_bytes(b"no picture")
+    helpers.write_pairs(broken, IMAGES)
+    (broken / "LR/image1.png").write_bytes(b"no image")
     opt = complete(tmp_path, broken)
     models = [built(SRModel, opt) for _ in range(3)]
     found = in_ranks(3, lambda each: evaluate(models[each.rank], opt, each))
     assert [type(error) for error in found] == [RemoteRankError, EvaluationError, RemoteRankError]
-    assert all("LR/picture1.png of the data set made_val" in str(error) for error in found)
+    assert all("LR/image1.png of the data set made_val" in str(error) for error in found)
 
 
 class Painter(SRModel):
-    """Gives the ground truth, or what is no number, for the pictures that it is told."""
+    """Gives the ground truth, or what is not a number, for the images that it is told."""
 
     perfect, broken = (), ()
 
@@ -338,17 +338,17 @@ class Painter(SRModel):
             self.output[0, 0, 3, 3] = self.broken[self.name]
 
 
-def test_identical_pictures_are_counted_and_left_out_of_the_mean(data, tmp_path, logged):
+def test_identical_images_are_counted_and_left_out_of_the_mean(data, tmp_path, logged):
     opt = complete(tmp_path, data)
     plain = evaluate(built(SRModel, opt), opt)
     model = built(Painter, opt)
-    model.perfect = ("picture1", "picture4")
+    model.perfect = ("image1", "image4")
     found = evaluate(model, opt)
     psnr = [row.values["psnr"] for row in found.rows]
     assert [value == math.inf for value in psnr] == [False, True, False, False, True]
     rest = [plain.rows[i].values for i in (0, 2, 3)]
     assert found.means["psnr"] == pytest.approx(np.mean([row["psnr"] for row in rest]))
-    expected = (sum(row["ssim"] for row in rest) + 2) / PICTURES
+    expected = (sum(row["ssim"] for row in rest) + 2) / IMAGES
     assert found.means["ssim"] == pytest.approx(expected)
     assert found.identical == 2
     lines = logged[-1].splitlines()
@@ -359,9 +359,9 @@ def test_identical_pictures_are_counted_and_left_out_of_the_mean(data, tmp_path,
 def test_all_identical_is_infinite(data, tmp_path, logged):
     opt = complete(tmp_path, data)
     model = built(Painter, opt)
-    model.perfect = [f"picture{i}" for i in range(PICTURES)]
+    model.perfect = [f"image{i}" for i in range(IMAGES)]
     found = evaluate(model, opt)
-    assert (found.means["psnr"], found.identical) == (math.inf, PICTURES)
+    assert (found.means["psnr"], found.identical) == (math.inf, IMAGES)
     assert model.best_metric_results["made_val"]["psnr"]["val"] == math.inf
     assert "# psnr: inf\tBest: inf @ 7 iter\tidentical" in logged[-1]
 
@@ -372,12 +372,12 @@ def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
     opt = complete(tmp_path, data)
     opt["val"]["metrics"]["level"] = {"type": "mean_level"}
     model = built(Painter, opt)
-    model.broken = {"picture3": value}
+    model.broken = {"image3": value}
     found = evaluate(model, opt)
     assert all(math.isnan(figure) for figure in found.rows[3].values.values())
     assert all(math.isfinite(figure) for figure in found.rows[2].values.values())
     assert all(math.isnan(mean) for mean in found.means.values())
-    assert any("picture3 of the data set made_val is not finite" in line for line in logged)
+    assert any("image3 of the data set made_val is not finite" in line for line in logged)
     assert model.best_metric_results["made_val"]["psnr"]["iter"] == -1
 
 
@@ -388,7 +388,7 @@ def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
     loader = evaluation.build_loader(opt["datasets"]["val"], Processes())
     evaluation.install(model, Processes())
     first = model.validation(loader, 5, None)
-    model.perfect = ("picture0", "picture1")
+    model.perfect = ("image0", "image1")
     del model.best_metric_results["made_val"]["ssim"]  # as resumed from a run without it
     second = model.validation(loader, 10, None)
     model.perfect = ()
@@ -410,15 +410,15 @@ def test_a_set_without_ground_truth(data, tmp_path, logged):
     model = built(SRModel, opt)
     model.gt = torch.zeros(1, 3, 48, 64)  # of the training's last batch
     found = evaluate(model, opt)
-    pictures = [cv2.imread(str(path)) for path in sorted(tmp_path.rglob("*_7.png"))]
-    assert found.means == {"level": pytest.approx(np.mean([each.mean() for each in pictures]))}
+    images = [cv2.imread(str(path)) for path in sorted(tmp_path.rglob("*_7.png"))]
+    assert found.means == {"level": pytest.approx(np.mean([each.mean() for each in images]))}
     assert all(set(row.values) == {"level"} for row in found.rows)
     warnings = [line for line in logged if "no ground truth" in line]
     assert len(warnings) == 1
     assert "psnr, ssim, rgb, error of val:metrics" in warnings[0]
 
 
-def test_other_metrics_are_given_basicsr_s_pictures(data, tmp_path):
+def test_other_metrics_are_given_basicsr_s_images(data, tmp_path):
     opt = complete(tmp_path, data)
     opt["val"]["metrics"] = {
         "error": {"type": "largest_error", "better": "lower"},
@@ -434,8 +434,8 @@ def test_nothing_to_measure_still_runs_and_saves(data, tmp_path):
     del opt["val"]["metrics"]
     found = evaluate(built(SRModel, opt), opt)
     assert found.means == {}
-    assert found.rows[4] == Row("picture4", {})
-    assert len(files(tmp_path)) == PICTURES
+    assert found.rows[4] == Row("image4", {})
+    assert len(files(tmp_path)) == IMAGES
 
 
 class Careless(SRModel):
@@ -490,7 +490,7 @@ def test_real_esrgan_s_synthesis_is_off(data, tmp_path):
 
     opt = complete(tmp_path, data)
     model = built(RealLike, opt)
-    assert len(evaluate(model, opt).rows) == PICTURES
+    assert len(evaluate(model, opt).rows) == IMAGES
     assert model.seen[1] is False
     assert model.is_train is True
 
@@ -511,8 +511,8 @@ def test_a_validation_of_a_class_s_own_is_left_alone(data, tmp_path, logged):
     model = built(OwnWay, opt)
     state = torch.get_rng_state()
     found = evaluate(model, opt)
-    assert model.calls == ("made_val", PICTURES, 7, True)
-    assert [Path(path).stem for path in model.read] == [f"picture{i}" for i in range(PICTURES)]
+    assert model.calls == ("made_val", IMAGES, 7, True)
+    assert [Path(path).stem for path in model.read] == [f"image{i}" for i in range(IMAGES)]
     assert found == Evaluation("made_val", 7, (), {"psnr": 12.5})
     assert torch.equal(torch.get_rng_state(), state)
     said = [line for line in logged if "OwnWay has a method nondist_validation of its own" in line]
@@ -529,14 +529,14 @@ def test_a_validation_of_a_class_s_own_gives_all_ranks_the_figures(data, tmp_pat
         return evaluate(model, opt, processes)
 
     assert in_ranks(2, run) == [Evaluation("made_val", 7, (), {"psnr": 12.5})] * 2
-    assert len(models[0].read) == PICTURES
+    assert len(models[0].read) == IMAGES
     assert not hasattr(models[1], "read")
 
 
-def test_pictures_that_cannot_be_compared_are_named(data, tmp_path):
+def test_images_that_cannot_be_compared_are_named(data, tmp_path):
     opt = complete(tmp_path, data)
     opt["val"]["metrics"]["psnr"]["crop_border"] = 24
-    with pytest.raises(EvaluationError, match=r"picture0 of the data set made_val: .* 64x48"):
+    with pytest.raises(EvaluationError, match=r"image0 of the data set made_val: .* 64x48"):
         evaluate(built(SRModel, opt), opt)
 
 
@@ -551,17 +551,17 @@ def test_a_model_without_lq_and_output_has_no_tiles(data, tmp_path):
         evaluate(built(Other, opt), opt)
 
 
-def test_a_picture_that_cannot_be_written_is_an_error(data, tmp_path):
+def test_a_image_that_cannot_be_written_is_an_error(data, tmp_path):
     opt = complete(tmp_path, data)
     (tmp_path / "visualization").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match=r"picture0_7\.png cannot be written"):
+    with pytest.raises(UserError, match=r"image0_7\.png cannot be written"):
         evaluate(built(SRModel, opt), opt)
 
 
 def test_an_empty_set_is_an_error(tmp_path, data):
     opt = complete(tmp_path, data)
     opt["datasets"]["val"] |= {"type": "SingleImageDataset", "dataroot_lq": str(tmp_path)}
-    with pytest.raises(EvaluationError, match="made_val has no picture"):
+    with pytest.raises(EvaluationError, match="made_val has no image"):
         evaluation.build_loader(opt["datasets"]["val"], Processes())
 
 
@@ -574,11 +574,11 @@ class Writer:
     def add_scalar(self, tag, value, step):
         self.scalars[tag, step] = value
 
-    def add_image(self, tag, picture, step):
-        self.images[tag, step] = picture
+    def add_image(self, tag, image, step):
+        self.images[tag, step] = image
 
 
-def test_tensorboard_shows_figures_and_the_first_pictures(data, tmp_path, monkeypatch):
+def test_tensorboard_shows_figures_and_the_first_images(data, tmp_path, monkeypatch):
     opt = complete(tmp_path, data)
     writer = Writer()
     models = [built(SRModel, opt) for _ in range(3)]
@@ -587,18 +587,18 @@ def test_tensorboard_shows_figures_and_the_first_pictures(data, tmp_path, monkey
         lambda each: evaluate(models[each.rank], opt, each, writer if each.is_main else None),
     )[0]
     assert writer.scalars == {(f"metrics/made_val/{k}", 7): v for k, v in found.means.items()}
-    assert list(writer.images) == [(f"validation/made_val/picture{i}", 7) for i in range(4)]
-    for (tag, _), picture in writer.images.items():
+    assert list(writer.images) == [(f"validation/made_val/image{i}", 7) for i in range(4)]
+    for (tag, _), image in writer.images.items():
         name = Path(tag).name
         saved = cv2.imread(str(tmp_path / f"visualization/{name}/{name}_7.png"))
-        assert np.array_equal(picture, saved[..., ::-1].transpose(2, 0, 1))
+        assert np.array_equal(image, saved[..., ::-1].transpose(2, 0, 1))
     monkeypatch.setattr(evaluation, "_SHOWN_SIDE", 20)
     evaluate(built(SRModel, opt), opt, writer=writer)
-    part = writer.images["validation/made_val/picture3", 7]
-    assert np.array_equal(part, picture[:, 14:34, 22:42])
+    part = writer.images["validation/made_val/image3", 7]
+    assert np.array_equal(part, image[:, 14:34, 22:42])
 
 
-def test_a_test_shows_no_pictures(data, tmp_path):
+def test_a_test_shows_no_images(data, tmp_path):
     opt = complete(tmp_path, data, train=False)
     writer = Writer()
     evaluate(built(SRModel, opt), opt, writer=writer)
@@ -614,7 +614,7 @@ def test_tensorboard_takes_what_it_is_given(data, tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "tb").iterdir()) > 4 * 48 * 64
 
 
-def test_a_bar_counts_the_pictures_of_this_process(data, tmp_path, monkeypatch, capsys):
+def test_a_bar_counts_the_images_of_this_process(data, tmp_path, monkeypatch, capsys):
     opt = complete(tmp_path, data)
     bars = []
 
@@ -628,10 +628,10 @@ def test_a_bar_counts_the_pictures_of_this_process(data, tmp_path, monkeypatch, 
     assert bars == []
     del opt["val"]["pbar"]
     evaluate(built(SRModel, opt), opt)
-    assert "picture" not in capsys.readouterr().err.split("Validation")[0]  # no terminal, no bar
+    assert "image" not in capsys.readouterr().err.split("Validation")[0]  # no terminal, no bar
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     evaluate(built(SRModel, opt), opt)
-    assert [bar.n for bar in bars[1:]] == [PICTURES]
+    assert [bar.n for bar in bars[1:]] == [IMAGES]
 
 
 def test_reports_hold_every_figure(tmp_path):
@@ -652,11 +652,11 @@ def test_reports_hold_every_figure(tmp_path):
     ]
     with (tmp_path / "results/Set5.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert table[1] == {"picture": "b", "psnr": "inf", "ssim": "1.0"}
+    assert table[1] == {"image": "b", "psnr": "inf", "ssim": "1.0"}
     assert float(table[0]["psnr"]) == 30.123456789012345
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     text = (tmp_path / "results/evaluation.json").read_text()
     report = json.loads(text, parse_constant=refuse)
@@ -664,9 +664,9 @@ def test_reports_hold_every_figure(tmp_path):
         "iteration": "run",
         "means": {"psnr": 30.123456789012345, "ssim": 0.95},
         "identical": 1,
-        "pictures": [
-            {"picture": "a", "psnr": 30.123456789012345, "ssim": 0.9},
-            {"picture": "b", "psnr": "inf", "ssim": 1.0},
+        "images": [
+            {"image": "a", "psnr": 30.123456789012345, "ssim": 0.9},
+            {"image": "b", "psnr": "inf", "ssim": 1.0},
         ],
     }
     assert report["Set14"]["means"] == {"psnr": "nan", "ssim": "nan"}

@@ -37,21 +37,21 @@ def checkpoint_of(**changes):
     return Checkpoint(weights, {**infer_config(weights), **config})
 
 
-def expected_of(checkpoint, picture, **changes):
+def expected_of(checkpoint, image, **changes):
     """The network in float64, which judges every file."""
     network = Checkpoint(checkpoint.weights, {**checkpoint.config, **changes}).network().double()
     with torch.no_grad():
-        return network(picture.double())
+        return network(image.double())
 
 
-def onnx_output(path, picture):
+def onnx_output(path, image):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["enlarged"], {"picture": picture.numpy()})[0])
+    return torch.from_numpy(session.run(["enlarged"], {"image": image.numpy()})[0])
 
 
-def pt2_output(path, picture):
+def pt2_output(path, image):
     with torch.no_grad():
-        return torch.export.load(path).module()(picture)
+        return torch.export.load(path).module()(image)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +81,19 @@ def fixed(folder, deep):
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (4, 3, 17, 30), (1, 3, 5, 41)])
 def test_onnx_takes_any_size_and_batch(dynamic, deep, shape):
-    picture = torch.rand(shape)
-    expected = expected_of(deep, picture, tlc_flag=False)
+    image = torch.rand(shape)
+    expected = expected_of(deep, image, tlc_flag=False)
     assert not dynamic.has_windows
     torch.testing.assert_close(
-        onnx_output(dynamic.path, picture).double(), expected, rtol=0, atol=1e-5
+        onnx_output(dynamic.path, image).double(), expected, rtol=0, atol=1e-5
     )
 
 
 def test_onnx_of_a_fixed_size_has_the_windows(fixed, deep):
-    picture = torch.rand(5, 3, 19, 13)
-    enlarged = onnx_output(fixed.path, picture).double()
-    torch.testing.assert_close(enlarged, expected_of(deep, picture), rtol=0, atol=1e-5)
-    whole = expected_of(deep, picture, tlc_flag=False)
+    image = torch.rand(5, 3, 19, 13)
+    enlarged = onnx_output(fixed.path, image).double()
+    torch.testing.assert_close(enlarged, expected_of(deep, image), rtol=0, atol=1e-5)
+    whole = expected_of(deep, image, tlc_flag=False)
     assert (enlarged - whole).abs().max() > 1e-4
     assert fixed.has_windows
 
@@ -105,7 +105,7 @@ def test_onnx_has_plain_operators_and_tells_what_it_is(dynamic, fixed, deep):
         assert {node.domain for node in model.graph.node} == {""}
         assert not model.functions
         assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
-        assert [each.name for each in model.graph.input] == ["picture"]
+        assert [each.name for each in model.graph.input] == ["image"]
         assert [each.name for each in model.graph.output] == ["enlarged"]
         facts = {each.key: each.value for each in model.metadata_props}
         assert facts["scale"] == "2"
@@ -149,10 +149,10 @@ def test_every_comparison_is_told(dynamic, fixed):
 
 def test_onnx_in_half_precision(folder, checkpoint):
     exported = export(checkpoint, folder / "half.onnx", dtype="fp16")
-    picture = torch.rand(3, 3, 9, 14)
-    enlarged = onnx_output(exported.path, picture.half())
+    image = torch.rand(3, 3, 9, 14)
+    enlarged = onnx_output(exported.path, image.half())
     assert enlarged.dtype == torch.float16
-    expected = expected_of(checkpoint, picture, tlc_flag=False)
+    expected = expected_of(checkpoint, image, tlc_flag=False)
     assert (enlarged.double() - expected).abs().max() < BOUNDS["fp16"]
     kept = {each.name: each.data_type for each in onnx.load(exported.path).graph.initializer}
     assert {kept[name] for name in checkpoint.weights} == {onnx.TensorProto.FLOAT16}
@@ -162,10 +162,10 @@ def test_onnx_of_the_other_layers_in_another_opset(folder):
     checkpoint = checkpoint_of(**OTHER)
     exported = export(checkpoint, folder / "other.onnx", opset=20)
     assert onnx.load(exported.path).opset_import[0].version == 20
-    picture = torch.rand(1, 1, 11, 12)
-    expected = expected_of(checkpoint, picture, tlc_flag=False)
+    image = torch.rand(1, 1, 11, 12)
+    expected = expected_of(checkpoint, image, tlc_flag=False)
     torch.testing.assert_close(
-        onnx_output(exported.path, picture).double(), expected, rtol=0, atol=1e-5
+        onnx_output(exported.path, image).double(), expected, rtol=0, atol=1e-5
     )
 
 
@@ -173,20 +173,20 @@ def test_onnx_of_the_other_layers_in_another_opset(folder):
 def test_pt2_takes_any_size_and_batch(folder, checkpoint, dtype):
     exported = export(checkpoint, folder / f"{dtype}.pt2", dtype=dtype)
     for shape in ((1, 3, 1, 1), (4, 3, 17, 30)):
-        picture = torch.rand(shape)
-        enlarged = pt2_output(exported.path, picture.to(DTYPES[dtype]))
+        image = torch.rand(shape)
+        enlarged = pt2_output(exported.path, image.to(DTYPES[dtype]))
         assert enlarged.dtype == DTYPES[dtype]
-        expected = expected_of(checkpoint, picture, tlc_flag=False)
+        expected = expected_of(checkpoint, image, tlc_flag=False)
         assert (enlarged.double() - expected).abs().max() < BOUNDS[dtype]
     assert exported.difference < BOUNDS[dtype]
 
 
 def test_pt2_of_a_fixed_size_has_the_windows_and_the_facts(folder, checkpoint):
     exported = export(checkpoint, folder / "fixed.pt2", size=(19, 13))
-    picture = torch.rand(1, 3, 19, 13)
+    image = torch.rand(1, 3, 19, 13)
     torch.testing.assert_close(
-        pt2_output(exported.path, picture).double(),
-        expected_of(checkpoint, picture),
+        pt2_output(exported.path, image).double(),
+        expected_of(checkpoint, image),
         rtol=0,
         atol=1e-5,
     )
@@ -252,7 +252,7 @@ def test_the_verb_says_what_it_did(folder, checkpoint, capsys):
     assert path.exists()
     assert "1x3x31x45" in said
     assert "differs from PyTorch by" in said
-    assert "without TLC: on pictures over 8 pixels" in said
+    assert "without TLC: on images over 8 pixels" in said
     assert cmd_export.main(["-m", str(path), "-o", str(path)]) == 1
     with pytest.raises(SystemExit):
         cmd_export.main([*arguments, "--size", "12"])

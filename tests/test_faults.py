@@ -29,7 +29,7 @@ from training_runs import (
     weights,
 )
 
-from dlgsanet_arch.checkpoint import check_whole
+from dlgsanet_arch.checkpoint import check_complete
 from dlgsanet_arch.pipeline import evaluation, loop, runs  # noqa: F401 - for what is forked
 from dlgsanet_arch.pipeline.preparation import registered
 from dlgsanet_arch.pipeline.saving import numbered
@@ -90,7 +90,7 @@ def wait(run: Forked) -> int:
 
 
 def started(root: Path, options: dict, before: Callable[[], None] | None = None) -> Forked:
-    """Go on with a run from its newest pair; before the first there is nothing to go on from."""
+    """Go on with a run from its newest pair; before the first there is nothing to resume from."""
     folder = folder_of(root, options["name"])
     if newest_pair(folder):
         return Forked(root, options, "--auto_resume", before=before)
@@ -120,7 +120,7 @@ def undisturbed(root) -> tuple[dict, float]:
 def whole_files(run: Path) -> dict[Path, tuple[int, int]]:
     """Read every numbered file to its end; return size and checksum of those that are a pair."""
     found = {
-        path: (path.stat().st_size, check_whole(path))
+        path: (path.stat().st_size, check_complete(path))
         for paths in numbered(run).values()
         for path in paths
     }
@@ -403,7 +403,7 @@ def test_a_folder_s_order_on_the_disk_does_not_matter(root, monkeypatch):
     assert_equal(*(weights(root, name) for name in names))
 
 
-@pytest.mark.parametrize("flags", [[], ["--auto_resume"]], ids=["new", "going on"])
+@pytest.mark.parametrize("flags", [[], ["--auto_resume"]], ids=["new", "resuming"])
 def test_of_two_runs_started_together_one_runs(root, flags):
     name = "together_" + "_".join(flags).strip("-")
     options = options_of(name)
@@ -444,14 +444,14 @@ def test_of_two_runs_started_together_one_runs(root, flags):
     assert len(folders) == (1 if flags else 3), folders
 
 
-def write_database(pictures: Path, out: Path, *, cut: str = "") -> None:
-    """Write an LMDB of a folder's pictures, the one named `cut` without its end."""
+def write_database(images: Path, out: Path, *, cut: str = "") -> None:
+    """Write an LMDB of a folder's images, the one named `cut` without its end."""
     out.mkdir(parents=True)
-    names = sorted(path.stem for path in pictures.iterdir())
+    names = sorted(path.stem for path in images.iterdir())
     environment = lmdb.open(str(out), map_size=1 << 24)
     with environment, environment.begin(write=True) as write:
         for name in names:
-            data = (pictures / f"{name}.png").read_bytes()
+            data = (images / f"{name}.png").read_bytes()
             write.put(name.encode(), data[:100] if name == cut else data)
     lines = [f"{name}.png (48,64,3) 1\n" for name in names]
     (out / "meta_info.txt").write_text("".join(lines))
@@ -496,17 +496,17 @@ def test_data_sets_share_a_database_in_a_run_with_any_workers(tmp_path):
 @pytest.mark.parametrize("backend", ["disk", "lmdb"])
 def test_a_corrupt_sample_is_named_in_each_mode(tmp_path, backend, workers, skipped):
     root = make_root(tmp_path)
-    picture = root / "data/LR/picture3.png"
+    image = root / "data/LR/image3.png"
     options = options_of("corrupt", num_worker_per_gpu=workers, skip_bad_samples=skipped)
     without_validation(options)
     if backend == "lmdb":
         write_database(root / "data/HR", root / "HR.lmdb")
-        write_database(root / "data/LR", root / "LR.lmdb", cut="picture3")
+        write_database(root / "data/LR", root / "LR.lmdb", cut="image3")
         from_databases(options, root, phases=("train",))
-        named = f"{root / 'LR.lmdb'}, key 'picture3'"
+        named = f"{root / 'LR.lmdb'}, key 'image3'"
     else:
-        picture.write_bytes(picture.read_bytes()[:100])
-        named = "data/LR/picture3.png"
+        image.write_bytes(image.read_bytes()[:100])
+        named = "data/LR/image3.png"
     run = Forked(root, options)
     status = run.wait(60)  # BasicSR's own would wait for ever: fault 23
     said = run.output.read_text()
@@ -524,11 +524,11 @@ def test_a_corrupt_sample_is_named_in_each_mode(tmp_path, backend, workers, skip
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_validation_picture_is_named(tmp_path, workers):
+def test_a_corrupt_validation_image_is_named(tmp_path, workers):
     root = make_root(tmp_path)
     helpers.write_pairs(root / "other", SAMPLES)
-    picture = root / "other/HR/picture3.png"
-    picture.write_bytes(picture.read_bytes()[:100])
+    image = root / "other/HR/image3.png"
+    image.write_bytes(image.read_bytes()[:100])
     options = options_of("validated")
     options["datasets"]["val"] |= {
         "dataroot_gt": "other/HR",
@@ -539,7 +539,7 @@ def test_a_corrupt_validation_picture_is_named(tmp_path, workers):
     assert run.wait(60) == 1
     said = run.output.read_text()
     assert "Traceback" not in said
-    assert "other/HR/picture3.png of the data set made_val: cannot be decoded" in said
+    assert "other/HR/image3.png of the data set made_val: cannot be decoded" in said
     assert newest_pair(folder_of(root, "validated")) == 4
 
 
@@ -580,7 +580,7 @@ def test_torchrun_waits_for_a_validation_longer_than_a_collective(tmp_path, repo
     options = small_options("slow", num_worker_per_gpu=0, batch_size_per_gpu=1)
     options["network_g"] = {"type": "SlowNet"}
     options["train"]["total_iter"] = 6
-    options["dist_params"] = {"timeout": 0.15}  # 9 seconds; process 0 needs 10 for its 4 pictures
+    options["dist_params"] = {"timeout": 0.15}  # 9 seconds; process 0 needs 10 for its 4 images
     file = helpers.write_options(root / "slow.yml", options)
     door = [repository / "train.py", "-opt", file, "--root", root, "--import", "slow_network"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

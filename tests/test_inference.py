@@ -20,7 +20,7 @@ SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
 
 
 def checkpoint(**changes):
-    """Small weights that make an enlarged picture: nearest neighbours and a little of a network."""
+    """Small weights that make an enlarged image: nearest neighbours and a little of a network."""
     torch.manual_seed(1)
     config = {**SMALL, **changes}
     net = DLGSANet(**config)
@@ -56,8 +56,8 @@ def local():
     return checkpoint(buildblock_type="idynamic")
 
 
-def picture(height, width, channels=3, dtype=np.uint8, seed=0):
-    """A smooth picture with some noise, of all levels."""
+def image(height, width, channels=3, dtype=np.uint8, seed=0):
+    """A smooth image with some noise, of all levels."""
     rng = np.random.default_rng(seed)
     shape = (height, width, channels) if channels else (height, width)
     smooth = ndimage.gaussian_filter(rng.normal(size=shape), [3, 3, 0][: len(shape)])
@@ -76,7 +76,7 @@ def direct(weights, array):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (23, 17)])
 def test_colour_is_the_networks_own(small, dtype, size):
-    array, white = picture(*size, dtype=dtype), np.iinfo(dtype).max
+    array, white = image(*size, dtype=dtype), np.iinfo(dtype).max
     made = Upscaler(small, device="cpu")(array)
     assert made.dtype == dtype
     expected = np.round(direct(small, array / white) * white)
@@ -85,7 +85,7 @@ def test_colour_is_the_networks_own(small, dtype, size):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_gray_is_the_luma_of_what_becomes_of_three_equal_channels(small, dtype):
-    array, white = picture(20, 26, 0, dtype), np.iinfo(dtype).max
+    array, white = image(20, 26, 0, dtype), np.iinfo(dtype).max
     made = Upscaler(small, device="cpu")(array)
     assert made.shape == (40, 52)
     assert made.dtype == dtype
@@ -101,7 +101,7 @@ def test_gray_is_the_luma_of_what_becomes_of_three_equal_channels(small, dtype):
 
 def test_a_network_for_gray_enlarges_colour_channel_by_channel():
     upscaler = Upscaler(checkpoint(in_chans=1), device="cpu")
-    array = picture(15, 19)
+    array = image(15, 19)
     made = upscaler(array)
     for channel in range(3):
         assert np.array_equal(made[..., channel], upscaler(array[..., channel]))
@@ -124,7 +124,7 @@ def test_other_channels_are_refused():
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"),
     ],
 )
-def test_what_is_no_picture_is_refused(small, array, said):
+def test_what_is_no_image_is_refused(small, array, said):
     with pytest.raises(ValueError, match=said):
         Upscaler(small, device="cpu")(array)
 
@@ -151,7 +151,7 @@ def test_tensors_stay_on_their_gpu(small):
     for dtype in ("bf16", "fp16"):
         other = Upscaler(small, tile=24, dtype=dtype)(given)
         assert (other - made).abs().max() < 0.02
-    array = picture(30, 40)
+    array = image(30, 40)
     cpu, gpu = (Upscaler(small, device=name)(array).astype(int) for name in ("cpu", "cuda"))
     assert np.abs(cpu - gpu).max() <= 1
 
@@ -223,8 +223,8 @@ def test_only_what_nobody_sees_is_filled():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("tile", "overlap"), [(48, 24), (53, 26), (64, 32)])
-def test_tiles_of_a_local_network_give_the_whole_picture(local, tile, overlap, batch):
-    array = picture(70, 90, dtype=np.uint16)
+def test_tiles_of_a_local_network_give_the_whole_image(local, tile, overlap, batch):
+    array = image(70, 90, dtype=np.uint16)
     whole = Upscaler(local, device="cpu", tile=0)(array).astype(int)
     made = Upscaler(local, device="cpu", tile=tile, overlap=overlap, batch=batch)(array)
     # Kernels sum in an order that depends on the width.
@@ -235,7 +235,7 @@ def test_tiles_of_a_local_network_give_the_whole_picture(local, tile, overlap, b
 
 
 def test_tiles_are_seen_to_differ_where_they_do(small, local):
-    array = picture(70, 90)
+    array = image(70, 90)
     error = Upscaler(local, device="cpu", tile=48, overlap=32).tiling_error(array)
     assert error[0] < 1e-3
     largest, mean = Upscaler(local, device="cpu", tile=16, overlap=0).tiling_error(array)
@@ -245,15 +245,13 @@ def test_tiles_are_seen_to_differ_where_they_do(small, local):
     assert whole.tiling_error(array) is None
     made = Upscaler(local, device="cpu", tile=16, overlap=0)(array).astype(float)
     assert abs(np.abs(made - whole(array)).max() - largest) <= 1
-    assert Upscaler(small, device="cpu", tile=32).tiling_error(picture(70, 90, 2)) is not None
+    assert Upscaler(small, device="cpu", tile=32).tiling_error(image(70, 90, 2)) is not None
 
 
 @pytest.mark.parametrize("tlc", [True, False])
-def test_attention_of_tiles_is_near_that_of_the_picture(tlc):
+def test_attention_of_tiles_is_near_that_of_the_image(tlc):
     weights = checkpoint(tlc_flag=tlc, tlc_kernel=24)
-    largest, mean = Upscaler(weights, device="cpu", tile=48, overlap=24).tiling_error(
-        picture(70, 90)
-    )
+    largest, mean = Upscaler(weights, device="cpu", tile=48, overlap=24).tiling_error(image(70, 90))
     assert 0 < largest < 8
     assert mean < 1
 
@@ -261,7 +259,7 @@ def test_attention_of_tiles_is_near_that_of_the_picture(tlc):
 def test_tiles_are_counted(small):
     counted = []
     Upscaler(small, device="cpu", tile=32, overlap=8)(
-        picture(40, 60, 4), lambda *done: counted.append(done)
+        image(40, 60, 4), lambda *done: counted.append(done)
     )
     total = counted[0][1]
     assert counted == [(done, total) for done in range(1, total + 1)]
@@ -272,8 +270,8 @@ def test_tiles_are_counted(small):
     assert counted == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_ensemble_turns_with_the_picture(small):
-    array = picture(18, 25, dtype=np.uint16)
+def test_the_ensemble_turns_with_the_image(small):
+    array = image(18, 25, dtype=np.uint16)
     upscaler = Upscaler(small, device="cpu", ensemble=True)
     made = upscaler(array).astype(int)
     turned = upscaler(np.rot90(array)).astype(int)
@@ -335,16 +333,16 @@ class Scarce:
     ids=lambda error: str(error)[:12],
 )
 def test_out_of_memory_means_smaller_tiles(local, error):
-    said, array = [], picture(70, 90)
+    said, array = [], image(70, 90)
     expected = Upscaler(local, device="cpu", tile=22, overlap=24)(array)
     upscaler = Upscaler(local, device="cpu", tile=0, overlap=24, notice=said.append)
     upscaler._net = Scarce(upscaler._net, 30 * 30, error)
     assert np.array_equal(upscaler(array), expected)
     assert said == [
-        "out of memory on cpu with the whole picture; again with tiles of 45",
+        "out of memory on cpu with the whole image; again with tiles of 45",
         "out of memory on cpu with tiles of 45; again with tiles of 22",
     ]
-    # The next picture does not try again what failed.
+    # The next image does not try again what failed.
     upscaler._net.sizes.clear()
     upscaler(array)
     assert len(said) == 2
@@ -355,28 +353,28 @@ def test_memory_that_never_suffices_is_an_error(small):
     upscaler_ = Upscaler(small, device="cpu", notice=lambda text: None)
     upscaler_._net = Scarce(upscaler_._net, 0, MemoryError("none"))
     with pytest.raises(upscaler.UpscaleError, match="not suffice even for tiles of 16"):
-        upscaler_(picture(40, 40))
+        upscaler_(image(40, 40))
 
 
 def test_other_errors_are_not_taken_for_it(small):
     broken = Upscaler(small, device="cpu")
     broken._net = Scarce(broken._net, 0, RuntimeError("an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        broken(picture(40, 40))
+        broken(image(40, 40))
 
 
 def test_a_result_that_does_not_fit_is_refused_before_it_is_computed(small, monkeypatch):
     ours = Upscaler(small, device="cpu", tile=64)
     monkeypatch.setattr(memory, "free_memory", lambda device: 10_000)
     with pytest.raises(upscaler.UpscaleError, match="the result needs"):
-        ours(picture(60, 60))
+        ours(image(60, 60))
 
 
 # Precision, scale, weights, devices
 
 
 def test_half_precision_is_near_and_said_to_be_slow_on_a_cpu(small):
-    array, said = picture(30, 40), []
+    array, said = image(30, 40), []
     made = Upscaler(small, device="cpu", dtype="bf16", notice=said.append)(array)
     assert np.abs(made.astype(int) - Upscaler(small, device="cpu")(array)).max() <= 4
     assert said == ["bf16 is slower than fp32 on a CPU and needs more memory"]
@@ -393,18 +391,18 @@ def test_a_device_that_cannot_is_named(small, monkeypatch):
         Upscaler(small, device="cpu", dtype="fp16")
 
 
-def test_results_that_are_no_numbers_are_never_a_picture(small):
+def test_results_that_are_no_numbers_are_never_a_image(small):
     weights = {name: tensor.clone() for name, tensor in small.weights.items()}
     weights["overlap_embed.0.proj.weight"][0] = torch.nan
     broken = Upscaler(Checkpoint(weights, small.config), device="cpu")
     with pytest.raises(upscaler.UpscaleError, match="no numbers in fp32: the weights are damaged"):
-        broken(picture(9, 9))
+        broken(image(9, 9))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("scale", [1, 1.5, 3, 0.5])
 def test_another_scale_is_resized_at_the_end(small, scale, dtype):
-    array, white = picture(20, 31, dtype=dtype), np.iinfo(dtype).max
+    array, white = image(20, 31, dtype=dtype), np.iinfo(dtype).max
     made = Upscaler(small, device="cpu", scale=scale)(array)
     assert made.shape == (round(20 * scale), round(31 * scale), 3)
     assert made.dtype == dtype
@@ -418,7 +416,7 @@ def test_another_scale_is_resized_at_the_end(small, scale, dtype):
 
 
 def test_weights_are_needed(monkeypatch, tmp_path, small):
-    array = picture(8, 8)
+    array = image(8, 8)
     monkeypatch.setattr(upscaler.resources, "files", lambda package: tmp_path)
     with pytest.raises(upscaler.UpscaleError, match=r"weights are needed.*-m net_g_latest.pth"):
         upscale(array)
@@ -459,20 +457,20 @@ def test_arguments_out_of_range_are_named(small, arguments):
         Upscaler(small, **{"device": "cpu", **arguments})
 
 
-def test_pictures_together_are_the_pictures_one_by_one(small):
-    pictures = [picture(12, 17, 4, seed=seed) for seed in range(3)]
+def test_images_together_are_the_images_one_by_one(small):
+    images = [image(12, 17, 4, seed=seed) for seed in range(3)]
     ours = Upscaler(small, device="cpu", batch=3)
-    for together, alone in zip(ours.many(pictures), map(ours, pictures), strict=True):
+    for together, alone in zip(ours.many(images), map(ours, images), strict=True):
         assert np.abs(together.astype(int) - alone).max() <= 1
     with pytest.raises(ValueError, match="one shape and dtype"):
-        ours.many([pictures[0], pictures[1][:5]])
+        ours.many([images[0], images[1][:5]])
 
 
 def test_smaller_tiles_warn_where_nobody_listens(small):
     ours = Upscaler(small, device="cpu", tile=0)
     ours._net = Scarce(ours._net, 400, MemoryError())
     with pytest.warns(RuntimeWarning, match="out of memory on cpu"):
-        ours(picture(30, 30))
+        ours(image(30, 30))
 
 
 def test_the_package_offers_it_without_importing_it(tmp_path):
@@ -511,14 +509,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 @pytest.mark.parametrize(
     "size", [(6000, 400), pytest.param((5000, 8000), marks=pytest.mark.faults)], ids=str
 )
-def test_large_pictures_take_little_more_than_their_result(tmp_path, small, size):
+def test_large_images_take_little_more_than_their_result(tmp_path, small, size):
     save_checkpoint(small, tmp_path / "small.pth")
     command = [sys.executable, "-c", PEAK, *map(str, size), str(tmp_path / "small.pth")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     height, width = size
     pixels = 4 * height * width
-    # The picture and its result in 8 bits, and two rows of tiles in float32.
+    # The image and its result in 8 bits, and two rows of tiles in float32.
     bound = 3 * pixels + 3 * height * width + 3 * 4 * 3 * (2 * 256 * 2 * width)
     assert int(done.stdout) < bound + (32 << 20)
     assert int(done.stdout) < 12 * pixels  # the whole result in float32
@@ -527,5 +525,5 @@ def test_large_pictures_take_little_more_than_their_result(tmp_path, small, size
 def test_nothing_is_printed(small, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Upscaler(small, device="cpu", tile=32)(picture(40, 40))
+        Upscaler(small, device="cpu", tile=32)(image(40, 40))
     assert capfd.readouterr() == ("", "")

@@ -234,7 +234,7 @@ def test_a_signal_in_a_validation_does_not_wait_for_it(root, undisturbed):
 
 
 def kill_and_resume(root: Path, kind: str, name: str, kills: list[int]) -> None:
-    """Kill a run after so many iterations each, going on every time, and let it end."""
+    """Kill a run after so many iterations each, resuming every time, and let it end."""
     options = options_of(kind, name)
     options["logger"]["save_checkpoint_freq"] = 2
     for count in kills:
@@ -277,13 +277,13 @@ def test_a_bad_sample_is_named_and_the_iterations_before_it_are_saved(root, undi
     del options["val"], options["datasets"]["val"]
     options["logger"]["save_checkpoint_freq"] = 1000
     first = Sampling(SAMPLES, 1, 2, seed=0).shuffled(0)  # of which an epoch takes 3 x 2
-    picture = made / f"data/LR/picture{first[4]}.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[:100])
-    with pytest.raises(UserError, match=rf"(?s)bad samples.*{picture.name} of the data set made"):
+    image = made / f"data/LR/image{first[4]}.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=rf"(?s)bad samples.*{image.name} of the data set made"):
         train(made, options)
     assert torch.load(made / "experiments/bad/training_states/2.state")["iter"] == 2
-    picture.write_bytes(whole)
+    image.write_bytes(whole)
     train(made, options, "--auto_resume")
     train(made, {**options, "name": "good"})
     assert_equal(weights(made, "bad"), weights(made, "good"))
@@ -291,9 +291,9 @@ def test_a_bad_sample_is_named_and_the_iterations_before_it_are_saved(root, undi
 
 def test_tolerated_bad_samples_are_replaced_and_counted_over_a_resume(root):
     made = make_root(root / "tolerated")
-    spoilt = [made / f"data/LR/picture{number}.png" for number in (3, 5)]
-    for picture in spoilt:
-        picture.write_bytes(picture.read_bytes()[:100])
+    spoilt = [made / f"data/LR/image{number}.png" for number in (3, 5)]
+    for image in spoilt:
+        image.write_bytes(image.read_bytes()[:100])
     del_val = small_options("tolerant", skip_bad_samples=2)
     del del_val["val"], del_val["datasets"]["val"]
     train(made, {**del_val, "name": "whole"})
@@ -303,7 +303,7 @@ def test_tolerated_bad_samples_are_replaced_and_counted_over_a_resume(root):
     assert_equal(weights(made, "tolerant"), weights(made, "whole"))
     state = torch.load(made / "experiments/tolerant/training_states/12.state")
     found = {Path(sample).name for _, sample, _ in state["progress"]["bad_samples"]}
-    assert found == {"picture3.png", "picture5.png"}
+    assert found == {"image3.png", "image5.png"}
     del_val["datasets"]["train"]["skip_bad_samples"] = 1
     with pytest.raises(UserError, match="tolerates 1"):
         train(made, {**del_val, "name": "strict"})

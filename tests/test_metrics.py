@@ -19,11 +19,11 @@ def smooth(height: int, width: int, channels: int = 3) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
 
 
-def nearly(picture: Tensor, pixels: int, step: float) -> Tensor:
-    """The picture with a few pixels changed by a few of 255 steps."""
-    changed = picture.clone()
-    rows = torch.randint(picture.shape[-2], (pixels,))
-    columns = torch.randint(picture.shape[-1], (pixels,))
+def nearly(image: Tensor, pixels: int, step: float) -> Tensor:
+    """The image with a few pixels changed by a few of 255 steps."""
+    changed = image.clone()
+    rows = torch.randint(image.shape[-2], (pixels,))
+    columns = torch.randint(image.shape[-1], (pixels,))
     changed[..., rows, columns] += step / 255
     return changed
 
@@ -55,9 +55,9 @@ PAIRS = pairs()
 
 
 def of_basicsr(output: Tensor, target: Tensor, crop_border: int, y: bool) -> tuple[float, float]:
-    pictures = tensor2img([output]), tensor2img([target])
+    images = tensor2img([output]), tensor2img([target])
     settings = {"crop_border": crop_border, "test_y_channel": y}
-    return calculate_psnr(*pictures, **settings), calculate_ssim(*pictures, **settings)
+    return calculate_psnr(*images, **settings), calculate_ssim(*images, **settings)
 
 
 def assert_equals_basicsr(output: Tensor, target: Tensor, crop_border: int, y: bool) -> None:
@@ -88,7 +88,7 @@ def test_figures_equal_basicsr_without_opencv(kind, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_dtypes_are_rounded_as_basicsr_does(dtype):
-    output, target = (picture.to(dtype) for picture in PAIRS["a little noise"])
+    output, target = (image.to(dtype) for image in PAIRS["a little noise"])
     assert_equals_basicsr(output, target, 2, True)
 
 
@@ -113,7 +113,7 @@ def test_y_is_basicsr_s_bit_for_bit():
     assert np.array_equal(ours, to_y_channel(tensor2img(rgb))[..., 0])
 
 
-def test_each_picture_of_a_batch_has_its_own_figure():
+def test_each_image_of_a_batch_has_its_own_figure():
     one, other = PAIRS["noise"][0], PAIRS["a little noise"][0]
     output = torch.cat([one, other, other])
     target = torch.cat([other, one, other])
@@ -123,15 +123,15 @@ def test_each_picture_of_a_batch_has_its_own_figure():
 
 
 @pytest.mark.parametrize("y", [False, True], ids=["RGB", "Y"])
-def test_identical_pictures(y):
-    picture = PAIRS["noise"][0]
-    invisible = picture + 1e-6 * (picture * 255 % 1 - 0.5).sign()  # same 8 bits
-    assert metrics.psnr(invisible, picture, y_channel=y).tolist() == [math.inf]
-    assert metrics.ssim(invisible, picture, y_channel=y).item() == pytest.approx(1, abs=1e-12)
+def test_identical_images(y):
+    image = PAIRS["noise"][0]
+    invisible = image + 1e-6 * (image * 255 % 1 - 0.5).sign()  # same 8 bits
+    assert metrics.psnr(invisible, image, y_channel=y).tolist() == [math.inf]
+    assert metrics.ssim(invisible, image, y_channel=y).item() == pytest.approx(1, abs=1e-12)
 
 
 def test_what_is_no_number_shows():
-    output, target = (picture.clone() for picture in PAIRS["noise"])
+    output, target = (image.clone() for image in PAIRS["noise"])
     output[0, 1, 20, 20] = math.nan
     assert metrics.psnr(output, target).isnan().all()
     assert metrics.ssim(output, target, y_channel=True).isnan().all()
@@ -144,17 +144,17 @@ def test_what_is_no_number_shows():
         ((1, 3, 16, 16), (1, 1, 16, 16), 0, "is not the target's"),
         ((3, 16, 16), (3, 16, 16), 0, r"got the shape \(3, 16, 16\)"),
         ((1, 4, 16, 16), (1, 4, 16, 16), 0, r"got the shape \(1, 4, 16, 16\)"),
-        ((1, 3, 16, 20), (1, 3, 16, 20), 8, "crop_border 8 leaves nothing of a picture of 20x16"),
+        ((1, 3, 16, 20), (1, 3, 16, 20), 8, "crop_border 8 leaves nothing of an image of 20x16"),
         ((1, 3, 16, 20), (1, 3, 16, 20), -1, "crop_border must be 0 or more; got -1"),
         ((1, 3, 16, 20), (1, 3, 16, 20), 3, "11x11 pixels and .* crop_border is 14x10"),
     ],
 )
-def test_pictures_that_cannot_be_compared(shape, other, crop_border, message):
+def test_images_that_cannot_be_compared(shape, other, crop_border, message):
     with pytest.raises(ValueError, match=message):
         metrics.ssim(torch.rand(shape), torch.rand(other), crop_border=crop_border)
 
 
-def test_the_smallest_pictures():
+def test_the_smallest_images():
     assert_equals_basicsr(torch.rand(1, 3, 15, 16), torch.rand(1, 3, 15, 16), 2, True)
 
 

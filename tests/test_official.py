@@ -24,8 +24,8 @@ def png(number: int, side: int) -> bytes:
 
 
 # What only the official archive holds: no bicubic of HR, so that LR of our own is told from it.
-LR_PICTURES = {name: png(100 + int(name), 48) for name in NAMES}
-HR_PICTURES = {name: png(int(name), 96) for name in NAMES}
+LR_IMAGES = {name: png(100 + int(name), 48) for name in NAMES}
+HR_IMAGES = {name: png(int(name), 96) for name in NAMES}
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
@@ -46,9 +46,9 @@ def tarred(members: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-HR_ZIP = zipped({f"DIV2K_train_HR/{name}.png": data for name, data in HR_PICTURES.items()})
+HR_ZIP = zipped({f"DIV2K_train_HR/{name}.png": data for name, data in HR_IMAGES.items()})
 LR_ZIP = zipped(
-    {f"DIV2K_train_LR_bicubic/X2/{name}x2.png": data for name, data in LR_PICTURES.items()}
+    {f"DIV2K_train_LR_bicubic/X2/{name}x2.png": data for name, data in LR_IMAGES.items()}
 )
 FLICKR2K = tarred(
     {
@@ -63,8 +63,8 @@ def server(monkeypatch):
     for name in proxies():
         monkeypatch.delenv(name)
     monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0))
-    monkeypatch.setattr(official, "DIV2K", replace(official.DIV2K, pictures=3))
-    monkeypatch.setattr(official, "FLICKR2K", replace(official.FLICKR2K, pictures=1))
+    monkeypatch.setattr(official, "DIV2K", replace(official.DIV2K, images=3))
+    monkeypatch.setattr(official, "FLICKR2K", replace(official.FLICKR2K, images=1))
     with serving(b"") as served:
         served.others = {
             "/DIV2K_train_HR.zip": HR_ZIP,
@@ -100,11 +100,11 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 def check_div2k(folder: Path, names=NAMES) -> None:
-    for database, pictures in ((HR, HR_PICTURES), (X2, LR_PICTURES)):
+    for database, images in ((HR, HR_IMAGES), (X2, LR_IMAGES)):
         found = entries(folder / database)
         assert found.keys() == {f"{name}_s001" for name in names}
         for name in names:
-            assert np.array_equal(found[f"{name}_s001"], decoded(pictures[name]))
+            assert np.array_equal(found[f"{name}_s001"], decoded(images[name]))
 
 
 def test_div2k_is_downloaded_over_a_broken_connection_with_its_own_lr(tmp_path, server, capsys):
@@ -114,7 +114,7 @@ def test_div2k_is_downloaded_over_a_broken_connection_with_its_own_lr(tmp_path, 
     assert server.requests[1]["Range"] == f"bytes={len(HR_ZIP) // 2 // 8192 * 8192}-"
     assert asked(server) == [hr, hr, lr]
     check_div2k(tmp_path / "datasets" / "DIV2K")
-    assert "3 pictures" in capsys.readouterr().out
+    assert "3 images" in capsys.readouterr().out
     assert make("div2k", tmp_path, server) == 0
     assert asked(server) == []
 
@@ -151,9 +151,9 @@ def test_archives_that_are_there_are_not_downloaded(tmp_path, server, place):
 )
 def test_folders_that_are_there_are_taken(tmp_path, server, lr):
     folder = tmp_path / "datasets" / "DIV2K"
-    for place, pictures, end in (("DIV2K_train_HR", HR_PICTURES, ""), (lr, LR_PICTURES, "x2")):
+    for place, images, end in (("DIV2K_train_HR", HR_IMAGES, ""), (lr, LR_IMAGES, "x2")):
         (folder / place).mkdir(parents=True)
-        for name, data in pictures.items():
+        for name, data in images.items():
             (folder / place / f"{name}{end}.png").write_bytes(data)
     assert make("div2k", tmp_path, server) == 0
     assert asked(server) == []
@@ -166,14 +166,14 @@ def test_df2k_is_both_sets_in_one(tmp_path, server):
     found = entries(tmp_path / "datasets" / "DF2K" / X2)
     assert found.keys() == {*(f"{name}_s001" for name in NAMES), "000001_s001"}
     assert np.array_equal(found["000001_s001"], decoded(png(107, 48)))
-    assert np.array_equal(found["0002_s001"], decoded(LR_PICTURES["0002"]))
+    assert np.array_equal(found["0002_s001"], decoded(LR_IMAGES["0002"]))
 
 
-def test_an_archive_that_lacks_pictures_is_not_taken_for_the_set(tmp_path, server, capsys):
+def test_an_archive_that_lacks_images_is_not_taken_for_the_set(tmp_path, server, capsys):
     for path, scale in (("/DIV2K_train_HR.zip", ""), ("/DIV2K_train_LR_bicubic_X2.zip", "x2")):
         server.others[path] = zipped({f"DIV2K_train_HR/0001{scale}.png": png(1, 96)})
     assert make("div2k", tmp_path, server) == 1
-    assert "DIV2K has 3 training pictures and" in capsys.readouterr().err
+    assert "DIV2K has 3 training images and" in capsys.readouterr().err
     assert not (tmp_path / "datasets" / "DIV2K" / HR).exists()
 
 
@@ -183,11 +183,11 @@ def test_another_archive_of_the_name_is_refused(tmp_path, server, capsys):
     assert "it is not the official archive" in capsys.readouterr().err
 
 
-def test_a_damaged_picture_in_an_archive_is_named_before_anything_is_written(
+def test_a_damaged_image_in_an_archive_is_named_before_anything_is_written(
     tmp_path, server, capsys
 ):
-    members = {f"DIV2K_train_HR/{name}.png": data for name, data in HR_PICTURES.items()}
-    members["DIV2K_train_HR/0002.png"] = HR_PICTURES["0002"][:-100]
+    members = {f"DIV2K_train_HR/{name}.png": data for name, data in HR_IMAGES.items()}
+    members["DIV2K_train_HR/0002.png"] = HR_IMAGES["0002"][:-100]
     server.others["/DIV2K_train_HR.zip"] = zipped(members)
     assert make("div2k", tmp_path, server) == 1
     said = capsys.readouterr().err

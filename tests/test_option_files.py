@@ -65,7 +65,7 @@ PARAMETERS = {
 }
 
 
-def pictures(name, scale):
+def images(name, scale):
     """A benchmark's entry, by the rule of the data tree."""
     folder = f"datasets/benchmark/{name}/X{scale}"
     return {
@@ -107,7 +107,7 @@ TINY_X4 = {
             "dataset_enlarge_ratio": 250,
             "prefetch_mode": None,
         },
-        "val": pictures("Set5", 4),
+        "val": images("Set5", 4),
     },
     "network_g": {
         "type": "DLGSANet",
@@ -168,7 +168,7 @@ def derived(kind, name):
         expected["datasets"]["train"]["gt_size"] = 48 * scale
         lr = f"datasets/DIV2K/train_LR_bicubic_X{scale}_sub.lmdb"
         expected["datasets"]["train"]["dataroot_lq"] = lr
-        expected["datasets"]["val"] = pictures("Set5", scale)
+        expected["datasets"]["val"] = images("Set5", scale)
         expected["val"]["metrics"] = metrics(scale)
         return expected
     for section in ("train", "logger", "dist_params"):
@@ -180,8 +180,7 @@ def derived(kind, name):
         "param_key_g": "params_ema",
     }
     expected["datasets"] = {
-        f"test_{number}": pictures(benchmark, scale)
-        for number, benchmark in enumerate(BENCHMARKS, 1)
+        f"test_{number}": images(benchmark, scale) for number, benchmark in enumerate(BENCHMARKS, 1)
     }
     expected["val"] = {"save_img": True, "suffix": None, "metrics": metrics(scale)}
     return expected
@@ -200,7 +199,7 @@ def of_shipped_weights():
         "batch_size_per_gpu": 4,
         "dataset_enlarge_ratio": 100,
     }
-    expected["datasets"]["val"] = pictures("Set14", 4)
+    expected["datasets"]["val"] = images("Set14", 4)
     train = expected["train"]
     train["optim_g"] |= {"fused": True, "lr": 0.001}
     train["scheduler"] = {
@@ -221,7 +220,7 @@ def of_shipped_weights():
 
 
 def plain(node):
-    """BasicSR's ordered sections as dicts: their order is no part of what they say."""
+    """BasicSR's ordered sections as dicts: their order is not a part of what they say."""
     return {key: plain(node[key]) for key in node} if isinstance(node, dict) else node
 
 
@@ -257,7 +256,7 @@ def report(options, kind, root, registered):
 
 
 def make_tree(root, options):
-    """Put something where `options` look for pictures and weights."""
+    """Put something where `options` look for images and weights."""
     for dataset in options["datasets"].values():
         for key in ("dataroot_gt", "dataroot_lq"):
             folder = root / dataset[key]

@@ -17,15 +17,15 @@ ABSENT = "<absent>"  # a key to delete
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with pictures in data/, an LMDB in pairs.lmdb/ and a file weights.pth."""
+    """A folder with images in data/, an LMDB in pairs.lmdb/ and a file weights.pth."""
     folder = tmp_path_factory.mktemp("root")
     write_pairs(folder / "data", 2)
     lmdb.open(str(folder / "pairs.lmdb")).close()
-    (folder / "pairs.lmdb" / "meta_info.txt").write_text("picture0.png (48,64,3) 1\n")
+    (folder / "pairs.lmdb" / "meta_info.txt").write_text("image0.png (48,64,3) 1\n")
     (folder / "empty.lmdb").mkdir()
     (folder / "empty").mkdir()
     (folder / "empty" / "Thumbs.db").touch()
-    (folder / "names.txt").write_text("picture0.png (48,64,3)\n")
+    (folder / "names.txt").write_text("image0.png (48,64,3)\n")
     torch.save({}, folder / "weights.pth")
     return folder
 
@@ -294,17 +294,17 @@ TRAIN_FAULTS = [
     ({"val:metrics:psnr:type": "calculate_psrn"}, "val:metrics:psnr:type: no metric is registered "
      "as 'calculate_psrn'; did you mean 'calculate_psnr'?"),
     ({"train:pixel_opt:type": "L1loss"}, "train:pixel_opt:type: no loss is", "'L1Loss'?"),
-    # pictures
-    ({"datasets:train:dataroot_gt": "gone"}, "datasets:train:dataroot_gt: the HR pictures of the "
+    # images
+    ({"datasets:train:dataroot_gt": "gone"}, "datasets:train:dataroot_gt: the HR images of the "
      "training set made: ", "gone does not exist; ", "datasets/README.md"),
-    ({"datasets:val:dataroot_lq": "empty"}, "datasets:val:dataroot_lq: the LR pictures of the "
-     "validation set made_val: ", "empty holds no pictures"),
-    ({"datasets:val:dataroot_lq": "weights.pth"}, "datasets:val:dataroot_lq: ", "is no folder"),
+    ({"datasets:val:dataroot_lq": "empty"}, "datasets:val:dataroot_lq: the LR images of the "
+     "validation set made_val: ", "empty holds no images"),
+    ({"datasets:val:dataroot_lq": "weights.pth"}, "datasets:val:dataroot_lq: ", "is not a folder"),
     ({"datasets:val:dataroot_lq": "pairs.lmdb"}, "datasets:val:dataroot_lq: ", "is an LMDB"),
     ({"datasets:val:io_backend": {"type": "lmdb"}, "datasets:val:dataroot_gt": "pairs.lmdb",
       "datasets:val:dataroot_lq": "empty.lmdb"}, "datasets:val:dataroot_lq: ", "no data.mdb"),
     ({"datasets:val:io_backend": {"type": "lmdb"}, "datasets:val:dataroot_gt": "pairs.lmdb"},
-     "datasets:val:dataroot_lq: ", "LR is no LMDB by its name", "`type: disk`"),
+     "datasets:val:dataroot_lq: ", "LR is not an LMDB by its name", "`type: disk`"),
     ({"datasets:val": {"name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR"}
       | {"io_backend": {"type": "disk"}, "meta_info_file": None}},
      "datasets:val:meta_info_file: SingleImageDataset fails on ~; leave it out"),
@@ -442,7 +442,7 @@ def test_any_yaml_ends_in_a_report(root, registered, train, value):
     keys = ("type", "io_backend", "name", "dataroot_gt", "prefetch_mode")
     paths += [f"datasets:{phase}:{key}" for phase in ("train", "val") for key in keys]
     for path in paths:
-        options = train_options(root) | {"network_g": {"type": "EDSR"}}  # quickly looked at
+        options = train_options(root) | {"network_g": {"type": "EDSR"}}  # quickly checked
         problems(changed(options, {path: value}), root, registered, train)
 
 
@@ -489,17 +489,17 @@ def test_values_given_beside_the_file_are_read_like_the_files(text, value):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"name: a\ntrain:\n  lr: [1, 2\nval: 3\n", "bad.yml:4:4: this is no YAML"),
-        (b"name: a\n\tscale: 4\n", "bad.yml:2:1: this is no YAML"),
-        (b"name: a: b\n", "bad.yml:1:8: this is no YAML"),
-        (b"lr: !!float five\n", "bad.yml: this is no YAML"),
-        (b"name: \x01\n", "bad.yml: this is no YAML"),
+        (b"name: a\ntrain:\n  lr: [1, 2\nval: 3\n", "bad.yml:4:4: this is not YAML"),
+        (b"name: a\n\tscale: 4\n", "bad.yml:2:1: this is not YAML"),
+        (b"name: a: b\n", "bad.yml:1:8: this is not YAML"),
+        (b"lr: !!float five\n", "bad.yml: this is not YAML"),
+        (b"name: \x01\n", "bad.yml: this is not YAML"),
         (b"\xff\xfe\x00", "no UTF-8 text"),
         (b"", "bad.yml holds nothing"),
         (b"- a\n- b\n", "bad.yml holds a list"),
         (b"just text\n", "bad.yml holds a str"),
-        (b"a: !!python/object:os.system x\n", "bad.yml:1:4: this is no YAML"),
-        (b"a: 1\nb: {c: 1,\n c: 2}\n", "bad.yml:3:2: this is no YAML: the key 'c' is written twi"),
+        (b"a: !!python/object:os.system x\n", "bad.yml:1:4: this is not YAML"),
+        (b"a: 1\nb: {c: 1,\n c: 2}\n", "bad.yml:3:2: this is not YAML: the key 'c' is written twi"),
     ],
 )
 def test_what_is_no_option_file_is_refused_with_its_place(tmp_path, content, said):
@@ -552,7 +552,7 @@ def test_override_refuses_all_unknown_keys_and_changes_nothing(root):
     expected = [
         "train has no key 'total_iters'; did you mean 'total_iter'?",
         "the option file has no key 'trian'; did you mean 'train'?",
-        "name is no section of keys; it is 'small'",
+        "name is not a section of keys; it is 'small'",
         "write KEY=VALUE",
         "write KEY=VALUE",
         "datasets has no key 'vall'; did you mean 'val'?",

@@ -32,7 +32,7 @@ def small_weights(**changes) -> dict:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A folder with pictures, and a current folder that is another one."""
+    """A folder with images, and a current folder that is another one."""
     folder = tmp_path / "root"
     helpers.write_pairs(folder / "data", SAMPLES)
     return folder
@@ -89,9 +89,9 @@ def test_everything_is_below_the_folder_of_train_py(runs):
 def test_the_figure_tested_is_the_figure_validated(runs):
     checkout, _, _, resumed, tested = runs
     assert printed_psnr(tested) == printed_psnr(resumed)[-1:]
-    pictures = list((checkout / "results/small/visualization/made_val").glob("*.png"))
-    assert len(pictures) == SAMPLES
-    assert cv2.imread(str(pictures[0])).shape == (48, 64, 3)
+    images = list((checkout / "results/small/visualization/made_val").glob("*.png"))
+    assert len(images) == SAMPLES
+    assert cv2.imread(str(images[0])).shape == (48, 64, 3)
 
 
 def test_a_verb_trains_below_its_root_and_leaves_the_process_as_it_was(
@@ -142,7 +142,7 @@ TRAIN_FAULTS = {
     ),
     "other weights": (edit("path:pretrain_network_g", "other.pth"), r"(?s)dim: 24.*dim: 12"),
     "cut weights": (edit("path:pretrain_network_g", "cut.pth"), r"cut\.pth is truncated"),
-    "no weights": (edit("path:pretrain_network_g", "text.pth"), r"text\.pth is no checkpoint"),
+    "no weights": (edit("path:pretrain_network_g", "text.pth"), r"text\.pth is not a checkpoint"),
     "bare weights": (edit("path:pretrain_network_g", "bare.pth"), r"neither the key params"),
     "type of amp": (
         lambda options: options.update(
@@ -235,7 +235,7 @@ def test_testing_refuses_before_anything_is_created(bad_root, tmp_path, changes,
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["models/net_g_2.pth"], r"no whole pair of state and weights in .*small"),
+        (["models/net_g_2.pth"], r"no complete pair of state and weights in .*small"),
         (["training_states/2.state"], r"belongs to the weights .*net_g_2\.pth"),
         (["training_states/2.state", "models/net_g_2.pth"], r"(?s)net_g_2\.pth.*dim: 24"),
     ],

@@ -1,4 +1,4 @@
-"""The paper's table, measured: figures, what is missing, and going on after an interruption."""
+"""The paper's table, measured: figures, what is missing, and resuming after an interruption."""
 
 import csv
 import json
@@ -37,10 +37,10 @@ def datasets(tmp_path):
     for number, (height, width) in enumerate([(40, 48), (36, 30)]):
         lr = random.integers(0, 256, (height // SCALE, width // SCALE, 3), np.uint8)
         hr = cv2.resize(lr, (width, height), interpolation=cv2.INTER_CUBIC)
-        for part, picture in (("HR", hr), ("LR", lr)):
-            path = folder / "Set5" / f"X{SCALE}" / part / f"picture{number}.png"
+        for part, image in (("HR", hr), ("LR", lr)):
+            path = folder / "Set5" / f"X{SCALE}" / part / f"image{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(path), picture)
+            cv2.imwrite(str(path), image)
     return folder
 
 
@@ -50,7 +50,7 @@ def call(weights, datasets, out, *more):
 
 
 def by_basicsr(weights, datasets):
-    """PSNR, SSIM and scikit-image's SSIM of each picture, from 8-bit files."""
+    """PSNR, SSIM and scikit-image's SSIM of each image, from 8-bit files."""
     network = read_checkpoint(weights).network()
     figures = []
     for path in sorted((datasets / "Set5" / f"X{SCALE}" / "LR").iterdir()):
@@ -74,16 +74,16 @@ def test_the_figures_are_basicsr_s_and_scikit_image_s(weights, datasets, tmp_pat
     out = tmp_path / "out"
     assert call(weights, datasets, out, "--sets", "Set5") == 0
     expected = by_basicsr(weights, datasets)
-    with (out / "pictures.csv").open() as file:
+    with (out / "images.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["picture"] for row in rows] == ["picture0", "picture1"]
+    assert [row["image"] for row in rows] == ["image0", "image1"]
     found = np.array([[float(row[n]) for n in ("psnr", "ssim", "ssim_uniform")] for row in rows])
     assert found == pytest.approx(expected, abs=2e-5)
     table = json.loads((out / "table.json").read_text())
     cell = next(each for each in table["cells"] if each["psnr"] is not None)
     means = [cell["psnr"], cell["ssim"], cell["ssim_uniform"]]
     assert means == pytest.approx(expected.mean(0), abs=2e-5)
-    assert cell["pictures"] == 2
+    assert cell["images"] == 2
     assert cell["difference"][0] == pytest.approx(means[0] - 38.16)
     assert set(table["sets"]) == {"Set5 x2"}
     latex = (out / "table.tex").read_text()
@@ -119,7 +119,7 @@ def test_the_table_says_what_is_missing(weights, datasets, tmp_path, capsys):
     assert "weights of another configuration" in text
     assert "Urban100 --hr FOLDER --scale 2 makes it" in text
     assert "no weights of DLGSANet Light x4 are given" in text
-    assert "Gaussian windows inside the picture (BasicSR)" in text
+    assert "Gaussian windows inside the image (BasicSR)" in text
     assert call(weights, datasets, tmp_path / "out", "--measured-only") == 0
     text = capsys.readouterr().out
     assert "missing" not in text.lower()
@@ -131,11 +131,11 @@ def test_what_was_measured_is_not_computed_again(weights, datasets, tmp_path, mo
     computed = []
     enlarge = reproduction.Upscaler.__call__
 
-    def counting(self, picture, progress=None):
+    def counting(self, image, progress=None):
         if len(computed) == allowed:
             raise KeyboardInterrupt
-        computed.append(picture.shape)
-        return enlarge(self, picture, progress)
+        computed.append(image.shape)
+        return enlarge(self, image, progress)
 
     monkeypatch.setattr(reproduction.Upscaler, "__call__", counting)
     allowed = 1
@@ -145,7 +145,7 @@ def test_what_was_measured_is_not_computed_again(weights, datasets, tmp_path, mo
     assert len(computed) == 2
     assert call(weights, datasets, out, "--ensemble") == 0  # another way to compute
     assert len(computed) == 4
-    hr = datasets / "Set5/X2/HR/picture1.png"
+    hr = datasets / "Set5/X2/HR/image1.png"
     assert cv2.imwrite(str(hr), 255 - cv2.imread(str(hr)))
     assert call(weights, datasets, out) == 0
     assert len(computed) == 5
@@ -156,7 +156,7 @@ def test_what_was_measured_is_not_computed_again(weights, datasets, tmp_path, mo
     assert len(computed) == 7
 
 
-def test_identical_pictures_are_counted_and_left_out():
+def test_identical_images_are_counted_and_left_out():
     rows = [
         reproduction.Measured("DLGSANet Tiny", 4, "Set5", name, psnr, 1.0, None, "", "", "", "")
         for name, psnr in (("a", math.inf), ("b", 30.0))
@@ -166,7 +166,7 @@ def test_identical_pictures_are_counted_and_left_out():
         network, scale, path, is_published = "DLGSANet Tiny", 4, "w.pth", True
 
     cell = reproduction._filled(Named, "Set5", rows)
-    assert (cell.psnr, cell.identical, cell.pictures) == (30.0, 1, 2)
+    assert (cell.psnr, cell.identical, cell.images) == (30.0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -199,18 +199,18 @@ def test_what_cannot_be_measured_is_said(weights, datasets, tmp_path, capsys):
     out = tmp_path / "out"
     assert call(weights, tmp_path / "nothing", out) == 1
     assert "no cell could be measured" in capsys.readouterr().err
-    lr = datasets / "Set5/X2/LR/picture0.png"
+    lr = datasets / "Set5/X2/LR/image0.png"
     whole = lr.read_bytes()
     cv2.imwrite(str(lr), np.zeros((9, 9, 3), np.uint8))
     assert call(weights, datasets, out) == 1
-    assert "picture0.png" in capsys.readouterr().err
+    assert "image0.png" in capsys.readouterr().err
     lr.write_bytes(whole[:60])
     assert call(weights, datasets, out) == 1
-    assert "picture0.png" in capsys.readouterr().err
+    assert "image0.png" in capsys.readouterr().err
     lr.unlink()
     assert call(weights, datasets, out) == 1
-    assert "picture0 is in one of HR and LR alone" in capsys.readouterr().out
-    (out / "pictures.csv").write_text("a,b\n1,2\n")
+    assert "image0 is in one of HR and LR alone" in capsys.readouterr().out
+    (out / "images.csv").write_text("a,b\n1,2\n")
     assert call(weights, datasets, out) == 1
     assert "is not a file of this verb's" in capsys.readouterr().err
     assert call(weights, datasets, out, "--tolerance", "-1") == 1

@@ -91,7 +91,9 @@ def test_every_network_of_a_pair_counts(run, tmp_path):
 def test_no_whole_pair_is_an_error_and_no_new_start(run, tmp_path):
     save_pair(run, 10)
     truncate(run / "training_states/10.state")
-    with pytest.raises(ResumeError, match=r"(?s)no whole pair.*drop the flag.*10.state is trunc"):
+    with pytest.raises(
+        ResumeError, match=r"(?s)no complete pair.*drop the flag.*10.state is trunc"
+    ):
         find_start(options(), tmp_path, auto_resume=True)
 
 

@@ -34,14 +34,14 @@ def paired(folder: Path, **changes) -> dict:
     return {**options, "phase": "train", "scale": 2, **changes}
 
 
-def write_database(pictures: Path, out: Path, *, leave_out=(), empty=()) -> None:
-    names = sorted(path.stem for path in pictures.iterdir())
+def write_database(images: Path, out: Path, *, leave_out=(), empty=()) -> None:
+    names = sorted(path.stem for path in images.iterdir())
     out.mkdir(parents=True)
     environment = lmdb.open(str(out), map_size=1 << 24)
     with environment, environment.begin(write=True) as write:
         for name in names:
             if name not in leave_out:
-                data = b"" if name in empty else (pictures / f"{name}.png").read_bytes()
+                data = b"" if name in empty else (images / f"{name}.png").read_bytes()
                 write.put(name.encode(), data)
     lines = [f"{name}.png (48,64,3) 1\n" for name in names]
     (out / "meta_info.txt").write_text("".join(lines))
@@ -123,7 +123,7 @@ def test_workers_draw_what_the_process_itself_draws(workers):
 FAULTS = {
     "missing": (lambda path: path.unlink(), r"cannot be read \(FileNotFoundError"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("no picture"), "cannot be decoded"),
+    "text": (lambda path: path.write_text("no image"), "cannot be decoded"),
     "truncated": (
         lambda path: path.write_bytes(path.read_bytes()[:200]),
         "cannot be decoded",
@@ -140,7 +140,7 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path, fault):
     helpers.write_pairs(tmp_path, 3)
     samples = Samples(build_dataset(paired(tmp_path)))
     spoil, reason = FAULTS[fault]
-    path = tmp_path / "LR/picture1.png"
+    path = tmp_path / "LR/image1.png"
     spoil(path)
     sample = samples[1]
     assert sample.content is None
@@ -156,7 +156,7 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path, fault):
 def test_a_bad_entry_of_a_database_is_named_by_database_and_key(tmp_path, left, reason):
     helpers.write_pairs(tmp_path / "data", 3)
     write_database(tmp_path / "data/HR", tmp_path / "HR.lmdb")
-    write_database(tmp_path / "data/LR", tmp_path / "LR.lmdb", **{left: ("picture1",)})
+    write_database(tmp_path / "data/LR", tmp_path / "LR.lmdb", **{left: ("image1",)})
     backend = {
         "dataroot_gt": str(tmp_path / "HR.lmdb"),
         "dataroot_lq": str(tmp_path / "LR.lmdb"),
@@ -164,29 +164,29 @@ def test_a_bad_entry_of_a_database_is_named_by_database_and_key(tmp_path, left, 
     }
     sample = Samples(build_dataset(paired(tmp_path, **backend)))[1]
     (bad,) = sample.bad
-    assert bad.sample == f"{tmp_path / 'LR.lmdb'}, key 'picture1'"
+    assert bad.sample == f"{tmp_path / 'LR.lmdb'}, key 'image1'"
     assert bad.reason == reason
 
 
 def test_another_sample_takes_the_place_of_a_bad_one(tmp_path):
     helpers.write_pairs(tmp_path, 3)
     samples = Samples(build_dataset(paired(tmp_path)), replace_bad=True)
-    pictures = [tmp_path / f"LR/picture{number}.png" for number in range(3)]
-    pictures[2].write_bytes(b"")
+    images = [tmp_path / f"LR/image{number}.png" for number in range(3)]
+    images[2].write_bytes(b"")
     sample = samples[Draw(0, 0, 2)]
-    assert sample.content["lq_path"] == str(pictures[0])
-    assert [bad.sample for bad in sample.bad] == [str(pictures[2])]
-    for picture in pictures:
-        picture.write_bytes(b"")
+    assert sample.content["lq_path"] == str(images[0])
+    assert [bad.sample for bad in sample.bad] == [str(images[2])]
+    for image in images:
+        image.write_bytes(b"")
     nothing = samples[Draw(0, 0, 2)]
     assert nothing.content is None
-    assert {bad.sample for bad in nothing.bad} == set(map(str, pictures))
+    assert {bad.sample for bad in nothing.bad} == set(map(str, images))
 
 
 def test_samples_are_in_the_order_of_their_paths_whatever_the_disk_s(tmp_path):
     helpers.write_pairs(tmp_path, 3)
     dataset = build_dataset(paired(tmp_path))
-    expected = [str(tmp_path / f"LR/picture{number}.png") for number in range(3)]
+    expected = [str(tmp_path / f"LR/image{number}.png") for number in range(3)]
     for order in ([2, 0, 1], [1, 2, 0]):
         by_name = sorted(dataset.paths, key=lambda pair: pair["lq_path"])
         dataset.paths = [by_name[index] for index in order]
@@ -197,7 +197,7 @@ def test_samples_are_in_the_order_of_their_paths_whatever_the_disk_s(tmp_path):
 def test_a_batch_says_which_of_its_samples_are_bad(tmp_path):
     helpers.write_pairs(tmp_path, 3)
     samples = Samples(build_dataset(paired(tmp_path)))
-    spoilt = tmp_path / "HR/picture1.png"
+    spoilt = tmp_path / "HR/image1.png"
     spoilt.write_bytes(b"")
     batch, bad = collate([samples[0], samples[1]])
     assert batch is None

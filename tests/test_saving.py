@@ -13,7 +13,7 @@ from basicsr.models.sr_model import SRModel
 from torch import nn
 
 from dlgsanet_arch import checkpoint, files
-from dlgsanet_arch.checkpoint import CheckpointError, check_whole, save_whole
+from dlgsanet_arch.checkpoint import CheckpointError, check_complete, save_whole
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
 from dlgsanet_arch.pipeline.sampling import Place
@@ -43,7 +43,7 @@ def test_what_is_saved_is_what_torch_loads(tmp_path):
     loaded = torch.load(path, weights_only=True)
     assert torch.equal(loaded["params"]["weight"], content["params"]["weight"])
     assert (loaded["iter"], loaded["names"]) == (7, ["a", "b"])
-    assert check_whole(path) == checksum
+    assert check_complete(path) == checksum
     assert save_whole({"params": {"weight": torch.rand(3, 4)}}, path) != checksum
     assert [entry.name for entry in tmp_path.iterdir()] == ["net_g_1.pth"]
 
@@ -66,7 +66,7 @@ def test_a_damaged_file_is_found_by_reading_all_of_it(tmp_path, cut):
         data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=str(path)):
-        check_whole(path)
+        check_complete(path)
 
 
 class FullDisk(io.RawIOBase):
@@ -117,7 +117,7 @@ def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatc
 
     monkeypatch.setattr(files.os, "fsync", fsync)
     write(tmp_path / "a.pth")
-    check_whole(tmp_path / "a.pth")
+    check_complete(tmp_path / "a.pth")
 
 
 def test_what_was_written_is_read_again_before_it_takes_the_name(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_pair_holds_all_that_a_run_is(model, tmp_path):
     state = torch.load(tmp_path / "experiments/small/training_states/7.state", weights_only=True)
     assert (state["epoch"], state["iter"]) == (1, 7)
     assert progress_of(state) == progress(7, validate=True, bad_samples=bad)
-    found = check_whole(tmp_path / "experiments/small/models/net_g_7.pth")
+    found = check_complete(tmp_path / "experiments/small/models/net_g_7.pth")
     assert state["networks"] == {"net_g_7.pth": found}
     other = type(model)(model.opt | {"train": {**model.opt["train"]}, **retyped()})
     other.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)

@@ -1,4 +1,4 @@
-"""Every data set is looked at before a run: what BasicSR would fail on, or read otherwise."""
+"""Every data set is checked before a run: what BasicSR would fail on, or read otherwise."""
 
 import json
 import os
@@ -31,17 +31,17 @@ def options():
     return json.loads(json.dumps(helpers.small_train_options(Path("data"))))
 
 
-def write_database(path, pictures, lines=None, scale=1):
-    """Write an LMDB of pictures by key, as BasicSR's tools do, or with other lines."""
+def write_database(path, images, lines=None, scale=1):
+    """Write an LMDB of images by key, as BasicSR's tools do, or with other lines."""
     with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as put:
-        for key, picture in pictures.items():
-            data = encode_png(picture[::scale, ::scale]) if picture is not None else b""
+        for key, image in images.items():
+            data = encode_png(image[::scale, ::scale]) if image is not None else b""
             put.put(key.encode(), data)
-    lines = [f"{key}.png (48,64,3) 1" for key in pictures] if lines is None else lines
+    lines = [f"{key}.png (48,64,3) 1" for key in images] if lines is None else lines
     (path / "meta_info.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-def picture(height=48, width=64):
+def image(height=48, width=64):
     return np.full((height, width, 3), 127, np.uint8)
 
 
@@ -68,14 +68,14 @@ def test_good_folders_pass(root, options):
     found = scan(options, root, train=True)
     assert (found.problems, found.warnings) == ([], [])
     assert found.samples == {"train": SAMPLES, "val": SAMPLES}
-    assert "datasets:val: 3 pairs; looked at the headers of all" in found.notes
+    assert "datasets:val: 3 pairs; checked the headers of all" in found.notes
     assert len(basicsr_reads(options, "train", root)) == SAMPLES
 
 
 def test_good_databases_pass(root, options):
-    pictures = {f"a{index}": picture() for index in range(4)}
-    write_database(root / "hr.lmdb", pictures)
-    write_database(root / "lr.lmdb", pictures, scale=2)
+    images = {f"a{index}": image() for index in range(4)}
+    write_database(root / "hr.lmdb", images)
+    write_database(root / "lr.lmdb", images, scale=2)
     use_databases(options, "train")
     use_databases(options, "val")
     found = scan(options, root, train=True)
@@ -86,15 +86,15 @@ def test_good_databases_pass(root, options):
 
 
 def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
-    write_database(root / "hr.lmdb", {"a": picture()})
-    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    write_database(root / "hr.lmdb", {"a": image()})
+    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
     use_databases(options, "val")
     with lmdb.open(str(root / "hr.lmdb"), readonly=True, lock=False):
         assert scan(options, root, train=True).problems == []
 
 
 DATABASE_FAULTS = [
-    (["a.png (48,64,3) 1"], {"a": 1, "b": 1}, "holds 1 pictures that meta_info.txt does not list"),
+    (["a.png (48,64,3) 1"], {"a": 1, "b": 1}, "holds 1 images that meta_info.txt does not list"),
     (["a.png", "b.png", "c.png"], {"a": 1, "b": 1}, "lists keys that it does not hold: 'c'"),
     (["a.png", "", "b.png"], {"a": 1, "b": 1}, "has 1 blank lines"),
     (["a.png", "a.png", "b.png"], {"a": 1, "b": 1}, "lists keys more than once", "'a'"),
@@ -108,9 +108,9 @@ DATABASE_FAULTS = [
     ("lines", "entries", "expected"), [(a, b, c) for a, b, *c in DATABASE_FAULTS]
 )
 def test_what_is_wrong_with_a_database_is_said(root, options, lines, entries, expected):
-    contents = {key: picture() if filled else None for key, filled in entries.items()}
+    contents = {key: image() if filled else None for key, filled in entries.items()}
     write_database(root / "hr.lmdb", contents, lines)
-    write_database(root / "lr.lmdb", {"a": picture(), "b": picture()}, scale=2)
+    write_database(root / "lr.lmdb", {"a": image(), "b": image()}, scale=2)
     use_databases(options)
     problem = only(scan(options, root, train=True).problems)
     assert problem.startswith("datasets:train:dataroot_gt: the training set made: ")
@@ -119,8 +119,8 @@ def test_what_is_wrong_with_a_database_is_said(root, options, lines, entries, ex
 
 
 def test_unequal_keys_are_named(root, options):
-    write_database(root / "hr.lmdb", {"a": picture(), "b": picture()})
-    write_database(root / "lr.lmdb", {"a": picture(), "c": picture()}, scale=2)
+    write_database(root / "hr.lmdb", {"a": image(), "b": image()})
+    write_database(root / "lr.lmdb", {"a": image(), "c": image()}, scale=2)
     use_databases(options)
     problem = only(scan(options, root, train=True).problems)
     assert "'b' not in" in problem
@@ -130,34 +130,34 @@ def test_unequal_keys_are_named(root, options):
 
 
 def test_a_cut_database_is_named(root, options):
-    write_database(root / "hr.lmdb", {"a": picture()})
-    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    write_database(root / "hr.lmdb", {"a": image()})
+    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
     data = root / "lr.lmdb" / "data.mdb"
     data.write_bytes(data.read_bytes()[:5000])
     use_databases(options)
     assert "is cut short" in only(scan(options, root, train=True).problems)
 
 
-def test_an_entry_that_is_no_picture_is_named(root, options):
-    write_database(root / "hr.lmdb", {"a": picture()})
-    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+def test_an_entry_that_is_no_image_is_named(root, options):
+    write_database(root / "hr.lmdb", {"a": image()})
+    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
     environment = lmdb.open(str(root / "lr.lmdb"))
     with environment, environment.begin(write=True) as put:
-        put.put(b"a", b"no picture")
+        put.put(b"a", b"no image")
     use_databases(options)
     problem = only(scan(options, root, train=True).problems)
-    assert "1 of 1 files looked at" in problem
-    assert "no pictures that can be read: 'a'" in problem
+    assert "1 of 1 files checked" in problem
+    assert "no images that can be read: 'a'" in problem
 
 
-def test_pictures_without_a_partner_are_named(root, options):
-    (root / "data/LR/picture1.png").rename(root / "data/LR/other.png")
+def test_images_without_a_partner_are_named(root, options):
+    (root / "data/LR/image1.png").rename(root / "data/LR/other.png")
     problems = scan(options, root, train=True).problems
     assert [problem.split(": ")[0] for problem in problems] == [
         "datasets:train:dataroot_lq",
         "datasets:val:dataroot_lq",
     ]
-    assert "HR without LR: 'picture1.png'" in problems[0]
+    assert "HR without LR: 'image1.png'" in problems[0]
     assert "LR without HR: 'other.png'" in problems[0]
     assert "the validation set made_val" in problems[1]
     with pytest.raises(AssertionError):
@@ -180,19 +180,19 @@ def test_hidden_files_and_folders_are_passed_over_as_basicsr_does(root, options)
     assert len(basicsr_reads(options, "val", root)) == SAMPLES
 
 
-def test_a_file_that_is_no_picture_is_named(root, options):
+def test_a_file_that_is_no_image_is_named(root, options):
     for side in ("HR", "LR"):
         (root / "data" / side / "Thumbs.db").write_bytes(b"x")
     problems = scan(options, root, train=True).problems
     assert len(problems) == 4
-    assert "1 of 4 files looked at" in problems[0]
+    assert "1 of 4 files checked" in problems[0]
     assert "'Thumbs.db'" in problems[0]
 
 
-LISTED = "picture0.png (48,64,3)\npicture2.png (48,64,3)\n"
+LISTED = "image0.png (48,64,3)\nimage2.png (48,64,3)\n"
 
 
-def test_a_list_says_which_pictures_there_are(root, options):
+def test_a_list_says_which_images_there_are(root, options):
     (root / "list.txt").write_text(LISTED)
     options["datasets"]["val"]["meta_info_file"] = "list.txt"
     found = scan(options, root, train=True)
@@ -203,7 +203,7 @@ def test_a_list_says_which_pictures_there_are(root, options):
 
 
 def test_what_is_wrong_with_a_list_is_said(root, options):
-    (root / "list.txt").write_text(LISTED + "\npicture9.png\n")
+    (root / "list.txt").write_text(LISTED + "\nimage9.png\n")
     options["datasets"]["val"]["meta_info_file"] = "list.txt"
     problems = scan(options, root, train=True).problems
     assert [problem.split(": ")[0].split(":")[-1] for problem in problems] == [
@@ -212,23 +212,23 @@ def test_what_is_wrong_with_a_list_is_said(root, options):
         "dataroot_lq",
     ]
     assert "has 1 blank lines" in problems[0]
-    assert "1 of 3 listed pictures are not in" in problems[1]
-    assert "'picture9.png'" in problems[2]
+    assert "1 of 3 listed images are not in" in problems[1]
+    assert "'image9.png'" in problems[2]
 
 
 def test_sets_of_real_esrgan_are_read_as_it_lists_them(root, options):
-    (root / "pairs.txt").write_text("HR/picture0.png, LR/picture0.png\n")
+    (root / "pairs.txt").write_text("HR/image0.png, LR/image0.png\n")
     dataset = options["datasets"]["train"]
     dataset |= {"type": "RealESRGANPairedDataset", "meta_info": "pairs.txt"}
     dataset |= {"dataroot_gt": "data", "dataroot_lq": "data"}
     assert scan(options, root, train=True).samples["train"] == 1
     dataset["meta_info"] = str(root / "pairs.txt")
     assert len(basicsr_reads(options, "train", root)) == 1
-    (root / "pairs.txt").write_text("HR/picture0.png LR/picture0.png\n")
+    (root / "pairs.txt").write_text("HR/image0.png LR/image0.png\n")
     assert "write `HR, LR` in each line" in only(scan(options, root, train=True).problems)
 
 
-def test_single_pictures_need_no_hr(root, options):
+def test_single_images_need_no_hr(root, options):
     options["datasets"]["val"] = {
         "name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR",
         "io_backend": {"type": "disk"},
@@ -242,13 +242,13 @@ def test_single_pictures_need_no_hr(root, options):
 def test_a_template_that_is_none_is_named(root, options, template):
     options["datasets"]["val"]["filename_tmpl"] = template
     problem = only(scan(options, root, train=True).problems)
-    assert problem.startswith(f"datasets:val: filename_tmpl {template!r} is no template")
+    assert problem.startswith(f"datasets:val: filename_tmpl {template!r} is not a template")
 
 
 def test_patches_must_fit_into_hr(root, options):
     options["datasets"]["train"]["gt_size"] = 50
     problem = only(scan(options, root, train=True).problems)
-    assert problem.startswith("datasets:train:dataroot_gt: the training set made: 3 of 3 pictures")
+    assert problem.startswith("datasets:train:dataroot_gt: the training set made: 3 of 3 images")
     assert "smaller than 50 x 50 pixels, gt_size: " in problem
     assert "the first 48 x 64" in problem
     with pytest.raises(ValueError, match="is smaller than patch size"):
@@ -266,17 +266,17 @@ def test_a_border_must_leave_something_to_measure(root, options):
 
 def test_hr_is_lr_times_the_scale(root, options):
     """For a benchmark, HR may be larger by less than one LR pixel; BasicSR crops any rest."""
-    hr = root / "data/HR/picture1.png"
+    hr = root / "data/HR/image1.png"
     for size, wrong in (
         ((48, 65), ["train"]), ((49, 65), ["train"]), ((48, 66), ["train", "val"]),
         ((47, 64), ["train", "val"]), ((64, 48), ["train", "val"]),
     ):  # fmt: skip
-        cv2.imwrite(str(hr), picture(*size))
+        cv2.imwrite(str(hr), image(*size))
         problems = scan(options, root, train=True).problems
         assert [problem.split(":")[1] for problem in problems] == wrong, size
         assert f"HR {size[0]} x {size[1]} and LR 24 x 32, a scale of" in problems[0]
-        assert "1 of 3 pairs looked at" in problems[0]
-        assert "'picture1.png'" in problems[0]
+        assert "1 of 3 pairs checked" in problems[0]
+        assert "'image1.png'" in problems[0]
         with pytest.raises(ValueError, match="Scale mismatches"):
             basicsr_reads(options, "train", root)
 
@@ -292,7 +292,7 @@ def test_rotated_photographs_have_the_size_that_basicsr_reads(root, tmp_path):
 def test_headers_tell_what_opencv_decodes(tmp_path):
     for suffix in ("png", "jpg", "bmp", "webp", "tif", "ppm"):
         file = tmp_path / f"a.{suffix}"
-        assert cv2.imwrite(str(file), picture(5, 9))
+        assert cv2.imwrite(str(file), image(5, 9))
         assert read_header(file) == (5, 9, False, False, False), suffix
     for suffix in ("png", "tif"):
         for channels in (1, 3, 4):
@@ -304,47 +304,47 @@ def test_headers_tell_what_opencv_decodes(tmp_path):
 @pytest.mark.parametrize(
     ("channels", "type", "said"),
     [
-        (1, np.uint8, "are gray: 'picture1.png'; BasicSR makes three equal channels of them"),
-        (4, np.uint8, "have transparency: 'picture1.png'; BasicSR drops it"),
-        (3, np.uint16, "have more than 8 bits: 'picture1.png'; BasicSR reads 8 of them"),
+        (1, np.uint8, "are gray: 'image1.png'; BasicSR makes three equal channels of them"),
+        (4, np.uint8, "have transparency: 'image1.png'; BasicSR drops it"),
+        (3, np.uint16, "have more than 8 bits: 'image1.png'; BasicSR reads 8 of them"),
     ],
 )
-def test_what_basicsr_changes_in_pictures_is_a_warning(root, options, channels, type, said):
+def test_what_basicsr_changes_in_images_is_a_warning(root, options, channels, type, said):
     content = np.full((48, 64, channels), np.iinfo(type).max // 2, type)
-    assert cv2.imwrite(str(root / "data/HR/picture1.png"), content)
+    assert cv2.imwrite(str(root / "data/HR/image1.png"), content)
     found = scan(options, root, train=True)
     assert found.problems == []
     assert [line.split(": ")[0] for line in found.warnings] == [
         "datasets:train:dataroot_gt",
         "datasets:val:dataroot_gt",
     ]
-    assert "1 of 3 pictures looked at" in found.warnings[0]
+    assert "1 of 3 images checked" in found.warnings[0]
     assert said in found.warnings[0]
     assert basicsr_reads(options, "val", root)[0]["gt"].shape == (3, 48, 64)
 
 
-def test_of_many_pictures_headers_of_some_are_read(root, options, monkeypatch):
+def test_of_many_images_headers_of_some_are_read(root, options, monkeypatch):
     monkeypatch.setattr(module, "MOST_HEADERS", 2)
     read = []
     monkeypatch.setattr(module, "read_header", lambda file: read.append(file) or read_header(file))
     found = scan(options, root, train=True)
-    assert "datasets:val: 3 pairs; looked at the headers of 2" in found.notes
-    assert [file.name for file in read] == ["picture0.png", "picture2.png"] * 4
-    (root / "data/LR/picture1.png").unlink()
-    assert len(scan(options, root, train=True).problems) == 2  # names are looked at in full
+    assert "datasets:val: 3 pairs; checked the headers of 2" in found.notes
+    assert [file.name for file in read] == ["image0.png", "image2.png"] * 4
+    (root / "data/LR/image1.png").unlink()
+    assert len(scan(options, root, train=True).problems) == 2  # names are checked in full
 
 
 def test_of_many_entries_headers_of_some_are_read(root, options, monkeypatch):
     monkeypatch.setattr(module, "MOST_HEADERS", 100)
-    pictures = {f"a{index:03}": picture() for index in range(999)}
-    write_database(root / "hr.lmdb", pictures)
-    write_database(root / "lr.lmdb", pictures, scale=2)
+    images = {f"a{index:03}": image() for index in range(999)}
+    write_database(root / "hr.lmdb", images)
+    write_database(root / "lr.lmdb", images, scale=2)
     use_databases(options)
     read = []
     monkeypatch.setattr(module, "read_header", lambda file: read.append(file) or read_header(file))
     found = scan(options, root, train=True)
     assert found.problems == []
-    assert "datasets:train: 999 pairs; looked at the headers of 100" in found.notes
+    assert "datasets:train: 999 pairs; checked the headers of 100" in found.notes
     assert len(read) == 2 * 100 + 2 * SAMPLES  # both sides, and the validation set
 
 
@@ -352,8 +352,8 @@ def test_a_long_preamble_hides_no_header(root, options):
     """What does not fit into the first bytes that are read is read in full."""
     profile = np.random.default_rng(0).bytes(100_000)
     Image.new("RGB", (64, 48)).save(root / "a.png", icc_profile=profile, compress_level=0)
-    write_database(root / "hr.lmdb", {"a": picture()})
-    write_database(root / "lr.lmdb", {"a": picture()}, scale=2)
+    write_database(root / "hr.lmdb", {"a": image()})
+    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
     environment = lmdb.open(str(root / "hr.lmdb"))
     with environment, environment.begin(write=True) as put:
         put.put(b"a", (root / "a.png").read_bytes())
@@ -446,7 +446,7 @@ def test_folders_must_take_what_is_written(root, options, monkeypatch):
     assert check_disk(options, root, train=False) == ([], [])
     (root / "results").touch()
     problem = only(check_disk(options, root, train=False)[0])
-    assert problem.startswith(f"{root / 'results'} is no folder")
+    assert problem.startswith(f"{root / 'results'} is not a folder")
     (root / "experiments").mkdir(mode=0o500)
     allowed = os.access
     closed = root / "experiments"

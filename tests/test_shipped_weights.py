@@ -19,7 +19,7 @@ BICUBIC = 26.09  # known, on Set14 x4
 
 
 def by_both(hr):
-    """PSNR on Y of bicubic and of the shipped weights."""
+    """PSNR on Y of bicubic and of the bundled weights."""
     hr = crop_to_multiple(hr, SCALE)
     lr = bicubic(hr, 1 / SCALE)
     made = upscale(np.ascontiguousarray(lr[..., ::-1]))[..., ::-1]
@@ -40,9 +40,9 @@ def test_they_are_the_published_configuration_and_say_what_they_are():
 
 
 def test_they_beat_bicubic_on_photographs_that_they_never_saw():
-    for name in demo.VALIDATION_PICTURES:
-        picture = cv2.imread(str(demo.pictures_folder() / name))
-        base, ours = by_both(picture[:240, :280])
+    for name in demo.VALIDATION_IMAGES:
+        image = cv2.imread(str(demo.images_folder() / name))
+        base, ours = by_both(image[:240, :280])
         assert ours > base + 0.4, name
 
 

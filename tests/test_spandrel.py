@@ -66,10 +66,10 @@ def published(variant, scale):
     ).eval()
 
 
-def enlarge(network, picture):
+def enlarge(network, image):
     """What a descriptor promises: the network's output, within its range."""
     with torch.no_grad():
-        return network(picture).clamp(0, 1)
+        return network(image).clamp(0, 1)
 
 
 @pytest.mark.parametrize(("variant", "scale"), list(itertools.product(VARIANTS, TLC_KERNELS)))
@@ -84,16 +84,16 @@ def test_published_networks_load_from_files(variant, scale, tmp_path):
     assert (model.architecture.id, model.purpose, model.scale) == ("DLGSANet", "SR", scale)
     assert (model.input_channels, model.output_channels) == (3, 3)
     assert model.tags[0] == variant
-    picture = torch.rand(1, 3, 9, 11)
-    assert torch.equal(model(picture), enlarge(network, picture))
+    image = torch.rand(1, 3, 9, 11)
+    assert torch.equal(model(image), enlarge(network, image))
 
 
 @pytest.mark.parametrize("scale", TLC_KERNELS)
 def test_windows_are_the_published_ones(scale):
     network = DLGSANet(**{**SMALL, "upscale": scale, "tlc_kernel": TLC_KERNELS[scale]}).eval()
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
-    picture = torch.rand(1, 3, 100, 7)
-    assert torch.equal(model(picture), enlarge(network, picture))
+    image = torch.rand(1, 3, 100, 7)
+    assert torch.equal(model(image), enlarge(network, image))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -107,8 +107,8 @@ def test_ablations_load_from_their_weights(name, tmp_path):
     assert model.scale == scale
     assert model.purpose == ("SR" if scale > 1 else "Restoration")
     assert model.input_channels == model.output_channels == network.in_chans
-    picture = torch.rand(1, network.in_chans, 9, 12)
-    assert torch.equal(model(picture), enlarge(network, picture))
+    image = torch.rand(1, network.in_chans, 9, 12)
+    assert torch.equal(model(image), enlarge(network, image))
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -117,9 +117,9 @@ def test_what_weights_do_not_tell_is_as_in_the_paper(name):
     paper = build()
     paper.load_state_dict(network.state_dict())
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
-    picture = torch.rand(1, 3, 100, 9)
-    assert torch.equal(model(picture), enlarge(paper, picture))
-    assert not torch.equal(model(picture), enlarge(network, picture))
+    image = torch.rand(1, 3, 100, 9)
+    assert torch.equal(model(image), enlarge(paper, image))
+    assert not torch.equal(model(image), enlarge(network, image))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 5)])
@@ -127,18 +127,18 @@ def test_any_size_is_taken_as_it_is(size):
     network = build()
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
     assert model.size_requirements.none
-    picture = torch.rand(1, 3, *size)
-    assert torch.equal(model(picture), enlarge(network, picture))
+    image = torch.rand(1, 3, *size)
+    assert torch.equal(model(image), enlarge(network, image))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
 def test_half_precision_is_supported(dtype, bound):
     network = build(dim=48)
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict()).to(dtype)
-    picture = torch.rand(1, 3, 10, 130)  # over a window wide
-    enlarged = model(picture.to(dtype))
+    image = torch.rand(1, 3, 10, 130)  # over a window wide
+    enlarged = model(image.to(dtype))
     assert enlarged.dtype == dtype
-    difference = (enlarged.double() - enlarge(network.double(), picture.double())).abs().max()
+    difference = (enlarged.double() - enlarge(network.double(), image.double())).abs().max()
     assert difference < bound
 
 
@@ -146,9 +146,9 @@ def test_tiles_are_like_the_whole():
     network = build(buildblock_type="idynamic")
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
     assert model.tiling is spandrel.ModelTiling.SUPPORTED
-    picture = torch.rand(1, 3, 12, 60)
-    tile = model(picture[..., :40])
-    torch.testing.assert_close(tile[..., :48], model(picture)[..., :48], rtol=0, atol=1e-6)
+    image = torch.rand(1, 3, 12, 60)
+    tile = model(image[..., :40])
+    torch.testing.assert_close(tile[..., :48], model(image)[..., :48], rtol=0, atol=1e-6)
 
 
 def _others():

@@ -294,7 +294,7 @@ def test_gradients_are_clipped_and_their_norm_logged(tmp_path):
 
 
 class Features(nn.Module):
-    """Stands for VGG, whose weights would be downloaded: features of a picture by name."""
+    """Stands for VGG, whose weights would be downloaded: features of an image by name."""
 
     def __init__(self, layer_name_list, **_):
         super().__init__()

@@ -23,11 +23,11 @@ from dlgsanet_arch.data import databases
 HR, X2, X3, X4 = (
     f"train_{part}_sub.lmdb" for part in ("HR", *(f"LR_bicubic_X{s}" for s in (2, 3, 4)))
 )
-# The smallest pictures that scale 4 takes are 192 x 192.
+# The smallest images that scale 4 takes are 192 x 192.
 CROP, STEP = 96, 60
 
 
-def picture(name: str, height: int = 205, width: int = 250) -> np.ndarray:
+def image(name: str, height: int = 205, width: int = 250) -> np.ndarray:
     """Smooth colours and some noise, other ones for every name."""
     rng = np.random.default_rng(list(name.encode()))
     coarse = rng.uniform(0, 255, (7, 9, 3)).astype(np.float32)
@@ -42,9 +42,9 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 @pytest.fixture
 def hr(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for name in ("b", "a", "night 1"):
-        save(folder / f"{name}.png", picture(name))
+        save(folder / f"{name}.png", image(name))
     return folder
 
 
@@ -93,7 +93,7 @@ def corners_by_basicsrs_rule(length: int) -> list[int]:
 
 
 def expected_entries(name: str, key: str, scale: int) -> dict[str, np.ndarray]:
-    whole = picture(name)[:204, :240]
+    whole = image(name)[:204, :240]
     part = whole if scale == 1 else lr_by_basicsr(whole, scale)
     places = [
         (top // scale, left // scale)
@@ -122,8 +122,8 @@ def test_every_sub_image_is_the_one_that_basicsr_would_make(hr, out, capsys):
     said = capsys.readouterr().out
     size = (out / HR / "data.mdb").stat().st_size / 2**20
     assert f"36 sub-images {size:>8.1f} MiB  {out / HR}" in said
-    assert "3 pictures" in said
-    assert "ms a picture and scale" in said
+    assert "3 images" in said
+    assert "ms an image and scale" in said
 
 
 def test_meta_info_is_what_basicsrs_writer_writes(hr, out, tmp_path):
@@ -188,7 +188,7 @@ def test_a_second_run_makes_nothing(hr, out, capsys):
 
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_after_a_fault_the_next_run_goes_on(hr, out, monkeypatch, failing, capsys):
-    """The fault comes with the failing-th transaction of four: two pictures, HR and LR."""
+    """The fault comes with the failing-th transaction of four: two images, HR and LR."""
     whole = out.with_name("whole")
     assert train(hr, whole, "--scale", 2) == 0
     put, calls = databases.DatabaseWriter.put, []
@@ -208,7 +208,7 @@ def test_after_a_fault_the_next_run_goes_on(hr, out, monkeypatch, failing, capsy
     assert train(hr, out, "--scale", 2) == 0
     done = failing // 2
     if done:
-        assert f"3 pictures, {done} of them cut already" in capsys.readouterr().out
+        assert f"3 images, {done} of them cut already" in capsys.readouterr().out
     for name in (HR, X2):
         ours, theirs = entries(out / name), entries(whole / name)
         assert ours.keys() == theirs.keys()
@@ -219,13 +219,13 @@ def test_after_a_fault_the_next_run_goes_on(hr, out, monkeypatch, failing, capsy
     assert not list(out.rglob("*.unfinished"))
 
 
-# Parts that overlap by much make many entries of few pictures.
+# Parts that overlap by much make many entries of few images.
 MANY = ("--scale", 2, "--step", 12)
 
 
 def test_after_kill_9_the_next_run_goes_on(hr, out, capsys):
     for number in range(16):
-        save(hr / f"more{number:02d}.png", picture(f"more{number}"))
+        save(hr / f"more{number:02d}.png", image(f"more{number}"))
     growing = out / f"{HR}.unfinished" / "data.mdb"
     with started(train, hr, out, *MANY) as process:
         deadline = time.monotonic() + 60
@@ -242,7 +242,7 @@ def test_after_kill_9_the_next_run_goes_on(hr, out, capsys):
     assert len(whole) == 19 * 10 * 13
     assert whole.keys() == small.keys()
     key = "more15_s130"
-    assert np.array_equal(whole[key], picture("more15")[204 - CROP : 204, 240 - CROP : 240])
+    assert np.array_equal(whole[key], image("more15")[204 - CROP : 204, 240 - CROP : 240])
 
 
 def train_with_little_room(said: Path, hr: Path, out: Path) -> None:
@@ -274,7 +274,7 @@ def test_the_map_grows_as_needed(hr, out, monkeypatch):
 
 def test_worker_processes_make_the_same(hr, out, tmp_path):
     for number in range(5):
-        save(hr / f"more{number}.png", picture(f"more{number}"))
+        save(hr / f"more{number}.png", image(f"more{number}"))
     for workers in (1, 2):
         assert train(hr, tmp_path / str(workers), "--workers", workers) == 0
     for name in (HR, X2, X3, X4):
@@ -285,7 +285,7 @@ def test_worker_processes_make_the_same(hr, out, tmp_path):
 def test_photographs_become_the_parts_that_basicsr_would_make(shared_data, out, tmp_path):
     photographs = sorted((shared_data / "data" / "BSDS400").glob("*.jpg"))[:3]
     if not photographs:
-        pytest.skip(f"no pictures at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
+        pytest.skip(f"no images at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
     for path in photographs:
         save(tmp_path / "HR" / f"{path.stem}.png", cv2.imread(str(path)))
     assert train(tmp_path / "HR", out, "--crop", 480, "--step", 240) == 0
@@ -302,9 +302,9 @@ def test_photographs_become_the_parts_that_basicsr_would_make(shared_data, out, 
 
 
 def broken(kind: str, path: Path) -> str:
-    """Write a picture with a fault; what the message has to say of it."""
+    """Write an image with a fault; what the message has to say of it."""
     whole = path.with_name("whole.png")
-    save(whole, picture("whole"))
+    save(whole, image("whole"))
     data = whole.read_bytes()
     whole.unlink()
     if kind == "truncated":
@@ -314,39 +314,39 @@ def broken(kind: str, path: Path) -> str:
         path.write_bytes(b"")
         return "zero bytes"
     if kind == "text":
-        path.write_text("not a picture\n")
-        return "is not a picture"
+        path.write_text("not an image\n")
+        return "is not an image"
     if kind == "1x1":
-        save(path, picture("dot", 1, 1))
+        save(path, image("dot", 1, 1))
         return "1 x 1"
     assert kind == "small"
-    save(path, picture("small", 250, 95))
+    save(path, image("small", 250, 95))
     return "95 x 250 pixels, both sides must be 96"
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "1x1", "small"])
-def test_a_bad_picture_is_named_before_anything_is_written(hr, out, capsys, kind):
+def test_a_bad_image_is_named_before_anything_is_written(hr, out, capsys, kind):
     reason = broken(kind, hr / "bad.png")
     assert train(hr, out, "--scale", 2) == 1
     said = capsys.readouterr().err
     assert str(hr / "bad.png") in said
     assert reason in said
-    assert "1 of 4 pictures" in said
+    assert "1 of 4 images" in said
     assert "--skip-bad" in said
     assert not out.exists()
     assert train(hr, out, "--scale", 2, "--skip-bad") == 0
     said = capsys.readouterr().out
-    assert "3 pictures" in said
+    assert "3 images" in said
     assert str(hr / "bad.png") in said
     assert {key.split("_s")[0] for key in entries(out / HR)} == {"a", "b", "night%201"}
 
 
-def test_all_bad_pictures_are_named_at_once_and_none_left_is_an_error(tmp_path, out, capsys):
-    (tmp_path / "pictures").mkdir()
+def test_all_bad_images_are_named_at_once_and_none_left_is_an_error(tmp_path, out, capsys):
+    (tmp_path / "images").mkdir()
     for kind in ("empty", "text"):
-        broken(kind, tmp_path / "pictures" / f"{kind}.png")
+        broken(kind, tmp_path / "images" / f"{kind}.png")
     for more in ([], ["--skip-bad"]):
-        assert train(tmp_path / "pictures", out, *more) == 1
+        assert train(tmp_path / "images", out, *more) == 1
         said = capsys.readouterr().err
         assert "empty.png" in said
         assert "text.png" in said
@@ -355,7 +355,7 @@ def test_all_bad_pictures_are_named_at_once_and_none_left_is_an_error(tmp_path, 
 
 
 def test_scales_cannot_differ_in_what_was_left_out(hr, out, capsys):
-    save(hr / "small.png", picture("small", 120, 130))
+    save(hr / "small.png", image("small", 120, 130))
     assert train(hr, out, "--scale", 2) == 0
     assert train(hr, out, "--scale", 4, "--skip-bad") == 1
     assert "keys would not match" in capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_scales_cannot_differ_in_what_was_left_out(hr, out, capsys):
 
 
 def test_scales_that_leave_out_the_same_fit(hr, out, capsys):
-    save(hr / "small.png", picture("small", 120, 130))
+    save(hr / "small.png", image("small", 120, 130))
     assert train(hr, out, "--scale", 4, "--skip-bad") == 0
     capsys.readouterr()
     assert train(hr, out, "--scale", 2, "--skip-bad") == 1
@@ -377,25 +377,25 @@ def test_scales_that_leave_out_the_same_fit(hr, out, capsys):
 
 
 def test_what_is_changed_on_reading_is_said(hr, out, capsys):
-    deep = picture("deep").astype(np.uint16) * 257
+    deep = image("deep").astype(np.uint16) * 257
     save(hr / "deep.png", deep)
-    clear = np.dstack([picture("clear"), np.full((205, 250), 100, np.uint8)])
+    clear = np.dstack([image("clear"), np.full((205, 250), 100, np.uint8)])
     save(hr / "clear.png", clear)
-    save(hr / "gray.png", picture("gray")[..., 0])
+    save(hr / "gray.png", image("gray")[..., 0])
     assert train(hr, out, "--scale", 2) == 0
     said = capsys.readouterr().out
     assert "1 x holds 16 bits a sample; they were rounded to 8" in said
     assert "1 x has transparent parts; it was composited on white" in said
     found = entries(out / HR)
-    assert np.array_equal(found["deep_s001"], picture("deep")[:CROP, :CROP])
-    gray = picture("gray")[:CROP, :CROP, :1]
+    assert np.array_equal(found["deep_s001"], image("deep")[:CROP, :CROP])
+    gray = image("gray")[:CROP, :CROP, :1]
     assert np.array_equal(found["gray_s001"], np.repeat(gray, 3, axis=2))
 
 
 def given_lr(hr: Path, folder: Path, scale: int, template: str) -> dict[str, np.ndarray]:
     made = {}
     for path in hr.glob("*.png"):
-        pixels = picture(path.stem)[: 205 // scale * scale, : 250 // scale * scale]
+        pixels = image(path.stem)[: 205 // scale * scale, : 250 // scale * scale]
         made[path.stem] = 255 - pixels[::scale, ::scale]  # nothing that bicubic would make
         save(folder / template.format(path.stem), made[path.stem])
     return made
@@ -430,7 +430,7 @@ def test_lr_that_does_not_belong_is_named(hr, out, tmp_path, capsys):
     assert f"1 in {hr} have none: a.png" in said
     assert f"1 in {lr} have none: cx2.png" in said
     (lr / "cx2.png").unlink()
-    save(lr / "ax2.png", picture("a", 101, 125))
+    save(lr / "ax2.png", image("a", 101, 125))
     assert train(hr, out, "--scale", 2, "--lr", lr) == 1
     said = capsys.readouterr().err
     assert "ax2.png has 101 x 125 pixels" in said
@@ -453,15 +453,15 @@ def test_settings_that_do_not_fit_are_refused(hr, out, option, value, scales, sa
     assert not out.exists()
 
 
-def test_a_set_of_other_pictures_or_settings_is_not_replaced_unasked(hr, out, capsys):
+def test_a_set_of_other_images_or_settings_is_not_replaced_unasked(hr, out, capsys):
     assert train(hr, out, "--scale", 2) == 0
     before = entries(out / HR)
     assert train(hr, out, "--scale", 2, "--step", 48) == 1
     assert "step 60, not 48" in capsys.readouterr().err
-    save(hr / "c.png", picture("c"))
+    save(hr / "c.png", image("c"))
     assert train(hr, out, "--scale", 2) == 1
     said = capsys.readouterr().err
-    assert "of other pictures" in said
+    assert "of other images" in said
     assert "--overwrite" in said
     assert entries(out / HR).keys() == before.keys()
     assert train(hr, out, "--scale", 2, "--overwrite") == 0
@@ -496,10 +496,10 @@ def test_two_runs_on_one_folder_do_not_mix(hr, out, capsys):
     assert "another process is at work" in capsys.readouterr().err
 
 
-def test_pictures_in_folders_keep_their_keys_apart(tmp_path, out):
+def test_images_in_folders_keep_their_keys_apart(tmp_path, out):
     for folder in ("x", "y"):
-        save(tmp_path / "in" / folder / "a.png", picture(folder))
+        save(tmp_path / "in" / folder / "a.png", image(folder))
     assert train(tmp_path / "in", out, "--scale", 2) == 0
     found = entries(out / HR)
     for folder in ("x", "y"):
-        assert np.array_equal(found[f"{folder}+a_s001"], picture(folder)[:CROP, :CROP])
+        assert np.array_equal(found[f"{folder}+a_s001"], image(folder)[:CROP, :CROP])

@@ -18,7 +18,7 @@ PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
 
 def photograph(name: str) -> np.ndarray:
-    return read_8_bits(demo.pictures_folder() / name).pixels
+    return read_8_bits(demo.images_folder() / name).pixels
 
 
 def prepare(*arguments: object) -> int:
@@ -102,13 +102,13 @@ def test_a_good_set_is_good(training, capsys):
 
 def test_worker_processes_find_the_same(training, capsys):
     with Changed(training / X2) as write:
-        write.put(b"coffee_s002", b"no picture")
+        write.put(b"coffee_s002", b"no image")
     said = []
     for workers in (1, 2):
         assert prepare("verify", training / HR, training / X2, "--workers", workers) == 1
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert "coffee_s002: LR is not a picture" in said[0]
+    assert "coffee_s002: LR is not an image" in said[0]
 
 
 def truncated(training: Path) -> None:
@@ -128,7 +128,7 @@ def of_another_size(training: Path) -> None:
         write.put(b"coffee_s003", encode_png(lr[:-1]))
 
 
-def of_another_picture(training: Path) -> None:
+def of_another_image(training: Path) -> None:
     with Changed(training / X2) as write:
         write.put(b"coffee_s003", write.get(b"chelsea_s003"))
 
@@ -181,10 +181,10 @@ FAULTS = {
     truncated: ("coffee_s003: LR is cut short", 11),
     empty: ("coffee_s003: HR is empty", 11),
     of_another_size: ("coffee_s003: HR has 240 x 240 pixels, and LR's 119 x 120 times 2", 11),
-    of_another_picture: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
+    of_another_image: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
     displaced_alone: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
     twice: ("coffee_s003: has the same pixels as chelsea_s001", 11),
-    without_partner: ("1 of 12 pictures in {hr} have no partner in {lr}: coffee_s003", 11),
+    without_partner: ("1 of 12 images in {hr} have no partner in {lr}: coffee_s003", 11),
     ghost: ("names keys that are not in the database: 'coffee_s003'", 11),
     silent: ("1 entries are not named in meta_info.txt and are never read: 'coffee_s003'", 11),
     listed_twice: ("names keys more than once", 12),
@@ -290,13 +290,13 @@ def test_a_template_does_not_concern_databases(training):
     assert verify_options(training, options(training, filename_tmpl="{}x2")) == 0
 
 
-def test_pictures_below_gt_size_are_named(training, capsys):
+def test_images_below_gt_size_are_named(training, capsys):
     save_pairs(training / "val", halved, names=("astronaut.png",))
     assert verify_options(training, options(training, gt_size=256)) == 1
     assert "coffee_s001: HR has 240 x 240 pixels, less than gt_size 256" in capsys.readouterr().out
 
 
-def test_test_pictures_inside_the_training_set_are_named(training, capsys):
+def test_test_images_inside_the_training_set_are_named(training, capsys):
     save_pairs(training / "val", halved, names=("coffee.png",))
     assert verify_options(training, options(training)) == 1
     said = capsys.readouterr().out
@@ -314,7 +314,7 @@ def test_names_follow_the_template(tmp_path, capsys):
     written = options(tmp_path)
     del written["datasets"]["train"]
     assert verify_options(tmp_path, written) == 1
-    assert "3 of 3 pictures" in capsys.readouterr().out
+    assert "3 of 3 images" in capsys.readouterr().out
     written["datasets"]["val"]["filename_tmpl"] = "{}x2"
     assert verify_options(tmp_path, written) == 0
 
@@ -322,12 +322,12 @@ def test_names_follow_the_template(tmp_path, capsys):
 def test_folders_are_fixed_into_databases(tmp_path, capsys):
     save_pairs(tmp_path / "X2", halved)
     (tmp_path / "X2" / "LR" / "coffee.png").write_bytes(b"")
-    (tmp_path / "X2" / "HR" / "notes.txt").write_text("not a picture")
+    (tmp_path / "X2" / "HR" / "notes.txt").write_text("not an image")
     (tmp_path / "X2" / "HR" / "more").mkdir()
     assert prepare("verify", tmp_path / "X2", "--fix") == 1
     said = capsys.readouterr().out
     assert "coffee.png: LR is empty" in said
-    assert "files that are no pictures" in said
+    assert "files that are not images" in said
     assert "notes.txt" in said
     assert "has folders in it, which BasicSR passes over: 'more'" in said
     for part in ("HR", "LR"):
@@ -337,15 +337,15 @@ def test_folders_are_fixed_into_databases(tmp_path, capsys):
         assert np.array_equal(decoded(fixed["chelsea"]), original)
 
 
-def test_pictures_without_partners_are_verified_alone(tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
+def test_images_without_partners_are_verified_alone(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     for name in PHOTOGRAPHS:
-        assert cv2.imwrite(str(tmp_path / "pictures" / name), photograph(name))
-    assert prepare("verify", tmp_path / "pictures") == 0
-    assert "3 pictures: good" in capsys.readouterr().out
-    broken = tmp_path / "pictures" / "coffee.png"
+        assert cv2.imwrite(str(tmp_path / "images" / name), photograph(name))
+    assert prepare("verify", tmp_path / "images") == 0
+    assert "3 images: good" in capsys.readouterr().out
+    broken = tmp_path / "images" / "coffee.png"
     broken.write_bytes(broken.read_bytes()[:5000])
-    assert prepare("verify", tmp_path / "pictures") == 1
+    assert prepare("verify", tmp_path / "images") == 1
     assert f"{broken}: HR is cut short" in capsys.readouterr().out
 
 
@@ -353,7 +353,7 @@ def test_pictures_without_partners_are_verified_alone(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["gone"], "gone does not exist"),
-        (["empty"], "there are no LMDBs or pictures below"),
+        (["empty"], "there are no LMDBs or images below"),
         (["-opt", "gone.yml"], "there is no option file gone.yml"),
     ],
 )
@@ -423,7 +423,7 @@ def test_folders_to_train_and_to_test_on_are_told_by_their_names(tmp_path, capsy
     assert said.count("wrong:") == 1
 
 
-def test_a_picture_of_a_test_set_is_named_once_for_all_scales(training, capsys):
+def test_a_image_of_a_test_set_is_named_once_for_all_scales(training, capsys):
     for scale in (2, 3):
         save_pairs(training / "val" / f"X{scale}", halved, names=("coffee.png",))
     assert prepare("verify", training) == 1
@@ -431,7 +431,7 @@ def test_a_picture_of_a_test_set_is_named_once_for_all_scales(training, capsys):
     assert said.count("coffee_s001: shows the same as the test image") == 1
 
 
-def test_lr_whose_hr_is_gone_is_not_taken_for_pictures(training, capsys):
+def test_lr_whose_hr_is_gone_is_not_taken_for_images(training, capsys):
     assert prepare("verify", training / X2) == 0
     assert "12 pairs at scale 2: good" in capsys.readouterr().out
     (training / HR).rename(training / "elsewhere.lmdb")

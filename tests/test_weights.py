@@ -130,7 +130,7 @@ FAULTS = [
     (lambda weights: {"params": weights}, {"param_key_g": "params_emma"},
      "has no 'params_emma': it has the keys params"),
     (lambda weights: {"params": weights}, {"param_key_g": None},
-     "is no bare state dict, as path:param_key_g ~ says; write param_key_g: params"),
+     "is not a bare state dict, as path:param_key_g ~ says; write param_key_g: params"),
     (lambda weights: weights, {"param_key_g": "params"}, "it is a bare state dict; write"),
     (lambda weights: [1], {}, "holds a list"),
     (lambda weights: {"iter": 1, "optimizers": []}, {}, "it is a training state"),
@@ -142,7 +142,7 @@ FAULTS = [
      "of another size: conv_first.weight"),
     (lambda weights: {"params": {f"x.{name}": weights[name] for name in weights}},
      {"strict_load_g": False},
-     "fits network_g; with path:strict_load_g false BasicSR would go on with random weights"),
+     "fits network_g; with path:strict_load_g false BasicSR would continue with random weights"),
 ]  # fmt: skip
 
 

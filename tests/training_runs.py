@@ -21,7 +21,7 @@ SAMPLES = 7
 
 
 def make_root(folder: Path) -> Path:
-    """Make a root folder with pictures to train on."""
+    """Make a root folder with images to train on."""
     helpers.write_pairs(folder / "data", SAMPLES)
     return folder
 

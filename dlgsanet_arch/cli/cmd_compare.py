@@ -19,16 +19,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet compare",
-        description="Draw one detail of a picture by several methods, with PSNR and SSIM.",
+        description="Draw one detail of an image by several methods, with PSNR and SSIM.",
         epilog="Crops are in the order bicubic, --result, --weights, HR. PSNR and SSIM are of the "
-        "whole picture: Y channel, `scale` pixels at each side left out.",
+        "whole image: Y channel, `scale` pixels at each side left out.",
     )
     add = parser.add_argument
-    add("--hr", type=Path, required=True, metavar="PICTURE", help="the original")
+    add("--hr", type=Path, required=True, metavar="IMAGE", help="the original")
     add(
         "--lr",
         type=Path,
-        metavar="PICTURE",
+        metavar="IMAGE",
         help="its small version (default: made by MATLAB's bicubic, which needs --scale or "
         "--weights)",
     )
@@ -88,10 +88,10 @@ def _agreed(told: Mapping[str, int]) -> int:
     return next(iter(told.values()))
 
 
-def _add(results: dict[str, Any], label: str, picture: Any) -> None:
+def _add(results: dict[str, Any], label: str, image: Any) -> None:
     if label in results or label == "HR":
         raise UserError(f"two crops would be called {label!r}: write LABEL=PATH for one of them")
-    results[label] = picture
+    results[label] = image
 
 
 @exit_status

@@ -87,7 +87,9 @@ def _read_measured(path: Path | None, dataset: str) -> dict[tuple[str, int], flo
             if cell["dataset"] == dataset and cell["is_published"] and cell["psnr"] is not None
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--measured: {path} is no table.json of this package ({error})") from error
+        raise UserError(
+            f"--measured: {path} is not a table.json of this package ({error})"
+        ) from error
 
 
 def _print_csv(records: Sequence[dict]) -> None:

@@ -113,22 +113,22 @@ VERBS = {
     "demo": """a small set from the photographs in scikit-image's wheel
 
     Made below datasets/demo, for options/train/demo.yml. Nothing is downloaded.""",
-    "train": """a training set from any folder of pictures
+    "train": """a training set from any folder of images
 
     HR is cut to a multiple of 12, LR is made by MATLAB's bicubic or taken from --lr, both are cut
-    into matching sub-images, and these go into LMDBs with equal keys. Every picture is opened
+    into matching sub-images, and these go into LMDBs with equal keys. Every image is opened
     before anything is written.""",
-    "div2k": """DIV2K's 800 training pictures with their official LR
+    "div2k": """DIV2K's 800 training images with their official LR
 
     Archives and unpacked folders that are there are used, what is missing is downloaded: about
     5 GB with all scales, and as much again unpacked. Then the same is made as by `train`.""",
-    "df2k": """DIV2K and Flickr2K's 2650 pictures together, with their official LR
+    "df2k": """DIV2K and Flickr2K's 2650 images together, with their official LR
 
     As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
     "benchmark": """a test set, with bicubic's figures beside known ones
 
     HR is cropped for each scale and LR is made of it by MATLAB's bicubic, below
-    datasets/benchmark/NAME. --hr may be a folder of pictures or the set as it circulates, such as
+    datasets/benchmark/NAME. --hr may be a folder of images or the set as it circulates, such as
     HR/ beside LR_bicubic/, GTmod12/, or image_SRF_4/.""",
     "verify": """open everything that data sets hold, say what is wrong
 
@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dlgsanet data",
         description="Prepare and verify data sets.",
-        epilog="`VERB --help` says what a verb takes. Interrupted or killed, a command goes on "
+        epilog="`VERB --help` says what a verb takes. Interrupted or killed, a command continues "
         "where it was when it is run again.",
     )
     root = "the folder that holds datasets/ (default: the current folder)"
@@ -172,10 +172,10 @@ def build_parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out pictures that cannot be used, instead of writing nothing",
+        help="leave out images that cannot be used, instead of writing nothing",
     )
     making.add_argument(
-        "--overwrite", action="store_true", help="replace what was made from other pictures"
+        "--overwrite", action="store_true", help="replace what was made from other images"
     )
     cutting = argparse.ArgumentParser(add_help=False, parents=[making])
     for name, default, what in (
@@ -198,13 +198,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = add("train", cutting, run=_train)
     train.add_argument(
-        "--hr", type=Path, required=True, metavar="FOLDER", help="HR pictures, sub-folders too"
+        "--hr", type=Path, required=True, metavar="FOLDER", help="HR images, sub-folders too"
     )
     train.add_argument(
         "--lr",
         type=Path,
         metavar="FOLDER",
-        help="LR pictures of the same names, for several scales in X2, X3, X4 "
+        help="LR images of the same names, for several scales in X2, X3, X4 "
         "(default: made by MATLAB's bicubic)",
     )
     train.add_argument(
@@ -249,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="PATH",
-        help="LMDBs, folders of pictures, or folders that hold such",
+        help="LMDBs, folders of images, or folders that hold such",
     )
     what.add_argument("-opt", type=Path, metavar="FILE", help="the sets that an option file names")
     verify.add_argument(

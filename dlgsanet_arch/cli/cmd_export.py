@@ -26,10 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write the network as ONNX or .pt2, compared with the network first.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
-With dynamic sizes (the default) the file takes pictures of any batch, height and width, and
-attention looks at the whole picture. PyTorch's network looks at windows of it (TLC: 96, 72 or 48
+With dynamic sizes (the default) the file takes images of any batch, height and width, and
+attention looks at the whole image. PyTorch's network looks at windows of it (TLC: 96, 72 or 48
 pixels wide for x2, x3 and x4), and how they lie depends on the size: with --size they are in the
-file, which then takes pictures of that size alone, in any batch. Cut larger pictures into such
+file, which then takes images of that size alone, in any batch. Cut larger images into such
 tiles. Up to a window's side both are the same.
 
 Half precision is compared with the network in float32: fp16 may differ by 0.01, bf16 by 0.08 (of
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint.config["tlc_flag"] and not exported.has_windows:
         side = checkpoint.config["tlc_kernel"]
         print(
-            f"without TLC: on pictures over {side} pixels wide or high PyTorch's network gives "
+            f"without TLC: on images over {side} pixels wide or high PyTorch's network gives "
             "slightly other values; --help explains"
         )
     return 0

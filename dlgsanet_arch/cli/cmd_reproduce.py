@@ -15,8 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="dlgsanet reproduce",
         description="Measure the paper's table, cell by cell, beside the published figures.",
         epilog="Test sets are <datasets>/<name>/X<scale>/{HR,LR}, as `dlgsanet data benchmark` "
-        "makes them. OUT gets pictures.csv (every picture), table.md, table.tex and table.json. "
-        "Run again, the command goes on with pictures that are not in pictures.csv yet.",
+        "makes them. OUT gets images.csv (every image), table.md, table.tex and table.json. "
+        "Run again, the command continues with images that are not in images.csv yet.",
     )
     add = parser.add_argument
     add(
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _bar(total: int) -> Callable[[], None]:
     from dlgsanet_arch.data.progress import progress_bar
 
-    bar = progress_bar("reproduce", total, "picture")
+    bar = progress_bar("reproduce", total, "image")
 
     def step() -> None:
         bar.update()
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = arguments.measured_only
     print(reproduction.markdown(result, only_measured=only))
     written = reproduction.write(result, arguments.output, only_measured=only)
-    for path in (arguments.output / reproduction.PICTURES, *written):
+    for path in (arguments.output / reproduction.IMAGES, *written):
         print(f"written: {path}")
     if all(cell.psnr is None for cell in result.cells):
         raise UserError("no cell could be measured; the table says what is missing")

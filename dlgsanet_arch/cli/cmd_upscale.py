@@ -1,4 +1,4 @@
-"""`dlgsanet upscale`: a picture or a folder of pictures, enlarged."""
+"""`dlgsanet upscale`: an image or a folder of images, enlarged."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch("([0-9]+)/([0-9]+)", text)
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= count:
-        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 2/8, the second of eight")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 2/8, the second of eight")
     return index, count
 
 
@@ -40,34 +40,34 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet upscale",
-        description="Enlarge a picture, or all pictures of a folder.",
+        description="Enlarge an image, or all images of a folder.",
         epilog="PNG, JPEG, WebP, TIFF and BMP are read. Depth, gray, transparency, colour profile "
-        "and EXIF data are kept; EXIF orientation is applied. Bad pictures are named, the rest is "
+        "and EXIF data are kept; EXIF orientation is applied. Bad images are named, the rest is "
         "done, and the exit status is then 1.",
     )
     add = parser.add_argument
-    add("-i", "--input", type=Path, required=True, metavar="PATH", help="a picture or a folder")
+    add("-i", "--input", type=Path, required=True, metavar="PATH", help="an image or a folder")
     add(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="PATH",
-        help="a folder, which gets the tree of the input; or a file, for a picture",
+        help="a folder, which gets the tree of the input; or a file, for an image",
     )
     add(
         "-m",
         "--weights",
         type=Path,
         metavar="WEIGHTS",
-        help=".pth or .safetensors; the network is told by it (default: those of the package)",
+        help=".pth or .safetensors; the network is detected from it (default: bundled weights)",
     )
     add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
     add("--suffix", default="", metavar="TEXT", help="put behind the names, such as _x4")
     add(
         "--format",
         choices=("png", "jpeg", "webp", "tiff"),
-        help="of results (default: the picture's, or PNG where that cannot hold the result)",
+        help="of results (default: the image's, or PNG where that cannot hold the result)",
     )
     add("--quality", type=int, default=95, metavar="N", help="of JPEG and WebP (default: 95)")
     add(
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--check-tiles",
         action="store_true",
-        help="print how far tiles are from the whole picture; computes both, writes nothing",
+        help="print how far tiles are from the whole image; computes both, writes nothing",
     )
     add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
@@ -102,9 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="tiles, or pictures of one size, that are computed together (default: 1)",
+        help="tiles, or images of one size, that are computed together (default: 1)",
     )
-    add("--skip-existing", action="store_true", help="pass over pictures whose results are there")
+    add("--skip-existing", action="store_true", help="pass over images whose results are there")
     add(
         "--shard",
         type=_shard,
@@ -116,10 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Screen:
-    """Shows a bar over pictures, or over the tiles of one, and says what happened.
+    """Shows a bar over images, or over the tiles of one, and says what happened.
 
     Args:
-        total: How many pictures there are.
+        total: How many images there are.
     """
 
     def __init__(self, total: int) -> None:
@@ -127,7 +127,7 @@ class _Screen:
 
         self.counts: Counter[str] = Counter()
         self._single = total == 1
-        self._bar = progress_bar("upscale", total, "picture" if total > 1 else "tile")
+        self._bar = progress_bar("upscale", total, "image" if total > 1 else "tile")
 
     def __enter__(self) -> "_Screen":
         return self
@@ -188,7 +188,7 @@ def _check_tiles(upscaler, jobs) -> int:
             continue
         tile = upscaler.choose_tile(*pixels.shape[:2])
         print(
-            f"{job.source}: tiles of {tile} differ from the whole picture by at most "
+            f"{job.source}: tiles of {tile} differ from the whole image by at most "
             f"{found[0]:.3g} of 255 levels, {found[1]:.3g} on average"
         )
     return int(failed > 0)
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Enlarge what is asked for.
 
     Returns:
-        0, or 1 where a picture could not be done.
+        0, or 1 where an image could not be done.
     """
     arguments = build_parser().parse_args(argv)
     _check_imports()

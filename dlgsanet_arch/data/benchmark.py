@@ -6,7 +6,7 @@ What is written, below the folder given to `build`, is what the files in options
     X4/recipe.json                        what they were made from, their SHA-256, their figures
 
 and the same for the other scales. Every scale's folder is built beside its place and renamed at
-the end: it is whole or absent.
+the end: it is complete or absent.
 """
 
 import math
@@ -31,7 +31,7 @@ from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.discovery import Layout, Original, find_layout
-from dlgsanet_arch.data.images import PictureError, read_8_bits
+from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple
@@ -53,8 +53,8 @@ RECIPE_VERSION = 1
 RECIPE_KIND = "test set"
 # Side of SSIM's Gaussian window: what is left of HR without its border must hold one.
 WINDOW = 11
-# A worker process takes seconds to start, which fewer pictures than this do not repay.
-PICTURES_A_WORKER = 50
+# A worker process takes seconds to start, which fewer images than this do not repay.
+IMAGES_A_WORKER = 50
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class ScaleSummary:
         folder: Holds HR and LR.
         written: False where a finished folder was left alone.
         sha256: Of HR and LR, see `folder_sha256`.
-        bicubic: Mean scores of the LR pictures enlarged by bicubic.
+        bicubic: Mean scores of the LR images enlarged by bicubic.
         known: What they are for this set; None where that is not known.
         agrees: Whether they are that, up to the known set's tolerance; None without `known`.
-        given: How the LR pictures that the source holds compare with those made here; None
+        given: How the LR images that the source holds compare with those made here; None
             where it holds none.
-        exact: How many pictures bicubic restores without an error.
+        exact: How many images bicubic restores without an error.
     """
 
     scale: int
@@ -92,8 +92,8 @@ class Summary:
     Args:
         name: The set's name.
         source: The folder where HR was found.
-        count: How many pictures it has.
-        skipped: Of each picture left out, its path and why.
+        count: How many images it has.
+        skipped: Of each image left out, its path and why.
         notices: What a user should know.
         scales: One entry a scale, in ascending order.
     """
@@ -113,49 +113,49 @@ def _least_side(scale: int) -> int:
 
 @dataclass(frozen=True)
 class _Inspected:
-    """What is known of a picture file that can be used: height and width, the file's SHA-256."""
+    """What is known of an image file that can be used: height and width, the file's SHA-256."""
 
     size: tuple[int, int]
     sha256: str
     notices: tuple[str, ...]
 
 
-def _inspect(item: tuple[Path, int]) -> _Inspected | PictureError:
-    """Decode a picture as a whole; what is wrong with it is returned, so that others go on."""
+def _inspect(item: tuple[Path, int]) -> _Inspected | ImageError:
+    """Decode an image as a whole; what is wrong with it is returned, so that others continue."""
     path, least = item
     try:
-        picture = read_8_bits(path, least=least)
-    except PictureError as error:
+        image = read_8_bits(path, least=least)
+    except ImageError as error:
         return error
     digest = sha256(path.read_bytes()).hexdigest()
-    return _Inspected(picture.pixels.shape[:2], digest, picture.notices)
+    return _Inspected(image.pixels.shape[:2], digest, image.notices)
 
 
-def _useful_workers(workers: int, pictures: int) -> int:
-    return min(workers, math.ceil(pictures / PICTURES_A_WORKER))
+def _useful_workers(workers: int, images: int) -> int:
+    return min(workers, math.ceil(images / IMAGES_A_WORKER))
 
 
 def _inspect_all(
     name: str, least: Mapping[Path, int], workers: int
-) -> tuple[dict[Path, _Inspected], list[PictureError]]:
-    """Decode all pictures.
+) -> tuple[dict[Path, _Inspected], list[ImageError]]:
+    """Decode all images.
 
     Args:
         name: The set's name.
-        least: Each picture and the smallest side that is of use.
+        least: Each image and the smallest side that is of use.
         workers: Number of processes.
 
     Returns:
-        The pictures that can be used, and what is wrong with the others.
+        The images that can be used, and what is wrong with the others.
     """
     items = list(least.items())
     good, bad = {}, []
     with (
         closing(ordered(_inspect, items, _useful_workers(workers, len(items)))) as inspected,
-        progress_bar(f"{name}: reading", len(items), "pictures") as bar,
+        progress_bar(f"{name}: reading", len(items), "images") as bar,
     ):
         for (path, _), result in zip(items, inspected, strict=True):
-            if isinstance(result, PictureError):
+            if isinstance(result, ImageError):
                 bad.append(result)
             else:
                 good[path] = result
@@ -163,12 +163,12 @@ def _inspect_all(
     return good, bad
 
 
-def _refuse_bad(name: str, bad: Sequence[PictureError]) -> None:
-    what = "1 picture" if len(bad) == 1 else f"{len(bad)} pictures"
+def _refuse_bad(name: str, bad: Sequence[ImageError]) -> None:
+    what = "1 image" if len(bad) == 1 else f"{len(bad)} images"
     lines = "\n".join(f"  {error}" for error in bad)
     raise UserError(
         f"{what} of {name} cannot be used, nothing was written:\n{lines}\n"
-        "mend or remove what is named, or leave it out with --skip-bad"
+        "fix or remove what is named, or leave it out with --skip-bad"
     )
 
 
@@ -180,18 +180,18 @@ class _Task:
 
 
 def _make(task: _Task) -> Scores:
-    """Write one picture's HR and LR, and measure how bicubic restores it."""
+    """Write one image's HR and LR, and measure how bicubic restores it."""
     key, scale = task.original.key, task.scale
     hr = crop_to_multiple(read_8_bits(task.original.path).pixels, scale)
     lr = bicubic(hr, 1 / scale)
-    for part, picture in (("HR", hr), ("LR", lr)):
-        (task.folder / part / f"{key}.png").write_bytes(encode_png(picture))
+    for part, image in (("HR", hr), ("LR", lr)):
+        (task.folder / part / f"{key}.png").write_bytes(encode_png(image))
     comparison = Comparison.of(key, lr, {}, hr)
     return comparison.scores(comparison.enlarged)
 
 
 def _means(scores: Sequence[Scores]) -> dict[str, Any]:
-    """Mean scores; the PSNR of pictures without an error is infinite: counted, and left out."""
+    """Mean scores; the PSNR of images without an error is infinite: counted, and left out."""
     finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
     means = {
         "psnr": fmean(finite) if finite else math.inf,
@@ -201,17 +201,17 @@ def _means(scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and pixels of a folder's PNG pictures.
+    """SHA-256 over the names and pixels of a folder's PNG images.
 
     Hashed, for each file ``<name>.png``, in ascending order of the names' code points: the name
     in UTF-8, one zero byte, height and width as unsigned 32-bit little-endian integers, and the
     pixels row by row from the top left, each as its three bytes B, G and R.
 
     Args:
-        folder: Its pictures have 8 bits a channel.
+        folder: Its images have 8 bits a channel.
 
     Raises:
-        PictureError: A picture is damaged.
+        ImageError: An image is damaged.
     """
     result = sha256()
     for name in sorted(path.stem for path in folder.glob("*.png")):
@@ -248,7 +248,7 @@ class _Plan:
 
     @property
     def is_own_source(self) -> bool:
-        """Whether it would be made from the very pictures that were written there."""
+        """Whether it would be made from the very images that were written there."""
         return all(each.path.parent == self.folder / "HR" for each in self.originals)
 
 
@@ -280,7 +280,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 def _is_intact(folder: Path, recipe: Mapping[str, Any]) -> bool:
     try:
         return _both_sha256(folder) == recipe.get("sha256")
-    except PictureError:
+    except ImageError:
         return False
 
 
@@ -296,14 +296,14 @@ def _finished(plan: _Plan, overwrite: bool) -> dict[str, Any] | None:
     recipe = _read_recipe(folder)
     made_so = {key: recipe.get(key) for key in plan.recipe} == plan.recipe
     if not (made_so or plan.is_own_source):
-        reason = "was made from other pictures, or by another version"
+        reason = "was made from other images, or by another version"
     elif not _is_intact(folder, recipe):
         reason = "was changed after it was made"
     else:
         return recipe
-    if plan.is_own_source:  # changed pictures are nothing to make it from again
+    if plan.is_own_source:  # changed images are nothing to make it from again
         raise UserError(
-            f"{folder} {reason}: move it away, and name the set's pictures with --hr FOLDER"
+            f"{folder} {reason}: move it away, and name the set's images with --hr FOLDER"
         )
     if overwrite:
         return None
@@ -328,7 +328,7 @@ def _build_plans(name: str, plans: Sequence[_Plan], workers: int) -> dict[int, d
     recipes = {}
     with (
         closing(ordered(_make, tasks, _useful_workers(workers, len(tasks)))) as results,
-        progress_bar(f"{name}: writing", len(tasks), "pictures") as bar,
+        progress_bar(f"{name}: writing", len(tasks), "images") as bar,
     ):
         for plan in plans:
             scores = []
@@ -347,20 +347,20 @@ def _build_plans(name: str, plans: Sequence[_Plan], workers: int) -> dict[int, d
 
 
 def _differences(ours: Path, given: Path) -> NDArray[np.int64] | None:
-    """Count absolute differences between two pictures' samples by their size.
+    """Count absolute differences between two images' samples by their size.
 
     Returns:
         (256,): how many samples differ by 0, 1, 2, … levels; None where sizes are unequal.
     """
-    pictures = [read_8_bits(path, least=1).pixels for path in (ours, given)]
-    if pictures[0].shape != pictures[1].shape:
+    images = [read_8_bits(path, least=1).pixels for path in (ours, given)]
+    if images[0].shape != images[1].shape:
         return None
-    levels = cv2.absdiff(*pictures)
+    levels = cv2.absdiff(*images)
     return np.bincount(levels.ravel(), minlength=256)
 
 
 def _compare_given(plan: _Plan, given: Mapping[tuple[int, str], Path]) -> str | None:
-    """Hold the LR pictures that came with a set against those made here.
+    """Hold the LR images that came with a set against those made here.
 
     Returns:
         What to tell about them; None where there are none.
@@ -373,7 +373,7 @@ def _compare_given(plan: _Plan, given: Mapping[tuple[int, str], Path]) -> str | 
             continue
         try:
             levels = _differences(plan.folder / "LR" / f"{original.key}.png", path)
-        except PictureError:
+        except ImageError:
             unreadable += 1
             continue
         if levels is None:
@@ -393,16 +393,16 @@ def _compare_given(plan: _Plan, given: Mapping[tuple[int, str], Path]) -> str | 
         else:
             text = (
                 f"given LR differs from ours by {mean:.3f} levels in the mean and {largest} at "
-                "most: it is not MATLAB's bicubic of these pictures"
+                "most: it is not MATLAB's bicubic of these images"
             )
-        parts.append(f"{text} ({compared} of {len(plan.originals)} pictures)")
+        parts.append(f"{text} ({compared} of {len(plan.originals)} images)")
     if other_sizes:
         parts.append(
-            f"given LR of {other_sizes} pictures has another size than ours: HR was cropped "
+            f"given LR of {other_sizes} images has another size than ours: HR was cropped "
             "otherwise for it"
         )
     if unreadable:
-        parts.append(f"given LR of {unreadable} pictures cannot be read")
+        parts.append(f"given LR of {unreadable} images cannot be read")
     return "; ".join(parts) or None
 
 
@@ -433,14 +433,14 @@ def _summarise_scale(
 def _notices(
     name: str, layout: Layout, inspected: Mapping[Path, _Inspected], count: int
 ) -> tuple[str, ...]:
-    """Put together what a user should know, equal notices of several pictures as one."""
+    """Put together what a user should know, equal notices of several images as one."""
     by_text = defaultdict(list)
     for path, result in inspected.items():
         for text in result.notices:
             by_text[text].append(path.name)
     notices = list(layout.notices)
     if name in KNOWN and count != KNOWN[name].count:
-        notices.append(f"{name} has {KNOWN[name].count} pictures, here are {count}")
+        notices.append(f"{name} has {KNOWN[name].count} images, here are {count}")
     for text, names in by_text.items():
         notices.append(f"{named(names)}: {text}")
     return tuple(notices)
@@ -459,23 +459,23 @@ def build(
     """Make a test set's tree, or find that it is there already.
 
     HR is cropped at the bottom and the right to a multiple of the scale, LR is its MATLAB-equal
-    bicubic, both with 8 bits. All pictures are read before anything is written. A scale that an
+    bicubic, both with 8 bits. All images are read before anything is written. A scale that an
     interrupted run left behind is built anew; one that is finished is left alone.
 
     Args:
         name: The set's name, see `set_name`.
         source: A folder in any of the layouts in which sets circulate: `HR`, `GT`, `original` or
-            `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or pictures in the folder itself; or a
-            folder that holds one such folder. LR pictures that it holds are compared, not used.
+            `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or images in the folder itself; or a
+            folder that holds one such folder. LR images that it holds are compared, not used.
         target: Such as ``datasets/benchmark/Set5``; may be the source.
         scales: Some of 2, 3 and 4.
         workers: Number of processes.
-        skip_bad: Leave out pictures that cannot be read or are too small.
-        overwrite: Replace scales that were made from other pictures or changed since, but
+        skip_bad: Leave out images that cannot be read or are too small.
+        overwrite: Replace scales that were made from other images or changed since, but
             nothing that this function did not make.
 
     Raises:
-        UserError: Pictures are bad, missing or ambiguous, something else is in the place of the
+        UserError: Images are bad, missing or ambiguous, something else is in the place of the
             result, or it cannot be written.
         ValueError: A scale is not 2, 3 or 4.
     """
@@ -528,13 +528,13 @@ def _figures(scores: Scores) -> str:
 def report(summary: Summary) -> str:
     """Write a summary for the terminal: figures beside the known ones, folders, sums, notices."""
     lines = [
-        f"{summary.name}: {summary.count} pictures from {summary.source}",
+        f"{summary.name}: {summary.count} images from {summary.source}",
         "bicubic's mean PSNR / SSIM (Y channel, a border of the scale cut off):",
     ]
     for each in summary.scales:
         line = f"  x{each.scale}  {_figures(each.bicubic)}"
         if each.known is not None:
-            verdict = "agrees" if each.agrees else "differs: other pictures, or another protocol"
+            verdict = "agrees" if each.agrees else "differs: other images, or another protocol"
             line += f"  known {_figures(each.known)}  {verdict}"
         lines.append(line)
     lines.append("folders:")
@@ -547,7 +547,7 @@ def report(summary: Summary) -> str:
     notices = [*summary.notices]
     notices += [f"x{each.scale}: {each.given}" for each in summary.scales if each.given]
     notices += [
-        f"x{each.scale}: bicubic restores {each.exact} pictures without an error, as it does one "
+        f"x{each.scale}: bicubic restores {each.exact} images without an error, as it does one "
         "colour; they are not in the mean PSNR"
         for each in summary.scales
         if each.exact

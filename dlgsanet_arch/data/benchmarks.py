@@ -13,7 +13,7 @@ class KnownSet:
     """A set that papers test on.
 
     Args:
-        count: How many pictures it has.
+        count: How many images it has.
         bicubic: Bicubic's mean scores by scale.
         tolerance: The largest difference from them that a set made here may show.
     """

@@ -1,4 +1,4 @@
-"""How super-resolved pictures compare with bicubic ones: figures, a table, a picture to look at."""
+"""How super-resolved images compare with bicubic ones: figures, a table, an image to look at."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.scores import Scores, measure, psnr
-from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.sub_images import ImageArray
 
-# Of the picture to look at, in pixels.
+# Of the image to look at, in pixels.
 CROP = 96
 ZOOM = 4
 MARGIN = 12
@@ -25,10 +25,10 @@ MARK = (60, 60, 230)
 
 @dataclass(frozen=True)
 class Comparison:
-    """One picture, enlarged by bicubic and in other ways.
+    """One image, enlarged by bicubic and in other ways.
 
     Args:
-        name: The picture's name.
+        name: The image's name.
         scale: HR side over LR side.
         hr: (H, W, 3) in BGR, the original.
         enlarged: (H, W, 3), LR enlarged by MATLAB's bicubic.
@@ -37,36 +37,36 @@ class Comparison:
 
     name: str
     scale: int
-    hr: Picture
-    enlarged: Picture
-    restored: Mapping[str, Picture]
+    hr: ImageArray
+    enlarged: ImageArray
+    restored: Mapping[str, ImageArray]
 
     @classmethod
     def of(
-        cls, name: str, lr: Picture, restored: Mapping[str, Picture], hr: Picture
+        cls, name: str, lr: ImageArray, restored: Mapping[str, ImageArray], hr: ImageArray
     ) -> "Comparison":
-        """Compare restored pictures with the bicubic enlargement of their LR picture.
+        """Compare restored images with the bicubic enlargement of their LR image.
 
         Raises:
-            ValueError: The pictures' sizes do not belong together.
+            ValueError: The images' sizes do not belong together.
         """
         scale = hr.shape[0] // lr.shape[0]
         enlarged = bicubic(lr, scale)
-        for way, picture in (("bicubic", enlarged), *restored.items()):
-            if picture.shape != hr.shape:
+        for way, image in (("bicubic", enlarged), *restored.items()):
+            if image.shape != hr.shape:
                 raise ValueError(
                     f"sizes of {name} do not fit: got {lr.shape=}, {hr.shape=} and, by {way}, "
-                    f"{picture.shape}"
+                    f"{image.shape}"
                 )
         return cls(name, scale, hr, enlarged, restored)
 
-    def scores(self, picture: Picture) -> Scores:
-        """Measure a picture of HR's size against HR."""
-        return measure(picture, self.hr, self.scale)
+    def scores(self, image: ImageArray) -> Scores:
+        """Measure an image of HR's size against HR."""
+        return measure(image, self.hr, self.scale)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """Write a Markdown table: one row a picture, and their mean."""
+    """Write a Markdown table: one row an image, and their mean."""
     ways = list(comparisons[0].restored)
     rows = [
         (
@@ -77,7 +77,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
     ]
     columns = zip(*(scores for _, scores in rows), strict=True)
     means = [Scores(fmean(s.psnr for s in each), fmean(s.ssim for s in each)) for each in columns]
-    head = ["picture", "bicubic", *(cell for way in ways for cell in (way, "gain"))]
+    head = ["image", "bicubic", *(cell for way in ways for cell in (way, "gain"))]
     lines = [head, ["---"] * len(head)]
     for name, (base, *others) in [*rows, ("**mean**", means)]:
         cells = [f"{base.psnr:.2f} dB / {base.ssim:.4f}"]
@@ -91,8 +91,8 @@ def telling_place(comparison: Comparison, side: int) -> tuple[int, int]:
     """Find where bicubic loses most: what the network makes of it has no say in the choice.
 
     Args:
-        comparison: A picture.
-        side: Side of the square to find, in HR pixels; at most the picture's.
+        comparison: An image.
+        side: Side of the square to find, in HR pixels; at most the image's.
 
     Returns:
         Top row and left column.
@@ -104,15 +104,15 @@ def telling_place(comparison: Comparison, side: int) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def _captioned(picture: Picture, *lines: str) -> Picture:
-    """Put lines of text under a picture."""
-    band = np.full((CAPTION, picture.shape[1], 3), BACKGROUND, np.uint8)
+def _captioned(image: ImageArray, *lines: str) -> ImageArray:
+    """Put lines of text under an image."""
+    band = np.full((CAPTION, image.shape[1], 3), BACKGROUND, np.uint8)
     for number, line in enumerate(lines, start=1):
         cv2.putText(band, line, (2, 24 * number - 4), FONT, 0.55, INK, 1, cv2.LINE_AA)
-    return np.vstack([picture, band])
+    return np.vstack([image, band])
 
 
-def _overview(comparison: Comparison, top: int, left: int, side: int) -> Picture:
+def _overview(comparison: Comparison, top: int, left: int, side: int) -> ImageArray:
     """Shrink the original into a square of the crops' size, the place of the crop marked."""
     height, width = comparison.hr.shape[:2]
     ratio = side * ZOOM / max(height, width)
@@ -129,17 +129,17 @@ def _overview(comparison: Comparison, top: int, left: int, side: int) -> Picture
     return square
 
 
-def _row(comparison: Comparison) -> Picture:
+def _row(comparison: Comparison) -> ImageArray:
     side = min(CROP, *comparison.hr.shape[:2])
     top, left = telling_place(comparison, side)
     place = (slice(top, top + side), slice(left, left + side))
 
-    def crop(picture: Picture) -> Picture:
-        return np.repeat(np.repeat(picture[place], ZOOM, axis=0), ZOOM, axis=1)
+    def crop(image: ImageArray) -> ImageArray:
+        return np.repeat(np.repeat(image[place], ZOOM, axis=0), ZOOM, axis=1)
 
-    def figures(picture: Picture) -> str:
-        here = psnr(picture[place], comparison.hr[place])
-        return f"{comparison.scores(picture).psnr:.2f} dB (this crop {here:.2f})"
+    def figures(image: ImageArray) -> str:
+        here = psnr(image[place], comparison.hr[place])
+        return f"{comparison.scores(image).psnr:.2f} dB (this crop {here:.2f})"
 
     columns = [
         _captioned(
@@ -151,8 +151,8 @@ def _row(comparison: Comparison) -> Picture:
             figures(comparison.enlarged),
         ),
         *(
-            _captioned(crop(picture), f"{way} x{comparison.scale}", figures(picture))
-            for way, picture in comparison.restored.items()
+            _captioned(crop(image), f"{way} x{comparison.scale}", figures(image))
+            for way, image in comparison.restored.items()
         ),
         _captioned(crop(comparison.hr), "HR, the original", "infinite dB"),
     ]
@@ -162,13 +162,13 @@ def _row(comparison: Comparison) -> Picture:
 
 
 def figure(comparisons: Sequence[Comparison]) -> NDArray[np.uint8]:
-    """Draw one row a picture: the whole, then crops by bicubic, each way and HR, with PSNR.
+    """Draw one row an image: the whole, then crops by bicubic, each way and HR, with PSNR.
 
     Args:
-        comparisons: Pictures with sides of `CROP` or more, or all of one smaller size.
+        comparisons: Images with sides of `CROP` or more, or all of one smaller size.
 
     Returns:
-        A picture in BGR, to be written with OpenCV.
+        An image in BGR, to be written with OpenCV.
     """
     rows = [_row(comparison) for comparison in comparisons]
     gap = np.full((MARGIN, rows[0].shape[1], 3), BACKGROUND, np.uint8)

@@ -1,8 +1,8 @@
-"""LMDBs of pictures as BasicSR's data sets read them, whole or absent.
+"""LMDBs of images as BasicSR's data sets read them, complete or absent.
 
-A database is a folder: `data.mdb`, pictures as PNG by key; `meta_info.txt`, BasicSR's list of
+A database is a folder: `data.mdb`, images as PNG by key; `meta_info.txt`, BasicSR's list of
 them; and, of those made here, `recipe.json`, what it was made from. It is made under another name
-and renamed when it is complete; whatever ended the run before that, the next one goes on.
+and renamed when it is complete; whatever ended the run before that, the next one continues.
 """
 
 import errno
@@ -18,15 +18,15 @@ from typing import Any
 import cv2
 import lmdb
 
-from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.sub_images import ImageArray
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
     RECIPE,
     read_json,
     replace_folder,
     unfinished,
+    write_atomically,
     write_json,
-    write_whole,
 )
 
 DATA = "data.mdb"
@@ -43,15 +43,15 @@ FULL = 2**26
 Recipe = Mapping[str, Any]
 
 
-def encode_png(picture: Picture) -> bytes:
-    """Encode a picture without loss.
+def encode_png(image: ImageArray) -> bytes:
+    """Encode an image without loss.
 
     Args:
-        picture: (H, W, 3) in BGR, 0 to 255.
+        image: (H, W, 3) in BGR, 0 to 255.
     """
-    fine, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
+    fine, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
     if not fine:
-        raise RuntimeError(f"OpenCV could not encode a picture of {picture.shape=}")
+        raise RuntimeError(f"OpenCV could not encode an image of {image.shape=}")
     return data.tobytes()
 
 
@@ -59,7 +59,7 @@ def png_size(data: bytes) -> tuple[int, int]:
     """Height and width by the header of a PNG file.
 
     Raises:
-        ValueError: The file is no PNG.
+        ValueError: The file is not a PNG.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
         raise ValueError("not a PNG file")
@@ -108,7 +108,7 @@ def _differences(stored: Recipe, wanted: Recipe) -> str:
         for name in names
         if name in stored and len(str(stored[name])) < 40 > len(str(wanted[name]))
     ]
-    return ", ".join(said) or "of other pictures"
+    return ", ".join(said) or "of other images"
 
 
 def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
@@ -166,7 +166,7 @@ class DatabaseWriter:
     Args:
         path: The folder of the finished database, its name ends in `.lmdb`.
         recipe: All that decides about its content, JSON types. An unfinished database of the
-            same recipe is gone on with, one of another is thrown away.
+            same recipe is continued, one of another is thrown away.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -230,7 +230,7 @@ class DatabaseWriter:
                 height, width = png_size(bytes(data[:24]))
                 lines.append(f"{key.decode('ascii')}.png ({height},{width},3) {PNG_COMPRESSION}\n")
         self._environment.close()
-        write_whole(self._folder / META_INFO, "".join(lines).encode("ascii"))
+        write_atomically(self._folder / META_INFO, "".join(lines).encode("ascii"))
         write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines), **facts})
         (self._folder / "lock.mdb").unlink(missing_ok=True)
         replace_folder(self._folder, self.path)

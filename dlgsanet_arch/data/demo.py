@@ -1,10 +1,10 @@
 """A small data set for super-resolution from the photographs inside scikit-image's wheel.
 
-No download: the pictures are read from the installed package's folder. What is written, below
+No download: the images are read from the installed package's folder. What is written, below
 the folder given to `prepare`:
 
     train_HR_sub.lmdb, train_LR_bicubic_X4_sub.lmdb    sub-images, equal keys
-    val/X4/HR/<name>.png, val/X4/LR/<name>.png         whole pictures, equal names
+    val/X4/HR/<name>.png, val/X4/LR/<name>.png         whole images, equal names
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from pathlib import Path
 from dlgsanet_arch.data import training_sets
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.images import PictureError, read_8_bits
+from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, Source, Summary
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_whole
+from dlgsanet_arch.files import disk_faults_named, write_atomically
 
-# The two motorcycle pictures are one scene seen by a stereo camera: they stay on one side. The
+# The two motorcycle images are one scene seen by a stereo camera: they stay on one side. The
 # retina is left out: bicubic restores it to 49 dB, so half the patches would teach nothing.
-TRAIN_PICTURES = (
+TRAIN_IMAGES = (
     "hubble_deep_field.jpg",
     "ihc.png",
     "motorcycle_left.png",
     "motorcycle_right.png",
     "rocket.jpg",
 )
-VALIDATION_PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
+VALIDATION_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png")
 
 CUTTING = Cutting(crop=120, step=60, patch=24)
 
 
-def pictures_folder() -> Path:
+def images_folder() -> Path:
     """The folder of photographs inside the installed scikit-image.
 
     Raises:
@@ -50,13 +50,13 @@ def pictures_folder() -> Path:
 
 
 def _write_validation(folder: Path, source: Path, names: Sequence[str], scale: int) -> None:
-    """Write the pairs to validate on, whatever was there; a few pictures take no time."""
+    """Write the pairs to validate on, whatever was there; a few images take no time."""
     for name in names:
         hr = crop_to_multiple(read_8_bits(source / name).pixels, scale)
-        for part, picture in (("HR", hr), ("LR", bicubic(hr, 1 / scale))):
+        for part, image in (("HR", hr), ("LR", bicubic(hr, 1 / scale))):
             path = folder / "val" / f"X{scale}" / part / f"{Path(name).stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, encode_png(picture))
+            write_atomically(path, encode_png(image))
 
 
 def prepare(
@@ -64,8 +64,8 @@ def prepare(
     *,
     scale: int = 4,
     source: Path | None = None,
-    train: Sequence[str] = TRAIN_PICTURES,
-    validation: Sequence[str] = VALIDATION_PICTURES,
+    train: Sequence[str] = TRAIN_IMAGES,
+    validation: Sequence[str] = VALIDATION_IMAGES,
     workers: int = 1,
 ) -> Summary:
     """Build what is missing of the demo's data set.
@@ -88,7 +88,7 @@ def prepare(
     both = sorted(set(train) & set(validation))
     if both:
         raise ValueError(f"to train on and to validate on at once: {', '.join(both)}")
-    source = pictures_folder() if source is None else source
+    source = images_folder() if source is None else source
     sources = [Source(Path(name).stem, source / name) for name in train]
     summary = training_sets.build(
         sources, [scale], folder, cutting=CUTTING, workers=workers, overwrite=True
@@ -96,6 +96,6 @@ def prepare(
     try:
         with disk_faults_named(f"{folder} cannot be written"):
             _write_validation(folder, source, validation, scale)
-    except PictureError as error:
+    except ImageError as error:
         raise UserError(f"{error}; the photographs are part of scikit-image's wheel") from error
     return summary

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from dlgsanet_arch.data.benchmarks import known_name, set_name
-from dlgsanet_arch.data.images import find_pictures, picture_key
+from dlgsanet_arch.data.images import find_images, image_key
 from dlgsanet_arch.data.sub_images import SCALES
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
@@ -49,17 +49,17 @@ def find_source(name: str, root: Path) -> Path:
             return found[0]
     looked = " nor ".join(str(place / name) for place in places)
     raise UserError(
-        f"{name} was not found: there is neither {looked}; put its pictures into one of them, "
+        f"{name} was not found: there is neither {looked}; put its images into one of them, "
         "or name their folder with --hr FOLDER"
     )
 
 
 @dataclass(frozen=True)
 class Original:
-    """An HR picture of the source.
+    """An HR image of the source.
 
     Args:
-        stem: Its name there, without what a layout adds to it; given LR pictures are called so.
+        stem: Its name there, without what a layout adds to it; given LR images are called so.
         key: Its name in the tree.
         path: Where it is.
     """
@@ -76,7 +76,7 @@ class Layout:
     Args:
         where: The folder of HR, for messages.
         hr: Originals by scale.
-        given: LR pictures, by scale and stem.
+        given: LR images, by scale and stem.
         notices: What is odd about it.
     """
 
@@ -86,13 +86,13 @@ class Layout:
     notices: tuple[str, ...] = ()
 
 
-# Kinds of HR pictures, the ones to prefer first: uncropped originals, one folder a scale,
-# originals cropped beforehand, and pictures that lie in the folder itself.
+# Kinds of HR images, the ones to prefer first: uncropped originals, one folder a scale,
+# originals cropped beforehand, and images that lie in the folder itself.
 UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
 
 
 def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
-    """Tell by a picture's way from a set's folder what HR it is.
+    """Tell by an image's way from a set's folder what HR it is.
 
     Returns:
         Its kind, the folder that holds it, the scales that it serves, and its way from there;
@@ -119,7 +119,7 @@ def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None
 
 
 def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], Path]:
-    """Find LR pictures by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
+    """Find LR images by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
 
     Returns:
         Paths by scale and stem: ``babyx4.png`` is there as ``babyx4`` and as ``baby``.
@@ -141,15 +141,15 @@ def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], 
 def _oddities(kind: int, where: Path, paths: Iterable[PurePath]) -> tuple[str, ...]:
     if kind == CROPPED_BEFORE:
         return (
-            f"{where} holds pictures that were cropped before: with the uncropped originals, "
+            f"{where} holds images that were cropped before: with the uncropped originals, "
             "figures would be closer to the known ones",
         )
     folders = [path.parts[0] for path in paths if len(path.parts) > 1]
     others = {name for name in folders if not LR.fullmatch(name) and not OF_SCALE.fullmatch(name)}
     if kind == LOOSE and others:
         return (
-            f"pictures in folders of {where} were left out: {', '.join(sorted(others))}; to take "
-            "pictures of several folders, put these folders into one that is called HR",
+            f"images in folders of {where} were left out: {', '.join(sorted(others))}; to take "
+            "images of several folders, put these folders into one that is called HR",
         )
     return ()
 
@@ -159,7 +159,7 @@ def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
 
     Args:
         folder: Any folder.
-        paths: The pictures below it, as seen from it.
+        paths: The images below it, as seen from it.
     """
     found: dict[int, dict[str, dict[int, list[Original]]]] = {}
     for path in paths:
@@ -168,7 +168,7 @@ def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
             continue
         kind, where, scales, inner = place
         stem = inner.with_suffix("").as_posix()
-        original = Original(stem, picture_key(inner), folder / path)
+        original = Original(stem, image_key(inner), folder / path)
         by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(list))
         for scale in scales:
             by_scale[scale].append(original)
@@ -199,14 +199,14 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
             layouts += _layouts(source / folder, inner)
     if not layouts:
         raise UserError(
-            f"no HR pictures of {name} in {source}: looked for a folder HR, GT, original or "
-            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for pictures in the folder "
+            f"no HR images of {name} in {source}: looked for a folder HR, GT, original or "
+            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for images in the folder "
             "itself, there and one folder further down; name the folder of HR with --hr FOLDER"
         )
     if len(layouts) > 1:
         places = ", ".join(str(layout.where) for layout in layouts)
         raise UserError(
-            f"{source} holds HR pictures in more than one place: {places}; "
+            f"{source} holds HR images in more than one place: {places}; "
             f"name the folder that is {name} with --hr FOLDER"
         )
     return layouts[0]
@@ -217,7 +217,7 @@ def _check(layout: Layout, source: Path, scales: Sequence[int]) -> None:
     if missing:
         there = [scale for scale in SCALES if scale in layout.hr]
         raise UserError(
-            f"{source} has no HR pictures for {', '.join(f'x{scale}' for scale in missing)}: "
+            f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}: "
             f"put the uncropped originals into {source / 'HR'}, or build what is there with "
             f"--scale {' '.join(map(str, there))}"
         )
@@ -240,9 +240,9 @@ def find_layout(name: str, source: Path, target: Path, scales: Sequence[int]) ->
         scales: HR side over LR side, those that are needed.
 
     Raises:
-        UserError: HR pictures are missing, or it is not clear which to take.
+        UserError: HR images are missing, or it is not clear which to take.
     """
-    paths = [file.path.relative_to(source) for file in find_pictures(source)]
+    paths = [file.path.relative_to(source) for file in find_images(source)]
     paths = [
         path for path in paths if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
     ]

@@ -1,4 +1,4 @@
-"""Pictures of any folder: which there are, what they are called, and their pixels.
+"""Images of any folder: which there are, what they are called, and their pixels.
 
 Nothing is printed: what a user should hear is in a result's notices or in an error's text.
 Decoded by Pillow, which refuses cut files where OpenCV fills the rest with gray; OpenCV reads
@@ -37,7 +37,7 @@ from PIL.ImageFile import ImageFile
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 
-# The suffixes that make a file a picture, in lower case, and the format that each announces.
+# The suffixes that make a file an image, in lower case, and the format that each announces.
 SUFFIXES = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -48,7 +48,7 @@ SUFFIXES = {
     ".bmp": "BMP",
 }
 
-# Larger pictures are refused by their header. The largest cameras make 151 million pixels; above
+# Larger images are refused by their header. The largest cameras make 151 million pixels; above
 # 179 million Pillow refuses by itself.
 MAX_PIXELS = 160_000_000
 # What MAX_PIXELS of 16-bit colour with alpha need uncompressed: larger files are not even read.
@@ -67,19 +67,19 @@ READERS = {
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 EXIF_ORIENTATION = 0x0112
-# What stays true of a picture that was turned or resized: description, camera, resolution,
+# What stays true of an image that was turned or resized: description, camera, resolution,
 # software, time, author, rights, then the EXIF and GPS folders, of which offsets and sizes go.
 EXIF_KEPT = (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x8298)
 EXIF_FOLDERS = (0x8769, 0x8825)
 EXIF_STALE = (0x927C, 0xA002, 0xA003, 0xA005)
-# Pictures are composited in bands of rows, so that wide intermediates stay small.
+# Images are composited in bands of rows, so that wide intermediates stay small.
 BAND = 256
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
-class PictureError(UserError):
-    """A picture that cannot be used.
+class ImageError(UserError):
+    """An image that cannot be used.
 
     Args:
         path: The file.
@@ -96,16 +96,16 @@ class PictureError(UserError):
 
 
 class _Refusal(Exception):
-    """The reason of a PictureError, from where the file's name is not known."""
+    """The reason of a ImageError, from where the file's name is not known."""
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A picture that was found.
+class ImageEntry:
+    """An image that was found.
 
     Args:
         path: Where it is: the folder that was searched, and the way from there.
-        key: Its name in a data set, unique in that folder; see `picture_key`.
+        key: Its name in a data set, unique in that folder; see `image_key`.
     """
 
     path: Path
@@ -113,8 +113,8 @@ class PictureFile:
 
 
 @dataclass(frozen=True, eq=False)
-class ReadPicture:
-    """A picture that was read.
+class ReadImage:
+    """An image that was read.
 
     Args:
         pixels: (H, W, 3) in BGR, as BasicSR's data sets and OpenCV's writers expect; uint8 with
@@ -127,8 +127,8 @@ class ReadPicture:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredPicture:
-    """A picture as its file holds it, upright.
+class StoredImage:
+    """An image as its file holds it, upright.
 
     Args:
         pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha, colours
@@ -149,8 +149,8 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def picture_key(relative: PurePath) -> str:
-    """The key of a picture in LMDBs, `meta_info.txt` and flat folders of test sets.
+def image_key(relative: PurePath) -> str:
+    """The key of an image in LMDBs, `meta_info.txt` and flat folders of test sets.
 
     BasicSR encodes keys as ASCII, ends them at the first dot or space of a `meta_info.txt` line,
     and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
@@ -160,7 +160,7 @@ def picture_key(relative: PurePath) -> str:
     and a hash of the whole.
 
     Args:
-        relative: The way from the data set's folder to the picture, its suffix included.
+        relative: The way from the data set's folder to the image, its suffix included.
     """
     name = _normal(relative.with_suffix("").as_posix())
     # surrogateescape: names that are not UTF-8 come from the file system with surrogates
@@ -185,15 +185,15 @@ def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
     return parts, str(relative)
 
 
-def _is_picture(entry: os.DirEntry[str]) -> bool:
+def _is_image(entry: os.DirEntry[str]) -> bool:
     if Path(entry.name).suffix.lower() not in SUFFIXES:
         return False
-    # A link to nothing counts, and reading it says so: a picture is missing there.
+    # A link to nothing counts, and reading it says so: an image is missing there.
     return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every picture below a folder, each folder read once however many links lead to it."""
+    """Yield every image below a folder, each folder read once however many links lead to it."""
     folders, linked = deque([folder]), deque[Path]()
     seen = set()
     while folders or linked:
@@ -209,58 +209,58 @@ def _walk(folder: Path) -> Iterator[Path]:
                     continue
                 if os.path.isdir(entry.path):  # unlike the entry, calm about links to themselves
                     (linked if entry.is_symlink() else folders).append(current / entry.name)
-                elif _is_picture(entry):
+                elif _is_image(entry):
                     yield current / entry.name
 
 
-def walk_pictures(folder: Path) -> list[Path]:
-    """Find all pictures below a folder, as `find_pictures` does.
+def walk_images(folder: Path) -> list[Path]:
+    """Find all images below a folder, as `find_images` does.
 
     Returns:
         Ways from `folder`, in natural order: ``a2`` before ``a10``.
 
     Raises:
         UserError: There is no such folder, it or a folder in it cannot be read, or it holds no
-            pictures.
+            images.
     """
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {reason}: name a folder of pictures")
+        raise UserError(f"{folder} {reason}: name a folder of images")
     try:
         paths = list(_walk(folder))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not paths:
-        raise UserError(f"no pictures below {folder}: looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"no images below {folder}: looked for {', '.join(SUFFIXES)}")
     return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
 
 
-def find_pictures(folder: Path) -> list[PictureFile]:
-    """Find all pictures below a folder.
+def find_images(folder: Path) -> list[ImageEntry]:
+    """Find all images below a folder.
 
-    A picture is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
+    An image is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
     are passed over, links are followed, and no folder is read twice.
 
     Args:
         folder: Searched with all folders in it.
 
     Returns:
-        Pictures in natural order of their way from `folder`: ``a2`` before ``a10``.
+        Images in natural order of their way from `folder`: ``a2`` before ``a10``.
 
     Raises:
         UserError: There is no such folder, it or a folder in it cannot be read, it holds no
-            pictures, or pictures of one folder differ in their suffixes only.
+            images, or images of one folder differ in their suffixes only.
     """
     by_key = defaultdict(list)
-    for relative in walk_pictures(folder):
-        by_key[picture_key(relative)].append(relative)
+    for relative in walk_images(folder):
+        by_key[image_key(relative)].append(relative)
     equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
     if equal:
         raise UserError(
-            f"pictures in {folder} that differ in their suffixes only would share one name in "
+            f"images in {folder} that differ in their suffixes only would share one name in "
             f"the data set: {named(equal, 3)}; rename or remove one of each"
         )
-    return [PictureFile(folder / group[0], key) for key, group in by_key.items()]
+    return [ImageEntry(folder / group[0], key) for key, group in by_key.items()]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -286,14 +286,14 @@ def _format_of(data: bytes) -> str:
         return "WebP"
     if data.startswith(b"BM"):
         return "BMP"
-    raise _Refusal(f"is not a picture: its first bytes are no {', '.join(READERS)}")
+    raise _Refusal(f"is not an image: its first bytes are no {', '.join(READERS)}")
 
 
 def _check_size(width: int, height: int, least: int) -> None:
     if width * height > MAX_PIXELS:
         raise _Refusal(
             f"claims {width} x {height} pixels; at most {MAX_PIXELS:,} are read: "
-            "if the size is true, cut the picture into parts"
+            "if the size is true, cut the image into parts"
         )
     if min(width, height) < least:
         raise _Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
@@ -369,11 +369,11 @@ def _decoding() -> Iterator[None]:
 
 
 def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile, int | None]:
-    """Decode a whole file; unless it `converts` them, CMYK and Lab are refused.
+    """Decode a complete file; unless it `converts` them, CMYK and Lab are refused.
 
     Returns:
-        The loaded picture, and its EXIF orientation as the file states it, None where that cannot
-        be read; Pillow has already turned TIFF pictures, and then states another.
+        The loaded image, and its EXIF orientation as the file states it, None where that cannot
+        be read; Pillow has already turned TIFF images, and then states another.
     """
     stream = BytesIO(data)
     if name == "PNG":
@@ -386,7 +386,7 @@ def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile
     # The reader's own class, not Image.open: that would hide the reason of a failure.
     image = READERS[name](stream)
     _check_size(*image.size, least)
-    # Pillow stops behind the header of the first scan: pictures within EXIF lie before it.
+    # Pillow stops behind the header of the first scan: images within EXIF lie before it.
     if name == "JPEG" and data.find(b"\xff\xd9", stream.tell()) < 0:
         raise _Refusal("is cut short: the end of the JPEG file is missing")
     if image.mode in ("CMYK", "LAB") and not converts:
@@ -525,7 +525,7 @@ def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
 
 
 def _exif(image: ImageFile) -> bytes | None:
-    """What `StoredPicture.exif` holds; data that cannot be read or written is left out."""
+    """What `StoredImage.exif` holds; data that cannot be read or written is left out."""
     try:
         found, kept = image.getexif(), Image.Exif()
         for tag in EXIF_KEPT:
@@ -565,7 +565,7 @@ def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Dec
         # asked a second time, Pillow takes EXIF data that it could not read for none
         left = None if stated is None else _orientation(image)
     if getattr(image, "is_animated", False):
-        notices.append("holds more than one picture; the first was read")
+        notices.append("holds more than one image; the first was read")
     if left is None:
         notices.append("has EXIF data that cannot be read; it was not rotated")
     if image.mode in ("CMYK", "LAB"):
@@ -581,19 +581,19 @@ def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Dec
     return _Decoded(image, *turned, tuple(notices))
 
 
-def _for_training(decoded: _Decoded) -> ReadPicture:
+def _for_training(decoded: _Decoded) -> ReadImage:
     """Make three channels in BGR, on white."""
     colour, notices = decoded.colour, decoded.notices
     if decoded.alpha is not None:
         colour = _on_white(colour, decoded.alpha)
         notices += ("has transparent parts; it was composited on white",)
     if colour.shape[2] == 1:
-        return ReadPicture(np.repeat(colour, 3, 2), notices)
-    return ReadPicture(np.ascontiguousarray(colour[..., ::-1]), notices)
+        return ReadImage(np.repeat(colour, 3, 2), notices)
+    return ReadImage(np.ascontiguousarray(colour[..., ::-1]), notices)
 
 
-def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
-    """Read a picture as three channels of 8 or 16 bits.
+def read_image(path: Path, *, least: int = 2) -> ReadImage:
+    """Read an image as three channels of 8 or 16 bits.
 
     The content decides on the format, not the suffix. Gray becomes three equal channels, palettes
     and fewer than 8 bits are expanded, EXIF rotation is applied, alpha is composited on white, and
@@ -607,72 +607,72 @@ def read_picture(path: Path, *, least: int = 2) -> ReadPicture:
         Pixels in BGR, and notices.
 
     Raises:
-        PictureError: The file cannot be opened, is empty, no picture, cut short, damaged, smaller
+        ImageError: The file cannot be opened, is empty, no image, cut short, damaged, smaller
             than `least`, larger than `MAX_PIXELS` by its header, or of colours or samples that
             are not read: CMYK, Lab, floating-point, signed, 32-bit.
     """
     try:
         return _for_training(_decode(_read_bytes(path), path, least))
     except _Refusal as error:
-        raise PictureError(path, str(error)) from error
+        raise ImageError(path, str(error)) from error
 
 
-def read_stored(path: Path) -> StoredPicture:
-    """Read a picture with what belongs to it: alpha, colour profile, EXIF data.
+def read_stored(path: Path) -> StoredImage:
+    """Read an image with what belongs to it: alpha, colour profile, EXIF data.
 
     Gray stays gray, EXIF rotation is applied, palettes and fewer than 8 bits are expanded, CMYK
     and Lab are converted to sRGB, opaque alpha is left out, and of several pages or frames the
     first is read; conversion and that give a notice.
 
     Args:
-        path: As `read_picture` takes it, of any size from 1 x 1 pixels.
+        path: As `read_image` takes it, of any size from 1 x 1 pixels.
 
     Raises:
-        PictureError: As `read_picture` raises it, but for CMYK and Lab.
+        ImageError: As `read_image` raises it, but for CMYK and Lab.
     """
     try:
         decoded = _decode(_read_bytes(path), path, 1, converts=True)
     except _Refusal as error:
-        raise PictureError(path, str(error)) from error
+        raise ImageError(path, str(error)) from error
     pixels = decoded.colour
     if decoded.alpha is not None:
         pixels = np.concatenate([pixels, decoded.alpha[..., None]], 2)
     image = decoded.image
     icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
-    return StoredPicture(np.ascontiguousarray(pixels), icc, _exif(image), decoded.notices)
+    return StoredImage(np.ascontiguousarray(pixels), icc, _exif(image), decoded.notices)
 
 
-def _in_8_bits(picture: ReadPicture) -> ReadPicture:
-    if picture.pixels.dtype == np.uint8:
-        return picture
+def _in_8_bits(image: ReadImage) -> ReadImage:
+    if image.pixels.dtype == np.uint8:
+        return image
     notice = "holds 16 bits a sample; they were rounded to 8"
-    rounded = (picture.pixels.astype(np.uint32) + 128) // 257
-    return ReadPicture(rounded.astype(np.uint8), (*picture.notices, notice))
+    rounded = (image.pixels.astype(np.uint32) + 128) // 257
+    return ReadImage(rounded.astype(np.uint8), (*image.notices, notice))
 
 
-def read_8_bits(path: Path, *, least: int = 2) -> ReadPicture:
-    """Read a picture as `read_picture` does, and bring 16 bits to 8, with a notice.
+def read_8_bits(path: Path, *, least: int = 2) -> ReadImage:
+    """Read an image as `read_image` does, and bring 16 bits to 8, with a notice.
 
-    BasicSR's data sets see 8 bits of any picture. Levels are rounded: 65535 is 255.
+    BasicSR's data sets see 8 bits of any image. Levels are rounded: 65535 is 255.
 
     Args:
-        path: As `read_picture` takes it.
+        path: As `read_image` takes it.
         least: The smallest side in pixels that is of use to the caller.
 
     Returns:
         Pixels in BGR, uint8 with values 0 to 255, and notices.
 
     Raises:
-        PictureError: As `read_picture` raises it.
+        ImageError: As `read_image` raises it.
     """
-    return _in_8_bits(read_picture(path, least=least))
+    return _in_8_bits(read_image(path, least=least))
 
 
-def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadPicture:
-    """Read a picture as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
+def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadImage:
+    """Read an image as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
 
     Args:
-        data: The whole file.
+        data: The complete file.
         path: What to call it in errors; its suffix, if any, is held against the content.
         least: The smallest side in pixels that is of use to the caller.
 
@@ -680,9 +680,9 @@ def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadPicture:
         Pixels in BGR, uint8 with values 0 to 255, and notices.
 
     Raises:
-        PictureError: As `read_picture` raises it.
+        ImageError: As `read_image` raises it.
     """
     try:
         return _in_8_bits(_for_training(_decode(data, path, least)))
     except _Refusal as error:
-        raise PictureError(path, str(error)) from error
+        raise ImageError(path, str(error)) from error

@@ -17,7 +17,7 @@ from dlgsanet_arch.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """The HR pictures of a set, or the LR pictures of one scale.
+    """The HR images of a set, or the LR images of one scale.
 
     Args:
         archive: The name of the file that holds them.
@@ -36,14 +36,14 @@ class OfficialSet:
 
     Args:
         name: Its name, and that of its folder.
-        pictures: How many it holds.
+        images: How many it holds.
         server: Where its archives are, with a slash at the end.
-        hr: Its HR pictures.
-        lr: Its LR pictures, by scale.
+        hr: Its HR images.
+        lr: Its LR images, by scale.
     """
 
     name: str
-    pictures: int
+    images: int
     server: str
     hr: Part
     lr: Callable[[int], Part]
@@ -61,14 +61,14 @@ def _flickr2k(inside: str) -> Part:
 
 DIV2K = OfficialSet(
     name="DIV2K",
-    pictures=800,
+    images=800,
     server="https://data.vision.ee.ethz.ch/cvl/DIV2K/",
     hr=Part("DIV2K_train_HR.zip", "DIV2K_train_HR", ("DIV2K_train_HR",)),
     lr=_div2k_lr,
 )
 FLICKR2K = OfficialSet(
     name="Flickr2K",
-    pictures=2650,
+    images=2650,
     server="https://cv.snu.ac.kr/research/EDSR/",
     hr=_flickr2k("Flickr2K_HR"),
     lr=lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
@@ -118,7 +118,7 @@ def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str
 
 
 def _located(part: Part, places: Sequence[Path]) -> Path:
-    """The folder of a set's pictures, out of its archive where it is not there yet."""
+    """The folder of a set's images, out of its archive where it is not there yet."""
     folder = _find_folder(part, places)
     if folder is not None:
         return folder
@@ -136,19 +136,19 @@ def _located(part: Part, places: Sequence[Path]) -> Path:
 def sources(
     official: OfficialSet, scales: Sequence[int], places: Sequence[Path], mirror: str | None
 ) -> list[Source]:
-    """The pictures of a published set, HR and their official LR.
+    """The images of a published set, HR and their official LR.
 
     Archives that are not there are downloaded, those that are not unpacked are unpacked.
 
     Args:
         official: The set.
         scales: HR side over LR side.
-        places: Folders to look in, for the pictures and for their archives. What is downloaded or
+        places: Folders to look in, for the images and for their archives. What is downloaded or
             unpacked goes into the first.
         mirror: A server to take instead of the official one.
 
     Raises:
-        UserError: Pictures cannot be had, or are not as many as were published.
+        UserError: Images cannot be had, or are not as many as were published.
     """
     server = official.server if mirror is None else mirror.rstrip("/") + "/"
     lr = {scale: official.lr(scale) for scale in scales}
@@ -156,9 +156,9 @@ def sources(
     hr = _located(official.hr, places)
     by_scale = [find_sources(hr, _located(part, places), [scale]) for scale, part in lr.items()]
     found = len(by_scale[0])
-    if found != official.pictures:
+    if found != official.images:
         raise UserError(
-            f"{official.name} has {official.pictures} training pictures and {hr} holds {found}: "
+            f"{official.name} has {official.images} training images and {hr} holds {found}: "
             "unpack its archive again, or use `train --hr` for a part of it"
         )
     return [

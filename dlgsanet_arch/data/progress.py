@@ -1,4 +1,4 @@
-"""How long work shows that it goes on."""
+"""How long work shows that it continues."""
 
 import sys
 

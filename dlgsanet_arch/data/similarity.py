@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.sub_images import ImageArray
 
 # Of bicubic downscaling, in LR pixels: LR of a sub-image was made from HR beyond its border.
 REACH = 2
@@ -36,7 +36,7 @@ class Thumbnail(NamedTuple):
     levels: NDArray[np.int16]
 
 
-def thumbnail(image: Picture) -> Thumbnail:
+def thumbnail(image: ImageArray) -> Thumbnail:
     """Shrink an image (H, W, 3) in BGR."""
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     levels = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
@@ -60,14 +60,14 @@ class TrainingImages:
             rows[each.size].append(row)
         self._rows = {size: np.array(each) for size, each in rows.items()}
 
-    def _alike(self, image: Picture, rows: NDArray[np.int64] | slice) -> set[str]:
+    def _alike(self, image: ImageArray, rows: NDArray[np.int64] | slice) -> set[str]:
         levels = thumbnail(image).levels
         if levels.std() < FLAT:
             return set()
         difference = np.abs(self._levels[rows] - levels).sum(1) / len(levels)
         return {*self._names[rows][difference <= TOLERANCE * levels.std()]}
 
-    def find(self, image: Picture) -> list[str]:
+    def find(self, image: ImageArray) -> list[str]:
         """Name the copies of a test image, of its upper left part, and their other sub-images."""
         found = self._alike(image, slice(None))
         for (height, width), rows in self._rows.items():
@@ -77,14 +77,14 @@ class TrainingImages:
         return [name for name, image in self._images.items() if image in found]
 
 
-def pixel_digest(image: Picture) -> str:
+def pixel_digest(image: ImageArray) -> str:
     """SHA-256 of shape and pixels, equal for equal images whatever files they came from."""
     digest = sha256(f"{image.shape} ".encode())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
 
 
-def psnr_to_bicubic(lr: Picture, hr: Picture, scale: int) -> float:
+def psnr_to_bicubic(lr: ImageArray, hr: ImageArray, scale: int) -> float:
     """PSNR in dB of LR to MATLAB's bicubic of HR, without a border of `REACH` pixels; 361 if equal.
 
     Args:

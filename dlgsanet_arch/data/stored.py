@@ -1,4 +1,4 @@
-"""Pictures as BasicSR's data sets find them: in an LMDB by its list, or in one folder."""
+"""Images as BasicSR's data sets find them: in an LMDB by its list, or in one folder."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from dlgsanet_arch.hints import named
 
 @dataclass
 class Stored:
-    """The pictures of an LMDB or of a folder.
+    """The images of an LMDB or of a folder.
 
     Args:
-        path: The LMDB's folder, or the folder of pictures.
+        path: The LMDB's folder, or the folder of images.
         is_database: Which of the two.
-        keys: What BasicSR calls the pictures, sorted: keys, or file names without suffix.
+        keys: What BasicSR calls the images, sorted: keys, or file names without suffix.
         files: File names by key; of a folder alone.
         faults: What is wrong with the whole, with the remedy, one a line.
     """
@@ -31,7 +31,7 @@ class Stored:
     faults: list[str] = field(default_factory=list)
 
     def place(self, key: str) -> Path:
-        """Where a picture is, for messages: its file, or its key behind the database's path."""
+        """Where an image is, for messages: its file, or its key behind the database's path."""
         return self.path / self.files.get(key, key)
 
     @contextmanager
@@ -45,14 +45,14 @@ class Stored:
 
 
 class Reader:
-    """Reads pictures, undecoded."""
+    """Reads images, undecoded."""
 
     def __init__(self, stored: Stored, transaction) -> None:
         self._stored = stored
         self._transaction = transaction
 
     def __call__(self, key: str) -> bytes:
-        """The bytes of a picture, none where there is no such entry or file."""
+        """The bytes of an image, none where there is no such entry or file."""
         if self._transaction is not None:
             return self._transaction.get(key.encode()) or b""
         try:
@@ -125,20 +125,20 @@ def _folder(path: Path) -> Stored:
             stored.files[entry.stem] = entry.name
     if others:
         stored.faults.append(
-            f"holds files that are no pictures, and BasicSR fails when it reads them: "
+            f"holds files that are not images, and BasicSR fails when it reads them: "
             f"{_quoted(others)}; move them away"
         )
     if inner:
         stored.faults.append(
             f"has folders in it, which BasicSR passes over: {_quoted(inner)}; "
-            "`train --hr` takes pictures of all of them"
+            "`train --hr` takes images of all of them"
         )
     stored.keys = sorted(stored.files)
     return stored
 
 
 def look_into(path: Path) -> Stored:
-    """List the pictures of an LMDB or of a folder.
+    """List the images of an LMDB or of a folder.
 
     Raises:
         UserError: It is neither, cannot be read, or holds nothing.
@@ -153,5 +153,5 @@ def look_into(path: Path) -> Stored:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not stored.keys and not stored.faults:
-        raise UserError(f"{path} holds no pictures: looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} holds no images: looked for {', '.join(SUFFIXES)}")
     return stored

@@ -1,4 +1,4 @@
-"""Cutting pictures into overlapping parts, LR exactly where HR is."""
+"""Cutting images into overlapping parts, LR exactly where HR is."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ SCALES = (2, 3, 4)
 # HR cut to a multiple of it serves all scales with one and the same database.
 HR_MULTIPLE = math.lcm(*SCALES)
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 
 
-def crop_to_multiple(picture: Picture, multiple: int) -> Picture:
+def crop_to_multiple(image: ImageArray, multiple: int) -> ImageArray:
     """Cut rows and columns off the bottom and the right so that `multiple` divides both sides."""
-    height, width = (side - side % multiple for side in picture.shape[:2])
-    return picture[:height, :width]
+    height, width = (side - side % multiple for side in image.shape[:2])
+    return image[:height, :width]
 
 
 def starts(length: int, size: int, step: int) -> list[int]:
@@ -33,26 +33,26 @@ def starts(length: int, size: int, step: int) -> list[int]:
 
 
 def corners(height: int, width: int, size: int, step: int) -> Iterator[tuple[int, int]]:
-    """Top row and left column of every sub-image of an HR picture, row by row."""
+    """Top row and left column of every sub-image of an HR image, row by row."""
     for top in starts(height, size, step):
         for left in starts(width, size, step):
             yield top, left
 
 
-def sub_images(picture: Picture, size: int, step: int, scale: int = 1) -> Iterator[Picture]:
-    """Cut a picture, HR or LR, into parts that show the same places at every scale.
+def sub_images(image: ImageArray, size: int, step: int, scale: int = 1) -> Iterator[ImageArray]:
+    """Cut an image, HR or LR, into parts that show the same places at every scale.
 
     Args:
-        picture: (H/scale, W/scale, 3), where H x W is HR, both multiples of `scale`.
+        image: (H/scale, W/scale, 3), where H x W is HR, both multiples of `scale`.
         size: Side of a part in HR pixels, a multiple of `scale`; a shorter side is taken whole.
         step: Between two parts in HR pixels, a multiple of `scale`.
-        scale: HR side over this picture's side; 1 for HR itself.
+        scale: HR side over this image's side; 1 for HR itself.
 
     Yields:
-        Views of `picture`, in the order of `corners`.
+        Views of `image`, in the order of `corners`.
     """
-    height, width = (side * scale for side in picture.shape[:2])
+    height, width = (side * scale for side in image.shape[:2])
     for top, left in corners(height, width, size, step):
         rows = slice(top // scale, (top + size) // scale)
         columns = slice(left // scale, (left + size) // scale)
-        yield picture[rows, columns]
+        yield image[rows, columns]

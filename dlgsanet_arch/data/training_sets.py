@@ -1,9 +1,9 @@
-"""Training sets: matching sub-images of HR and LR pictures in LMDBs.
+"""Training sets: matching sub-images of HR and LR images in LMDBs.
 
     OUT/train_HR_sub.lmdb                  one for all scales: HR is cut to a multiple of 12
     OUT/train_LR_bicubic_X{2,3,4}_sub.lmdb equal keys
 
-Every picture is opened before anything is written. Then each is cut in a worker process, and its
+Every image is opened before anything is written. Then each is cut in a worker process, and its
 sub-images go straight into the databases, in one transaction each: what a killed run had written
 is found by its keys and not made again.
 """
@@ -21,12 +21,12 @@ from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.images import PictureError, find_pictures, read_8_bits
+from dlgsanet_arch.data.images import ImageError, find_images, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,
     SCALES,
-    Picture,
+    ImageArray,
     crop_to_multiple,
     sub_images,
 )
@@ -37,7 +37,7 @@ from dlgsanet_arch.hints import named
 
 Result = TypeVar("Result")
 
-# To be raised when the same pictures and settings give other databases than before.
+# To be raised when the same images and settings give other databases than before.
 RECIPE_VERSION = 1
 
 
@@ -48,12 +48,12 @@ def database_name(scale: int) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """One picture to train on.
+    """One image to train on.
 
     Args:
         key: Its name in the data set.
-        hr: The file of the HR picture.
-        lr: The files of given LR pictures by scale; empty where LR is to be made.
+        hr: The file of the HR image.
+        lr: The files of given LR images by scale; empty where LR is to be made.
     """
 
     key: str
@@ -68,12 +68,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How pictures are cut.
+    """How images are cut.
 
     Args:
         crop: Side of a sub-image in HR pixels.
         step: Between two sub-images in HR pixels.
-        patch: Side of a training patch in LR pixels: smaller pictures cannot be trained on.
+        patch: Side of a training patch in LR pixels: smaller images cannot be trained on.
     """
 
     crop: int = 480
@@ -95,10 +95,10 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a first look at a picture's files found.
+    """What a first look at an image's files found.
 
     Args:
-        source: The picture.
+        source: The image.
         faults: Why it cannot be used; empty where it can.
         notices: What reading it will change, with the file's name.
     """
@@ -110,7 +110,7 @@ class Scanned:
 
 @dataclass(frozen=True)
 class Cut:
-    """Sub-images of one picture.
+    """Sub-images of one image.
 
     Args:
         entries: Keys and PNG files, by scale.
@@ -127,16 +127,16 @@ class Summary:
 
     Args:
         databases: The number of sub-images in each, by path, HR first.
-        pictures: How many were used.
+        images: How many were used.
         cut: How many of them were cut by this run; the others were there from one before.
         bicubic: Seconds that bicubic took for these.
-        resized: How many LR pictures it made in that time.
-        skipped: Why pictures were left out, a line each.
+        resized: How many LR images it made in that time.
+        skipped: Why images were left out, a line each.
         notices: Files by what was changed on reading them.
     """
 
     databases: dict[Path, int] = field(default_factory=dict)
-    pictures: int = 0
+    images: int = 0
     cut: int = 0
     bicubic: float = 0.0
     resized: int = 0
@@ -167,27 +167,27 @@ def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
 
 
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
-    """Find HR pictures and, where LR is given, the LR pictures that belong to them.
+    """Find HR images and, where LR is given, the LR images that belong to them.
 
     LR has HR's name or that and the scale, as in ``0001x4.png``, in the same sub-folders.
 
     Args:
-        hr: A folder of pictures.
-        lr: A folder of LR pictures, for several scales with folders ``X2``, ``X3``, ``X4``.
+        hr: A folder of images.
+        lr: A folder of LR images, for several scales with folders ``X2``, ``X3``, ``X4``.
         scales: HR side over LR side.
 
     Raises:
-        UserError: A folder is missing or empty, or pictures have no partner.
+        UserError: A folder is missing or empty, or images have no partner.
     """
-    found = find_pictures(hr)
+    found = find_images(hr)
     if lr is None:
         return [Source(file.key, file.path) for file in found]
     if not lr.is_dir():
-        raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR pictures")
+        raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR images")
     partners: dict[str, dict[int, Path]] = defaultdict(dict)
     for scale in scales:
         folder = _lr_folder(lr, scale, alone=len(scales) == 1)
-        by_key = {file.key: file.path for file in find_pictures(folder)}
+        by_key = {file.key: file.path for file in find_images(folder)}
         lonely = []
         for file in found:
             names = (file.key, f"{file.key}x{scale}", f"{file.key}X{scale}")
@@ -204,7 +204,7 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
                 if names
             ]
             raise UserError(
-                f"HR and LR pictures of scale {scale} do not pair by name (a and a or "
+                f"HR and LR images of scale {scale} do not pair by name (a and a or "
                 f"ax{scale}): {'; '.join(said)}"
             )
     return [Source(file.key, file.path, partners[file.key]) for file in found]
@@ -222,7 +222,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _hashes(source: Source) -> dict[int, str]:
-    """SHA-256 of the files that decide about a picture's sub-images, by scale."""
+    """SHA-256 of the files that decide about an image's sub-images, by scale."""
     hr = f"{source.key} {_file_hash(source.hr)}"
     given = {scale: f"{hr} {_file_hash(path)}" for scale, path in source.lr.items()}
     return {scale: given.get(scale, hr) for scale in (1, *SCALES)}
@@ -241,12 +241,12 @@ def _scan(source: Source, least: int) -> Scanned:
     for scale, path in ((1, source.hr), *source.lr.items()):
         try:
             # 1 for LR: its size is held against HR's
-            picture = read_8_bits(path, least=least if scale == 1 else 1)
-        except PictureError as error:
+            image = read_8_bits(path, least=least if scale == 1 else 1)
+        except ImageError as error:
             faults.append(str(error))
             continue
-        sizes[scale] = picture.pixels.shape[:2]
-        notices += [(notice, str(path)) for notice in picture.notices]
+        sizes[scale] = image.pixels.shape[:2]
+        notices += [(notice, str(path)) for notice in image.notices]
     for scale, size in sizes.items():
         if 1 in sizes and scale > 1 and not _fits(sizes[1], size, scale):
             height, width = sizes[1]
@@ -259,11 +259,11 @@ def _scan(source: Source, least: int) -> Scanned:
 
 
 def sub_image_key(source: Source, index: int) -> str:
-    """The key of a picture's sub-image, counted from 1 as BasicSR's script counts."""
+    """The key of an image's sub-image, counted from 1 as BasicSR's script counts."""
     return f"{source.key}_s{index:03d}"
 
 
-def _lr_of(source: Source, hr: Picture, scale: int) -> Picture:
+def _lr_of(source: Source, hr: ImageArray, scale: int) -> ImageArray:
     if scale not in source.lr:
         return bicubic(hr, 1 / scale)
     height, width = (side // scale for side in hr.shape[:2])
@@ -275,10 +275,10 @@ def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Cut:
     entries, seconds = {}, 0.0
     for scale in scales:
         start = time.perf_counter()
-        picture = hr if scale == 1 else _lr_of(source, hr, scale)
+        image = hr if scale == 1 else _lr_of(source, hr, scale)
         if scale > 1 and scale not in source.lr:
             seconds += time.perf_counter() - start
-        parts = sub_images(picture, cutting.crop, cutting.step, scale)
+        parts = sub_images(image, cutting.crop, cutting.step, scale)
         entries[scale] = [
             (sub_image_key(source, index), encode_png(part)) for index, part in enumerate(parts, 1)
         ]
@@ -288,10 +288,10 @@ def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Cut:
 def _over(
     function: Callable[[Source], Result], sources: Sequence[Source], workers: int, what: str
 ) -> Iterator[tuple[Source, Result]]:
-    """Apply a function to pictures in worker processes, with a progress bar."""
-    # Few pictures are done before processes have started.
+    """Apply a function to images in worker processes, with a progress bar."""
+    # Few images are done before processes have started.
     results = ordered(function, sources, min(workers, len(sources) // 4))
-    with progress_bar(what, len(sources), "pictures") as bar, closing(results):
+    with progress_bar(what, len(sources), "images") as bar, closing(results):
         for source, result in zip(sources, results, strict=True):
             yield source, result
             bar.update()
@@ -300,10 +300,10 @@ def _over(
 def _scanned(
     sources: Sequence[Source], least: int, workers: int, skip_bad: bool, summary: Summary
 ) -> list[Source]:
-    """Open every picture; the good ones are returned, what was found goes into the summary.
+    """Open every image; the good ones are returned, what was found goes into the summary.
 
     Raises:
-        UserError: Pictures cannot be used and are not to be skipped, or none is left.
+        UserError: Images cannot be used and are not to be skipped, or none is left.
     """
     good = []
     for source, scan in _over(partial(_scan, least=least), sources, workers, "opening"):
@@ -318,8 +318,8 @@ def _scanned(
         raise UserError(
             "\n  ".join(
                 [
-                    f"{count} of {len(sources)} pictures cannot be used, nothing was written; "
-                    f"mend or remove them; {how}:",
+                    f"{count} of {len(sources)} images cannot be used, nothing was written; "
+                    f"fix or remove them; {how}:",
                     *summary.skipped,
                 ]
             )
@@ -328,7 +328,7 @@ def _scanned(
 
 
 def _lacking_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
-    """Whether a finished database lacks other pictures than those left out now: keys would differ.
+    """Whether a finished database lacks other images than those left out now: keys would differ.
 
     Raises:
         UserError: It does, and is not to be overwritten.
@@ -336,7 +336,7 @@ def _lacking_others(path: Path, left_out: Sequence[str], overwrite: bool) -> boo
     before = read_json(path / RECIPE)["skipped"]
     if before != left_out and not overwrite:
         raise UserError(
-            f"{path} was made without {named(before) or 'leaving out any picture'}, and now "
+            f"{path} was made without {named(before) or 'leaving out any image'}, and now "
             f"{named(left_out) or 'none'} would be left out: keys would not match; make all "
             "scales again with --overwrite"
         )
@@ -350,10 +350,10 @@ def _write(
     workers: int,
     summary: Summary,
 ) -> None:
-    """Cut the pictures that a run before has not cut, and write their sub-images."""
+    """Cut the images that a run before has not cut, and write their sub-images."""
 
     def written(source: Source) -> bool:
-        # a picture's sub-images come in one transaction: where the first is, all are
+        # an image's sub-images come in one transaction: where the first is, all are
         return all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
 
     remaining = [source for source in sources if not written(source)]
@@ -379,26 +379,26 @@ def build(
     """Make the databases of a training set that are not there yet.
 
     Args:
-        sources: The pictures, each key once.
+        sources: The images, each key once.
         scales: HR side over LR side, from `SCALES`.
         out: The folder they go into.
-        cutting: How pictures are cut; `Cutting()` when None.
+        cutting: How images are cut; `Cutting()` when None.
         workers: Processes that read and cut.
-        skip_bad: Leave out pictures that cannot be used.
-        overwrite: Replace databases of other pictures or settings.
+        skip_bad: Leave out images that cannot be used.
+        overwrite: Replace databases of other images or settings.
 
     Raises:
-        UserError: Pictures cannot be used, a database is there that was made otherwise, another
+        UserError: Images cannot be used, a database is there that was made otherwise, another
             run is at work on `out`, or the disk is full. What is written is kept, under another
             name until it is complete.
-        ValueError: A scale is not one of `SCALES`, or two pictures have one key.
+        ValueError: A scale is not one of `SCALES`, or two images have one key.
     """
     cutting = cutting or Cutting()
     scales = sorted(set(scales))
     if not set(scales) <= set(SCALES) or not scales:
         raise ValueError(f"scales must be from {SCALES}, got {scales=}")
     if len({source.key for source in sources}) < len(sources):
-        raise ValueError("pictures to train on share a key")
+        raise ValueError("images to train on share a key")
     cutting.check(scales)
     summary = Summary()
     hashes = [value for _, value in _over(_hashes, sources, 1, "looking for changes")]
@@ -408,7 +408,7 @@ def build(
             "scale": scale,
             "crop": cutting.crop,
             "step": cutting.step,
-            "pictures": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
+            "images": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
         }
         for scale in (1, *scales)
     }
@@ -439,7 +439,7 @@ def build(
                     writer.finish(sources=len(good))
         stored = {path: read_json(path / RECIPE) for path in paths.values()}
     summary.databases = {path: recipe["entries"] for path, recipe in stored.items()}
-    summary.pictures = stored[paths[1]]["sources"]
+    summary.images = stored[paths[1]]["sources"]
     summary.skipped = summary.skipped or stored[paths[1]]["skipped"]
     return summary
 
@@ -450,13 +450,13 @@ def report(summary: Summary) -> str:
         f"{count:>7} sub-images {(path / DATA).stat().st_size / 2**20:>8.1f} MiB  {path}"
         for path, count in summary.databases.items()
     ]
-    made = f"{summary.pictures} pictures"
-    if summary.cut < summary.pictures:
-        made += f", {summary.pictures - summary.cut} of them cut already by a run before"
+    made = f"{summary.images} images"
+    if summary.cut < summary.images:
+        made += f", {summary.images - summary.cut} of them cut already by a run before"
     lines.append(made)
     if summary.resized:
         lines.append(
-            f"bicubic: {1000 * summary.bicubic / summary.resized:.0f} ms a picture and scale"
+            f"bicubic: {1000 * summary.bicubic / summary.resized:.0f} ms an image and scale"
         )
     lines += [
         f"{len(files)} x {notice}: {named(files)}" for notice, files in summary.notices.items()

@@ -1,7 +1,7 @@
 """Whether data sets are what BasicSR and the user take them for.
 
-Every picture is decoded. Of pairs it is asked whether sizes and names fit and whether LR is the
-bicubic of HR; of sets, whether pictures occur twice, or in a training set and a test set at once.
+Every image is decoded. Of pairs it is asked whether sizes and names fit and whether LR is the
+bicubic of HR; of sets, whether images occur twice, or in a training set and a test set at once.
 """
 
 import re
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.images import SUFFIXES, PictureError, decode_8_bits, picture_key
+from dlgsanet_arch.data.images import SUFFIXES, ImageError, decode_8_bits, image_key
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.similarity import (
     Thumbnail,
@@ -27,14 +27,14 @@ from dlgsanet_arch.data.similarity import (
     thumbnail,
 )
 from dlgsanet_arch.data.stored import Reader, Stored, look_into
-from dlgsanet_arch.data.sub_images import Picture
+from dlgsanet_arch.data.sub_images import ImageArray
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
 from dlgsanet_arch.hints import named
 
 MOST_LISTED = 50
-# Folders of pictures to test on, and of none to train on.
+# Folders of images to test on, and of none to train on.
 TESTING = ("benchmark", "test", "val", "valid", "validation")
 # PSNR of LR to the bicubic of HR, in dB: Pillow's bicubic, which differs in rounding, had 54 or
 # more on 35 photographs at x2, x3 and x4, other kernels 47 or less, LR of other images 15 or less.
@@ -44,12 +44,12 @@ UNRELATED = 15
 
 @dataclass(frozen=True)
 class PairSet:
-    """HR and LR pictures of one data set, or one of the two.
+    """HR and LR images of one data set, or one of the two.
 
     Args:
         name: What to call it.
-        hr: HR pictures.
-        lr: LR pictures.
+        hr: HR images.
+        lr: LR images.
         scale: HR side over LR side; None where it is to be found out.
         template: LR's name for HR's, as in BasicSR's `filename_tmpl`; None where it is to be
             found out.
@@ -106,7 +106,7 @@ def sets_of_options(options: Mapping[str, Any], root: Path) -> list[PairSet]:
 
 
 def _holdings(path: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yield every LMDB and every folder with pictures in it, at and below a path, once."""
+    """Yield every LMDB and every folder with images in it, at and below a path, once."""
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
@@ -150,11 +150,11 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     for path in paths:
         if not path.is_dir():
             reason = "is not a folder" if path.exists() else "does not exist"
-            raise UserError(f"{path} {reason}: name LMDBs, folders of pictures, or of data sets")
+            raise UserError(f"{path} {reason}: name LMDBs, folders of images, or of data sets")
         before = len(seen)
         below = list(_holdings(path, seen))
         if not below and len(seen) > before:
-            raise UserError(f"there are no LMDBs or pictures below {path}")
+            raise UserError(f"there are no LMDBs or images below {path}")
         found += below
     pairs, paired = [], set()
     for path in found:
@@ -169,7 +169,7 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
 
 
 class Pair(NamedTuple):
-    """One picture's files, undecoded; None where the set has no such side."""
+    """One image's files, undecoded; None where the set has no such side."""
 
     key: str
     hr: bytes | None
@@ -208,12 +208,12 @@ class Found:
     thumbnail: Thumbnail | None = None
 
 
-def _decode(side: str, data: bytes | None, faults: list[str]) -> Picture | None:
+def _decode(side: str, data: bytes | None, faults: list[str]) -> ImageArray | None:
     if data is None:
         return None
     try:
         return decode_8_bits(data, Path(side), least=1).pixels
-    except PictureError as error:
+    except ImageError as error:
         faults.append(f"{side} {error.reason}")
         return None
 
@@ -251,14 +251,14 @@ class Verified:
     Args:
         set: The set.
         scale: HR side over LR side, None where there is one side.
-        sides: What holds its pictures: HR, LR, or both.
-        partners: LR's names by HR's, of the pictures that have both where there are both.
+        sides: What holds its images: HR, LR, or both.
+        partners: LR's names by HR's, of the images that have both where there are both.
         faults: What is wrong with the set as a whole, a line each.
-        bad: Why pictures cannot be used, by HR's key.
+        bad: Why images cannot be used, by HR's key.
         notes: What a user should know without it being wrong.
         digests: Keys by the digest of their pixels.
         thumbnails: Of HR, by key.
-        fixable: Whether writing it anew mends some of the faults.
+        fixable: Whether writing it anew fixes some of the faults.
     """
 
     set: PairSet
@@ -300,7 +300,7 @@ def _partners(verified: Verified) -> dict[str, str]:
         if names:
             verified.fixable = True
             verified.faults.append(
-                f"{len(names)} of {len(has.keys)} pictures in {has.path} have no partner in "
+                f"{len(names)} of {len(has.keys)} images in {has.path} have no partner in "
                 f"{lacks.path}: {named(names)}; rename or make them, or drop them by --fix"
             )
     return {key: name for key, name in wanted.items() if name in there}
@@ -312,7 +312,7 @@ def _infer_scale(hr: Reader, lr: Reader, partners: Mapping[str, str]) -> int | N
         try:
             large = decode_8_bits(hr(key), Path("HR"), least=1).pixels
             small = decode_8_bits(lr(name), Path("LR"), least=1).pixels
-        except PictureError:
+        except ImageError:
             continue
         return max(1, round(large.shape[0] / small.shape[0]))
     return None
@@ -345,7 +345,7 @@ def _judge_duplicates(verified: Verified) -> None:
 
 
 def _look_into(each: PairSet) -> Verified:
-    """Open the sides of a set; with one that cannot be opened, nothing more is looked at."""
+    """Open the sides of a set; with one that cannot be opened, nothing more is checked."""
     verified = Verified(each, None, [])
     for path in (each.hr, each.lr):
         if path is not None:
@@ -372,7 +372,7 @@ def _pairs(readers: Sequence[Reader], partners: Mapping[str, str], has_hr: bool)
 
 
 def verify_set(each: PairSet, workers: int) -> Verified:
-    """Look at every picture of a set.
+    """Look at every image of a set.
 
     Args:
         each: The set.
@@ -393,7 +393,7 @@ def verify_set(each: PairSet, workers: int) -> Verified:
         count = len(verified.partners)
         found = ordered(partial(examine, looks=looks), pairs, min(workers, count // 20))
         psnrs = {}
-        with progress_bar(each.name, count, "pictures") as bar, closing(found):
+        with progress_bar(each.name, count, "images") as bar, closing(found):
             for one in found:
                 bar.update()
                 if one.faults:
@@ -410,23 +410,23 @@ def verify_set(each: PairSet, workers: int) -> Verified:
 
 
 def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified]) -> None:
-    """Look for the test sets' HR pictures in the training sets; what is found is bad there."""
+    """Look for the test sets' HR images in the training sets; what is found is bad there."""
     for trained in training:
         images = TrainingImages(trained.thumbnails)
-        told = set()  # test sets of several scales hold the same pictures
+        told = set()  # test sets of several scales hold the same images
         for tested in testing:
             if not tested.sides or tested.set.hr is None or tested.set.hr == trained.set.hr:
                 continue
             hr = tested.sides[0]
             what = f"{hr.path} in {trained.sides[0].path}"
-            with hr.reader() as read, progress_bar(what, len(hr.keys), "pictures") as bar:
+            with hr.reader() as read, progress_bar(what, len(hr.keys), "images") as bar:
                 for key in hr.keys:
                     bar.update()
                     try:
-                        picture = decode_8_bits(read(key), hr.place(key), least=1).pixels
-                    except PictureError:
+                        image = decode_8_bits(read(key), hr.place(key), least=1).pixels
+                    except ImageError:
                         continue  # named already
-                    for name in images.find(picture):
+                    for name in images.find(image):
                         if (name, key) not in told:
                             told.add((name, key))
                             trained.bad.setdefault(name, []).append(
@@ -435,7 +435,7 @@ def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified])
 
 
 def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
-    """Look at every picture of some sets, and at the sets beside each other.
+    """Look at every image of some sets, and at the sets beside each other.
 
     Args:
         sets: The sets; what is missing or empty is a fault of its set.
@@ -452,7 +452,7 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
 
 
 def _report_on(each: Verified) -> Iterator[str]:
-    what = "pairs" if each.set.hr and each.set.lr else "pictures"
+    what = "pairs" if each.set.hr and each.set.lr else "images"
     scale = f" at scale {each.scale}" if each.scale else ""
     state = "good" if each.is_good else "NOT GOOD"
     yield f"{each.set.name}: {len(each.partners)} {what}{scale}: {state}"
@@ -468,7 +468,7 @@ def _report_on(each: Verified) -> Iterator[str]:
         yield f"  and {len(bad) - MOST_LISTED} lines more of this kind"
     if each.bad:
         yield (
-            f"  {len(each.bad)} of {len(each.partners)} {what} are bad: mend them, or leave them "
+            f"  {len(each.bad)} of {len(each.partners)} {what} are bad: fix them, or leave them "
             "out by --fix"
         )
 
@@ -485,7 +485,7 @@ def _fixed_path(path: Path) -> Path:
 
 
 def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
-    """Write the pictures of one side that are good.
+    """Write the images of one side that are good.
 
     Args:
         side: HR or LR.
@@ -493,7 +493,7 @@ def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
     """
     path = _fixed_path(side.path)
     digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
-    recipe = {"fixed": str(side.path.resolve()), "pictures": digest.hexdigest()}
+    recipe = {"fixed": str(side.path.resolve()), "images": digest.hexdigest()}
     with (
         one_writer(path.parent),
         disk_faults_named(f"{path} cannot be written"),
@@ -502,7 +502,7 @@ def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
         if is_finished(path, recipe, overwrite=True):
             return path
         with DatabaseWriter(path, recipe) as writer:
-            with progress_bar(f"writing {path.name}", len(names), "pictures") as bar:
+            with progress_bar(f"writing {path.name}", len(names), "images") as bar:
                 for key, name in names.items():
                     data = read(name)
                     if not side.is_database:
@@ -514,10 +514,10 @@ def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
 
 
 def fix(verified: Sequence[Verified]) -> list[Path]:
-    """Write new databases of the good pictures of the sets that have bad ones.
+    """Write new databases of the good images of the sets that have bad ones.
 
-    Sets that share HR, as the scales of a training set do, lose the same pictures. The old ones
-    stay as they are. What concerns a set as a whole, such as LR by another kernel, is not mended.
+    Sets that share HR, as the scales of a training set do, lose the same images. The old ones
+    stay as they are. What concerns a set as a whole, such as LR by another kernel, is not fixed.
 
     Args:
         verified: As `verify` returns them.
@@ -526,7 +526,7 @@ def fix(verified: Sequence[Verified]) -> list[Path]:
         The new databases, `NAME_fixed.lmdb` beside each old one.
 
     Raises:
-        UserError: None of a set's pictures is good, or a database cannot be written.
+        UserError: None of a set's images is good, or a database cannot be written.
     """
     by_hr: dict[Path, list[Verified]] = defaultdict(list)
     for each in verified:
@@ -540,8 +540,8 @@ def fix(verified: Sequence[Verified]) -> list[Path]:
         good = [key for key in sets[0].partners if all(key in each.partners for each in sets)]
         good = [key for key in good if key not in bad]
         if not good:
-            raise UserError(f"{path}: no picture is good, there is nothing to write")
-        keys = {key: picture_key(PurePath(f"{key}.png")) for key in good}
+            raise UserError(f"{path}: no image is good, there is nothing to write")
+        keys = {key: image_key(PurePath(f"{key}.png")) for key in good}
         if sets[0].sides[0].is_database:
             keys = {key: key for key in good}
         written.append(_write_fixed(sets[0].sides[0], {keys[key]: key for key in good}))

@@ -1,4 +1,4 @@
-"""The network in use: pictures in, larger pictures out.
+"""The network in use: images in, larger images out.
 
 `Upscaler` and `upscale` work on arrays and tensors and need PyTorch and NumPy alone; `folders`
 reads and writes files by Pillow.

@@ -8,15 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from dlgsanet_arch.data.images import Pixels, StoredPicture, read_stored, walk_pictures
+from dlgsanet_arch.data.images import Pixels, StoredImage, read_stored, walk_images
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference.upscaler import Upscaler
-from dlgsanet_arch.inference.writing import FORMATS, QUALITY, format_of, why_not, write_picture
+from dlgsanet_arch.inference.writing import FORMATS, QUALITY, format_of, why_not, write_image
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to be enlarged.
+    """An image to be enlarged.
 
     Args:
         source: Its file.
@@ -30,7 +30,7 @@ class Job:
 
     @property
     def instead(self) -> Path:
-        """What is written where the target's format cannot hold the picture."""
+        """What is written where the target's format cannot hold the image."""
         return self.target.with_suffix(".png")
 
     @property
@@ -41,13 +41,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a picture.
+    """Something that happened to an image.
 
     Args:
-        kind: A picture was "written", "skipped" as its result is there, or is "bad"; or a "notice"
+        kind: An image was "written", "skipped" as its result is there, or is "bad"; or a "notice"
             about it; or some "tiles" of it are done.
-        path: The picture.
-        text: The fault of a "bad" picture, a "notice", the result's file that was "written".
+        path: The image.
+        text: The fault of a "bad" image, a "notice", the result's file that was "written".
         done: Of "tiles", how many are done,
         total: of how many.
     """
@@ -68,24 +68,24 @@ def _target(source: Path, folder: Path, suffix: str, format: str | None) -> Job:
 
 
 def plan(source: Path, out: Path, *, suffix: str = "", format: str | None = None) -> list[Job]:
-    """Say which pictures are enlarged into which files.
+    """Say which images are enlarged into which files.
 
     Args:
-        source: A picture, or a folder, of which all pictures below are taken.
-        out: A folder, whose tree becomes that of `source`; or for one picture a file, if it ends
-            in the suffix of a format and is no folder.
+        source: An image, or a folder, of which all images below are taken.
+        out: A folder, whose tree becomes that of `source`; or for one image a file, if it ends
+            in the suffix of a format and is not a folder.
         suffix: Put behind the names, before their endings.
-        format: A key of `FORMATS`. None keeps each picture's own, and takes PNG where this is not
+        format: A key of `FORMATS`. None keeps each image's own, and takes PNG where this is not
             written or cannot hold the depth, transparency or size.
 
     Raises:
-        UserError: There is no such picture or folder, or it holds none; two pictures would have
-            one result, or a result would replace its picture.
+        UserError: There is no such image or folder, or it holds none; two images would have
+            one result, or a result would replace its image.
     """
     if source.is_dir():
         inside = out.resolve()
-        found = [source / each for each in walk_pictures(source)]
-        # Results of a run before are no pictures of this one.
+        found = [source / each for each in walk_images(source)]
+        # Results of a run before are not images of this one.
         is_within = inside != source.resolve() and inside.is_relative_to(source.resolve())
         found = [
             path for path in found if not (is_within and path.resolve().is_relative_to(inside))
@@ -94,7 +94,7 @@ def plan(source: Path, out: Path, *, suffix: str = "", format: str | None = None
             _target(path, out / path.parent.relative_to(source), suffix, format) for path in found
         ]
     elif not source.exists():
-        raise UserError(f"{source} does not exist: name a picture or a folder of pictures")
+        raise UserError(f"{source} does not exist: name an image or a folder of images")
     elif out.suffix and not out.is_dir():
         if format_of(out) is None:
             known = ", ".join(each for suffixes in FORMATS.values() for each in suffixes)
@@ -124,7 +124,7 @@ def _check(jobs: Sequence[Job]) -> None:
 
 
 def shard(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
-    """Return part `index` of `count`, from 1: every count-th picture."""
+    """Return part `index` of `count`, from 1: every count-th image."""
     return list(jobs[index - 1 :: count])
 
 
@@ -133,9 +133,9 @@ class Writing:
     """How results are written.
 
     Args:
-        skip_existing: Whether pictures whose results are there are passed over.
+        skip_existing: Whether images whose results are there are passed over.
         quality: Of JPEG and WebP, 1 to 100.
-        taken: Files that are other pictures' results.
+        taken: Files that are other images' results.
     """
 
     skip_existing: bool = False
@@ -146,7 +146,7 @@ class Writing:
 Tell = Callable[[Event], None]
 
 
-def _write(job: Job, picture: StoredPicture, made: Pixels, writing: Writing, tell: Tell) -> None:
+def _write(job: Job, image: StoredImage, made: Pixels, writing: Writing, tell: Tell) -> None:
     target = job.target
     reason = why_not(format_of(target), made)
     if reason is not None and job.may_change:
@@ -154,64 +154,64 @@ def _write(job: Job, picture: StoredPicture, made: Pixels, writing: Writing, tel
             raise UserError(f"{reason}, and {job.instead} is taken: use --suffix or --format png")
         target = job.instead
         tell(Event("notice", job.source, f"{reason}: {target.name} is written"))
-    if picture.exif and made.dtype == np.uint16 and format_of(target) == "tiff":
+    if image.exif and made.dtype == np.uint16 and format_of(target) == "tiff":
         tell(Event("notice", job.source, "has EXIF data, which 16-bit TIFF files go without"))
-    write_picture(
-        target, format_of(target), made, icc=picture.icc, exif=picture.exif, quality=writing.quality
+    write_image(
+        target, format_of(target), made, icc=image.icc, exif=image.exif, quality=writing.quality
     )
     tell(Event("written", job.source, str(target)))
 
 
 def _finish(
     upscaler: Upscaler,
-    group: Sequence[tuple[Job, StoredPicture]],
+    group: Sequence[tuple[Job, StoredImage]],
     writing: Writing,
     tell: Tell,
 ) -> None:
-    """Enlarge pictures of one shape and depth together, and write them."""
+    """Enlarge images of one shape and depth together, and write them."""
 
     def progress(done: int, total: int) -> None:
         tell(Event("tiles", group[-1][0].source, done=done, total=total))
 
     try:
-        made = upscaler.many([picture.pixels for _, picture in group], progress)
+        made = upscaler.many([image.pixels for _, image in group], progress)
     except UserError as error:
         for job, _ in group:
             tell(Event("bad", job.source, str(error)))
         return
-    for (job, picture), result in zip(group, made, strict=True):
+    for (job, image), result in zip(group, made, strict=True):
         try:
-            _write(job, picture, result, writing, tell)
+            _write(job, image, result, writing, tell)
         except UserError as error:
             tell(Event("bad", job.source, str(error)))
 
 
 def run(upscaler: Upscaler, jobs: Sequence[Job], writing: Writing, tell: Tell) -> None:
-    """Enlarge pictures one after another; those of one size together, as many as its batch.
+    """Enlarge images one after another; those of one size together, as many as its batch.
 
     Args:
         upscaler: What enlarges them.
         jobs: What `plan` returned.
         writing: How results are written.
-        tell: Is told what happened, "written", "skipped" or "bad" once for each picture.
+        tell: Is told what happened, "written", "skipped" or "bad" once for each image.
     """
-    group: list[tuple[Job, StoredPicture]] = []
+    group: list[tuple[Job, StoredImage]] = []
     for job in jobs:
         if writing.skip_existing and job.is_done:
             tell(Event("skipped", job.source))
             continue
         try:
-            picture = read_stored(job.source)
+            image = read_stored(job.source)
         except (UserError, MemoryError) as error:
             tell(Event("bad", job.source, str(error) or "is larger than the memory"))
             continue
-        for notice in picture.notices:
+        for notice in image.notices:
             tell(Event("notice", job.source, notice))
-        if group and not _alike(group[0][1].pixels, picture.pixels):
+        if group and not _alike(group[0][1].pixels, image.pixels):
             _finish(upscaler, group, writing, tell)
             group = []
-        group.append((job, picture))
-        tall, wide = picture.pixels.shape[:2]
+        group.append((job, image))
+        tall, wide = image.pixels.shape[:2]
         # What goes in tiles has enough of them to be computed together.
         if len(group) >= upscaler.batch or upscaler.choose_tile(tall, wide, len(group) + 1):
             _finish(upscaler, group, writing, tell)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Peak of a forward, in maps of `dim` channels of float32, and in pictures of the result's size.
+# Peak of a forward, in maps of `dim` channels of float32, and in images of the result's size.
 # Measured on CPUs in float32, layers fused: 14 maps for small images and 5 for large ones.
 # Elsewhere three maps for q, k and v, and their copies, four and two within GDFN, and what is
 # normalised.

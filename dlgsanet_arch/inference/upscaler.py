@@ -34,7 +34,7 @@ _DEEP = np.iinfo(np.uint16).max
 
 
 class UpscaleError(UserError):
-    """A picture or a wish that cannot be met; the message says why and what would help."""
+    """An image or a wish that cannot be met; the message says why and what would help."""
 
 
 def find_weights(scale: float | None = None) -> Path:
@@ -128,11 +128,11 @@ def _keep_flat(made: NDArray[Depth], alpha: NDArray[Depth]) -> None:
         np.copyto(made[new, :, 0], alpha[old, columns, 0], where=flat[old, columns])
 
 
-def _resized(picture: NDArray[np.uint16], size: tuple[int, int], peak: int) -> NDArray:
+def _resized(image: NDArray[np.uint16], size: tuple[int, int], peak: int) -> NDArray:
     """Resize (H, W, C) by PyTorch's antialiased bicubic, and bring it to the depth of `peak`."""
-    result = np.empty((*size, picture.shape[2]), np.uint8 if peak < _DEEP else np.uint16)
-    for channel in range(picture.shape[2]):  # one at a time, for memory
-        plane = torch.from_numpy(picture[..., channel].astype(np.float32))[None, None]
+    result = np.empty((*size, image.shape[2]), np.uint8 if peak < _DEEP else np.uint16)
+    for channel in range(image.shape[2]):  # one at a time, for memory
+        plane = torch.from_numpy(image[..., channel].astype(np.float32))[None, None]
         plane = F.interpolate(plane, size, mode="bicubic", antialias=True, align_corners=False)
         levels = (plane * (peak / _DEEP)).round_().clamp_(0, peak)
         result[..., channel] = levels[0, 0].numpy()
@@ -140,18 +140,18 @@ def _resized(picture: NDArray[np.uint16], size: tuple[int, int], peak: int) -> N
 
 
 class Upscaler:
-    """Loads a network once and enlarges pictures by it.
+    """Loads a network once and enlarges images by it.
 
     Args:
         weights: A file of weights, `.pth` or `.safetensors`, or a checkpoint that was read. None
             takes those that come with the package.
         device: Where the network runs. None takes CUDA where there is it, else MPS, else the CPU.
         dtype: "fp32", or "bf16" or "fp16" by autocast: faster on GPUs.
-        tile: Side of the tiles that a picture is computed in, in its own pixels; 0 computes it
+        tile: Side of the tiles that an image is computed in, in its own pixels; 0 computes it
             whole, "auto" does so where memory suffices.
-        overlap: What neighbouring tiles share, in pixels of the picture; half a tile at most.
+        overlap: What neighbouring tiles share, in pixels of the image; half a tile at most.
         ensemble: Whether the mean over eight flips and rotations is taken.
-        batch: How many tiles, or pictures of one size, are computed together at most.
+        batch: How many tiles, or images of one size, are computed together at most.
         scale: How many times larger the sides become. Other than the network's, its result is
             resized. None takes the network's.
         config: Arguments of the network that are known better than the file tells them.
@@ -197,7 +197,7 @@ class Upscaler:
             weights = read_checkpoint(path, config=config)
         if weights.config["in_chans"] not in (1, 3):
             raise UpscaleError(
-                f"these weights take {weights.config['in_chans']} channels, no gray or RGB pictures"
+                f"these weights take {weights.config['in_chans']} channels, no gray or RGB images"
             )
         self.checkpoint = weights
         self.scale = float(scale or weights.scale)
@@ -236,7 +236,7 @@ class Upscaler:
             self._notice(f"{self._dtype} is slower than fp32 on a CPU and needs more memory")
 
     def _run(self, tiles: Tensor, peak: float) -> Tensor:
-        """Compute pictures (B, C, h, w) with values up to `peak`, to float32 in [0, 1]."""
+        """Compute images (B, C, h, w) with values up to `peak`, to float32 in [0, 1]."""
         given = tiles.to(self.device).float() / peak
         count, channels = given.shape[:2]
         wanted = self.checkpoint.config["in_chans"]
@@ -254,7 +254,7 @@ class Upscaler:
             result = result.reshape(count, channels, *result.shape[2:])
         if not bool(result.isfinite().all()):
             raise UpscaleError(
-                f"the network's results are no numbers in {self._dtype}: "
+                f"the network's results are not numbers in {self._dtype}: "
                 + (
                     "the weights are damaged, which `dlgsanet weights inspect` shows"
                     if self._dtype == "fp32"
@@ -264,7 +264,7 @@ class Upscaler:
         return result.clamp_(0, 1)
 
     def choose_tile(self, height: int, width: int, batch: int = 1) -> int:
-        """Return the side of the tiles for a picture of a size; 0 where it is computed whole."""
+        """Return the side of the tiles for an image of a size; 0 where it is computed whole."""
         tile = self.tile
         if tile == "auto":
             fused = self._dtype == "fp32" and not cpu.why_not()
@@ -281,17 +281,15 @@ class Upscaler:
         return 0 if tile >= side else tile
 
     def _rows(
-        self, pictures: Tensor, peak: float, tile: int, progress: Progress | None
+        self, images: Tensor, peak: float, tile: int, progress: Progress | None
     ) -> Iterator[Tensor]:
         """Yield finished rows (B, C, n, W'), float32 in [0, 1] on the device."""
         run = partial(self._run, peak=peak)
-        side = tile or max(pictures.shape[2:])
-        # Pictures that are computed together leave the fewer tiles to be.
-        together = max(1, self.batch // len(pictures))
+        side = tile or max(images.shape[2:])
+        # Images that are computed together leave the fewer tiles to be.
+        together = max(1, self.batch // len(images))
         overlap = min(self.overlap, side // 2)
-        return rows_in_tiles(
-            run, pictures, self.checkpoint.scale, side, overlap, progress, together
-        )
+        return rows_in_tiles(run, images, self.checkpoint.scale, side, overlap, progress, together)
 
     def _retry_on_oom(self, work: Callable[[int], Any], height: int, width: int, count: int) -> Any:
         """Return work(tile), with smaller tiles as long as memory does not suffice."""
@@ -315,28 +313,28 @@ class Upscaler:
             self._most = tile**2 * count
             self._notice(
                 f"out of memory on {self.device} with "
-                + (f"tiles of {side}" if side < max(height, width) else "the whole picture")
+                + (f"tiles of {side}" if side < max(height, width) else "the whole image")
                 + f"; again with tiles of {tile}"
             )
 
     def _enlarge(
-        self, pictures: NDArray[Depth], tile: int, progress: Progress | None
+        self, images: NDArray[Depth], tile: int, progress: Progress | None
     ) -> NDArray[Depth]:
         """Enlarge (B, H, W, C), C 1 or 3, by the network's scale, and resize where that is asked.
 
         Returns:
             (B, H', W', C) of the same depth.
         """
-        count, height, width, channels = pictures.shape
-        peak = np.iinfo(pictures.dtype).max
+        count, height, width, channels = images.shape
+        peak = np.iinfo(images.dtype).max
         times = self.checkpoint.scale
         resizes = self.scale != times
         # Between the two steps, 16 bits: rounded to 8 once.
-        levels, depth = (_DEEP, np.dtype(np.uint16)) if resizes else (peak, pictures.dtype)
+        levels, depth = (_DEEP, np.dtype(np.uint16)) if resizes else (peak, images.dtype)
         self._check_room(count * channels * times**2 * height * width * depth.itemsize)
         made = np.empty((count, times * height, times * width, channels), depth)
         # int32: PyTorch does little with its own uint16.
-        wide = pictures if pictures.dtype == np.uint8 else pictures.astype(np.int32)
+        wide = images if images.dtype == np.uint8 else images.astype(np.int32)
         given = torch.from_numpy(np.ascontiguousarray(wide)).permute(0, 3, 1, 2)
         top = 0
         for rows in self._rows(given, peak, tile, progress):
@@ -356,20 +354,18 @@ class Upscaler:
         if needed > free:
             raise UpscaleError(
                 f"the result needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB "
-                "are free: cut the picture into parts"
+                "are free: cut the image into parts"
             )
 
-    def _pictures(
-        self, pictures: NDArray[Depth], tile: int, progress: Progress | None
+    def _images(
+        self, images: NDArray[Depth], tile: int, progress: Progress | None
     ) -> NDArray[Depth]:
         """Enlarge (B, H, W, C), C 1 to 4: gray or colour, and alpha by itself."""
-        channels = pictures.shape[3]
+        channels = images.shape[3]
         if channels in (1, 3):
-            return self._enlarge(pictures, tile, progress)
-        alpha = pictures[..., -1:]
-        colour = np.stack(
-            [_continued(*each) for each in zip(pictures[..., :-1], alpha, strict=True)]
-        )
+            return self._enlarge(images, tile, progress)
+        alpha = images[..., -1:]
+        colour = np.stack([_continued(*each) for each in zip(images[..., :-1], alpha, strict=True)])
         steps = _Steps(progress, 2)
         parts = [self._enlarge(each, tile, steps.next()) for each in (colour, alpha)]
         for each, before in zip(parts[1], alpha, strict=True):
@@ -377,49 +373,49 @@ class Upscaler:
         return np.concatenate(parts, 3)
 
     def many(
-        self, pictures: Sequence[NDArray[Depth]], progress: Progress | None = None
+        self, images: Sequence[NDArray[Depth]], progress: Progress | None = None
     ) -> list[NDArray[Depth]]:
-        """Enlarge pictures of one shape and depth together; see `__call__`.
+        """Enlarge images of one shape and depth together; see `__call__`.
 
         Raises:
-            ValueError: They are of several shapes or depths, or are no pictures.
+            ValueError: They are of several shapes or depths, or are not images.
         """
-        first = pictures[0]
-        if any(each.shape != first.shape or each.dtype != first.dtype for each in pictures):
-            raise ValueError("pictures of one shape and dtype are taken together")
+        first = images[0]
+        if any(each.shape != first.shape or each.dtype != first.dtype for each in images):
+            raise ValueError("images of one shape and dtype are taken together")
         if first.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f"pictures are of uint8 or uint16; got {first.dtype}")
+            raise ValueError(f"images are of uint8 or uint16; got {first.dtype}")
         flat = first.ndim == 2
         if first.ndim not in (2, 3) or 0 in first.shape or (not flat and first.shape[2] > 4):
             raise ValueError(
-                "pictures are (H, W) or (H, W, C): gray, gray and alpha, RGB, RGB and alpha; got "
+                "images are (H, W) or (H, W, C): gray, gray and alpha, RGB, RGB and alpha; got "
                 f"the shape {first.shape}"
             )
-        stack = np.stack([each[..., None] if flat else each for each in pictures])
+        stack = np.stack([each[..., None] if flat else each for each in images])
         height, width = first.shape[:2]
         made = self._retry_on_oom(
-            lambda tile: self._pictures(stack, tile, progress), height, width, len(stack)
+            lambda tile: self._images(stack, tile, progress), height, width, len(stack)
         )
         return [each[..., 0] if flat else each for each in made]
 
-    def _tensor(self, pictures: Tensor, progress: Progress | None) -> Tensor:
-        if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or 0 in pictures.shape:
+    def _tensor(self, images: Tensor, progress: Progress | None) -> Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
             raise ValueError(
-                f"tensors are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(pictures.shape)}"
+                f"tensors are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(images.shape)}"
             )
-        if not pictures.is_floating_point():
-            raise ValueError(f"tensors are of floats in [0, 1]; got {pictures.dtype}")
-        height, width = pictures.shape[2:]
-        steps = _Steps(progress, -(-len(pictures) // self.batch))
+        if not images.is_floating_point():
+            raise ValueError(f"tensors are of floats in [0, 1]; got {images.dtype}")
+        height, width = images.shape[2:]
+        steps = _Steps(progress, -(-len(images) // self.batch))
 
         def work(chunk: Tensor, step: Progress | None, tile: int) -> Tensor:
             rows = self._rows(chunk, 1.0, tile, step)
-            return torch.cat([each.to(pictures) for each in rows], 2)
+            return torch.cat([each.to(images) for each in rows], 2)
 
         made = torch.cat(
             [
                 self._retry_on_oom(partial(work, chunk, steps.next()), height, width, len(chunk))
-                for chunk in pictures.split(self.batch)
+                for chunk in images.split(self.batch)
             ]
         )
         if self.scale == self.checkpoint.scale:
@@ -431,16 +427,16 @@ class Upscaler:
         return resized.clamp_(0, 1).to(made.dtype)
 
     @overload
-    def __call__(self, picture: NDArray[Depth], progress: Progress | None = None) -> NDArray: ...
+    def __call__(self, image: NDArray[Depth], progress: Progress | None = None) -> NDArray: ...
 
     @overload
-    def __call__(self, picture: Tensor, progress: Progress | None = None) -> Tensor: ...
+    def __call__(self, image: Tensor, progress: Progress | None = None) -> Tensor: ...
 
-    def __call__(self, picture, progress=None):
-        """Enlarge a picture, or a batch as a tensor.
+    def __call__(self, image, progress=None):
+        """Enlarge an image, or a batch as a tensor.
 
         Args:
-            picture: An array (H, W) or (H, W, 1) of gray, (H, W, 2) of gray and alpha, (H, W, 3) of
+            image: An array (H, W) or (H, W, 1) of gray, (H, W, 2) of gray and alpha, (H, W, 3) of
                 RGB or (H, W, 4) of RGB and alpha, uint8 or uint16; or a tensor (B, 3, H, W) or
                 (B, 1, H, W), floats in [0, 1].
             progress: Called with the number of tiles done and of all.
@@ -450,40 +446,40 @@ class Upscaler:
             a tensor's device stay, and values are clipped to the range.
 
         Raises:
-            ValueError: `picture` is of another shape or dtype.
+            ValueError: `image` is of another shape or dtype.
             UpscaleError: Memory does not suffice, or the results are not finite.
         """
-        if isinstance(picture, Tensor):
-            return self._tensor(picture, progress)
-        return self.many([picture], progress)[0]
+        if isinstance(image, Tensor):
+            return self._tensor(image, progress)
+        return self.many([image], progress)[0]
 
-    def tiling_error(self, picture: NDArray[Depth]) -> tuple[float, float] | None:
-        """Compute a picture in tiles and whole, and compare.
+    def tiling_error(self, image: NDArray[Depth]) -> tuple[float, float] | None:
+        """Compute an image in tiles and whole, and compare.
 
         Args:
-            picture: As `__call__` takes it; alpha is left out.
+            image: As `__call__` takes it; alpha is left out.
 
         Returns:
             The largest and the mean difference in levels of 0 to 255; None where it is computed
             whole anyway.
 
         Raises:
-            UpscaleError: Memory does not suffice for the whole picture.
+            UpscaleError: Memory does not suffice for the whole image.
         """
-        array = picture[..., None] if picture.ndim == 2 else picture
+        array = image[..., None] if image.ndim == 2 else image
         colour = array[..., :-1] if array.shape[2] in (2, 4) else array
         height, width = colour.shape[:2]
         tile = self.choose_tile(height, width)
         if not tile:
             return None
-        peak = np.iinfo(picture.dtype).max
+        peak = np.iinfo(image.dtype).max
         given = torch.from_numpy(colour.astype(np.int32)).permute(2, 0, 1)[None]
         try:
             (whole,) = self._rows(given, peak, 0, None)
         except Exception as error:
             if memory.is_out_of_memory(error):
                 raise UpscaleError(
-                    f"memory on {self.device} does not suffice for the whole picture, which tiles "
+                    f"memory on {self.device} does not suffice for the whole image, which tiles "
                     "are to be compared with: take a smaller one"
                 ) from error
             raise
@@ -518,7 +514,7 @@ class _Steps:
 
 
 def upscale(
-    picture: NDArray[Depth] | Tensor,
+    image: NDArray[Depth] | Tensor,
     weights: Path | str | Checkpoint | None = None,
     *,
     device: str | torch.device | None = None,
@@ -529,10 +525,10 @@ def upscale(
     scale: float | None = None,
     progress: Progress | None = None,
 ) -> NDArray[Depth] | Tensor:
-    """Enlarge one picture; `Upscaler`, whose arguments these are, loads once for many.
+    """Enlarge one image; `Upscaler`, whose arguments these are, loads once for many.
 
     Args:
-        picture: (H, W, 3) in RGB or (H, W), uint8 or uint16; what else, `Upscaler.__call__` says.
+        image: (H, W, 3) in RGB or (H, W), uint8 or uint16; what else, `Upscaler.__call__` says.
         weights: A file of weights; None takes those that come with the package.
         device: Where the network runs.
         dtype: "fp32", "bf16" or "fp16".
@@ -554,4 +550,4 @@ def upscale(
         ensemble=ensemble,
         scale=scale,
     )
-    return upscaler(picture, progress)
+    return upscaler(image, progress)

@@ -1,4 +1,4 @@
-"""Pictures into files, with their depth, alpha, colour profile and EXIF data."""
+"""Images into files, with their depth, alpha, colour profile and EXIF data."""
 
 import struct
 import zlib
@@ -12,7 +12,7 @@ from PIL import Image
 
 from dlgsanet_arch.data.images import Pixels
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import written_whole
+from dlgsanet_arch.files import written_atomically
 
 # Formats by the names that users give them, and the suffixes that mean them.
 FORMATS = {
@@ -23,12 +23,12 @@ FORMATS = {
 }
 QUALITY = 95
 _LONGEST = {"jpeg": 65_500, "webp": 16_383}
-_PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's number of a kind of picture, by channels
+_PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's number of a kind of image, by channels
 _BAND = 64  # rows that are filtered at a time
 
 
 class WriteError(UserError):
-    """A picture that cannot be written as asked."""
+    """An image that cannot be written as asked."""
 
 
 def format_of(path: Path) -> str | None:
@@ -38,16 +38,16 @@ def format_of(path: Path) -> str | None:
 
 
 def why_not(format: str, pixels: Pixels) -> str | None:
-    """Return why a format cannot hold a picture (H, W, C), None where it can."""
+    """Return why a format cannot hold an image (H, W, C), None where it can."""
     longest = _LONGEST.get(format)
     if longest is None:
         return None
     if pixels.dtype == np.uint16:
-        return f"{format} holds 8 bits and the picture has 16"
+        return f"{format} holds 8 bits and the image has 16"
     if format == "jpeg" and pixels.shape[2] in (2, 4):
         return "jpeg holds no transparency"
     if max(pixels.shape[:2]) > longest:
-        return f"{format} holds sides up to {longest:,} and the picture has {max(pixels.shape):,}"
+        return f"{format} holds sides up to {longest:,} and the image has {max(pixels.shape):,}"
     return None
 
 
@@ -142,7 +142,7 @@ def _write(
     image.save(file, format.upper(), **options[format], **kept)
 
 
-def write_picture(
+def write_image(
     path: Path,
     format: str,
     pixels: Pixels,
@@ -151,25 +151,25 @@ def write_picture(
     exif: bytes | None = None,
     quality: int = QUALITY,
 ) -> None:
-    """Write a picture, whole or not at all.
+    """Write an image, whole or not at all.
 
     Args:
         path: The file; its folder is made where it is missing.
         format: A key of `FORMATS`.
         pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha.
         icc: The colour profile.
-        exif: EXIF data as `StoredPicture` has it; 16-bit TIFF files go without.
+        exif: EXIF data as `StoredImage` has it; 16-bit TIFF files go without.
         quality: Of JPEG and WebP, 1 to 100.
 
     Raises:
-        WriteError: The format cannot hold the picture, or the file cannot be written.
+        WriteError: The format cannot hold the image, or the file cannot be written.
     """
     reason = why_not(format, pixels)
     if reason is not None:
         raise WriteError(f"{path} cannot be written: {reason}; use --format png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with written_atomically(path) as file:
             _write(file, format, pixels, icc, exif, quality)
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ def dynamic_dwconv_reference(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve each pixel's neighbourhood with that pixel's own filter.
 
     out[b, c, y, x] = Σ_ij weight[b, g(c), i, j, y, x] · in[b, c, y + i - K//2, x + j - K//2],
-    zero outside the picture, with g(c) = c // (C // G) and no softmax (paper, MHDLSA).
+    zero outside the image, with g(c) = c // (C // G) and no softmax (paper, MHDLSA).
     Unfold makes the K² shifted copies of the input, all in memory at once.
 
     Args:

@@ -6,7 +6,7 @@ what is wrong; the fix". To add a check, write it where its like are and name it
 `CHECKS`: `required` has what must be there, `keys` what may be there, `values` what it may be,
 `cross_checks` what must fit together, and `paths` the files that are named. A check must bear any
 YAML: a section may be absent, empty or no section at all, which `required` alone reports. What
-pictures and weights hold is looked at by the pipeline.
+images and weights hold is checked by the pipeline.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Options to be looked at, and how a report names what is near."""
+"""Options to be checked, and how a report names what is near."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -71,7 +71,7 @@ class Context:
                 yield str(key)
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """Yield path and value of everything that is no section, a list's elements one by one."""
+        """Yield path and value of all that is not a section, a list's elements one by one."""
         for path, section in self.sections():
             for key, value in section.items():
                 if not isinstance(value, Mapping):

@@ -143,7 +143,7 @@ def _loaders(context: Context) -> Iterator[str]:
         mode = dataset.get("prefetch_mode")
         if mode == "cpu":
             yield (
-                f"{path}:prefetch_mode: with cpu, one picture that cannot be read makes BasicSR "
+                f"{path}:prefetch_mode: with cpu, one image that cannot be read makes BasicSR "
                 "wait for ever; leave it out: workers read ahead without it"
             )
         elif mode == "cuda" and dataset.get("pin_memory") is not True:
@@ -157,7 +157,7 @@ def _loaders(context: Context) -> Iterator[str]:
 
 
 def _parts(context: Context) -> Iterator[str]:
-    """A batch is worked on in parts, a large picture in tiles."""
+    """A batch is worked on in parts, a large image in tiles."""
     batch = context.section("datasets:train").get("batch_size_per_gpu")
     parts = context.section("train").get("accumulation")
     if is_whole(batch) and is_whole(parts) and parts > batch:

@@ -9,29 +9,29 @@ from dlgsanet_arch.options.schema import known_dataset
 
 _ROLES = {"train": "training", "val": "validation", "test": "test"}
 _CONTENTS = {"dataroot_gt": "HR", "dataroot_lq": "LR"}
-_PICTURE_SUFFIXES = frozenset(
+_IMAGE_SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 _HOW_TO_GET_DATA = "correct the path, or get the data as datasets/README.md says"
 
 
 def _folder_fault(folder: Path) -> str:
-    """Say what keeps `folder` from being a folder of pictures, or return nothing."""
+    """Say what keeps `folder` from being a folder of images, or return nothing."""
     if not folder.exists():
         return "does not exist"
     if not folder.is_dir():
-        return "is no folder"
+        return "is not a folder"
     if (folder / "data.mdb").exists():
         return "is an LMDB: write `io_backend: {type: lmdb}`"
-    if not any(entry.suffix.lower() in _PICTURE_SUFFIXES for entry in folder.iterdir()):
-        return "holds no pictures (sub-folders are not searched)"
+    if not any(entry.suffix.lower() in _IMAGE_SUFFIXES for entry in folder.iterdir()):
+        return "holds no images (sub-folders are not searched)"
     return ""
 
 
 def _lmdb_fault(folder: Path) -> str:
     """Say what keeps `folder` from being an LMDB as BasicSR reads it, or return nothing."""
     if folder.suffix != ".lmdb":
-        return "is no LMDB by its name, which must end in .lmdb; for pictures write `type: disk`"
+        return "is not an LMDB by its name, which must end in .lmdb; for images write `type: disk`"
     if not folder.exists():
         return "does not exist"
     for name in ("data.mdb", "meta_info.txt"):
@@ -43,7 +43,7 @@ def _lmdb_fault(folder: Path) -> str:
 
 
 def _list_fault(listing: Path) -> str:
-    """Say what keeps `listing` from being a list of pictures' names, or return nothing."""
+    """Say what keeps `listing` from being a list of images' names, or return nothing."""
     if not listing.is_file():
         return "does not exist"
     return "" if listing.stat().st_size else "is empty"
@@ -55,7 +55,7 @@ def owner(phase: str, dataset: Mapping[str, Any]) -> str:
 
 
 def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the places that a data set's pictures are read from.
+    """Yield what is wrong with the places that a data set's images are read from.
 
     Args:
         context: The options.
@@ -83,17 +83,17 @@ def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Ite
             if backend == "lmdb":
                 fault = _lmdb_fault(folder)
             elif listed:
-                fault = "" if folder.is_dir() else "is no folder"
+                fault = "" if folder.is_dir() else "is not a folder"
             else:
                 fault = _folder_fault(folder)
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
         if fault:
-            what = f"the {_CONTENTS[key]} pictures of {owner(phase, dataset)}"
+            what = f"the {_CONTENTS[key]} images of {owner(phase, dataset)}"
             yield f"datasets:{phase}:{key}: {what}: {folder} {fault}; {_HOW_TO_GET_DATA}"
 
 
-def _pictures(context: Context) -> Iterator[str]:
+def _images(context: Context) -> Iterator[str]:
     """Training and test sets must be there, with something in them."""
     for phase, dataset in context.datasets():
         yield from data_faults(context, phase, dataset)
@@ -112,4 +112,4 @@ def _weights(context: Context) -> Iterator[str]:
             yield f"path:{key}: there is no file {file}; {fix}"
 
 
-CHECKS = (_pictures, _weights)
+CHECKS = (_images, _weights)

@@ -49,7 +49,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         OptionsError: If there is no such file (a near name is suggested), it cannot be read, or it
-            is no YAML (the message has file, line and column), no mapping, or has a key twice.
+            is not YAML (the message has file, line and column), no mapping, or has a key twice.
     """
     try:
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -59,16 +59,18 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise OptionsError(f"{path} is no option file: it is no UTF-8 text ({error})") from error
+        raise OptionsError(
+            f"{path} is not an option file: it is not UTF-8 text ({error})"
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         said = ", ".join(part for part in (error.context, error.problem) if part)
         raise OptionsError(
-            f"{place}: this is no YAML: {said}; mend this line or the one above"
+            f"{place}: this is not YAML: {said}; fix this line or the one above"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!float` before no number
-        raise OptionsError(f"{path}: this is no YAML: {error}") from error
+        raise OptionsError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(options, dict):
         found = "nothing" if options is None else f"a {type(options).__name__}"
         raise OptionsError(
@@ -81,7 +83,7 @@ def load(path: Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Read one value as an option file would: ``1e-4``, ``[1, 2]``, ``~``, ``true``, ``'a'``.
 
-    ``None`` is ``~``, as BasicSR reads it there. What is no YAML, such as ``{}x4``, is text.
+    ``None`` is ``~``, as BasicSR reads it there. What is not YAML, such as ``{}x4``, is text.
 
     Args:
         text: The value.
@@ -121,7 +123,7 @@ def _set(options: dict[str, Any], path: str, value: Any) -> str:
     for depth, key in enumerate(keys, 1):
         above = ":".join(keys[: depth - 1])
         if not isinstance(node, dict):
-            return f"{above} is no section of keys; it is {node!r}"
+            return f"{above} is not a section of keys; it is {node!r}"
         if key not in node and (fault := _fault_of_new(context, above, key)):
             return fault
         if depth == len(keys):
@@ -140,7 +142,7 @@ def override(options: dict[str, Any], entries: Sequence[str]) -> None:
         entries: Texts "a:b=value": the path of a key, then its new value as `parse_value` reads it.
 
     Raises:
-        OptionsError: Lists every entry that is no assignment or whose key is not known.
+        OptionsError: Lists every entry that is not an assignment or whose key is not known.
     """
     trial = copy.deepcopy(options)
     problems = []

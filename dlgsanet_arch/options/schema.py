@@ -43,7 +43,7 @@ _GAN_TRAIN = ("optim_d", "gan_opt", "net_d_iters", "net_d_init_iters")
 _FAST_TRAIN = ("amp", "channels_last", "compile", "clip_grad_norm", "accumulation")
 
 # What RealESRNetModel and RealESRGANModel read beside the sections, with the published values:
-# they make LR pictures from HR ones while they train.
+# they make LR images from HR ones while they train.
 DEGRADATIONS = {
     "gt_size": "256",
     "resize_prob": "[0.2, 0.7, 0.1]",
@@ -73,7 +73,7 @@ class ModelKeys:
         train: In `train`.
         top: Beside the sections.
         gan: Whether it trains a discriminator.
-        real: Whether it makes LR pictures itself.
+        real: Whether it makes LR images itself.
     """
 
     train: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class DatasetKeys:
 
     Args:
         folders: Which of its keys are folders or LMDBs, HR first.
-        listing: The key of its list of pictures.
+        listing: The key of its list of images.
         keys: The others, beside what every data set has.
         normalised: Whether it takes `mean` and `std`.
     """
@@ -165,7 +165,7 @@ SCHEDULERS = {
     "MultiStepRestartLR": _MULTI_STEP,
     "CosineAnnealingRestartLR": ("periods", "restart_weights", "eta_min", "last_epoch"),
 }
-# Metrics are called with the pictures, and `better` is read by whoever compares their values.
+# Metrics are called with the images, and `better` is read by whoever compares their values.
 _GIVEN_TO_METRICS = ("img", "img2")
 _ARGUMENTS = {"network_*": "arch", "train:*_opt": "loss", "val:metrics:*": "metric"}
 
@@ -218,7 +218,7 @@ def torch_optimizers() -> tuple[str, ...]:
 
 
 def known_model(context: Context) -> ModelKeys | None:
-    """Return what the model reads, None where it is no model of BasicSR's or this package's."""
+    """Return what the model reads, None where it is not a model of BasicSR's or this package's."""
     name = context.options.get("model_type")
     model = context.registered_as("model", name)
     if model is not None and not comes_from(model, "basicsr", "dlgsanet_arch"):

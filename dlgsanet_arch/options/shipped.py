@@ -38,7 +38,9 @@ def path_of(name: str, *, train: bool) -> Path:
     known = names(train=train)
     if name not in known:
         verb = "train" if train else "test"
-        listed = f"shipped to {verb}: {', '.join(known) or 'none, the installation is not whole'}"
+        listed = (
+            f"shipped to {verb}: {', '.join(known) or 'none, the installation is not complete'}"
+        )
         raise OptionsError(
             f"there is no file {name!r}, and no shipped option file of that name"
             f"{suggest(name, known)}; {listed}"

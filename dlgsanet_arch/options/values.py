@@ -1,4 +1,4 @@
-"""What a key's value may be, looked at by itself."""
+"""What a key's value may be, checked by itself."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase

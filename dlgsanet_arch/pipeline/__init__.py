@@ -2,7 +2,7 @@
 
 `preparation` checks all that a run needs before anything is created; `loop` trains, `evaluation`
 validates and tests, `saving` and `resume` keep and find checkpoints. They run any option file of
-BasicSR's for a network of single pictures.
+BasicSR's for a network of single images.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def _runs() -> ModuleType:
 def train(root: Path, argv: Sequence[str]) -> None:
     """Train as an option file says.
 
-    An earlier run of the same name is renamed, unless ``--auto_resume`` goes on with it.
+    An earlier run of the same name is renamed, unless ``--auto_resume`` resumes it.
 
     Args:
         root: Folder that relative paths, ``experiments/`` and ``tb_logger/`` are below, unless
@@ -36,7 +36,7 @@ def train(root: Path, argv: Sequence[str]) -> None:
     Raises:
         UserError: BasicSR is missing, or something that the run needs is wrong: then nothing was
             created or renamed. Or the run met a bad sample, a loss that is not finite, or a
-            checkpoint that cannot be written: then the checkpoints before are whole.
+            checkpoint that cannot be written: then the checkpoints before are complete.
         Interrupted: A signal asked for the end; the iteration at hand is saved.
         SystemExit: The command line cannot be understood, or asks for help.
     """
@@ -45,7 +45,7 @@ def train(root: Path, argv: Sequence[str]) -> None:
 
 
 def test(root: Path, argv: Sequence[str]) -> None:
-    """Test weights as an option file says: measure, and save the pictures it asks for.
+    """Test weights as an option file says: measure, and save the images it asks for.
 
     Args:
         root: Folder that relative paths and ``results/`` are below, unless `argv` has

@@ -1,8 +1,8 @@
-"""Validation and test of BasicSR's models for single pictures, of any class.
+"""Validation and test of BasicSR's models for single images, of any class.
 
-`install` puts it on the model that `build_model` returned. Pictures are loaded by workers and
+`install` puts it on the model that `build_model` returned. Images are loaded by workers and
 divided among the processes; PSNR and SSIM are taken where the output is; and all processes get the
-figures of all pictures, whose means do not depend on how they were divided. File names, the log's
+figures of all images, whose means do not depend on how they were divided. File names, the log's
 lines and what the model keeps are BasicSR's.
 """
 
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from dlgsanet_arch import metrics
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_json, write_whole
+from dlgsanet_arch.files import disk_faults_named, write_atomically, write_json
 from dlgsanet_arch.pipeline.logs import progress_bar
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import Samples, collate, preserved_randomness, start_worker
@@ -43,8 +43,8 @@ from dlgsanet_arch.tiles import Run, run_in_tiles, self_ensemble
 DEFAULT_OVERLAP = 32  # of tiles, in LR pixels; at most half a tile
 REPORT = "evaluation.json"
 
-# What a validation's pictures are shown as in TensorBoard: few, and their middle.
-_SHOWN_PICTURES, _SHOWN_SIDE = 4, 512
+# What a validation's images are shown as in TensorBoard: few, and their middle.
+_SHOWN_IMAGES, _SHOWN_SIDE = 4, 512
 
 _ON_DEVICE: dict[str, Callable[[metrics.Compared], Tensor]] = {
     "calculate_psnr": metrics.Compared.psnr,
@@ -61,15 +61,15 @@ _REPLACED = {
 
 
 class EvaluationError(UserError):
-    """A picture that cannot be read, run, measured or written; the message names it."""
+    """An image that cannot be read, run, measured or written; the message names it."""
 
 
 class Row(NamedTuple):
-    """One picture.
+    """One image.
 
     Args:
         name: Its file's name without suffix.
-        values: The figure of each metric: inf for the PSNR of identical pictures, nan where the
+        values: The figure of each metric: inf for the PSNR of identical images, nan where the
             network's output was not finite.
     """
 
@@ -84,10 +84,10 @@ class Evaluation:
     Args:
         dataset: Name of the data set.
         iteration: The iteration validated, or in a test the name of the run.
-        rows: All pictures in the order of their paths; none where a model has a validation of
+        rows: All images in the order of their paths; none where a model has a validation of
             its own.
-        means: Of each metric, over all pictures but the identical ones; inf where all are.
-        identical: Number of pictures that equal the ground truth, so that their PSNR is inf.
+        means: Of each metric, over all images but the identical ones; inf where all are.
+        identical: Number of images that equal the ground truth, so that their PSNR is inf.
     """
 
     dataset: str
@@ -97,8 +97,8 @@ class Evaluation:
     identical: int = 0
 
 
-class Pictures:
-    """A data set's pictures in the order of their paths, one at a time; made by `build_loader`.
+class Images:
+    """A data set's images in the order of their paths, one at a time; made by `build_loader`.
 
     Iterated over, it gives all of them, as BasicSR's own validations want; `share` gives those of
     this process.
@@ -125,10 +125,10 @@ class Pictures:
         return (batch for _, batch in self._read(range(len(self))))
 
     def share(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Give number and content of each picture of this process: every world-th from its rank.
+        """Give number and content of each image of this process: every world-th from its rank.
 
         Raises:
-            EvaluationError: A picture cannot be read.
+            EvaluationError: An image cannot be read.
         """
         return self._read(self.shared)
 
@@ -145,27 +145,27 @@ class Pictures:
         for number, (batch, bad) in zip(numbers, loader, strict=True):
             if batch is None:
                 raise EvaluationError(
-                    f"{bad[0]}; mend the file or take it out (`dlgsanet data verify` names all)"
+                    f"{bad[0]}; fix the file or take it out (`dlgsanet data verify` names all)"
                 )
             yield number, batch
 
 
-def build_loader(dataset_opt: Mapping[str, Any], processes: Processes) -> Pictures:
-    """Build a data set of an option file and what reads its pictures.
+def build_loader(dataset_opt: Mapping[str, Any], processes: Processes) -> Images:
+    """Build a data set of an option file and what reads its images.
 
     Args:
         dataset_opt: A `val` or `test` entry of `datasets`; `num_worker_per_gpu` (default 1) says
             how many workers read.
-        processes: The processes of the run, among which the pictures are divided.
+        processes: The processes of the run, among which the images are divided.
 
     Raises:
-        EvaluationError: The data set has no picture.
+        EvaluationError: The data set has no image.
     """
     dataset = build_dataset(dataset_opt)
     if len(dataset) == 0:
-        raise EvaluationError(f"the data set {dataset_opt['name']} has no picture")
+        raise EvaluationError(f"the data set {dataset_opt['name']} has no image")
     workers = dataset_opt.get("num_worker_per_gpu")
-    return Pictures(
+    return Images(
         Samples(dataset),
         processes,
         workers=1 if workers is None else int(workers),
@@ -181,8 +181,8 @@ def _run_otherwise(model: Any) -> None:
         model.test()
         return
 
-    def run(picture: Tensor) -> Tensor:
-        model.lq = picture
+    def run(image: Tensor) -> Tensor:
+        model.lq = image
         model.test()
         return _tensor_of(model, "output")
 
@@ -201,22 +201,22 @@ def _tensor_of(model: Any, name: str) -> Tensor:
     value = getattr(model, name, None)
     if not torch.is_tensor(value):
         raise EvaluationError(
-            f"val:self_ensemble and val:tile give pictures as `lq` to a model's test() and take "
+            f"val:self_ensemble and val:tile give images as `lq` to a model's test() and take "
             f"`output` from it; {type(model).__name__} has no `{name}`: leave them out"
         )
     return value
 
 
 def _result(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Return output and ground truth of the picture at hand, on the device where they can be."""
+    """Return output and ground truth of the image at hand, on the device where they can be."""
     if type(model).get_current_visuals is SRModel.get_current_visuals:
         return model.output.detach(), getattr(model, "gt", None)
     visuals = model.get_current_visuals()
     return visuals["result"], visuals.get("gt")
 
 
-def _forget_picture(model: Any) -> None:
-    """Free the picture at hand; a set without ground truth would be given the last one's."""
+def _forget_image(model: Any) -> None:
+    """Free the image at hand; a set without ground truth would be given the last one's."""
     for name in ("lq", "gt", "output"):
         vars(model).pop(name, None)
 
@@ -231,14 +231,14 @@ def _needs_target(metric: Mapping[str, Any]) -> bool:
 def _measure(
     output: Tensor, target: Tensor | None, wanted: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Tensor | float]:
-    """Return the figures of one picture, PSNR and SSIM as tensors where the output is.
+    """Return the figures of one image, PSNR and SSIM as tensors where the output is.
 
     Raises:
         ValueError: The two cannot be compared.
     """
     figures: dict[str, Tensor | float] = {}
     compared: dict[tuple[int, bool], metrics.Compared] = {}
-    pictures: dict[str, np.ndarray] = {}
+    images: dict[str, np.ndarray] = {}
     for name, metric in wanted.items():
         if metric["type"] in _ON_DEVICE:
             key = int(metric["crop_border"]), bool(metric.get("test_y_channel", False))
@@ -249,39 +249,39 @@ def _measure(
                 )
             figures[name] = _ON_DEVICE[metric["type"]](compared[key])[0]
             continue
-        if not pictures:
-            pictures["img"] = tensor2img([output])
+        if not images:
+            images["img"] = tensor2img([output])
             if target is not None:
-                pictures["img2"] = tensor2img([target])
-        figures[name] = float(calculate_metric(pictures, metric))
+                images["img2"] = tensor2img([target])
+        figures[name] = float(calculate_metric(images, metric))
     return figures
 
 
 def _file(opt: Mapping[str, Any], dataset: str, name: str, iteration: int | str) -> Path:
-    """Where BasicSR saves a picture of a validation or test."""
+    """Where BasicSR saves an image of a validation or test."""
     folder = Path(opt["path"]["visualization"])
     if opt["is_train"]:
         return folder / name / f"{name}_{iteration}.png"
     return folder / dataset / f"{name}_{opt['val'].get('suffix') or opt['name']}.png"
 
 
-def _save(picture: Tensor, path: Path) -> None:
-    with disk_faults_named(f"the picture {path} cannot be written"):
+def _save(image: Tensor, path: Path) -> None:
+    with disk_faults_named(f"the image {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, cv2.imencode(".png", tensor2img([picture]))[1].tobytes())
+        write_atomically(path, cv2.imencode(".png", tensor2img([image]))[1].tobytes())
 
 
-def _shown(picture: Tensor) -> np.ndarray:
-    """Return the middle of a picture (1, C, H, W) as TensorBoard takes it, (C, H, W) uint8."""
-    picture = picture[0]
+def _shown(image: Tensor) -> np.ndarray:
+    """Return the middle of an image (1, C, H, W) as TensorBoard takes it, (C, H, W) uint8."""
+    image = image[0]
     for axis in (1, 2):
-        size = min(picture.shape[axis], _SHOWN_SIDE)
-        picture = picture.narrow(axis, (picture.shape[axis] - size) // 2, size)
-    return metrics.to_8_bits(picture).nan_to_num().to(torch.uint8).cpu().numpy()
+        size = min(image.shape[axis], _SHOWN_SIDE)
+        image = image.narrow(axis, (image.shape[axis] - size) // 2, size)
+    return metrics.to_8_bits(image).nan_to_num().to(torch.uint8).cpu().numpy()
 
 
 class _Measured(NamedTuple):
-    """A picture's place in the data set, its row, and what TensorBoard is to show of it."""
+    """An image's place in the data set, its row, and what TensorBoard is to show of it."""
 
     number: int
     row: Row
@@ -303,43 +303,43 @@ _FINITE = "output is finite"  # beside the metrics, until the figures are fetche
 
 def _measure_share(
     model: Any,
-    pictures: Pictures,
+    images: Images,
     iteration: int | str,
     processes: Processes,
     *,
     save_img: bool,
     shown: int,
 ) -> list[_Measured]:
-    """Run, measure and save the pictures of this process.
+    """Run, measure and save the images of this process.
 
     Args:
         model: Of any class that BasicSR's validation works with.
-        pictures: What is read.
+        images: What is read.
         iteration: In names of files.
         processes: The processes of the run.
-        save_img: Whether pictures are saved.
-        shown: Number of pictures of the data set that TensorBoard shows.
+        save_img: Whether images are saved.
+        shown: Number of images of the data set that TensorBoard shows.
 
     Raises:
-        EvaluationError: A picture cannot be read or measured.
-        UserError: A picture cannot be written.
+        EvaluationError: An image cannot be read or measured.
+        UserError: An image cannot be written.
     """
-    opt, dataset = model.opt, pictures.dataset.opt["name"]
+    opt, dataset = model.opt, images.dataset.opt["name"]
     wanted = dict(opt["val"].get("metrics") or {})
     numbers, names, figures, thumbnails = [], [], [], []
     with_bar = opt["val"].get("pbar", True)
     with (
-        progress_bar(processes, len(pictures.shared), 0, "picture")
+        progress_bar(processes, len(images.shared), 0, "image")
         if with_bar
         else nullcontext() as bar
     ):
-        for number, batch in pictures.share():
+        for number, batch in images.share():
             name = Path(batch["lq_path"][0]).stem
-            _forget_picture(model)
+            _forget_image(model)
             model.feed_data(batch)
             _run_otherwise(model)
             output, target = _result(model)
-            _forget_picture(model)
+            _forget_image(model)
             if target is None:
                 wanted = _without_target(wanted, dataset)
             finite = output.isfinite().all()  # before tensor2img, which clamps in place on a CPU
@@ -390,7 +390,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     """Leave a model's networks and this process's random numbers as they are.
 
     In the block, networks are without DistributedDataParallel: it sends buffers in each forward,
-    and processes with one picture less would be waited for.
+    and processes with one image less would be waited for.
     """
     networks = {
         name: value
@@ -412,7 +412,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_synthesis(model: Any) -> Iterator[None]:
-    """Let the Real-ESRGAN models take pictures as they are."""
+    """Let the Real-ESRGAN models take images as they are."""
     if type(model).nondist_validation not in _WITHOUT_SYNTHESIS:
         yield
         return
@@ -424,7 +424,7 @@ def _without_synthesis(model: Any) -> Iterator[None]:
 
 
 def _mean(values: Sequence[float], *, higher_is_better: bool) -> float:
-    """Return the mean of all but the identical pictures' figures, the same in whatever order."""
+    """Return the mean of all but the identical images' figures, the same in whatever order."""
     counted = [value for value in values if not (higher_is_better and value == math.inf)]
     return math.fsum(counted) / len(counted) if counted else math.inf
 
@@ -488,7 +488,7 @@ def _report(model: Any, found: Evaluation, tb_logger: Any) -> None:
 def _validate(
     model: Any,
     processes: Processes,
-    dataloader: Pictures,
+    dataloader: Images,
     current_iter: int | str,
     tb_logger: Any,
     save_img: bool = False,
@@ -496,7 +496,7 @@ def _validate(
     """Stand in for a model's `validation`; every process calls, and each gets the whole result.
 
     Raises:
-        UserError: A picture cannot be read, measured or written.
+        UserError: An image cannot be read, measured or written.
     """
     dataset = dataloader.dataset.opt["name"]
     shows = processes.share(tb_logger is not None and model.opt["is_train"])
@@ -510,7 +510,7 @@ def _validate(
                 current_iter,
                 processes,
                 save_img=save_img,
-                shown=_SHOWN_PICTURES if shows else 0,
+                shown=_SHOWN_IMAGES if shows else 0,
             )
     except Exception as caught:  # the others wait for this process, and are to learn of it
         error = caught
@@ -533,7 +533,7 @@ def _validate_by_its_own(
     model: Any,
     processes: Processes,
     validation: Callable[..., None],
-    dataloader: Pictures,
+    dataloader: Images,
     current_iter: int | str,
     tb_logger: Any,
     save_img: bool = False,
@@ -579,7 +579,7 @@ def _readable(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def write_reports(evaluations: Sequence[Evaluation], folder: Path) -> None:
-    """Write all figures of a test: `<data set>.csv` by picture, and `evaluation.json` with means.
+    """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
 
     Infinite figures are written as ``inf``, and undefined ones as ``nan``.
 
@@ -595,11 +595,11 @@ def write_reports(evaluations: Sequence[Evaluation], folder: Path) -> None:
         for each in evaluations:
             text = io.StringIO()
             table = csv.writer(text, lineterminator="\n")
-            table.writerow(["picture", *each.means])
+            table.writerow(["image", *each.means])
             table.writerows(
                 [row.name, *(row.values[name] for name in each.means)] for row in each.rows
             )
-            write_whole(folder / f"{each.dataset}.csv", text.getvalue().encode())
+            write_atomically(folder / f"{each.dataset}.csv", text.getvalue().encode())
         write_json(
             folder / REPORT,
             {
@@ -607,9 +607,7 @@ def write_reports(evaluations: Sequence[Evaluation], folder: Path) -> None:
                     "iteration": each.iteration,
                     "means": _readable(each.means),
                     "identical": each.identical,
-                    "pictures": [
-                        {"picture": row.name, **_readable(row.values)} for row in each.rows
-                    ],
+                    "images": [{"image": row.name, **_readable(row.values)} for row in each.rows],
                 }
                 for each in evaluations
             },

@@ -34,12 +34,12 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--auto_resume",
         action="store_true",
-        help="go on from the run's newest whole checkpoint; without it an old run is renamed",
+        help="resume from the run's newest complete checkpoint; without it an old run is renamed",
     )
     parser.add_argument(
         "--apply_edits",
         action="store_true",
-        help="when going on, take optimizer, schedule and seed from the option file as it is now",
+        help="when resuming, take optimizer, schedule and seed from the option file as it is now",
     )
     parser.add_argument(
         "--import",

@@ -1,7 +1,7 @@
 """The keys of an LMDB with the places of their values, read without the values.
 
 The lmdb package touches every page of a value that it passes, so that listing the keys of a
-training set reads all its pictures: a minute or more from a cold disk. The pages of LMDB's B+ tree
+training set reads all its images: a minute or more from a cold disk. The pages of LMDB's B+ tree
 are a ten-thousandth of that. Their format is LMDB's data version 1, which has not changed since
 2013: a header of 16 bytes, then the offsets of the page's nodes, then the nodes. As nothing is
 opened by LMDB, a database that is open in this process can be read, too.
@@ -93,7 +93,7 @@ def read_index(path: Path) -> dict[str, Value]:
         path: Its `data.mdb`.
 
     Raises:
-        UserError: It is no LMDB, damaged or cut short.
+        UserError: It is not an LMDB, damaged or cut short.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:

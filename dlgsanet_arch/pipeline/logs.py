@@ -35,7 +35,7 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Writes lines to a file; where that fails, a full disk say, the run goes on and it is said."""
+    """Writes lines to a file; where that fails (a full disk), it warns, and the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -151,7 +151,7 @@ def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first
     if missing:
         log.warning(
             f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
-            f"{' '.join(missing)}); the run goes on without, log.jsonl in its folder has the same"
+            f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the same"
         )
     if wants_wandb and "wandb" not in missing:
         from basicsr.utils import init_wandb_logger

@@ -1,4 +1,4 @@
-"""The training loop: it ends at `total_iter`, and goes on from anywhere as if it had not stopped.
+"""The training loop: it ends at `total_iter`, and resumes from anywhere as if it had not stopped.
 
 The order of an iteration is the learning rate, the step, the log, the checkpoint, the validation.
 A state that is saved before its iteration's validation says so, and a resumed run validates first.
@@ -65,8 +65,8 @@ class _BadSamples:
                 why = "no good sample could be found in their place"
             lines = "\n  ".join(map(str, found))
             raise ReadingError(
-                f"bad samples in the training set ({why}; mend them, see `dlgsanet data verify`, "
-                f"and go on with --auto_resume):\n  {lines}"
+                f"bad samples in the training set ({why}; fix them, see `dlgsanet data verify`, "
+                f"and resume with --auto_resume):\n  {lines}"
             )
         self.found = dict.fromkeys(found)
         for number, each in enumerate(new, len(found) - len(new) + 1):
@@ -101,7 +101,7 @@ class Training:
         opt: The run's options, complete; its folders exist.
         processes: The processes of the run.
         log: Its logs.
-        start: What it goes on from.
+        start: What it resumes from.
         apply_edits: Whether optimizer, schedule and seed are those of the options, where the run
             so far had others.
     """
@@ -134,7 +134,7 @@ class Training:
             if said.epoch_length != self._sampling.epoch_length:
                 log.warning(
                     f"an epoch of the training set has {self._sampling.epoch_length} positions and "
-                    f"had {said.epoch_length}: the run goes on with the next epoch"
+                    f"had {said.epoch_length}: the run continues with the next epoch"
                 )
                 place = place._replace(position=self._sampling.epoch_length)
         self._progress = Progress(
@@ -217,7 +217,7 @@ class Training:
             restore_randomness(generators[self._processes.rank])
         elif generators:
             self._log.warning(
-                f"the run goes on with {self._processes.world} processes and had "
+                f"the run continues with {self._processes.world} processes and had "
                 f"{len(generators)}: what the network itself draws at random is drawn anew"
             )
         self._log.info(
@@ -234,7 +234,7 @@ class Training:
                 self._log.info(f"edited since the run began, and applied: {change}")
             else:
                 self._log.warning(
-                    f"edited since the run began, and NOT used: {change}; the run goes on with "
+                    f"edited since the run began, and NOT used: {change}; the run continues with "
                     "what its state holds; --apply_edits puts the option file's in force"
                 )
 
@@ -302,7 +302,7 @@ class Training:
                     raise
                 raise ReadingError(
                     f"a worker that reads the training set died ({error}); where memory ran out, "
-                    "lower datasets:train:num_worker_per_gpu; go on with --auto_resume"
+                    "lower datasets:train:num_worker_per_gpu; resume with --auto_resume"
                 ) from error
             if bad or batch is None:
                 self._bad.add(bad, replaced=batch is not None)
@@ -459,6 +459,6 @@ class Training:
         self._save_unsaved()
         self._log.record("stop", iter=iteration, reason=str(request))
         raise Interrupted(
-            f"{request} at iteration {iteration}, which is saved; go on with --auto_resume",
+            f"{request} at iteration {iteration}, which is saved; resume with --auto_resume",
             request.status,
         )

@@ -54,7 +54,7 @@ class Prepared:
     Args:
         opt: Its options as BasicSR's parts take them, with `root_path`, `as_given` and paths.
         option_file: The file they are from.
-        start: What a training goes on from.
+        start: What a training resumes from.
         notes: What the log should say, as (is a warning, line).
         arguments: The command line's.
     """
@@ -70,7 +70,7 @@ class _Checked(NamedTuple):
     """What was found out before a run; start and notes as in Prepared.
 
     Args:
-        start: What a training goes on from.
+        start: What a training resumes from.
         notes: What the log should say.
         changes: Values of options by path that follow from the weights.
     """

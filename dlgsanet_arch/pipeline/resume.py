@@ -1,7 +1,7 @@
-"""What a training run goes on from: the newest whole pair of state and networks.
+"""What a training run resumes from: the newest complete pair of state and networks.
 
-A pair is whole when every file of it can be read to the end and is the one that was saved with the
-state. What is not is left out with a line that says so, and the pair before it is taken.
+A pair is complete when every file of it can be read to the end and is the one that was saved with
+the state. What is not is left out with a line that says so, and the pair before it is taken.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlgsanet_arch._basicsr import read_state
-from dlgsanet_arch.checkpoint import CheckpointError, check_whole
+from dlgsanet_arch.checkpoint import CheckpointError, check_complete
 from dlgsanet_arch.errors import ResumeError
 from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.saving import numbered
@@ -46,10 +46,10 @@ def _checked(state_path: Path, options: Mapping[str, Any]) -> Start:
     """Read a pair to the end.
 
     Raises:
-        ResumeError: It is not whole; the message names the file.
+        ResumeError: It is not complete; the message names the file.
     """
     try:
-        check_whole(state_path)
+        check_complete(state_path)
     except CheckpointError as error:
         raise ResumeError(str(error)) from error
     state = read_state(state_path)
@@ -69,7 +69,7 @@ def _checked(state_path: Path, options: Mapping[str, Any]) -> Start:
         if not path.is_file():
             raise ResumeError(f"{state_path} belongs to the weights {path}, which are not there")
         try:
-            found = check_whole(path)
+            found = check_complete(path)
         except CheckpointError as error:
             raise ResumeError(str(error)) from error
         if checksums and found != checksums[path.name]:
@@ -93,12 +93,12 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
     Args:
         options: The run's options, `name` as the run will use it.
         root: Folder that holds ``experiments/`` and that relative paths are below.
-        auto_resume: Whether to go on from the newest whole pair of the run's own folder; a run
+        auto_resume: Whether to resume from the newest complete pair of the run's own folder; a run
             that ended within its first save starts anew. Else ``path:resume_state`` names a
             state, if anything does. Its networks are beside it.
 
     Raises:
-        ResumeError: There is something to go on from, but no whole pair.
+        ResumeError: There is something to resume from, but no complete pair.
     """
     run = root / "experiments" / options["name"]
     named = options["path"].get("resume_state")
@@ -124,8 +124,8 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         raise ResumeError(
             "\n  ".join(
                 [
-                    f"--auto_resume finds no whole pair of state and weights in {run}, which holds "
-                    "saved models; drop the flag to start anew (that run is then renamed), or set "
+                    f"--auto_resume finds no complete pair of state and weights in {run}, which "
+                    "holds saved models; drop the flag to start anew (that run is renamed), or set "
                     "path:pretrain_network_g to start from its weights",
                     *passed_over,
                 ]
@@ -134,7 +134,7 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
     if named:
         raise ResumeError(
             f"--auto_resume finds no run {run} and ignores path:resume_state {named}; drop the "
-            "flag to go on from that state"
+            "flag to resume from that state"
         )
     return Start()
 
@@ -176,7 +176,7 @@ def is_kept_by_state(path: str) -> bool:
 
 
 class AsEdited:
-    """Optimizer and schedule as the option file has them now, for a run that goes on.
+    """Optimizer and schedule as the option file has them now, for a run that continues.
 
     Made before the model's states are restored, put in force after: what the optimizers have
     learned stays, their settings and the schedule are those of the options, as if they had been so

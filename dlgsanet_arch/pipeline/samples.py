@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-_MOST_REPLACEMENTS = 16  # bad samples in a row before it is no matter of single samples
+_MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
 
 
 class Draw(NamedTuple):
@@ -85,7 +85,7 @@ def _seed_all(*numbers: int) -> None:
 
 
 def _fault(client: Any, place: str, key: str) -> str:
-    """Say what is wrong with an encoded picture, or return nothing."""
+    """Say what is wrong with an encoded image, or return nothing."""
     try:
         data = client.get(place, key)
     except Exception as error:  # whatever a storage backend raises
@@ -95,7 +95,7 @@ def _fault(client: Any, place: str, key: str) -> str:
     if not len(data):
         return "is empty"
     if cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is None:
-        return "cannot be decoded: it is damaged or no picture"
+        return "cannot be decoded: it is damaged or no image"
     return ""
 
 
@@ -125,7 +125,7 @@ def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
 def _in_order(dataset: Any) -> list[int]:
     """Return a data set's indices by path: BasicSR lists a folder in the order of the disk.
 
-    A run that goes on from a copy of the folder would otherwise draw other samples, and machines
+    A run that resumes from a copy of the folder would otherwise draw other samples, and machines
     that each have one would divide it each in its own way.
     """
     paths = getattr(dataset, "paths", None)

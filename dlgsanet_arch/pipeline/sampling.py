@@ -2,8 +2,8 @@
 
 An epoch is a shuffled list of positions, the same for every number of processes and workers. Each
 iteration takes the next `batch * world` positions, and each process its own piece of those: so
-processes together draw the batch that a single one of the same size would, and a run goes on at any
-position without reading what was drawn before.
+processes together draw the batch that a single one of the same size would, and a run continues at
+any position without reading what was drawn before.
 """
 
 import math

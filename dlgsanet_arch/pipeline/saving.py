@@ -1,4 +1,4 @@
-"""Checkpoints of a run, put on a model of any class: whole or absent, and complete.
+"""Checkpoints of a run, put on a model of any class: complete or absent, and complete.
 
 A pair is the state `<iteration>.state` and the networks `net_*_<iteration>.pth` that it names with
 their checksums; the state is written last. What BasicSR's state lacks for an exact resume is added
@@ -213,7 +213,7 @@ class Saver:
     def _remove_old(self, iteration: int) -> None:
         """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
 
-        What a kill or a fault left of later iterations is no pair to go on from, and does not
+        What a kill or a fault left of later iterations is not a pair to resume from, and does not
         count; the run writes it anew when it comes there.
         """
         if self._keep_last is None:

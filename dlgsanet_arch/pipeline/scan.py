@@ -1,9 +1,9 @@
-"""Every data set of an option file looked at before a run begins, and the room for what it writes.
+"""Every data set of an option file checked before a run begins, and the room for what it writes.
 
-Names, keys and counts are looked at in full, of an LMDB its index alone; sizes and colours
-by the headers of at most `MOST_HEADERS` pictures of a set, evenly spread. BasicSR meets what is
+Names, keys and counts are checked in full, of an LMDB its index alone; sizes and colours
+by the headers of at most `MOST_HEADERS` images of a set, evenly spread. BasicSR meets what is
 wrong here hours into a run, when it reads that sample, or says nothing: a list that names fewer
-pictures than there are, HR that is cropped to fit LR, 16 bits read as 8.
+images than there are, HR that is cropped to fit LR, 16 bits read as 8.
 """
 
 import io
@@ -31,17 +31,17 @@ from dlgsanet_arch.pipeline.lmdb_index import Value, read_index
 
 MOST_HEADERS = 2000
 _REMEDY = "make it again, or a new one by `dlgsanet data verify --fix`"
-# Bytes of a picture that are enough for its header: one page of the disk for most, more for one
+# Bytes of an image that are enough for its header: one page of the disk for most, more for one
 # with a colour profile or a preview in front.
 _HEADS = (2**12, 2**16)
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
-_FFHQ_PICTURES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
+_FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
 
 _BYTES = 4  # of a value, in float32
 _ADAM_STATES = 2  # values of an optimizer's state for each of the network's
 _BYTES_A_TENSOR = 400  # of a file, beside the tensor's values
-_FEWEST_PAIRS = 2  # there must be room for: the old one stays until the new one is whole
+_FEWEST_PAIRS = 2  # there must be room for: the old one stays until the new one is complete
 _GIGABYTE = 1e9
 
 
@@ -51,8 +51,8 @@ class Scan:
 
     Args:
         problems: What is wrong, one a line: the option's path, what is wrong, the fix.
-        warnings: What BasicSR changes in pictures without a word, one a line.
-        notes: How much was looked at, a line for each data set.
+        warnings: What BasicSR changes in images without a word, one a line.
+        notes: How much was checked, a line for each data set.
         samples: Number of samples by phase ("train", "val", …), of the sets that were listed.
     """
 
@@ -63,7 +63,7 @@ class Scan:
 
 
 class Header(NamedTuple):
-    """What a picture's header says.
+    """What an image's header says.
 
     Args:
         height: Rows, as BasicSR reads it: turned by its EXIF orientation.
@@ -81,10 +81,10 @@ class Header(NamedTuple):
 
 
 def read_header(source: Path | io.BytesIO) -> Header:
-    """Read a picture's header; no pixel is decoded.
+    """Read an image's header; no pixel is decoded.
 
     Raises:
-        OSError: It cannot be opened, or is no picture.
+        OSError: It cannot be opened, or is not an image.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,13 +111,13 @@ def read_header(source: Path | io.BytesIO) -> Header:
 
 @dataclass(frozen=True)
 class _Side:
-    """HR or LR pictures of a data set.
+    """HR or LR images of a data set.
 
     Args:
         option: The path of the option that names their place.
         place: The folder or LMDB.
-        names: What BasicSR calls the pictures, sample by sample.
-        header: Reads the header of one of those that are looked at; raises OSError.
+        names: What BasicSR calls the images, sample by sample.
+        header: Reads the header of one of those that are checked; raises OSError.
     """
 
     option: str
@@ -143,7 +143,7 @@ class _Database:
     Args:
         keys: Its list's, as BasicSR reads them: in order, and as often as they are listed.
         faults: What is wrong, a phrase behind the database's name each.
-        headers: By key, of those that are looked at; an OSError where one cannot be read.
+        headers: By key, of those that are checked; an OSError where one cannot be read.
     """
 
     keys: list[str]
@@ -168,7 +168,7 @@ def _list_faults(lines: Sequence[str], index: Mapping[str, Value]) -> Iterator[s
     silent = sorted(index.keys() - listed.keys())
     if silent and not missing_keys:
         yield (
-            f"holds {len(silent)} pictures that {META_INFO} does not list and that are never read: "
+            f"holds {len(silent)} images that {META_INFO} does not list and that are never read: "
             f"{_quoted(silent)}"
         )
     empty = sorted(key for key in listed if key in index and not index[key].length)
@@ -213,14 +213,14 @@ def _partner(name: str, template: str) -> str:
     """Return LR's file name for HR's, by `filename_tmpl`.
 
     Raises:
-        UserError: It is no template.
+        UserError: It is not a template.
     """
     base, suffix = os.path.splitext(os.path.basename(name))
     try:
         return f"{template.format(base)}{suffix}"
     except (LookupError, ValueError) as error:
         raise UserError(
-            f"filename_tmpl {template!r} is no template: write '{{}}', or such as '{{}}x4'"
+            f"filename_tmpl {template!r} is not a template: write '{{}}', or such as '{{}}x4'"
         ) from error
 
 
@@ -268,7 +268,7 @@ class _SetScan:
         count = len(whole[0].names)
         self._scan.samples[self._phase] = count
         if not count:
-            self._problem(whole[0].option, f"{whole[0].place} lists no pictures; fill the list")
+            self._problem(whole[0].option, f"{whole[0].place} lists no images; fill the list")
             return
         self._look(whole)
 
@@ -327,7 +327,7 @@ class _SetScan:
         option = f"{self._path}:{self._reads.listing}"
         blank = sum(not line.strip() for line in lines)
         if blank:
-            self._problem(option, f"{listing} has {blank} blank lines, each a picture; remove them")
+            self._problem(option, f"{listing} has {blank} blank lines, each an image; remove them")
         lines = [line.strip() for line in lines if line.strip()]
         keys = self._reads.folders
         if self._reads.listing == "meta_info" and len(keys) == 2:
@@ -348,7 +348,7 @@ class _SetScan:
         return names if self._all_there(names) else {}
 
     def _all_there(self, names: Mapping[str, Sequence[str]]) -> bool:
-        """Report pictures of a list that are not there."""
+        """Report images of a list that are not there."""
         fine = True
         for key, listed in names.items():
             folder = self._subject.resolve(self._options[key])
@@ -357,7 +357,7 @@ class _SetScan:
                 fine = False
                 self._problem(
                     f"{self._path}:{key}",
-                    f"{len(gone)} of {len(listed)} listed pictures are not in {folder}: "
+                    f"{len(gone)} of {len(listed)} listed images are not in {folder}: "
                     f"{_quoted(gone)}; correct the list, or filename_tmpl",
                 )
         return fine
@@ -389,9 +389,9 @@ class _SetScan:
         positions = _spread(range(len(sides[0].names)))
         headers = [self._headers(side, positions) for side in sides]
         looked = "all" if len(positions) == len(sides[0].names) else f"{len(positions):,}"
-        what = "pairs" if len(sides) == 2 else "pictures"
+        what = "pairs" if len(sides) == 2 else "images"
         self._scan.notes.append(
-            f"{self._path}: {len(sides[0].names):,} {what}; looked at the headers of {looked}"
+            f"{self._path}: {len(sides[0].names):,} {what}; checked the headers of {looked}"
         )
         for side, found in zip(sides, headers, strict=True):
             self._warn_of_colours(side, found)
@@ -411,8 +411,8 @@ class _SetScan:
         if unreadable:
             self._problem(
                 side.option,
-                f"{len(unreadable)} of {len(positions)} files looked at in {side.place} are no "
-                f"pictures that can be read: {_quoted(unreadable)}; remove or replace them",
+                f"{len(unreadable)} of {len(positions)} files checked in {side.place} are not "
+                f"images that can be read: {_quoted(unreadable)}; remove or replace them",
             )
         return headers
 
@@ -425,7 +425,7 @@ class _SetScan:
             names = [side.names[at] for at, header in headers.items() if getattr(header, kind)]
             if names:
                 self._scan.warnings.append(
-                    f"{side.option}: {len(names)} of {len(headers)} pictures looked at in "
+                    f"{side.option}: {len(names)} of {len(headers)} images checked in "
                     f"{side.place} {what}: {_quoted(names)}; {done}"
                 )
 
@@ -439,7 +439,7 @@ class _SetScan:
         least, why = 2 * border + 1, f"of which crop_border {border} leaves nothing"
         if self._training:
             if self._options["type"] == "RealESRGANDataset":
-                return  # which fills small pictures up
+                return  # which fills small images up
             least, why = self._options.get("gt_size"), "gt_size"
         if not is_whole(least):
             return
@@ -448,7 +448,7 @@ class _SetScan:
             height, width = headers[small[0]][:2]
             self._problem(
                 side.option,
-                f"{len(small)} of {len(headers)} pictures looked at in {side.place} are smaller "
+                f"{len(small)} of {len(headers)} images checked in {side.place} are smaller "
                 f"than {least} x {least} pixels, {why}: "
                 f"{_quoted([side.names[at] for at in small])}, the first {height} x {width}; leave "
                 "them out",
@@ -473,7 +473,7 @@ class _SetScan:
         names = [sides[0].names[at] for at in sorted(unfitting)]
         self._problem(
             sides[1].option,
-            f"{len(unfitting)} of {len(headers[0])} pairs looked at are not LR and HR {scale} "
+            f"{len(unfitting)} of {len(headers[0])} pairs checked are not LR and HR {scale} "
             f"times as large: {_quoted(names)}; the first has HR {hr.height} x {hr.width} and LR "
             f"{lr.height} x {lr.width}, a scale of {_scale_of(hr, lr)}; make LR again, or correct "
             "the path or the scale",
@@ -493,7 +493,7 @@ def scan(
     train: bool,
     registered: Registered | None = None,
 ) -> Scan:
-    """Look at every data set of BasicSR's types for single pictures; no pixel is decoded.
+    """Look at every data set of BasicSR's types for single images; no pixel is decoded.
 
     Args:
         options: As `dlgsanet_arch.options.load` returns them. What is wrong with them by
@@ -513,7 +513,7 @@ def scan(
         if not named_all or any(data_faults(context, phase, dataset)):
             continue
         if backend == "disk" and dataset["type"] == "FFHQDataset":
-            found.samples[phase] = _FFHQ_PICTURES
+            found.samples[phase] = _FFHQ_IMAGES
             continue
         if (
             backend == "disk"
@@ -531,7 +531,7 @@ def scan(
 def batch_problems(
     options: Mapping[str, Any], samples: Mapping[str, int], copies: int
 ) -> list[str]:
-    """Say whether an epoch has no whole batch: then there is nothing to train on.
+    """Say whether an epoch has no complete batch: then there is nothing to train on.
 
     Args:
         options: Of a training.
@@ -562,7 +562,7 @@ def _folder_problem(folder: Path) -> str:
     """Say why nothing can be written below a folder that may not be there yet, or nothing."""
     there = _nearest_existing(folder)
     if not there.is_dir():
-        return f"{there} is no folder, but {folder} is to be written; rename it"
+        return f"{there} is not a folder, but {folder} is to be written; rename it"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} cannot be written to, but {folder} is to be; choose another --root"
     return ""

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: it finishes the iteration, saves, and says how to go on."""
+"""Signals that ask a run to end: it finishes the iteration, saves, and says how to continue."""
 
 import signal
 import threading

@@ -1,8 +1,8 @@
-"""Whether the weights that a run starts from are whole, and of the networks it asks for.
+"""Whether the weights that a run starts from are complete, and of the networks it asks for.
 
 Nothing is loaded into a network here: names and sizes of tensors are compared. BasicSR finds out
 when it loads, after the old run was renamed, or never: with a misspelt `param_key_g` it takes other
-weights, and with `strict_load_g: false` it goes on when no tensor fits.
+weights, and with `strict_load_g: false` it continues when no tensor fits.
 """
 
 import functools
@@ -147,7 +147,7 @@ class _Check:
         self._paths = context.section("path")
 
     def resumed(self, key: str, file: Path) -> None:
-        """Check the weights that belong to the state that a run goes on from."""
+        """Check the weights that belong to the state that a run resumes from."""
         try:
             self._compare(key, read_weights(file, "params"), file, strict=True)
         except CheckpointError as error:
@@ -176,7 +176,7 @@ class _Check:
         """Return the key of a file that holds the weights to use, None for the file itself.
 
         Raises:
-            CheckpointError: It is no whole checkpoint, or what is asked for is not in it.
+            CheckpointError: It is not a complete checkpoint, or what is asked for is not in it.
         """
         keys = _keys_of(file)
         average = self._subject.section("train").get("ema_decay", 0)
@@ -194,7 +194,7 @@ class _Check:
         asked = self._paths[chosen]
         if asked is None and there is not None:
             raise CheckpointError(
-                f"{file} is no bare state dict, as path:{chosen} ~ says; write {chosen}: {there}"
+                f"{file} is not a bare state dict, as path:{chosen} ~ says; write {chosen}: {there}"
             )
         if asked is not None and asked not in keys:
             read_weights(file, str(asked))  # lists the keys that are there
@@ -231,7 +231,7 @@ class _Check:
         if not fitting and network.shapes:
             raise CheckpointError(
                 f"{file}: none of its {len(weights)} tensors fits {key}; with {strict_load} false "
-                "BasicSR would go on with random weights"
+                "BasicSR would continue with random weights"
             )
         if not strict:
             self.found.notes.append(

@@ -110,7 +110,7 @@ def available() -> list[Network]:
 class _Activations(TorchDispatchMode):
     """Counts the elements that convolutions and linear layers put out.
 
-    Products within attention are no layers. Of MHDLSA the predicted filters count, which our
+    Products within attention are not layers. Of MHDLSA the predicted filters count, which our
     operator never holds in memory, and the output of the convolution with them.
     """
 
@@ -135,7 +135,7 @@ class _Activations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a forward of one picture does.
+    """What a forward of one image does.
 
     Attributes:
         parameters: The network's.
@@ -150,7 +150,7 @@ class Counts:
 
 
 def count(net: nn.Module, height: int, width: int) -> Counts:
-    """Count a forward of a picture (1, 3, H, W) in train mode; `net` is left on the meta device."""
+    """Count a forward of an image (1, 3, H, W) in train mode; `net` is left on the meta device."""
     parameters = sum(each.numel() for each in net.parameters())
     net = net.train().to("meta")
     x = torch.empty(1, 3, height, width, device="meta")
@@ -190,7 +190,7 @@ class _Peak:
             return  # not Linux, or not allowed
 
     def forget(self) -> None:
-        """Leave out what a GPU needed so far: cuDNN's trials are no part of the work."""
+        """Leave out what a GPU needed so far: cuDNN's trials are not part of the work."""
         if self._device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -219,7 +219,7 @@ def _exact_float32() -> Iterator[None]:
 def measure(
     net: nn.Module, height: int, width: int, device: str = "cpu", runs: int | None = None
 ) -> tuple[float, int | None]:
-    """Measure forwards of a picture (1, 3, H, W) in eval mode and float32.
+    """Measure forwards of an image (1, 3, H, W) in eval mode and float32.
 
     Args:
         net: The network; it is moved to the device.

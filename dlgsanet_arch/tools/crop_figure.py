@@ -1,6 +1,6 @@
-"""The figure of crops that papers show: one detail by several methods, beside the whole picture.
+"""The figure of crops that papers show: one detail by several methods, beside the whole image.
 
-PSNR and SSIM under a crop are of the whole picture, as papers have them: the Y channel (BT.601), a
+PSNR and SSIM under a crop are of the whole image, as papers have them: the Y channel (BT.601), a
 border of `scale` pixels cut off. Crops are magnified by a whole factor, each pixel a square.
 """
 
@@ -22,7 +22,7 @@ from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.tools import figures
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 
 FEWEST, MOST = 2, 8  # panels
 _LEAST_BOX = 4
@@ -34,7 +34,7 @@ _GAP = 14
 _LINE = 24
 _LETTER = 9.5  # mean width of a letter of a caption
 _POINTS = 7.5
-_WIDEST = 1.6  # sides of the whole picture: wider ones are drawn smaller
+_WIDEST = 1.6  # sides of the whole image: wider ones are drawn smaller
 _MARK = "#E3242B"
 
 
@@ -45,24 +45,24 @@ class Box(NamedTuple):
     top: int
     side: int
 
-    def of(self, picture: Picture) -> Picture:
-        """Cut the square out of a picture (H, W, 3)."""
-        return picture[self.top : self.top + self.side, self.left : self.left + self.side]
+    def of(self, image: ImageArray) -> ImageArray:
+        """Cut the square out of an image (H, W, 3)."""
+        return image[self.top : self.top + self.side, self.left : self.left + self.side]
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A picture of the figure, and how close to HR it is.
+    """An image of the figure, and how close to HR it is.
 
     Args:
         label: Who made it.
-        picture: (H, W, 3) in RGB, of HR's size.
+        image: (H, W, 3) in RGB, of HR's size.
         psnr: In dB; None for HR itself.
         ssim: None for HR itself.
     """
 
     label: str
-    picture: Picture
+    image: ImageArray
     psnr: float | None = None
     ssim: float | None = None
 
@@ -74,16 +74,16 @@ class Panel:
         return f"{self.psnr:.2f} / {self.ssim:.4f}"
 
 
-def read_rgb(path: Path) -> Picture:
-    """Read a picture as (H, W, 3) in RGB, 8 bits.
+def read_rgb(path: Path) -> ImageArray:
+    """Read an image as (H, W, 3) in RGB, 8 bits.
 
     Raises:
-        PictureError: It cannot be used.
+        ImageError: It cannot be used.
     """
     return np.ascontiguousarray(read_8_bits(path).pixels[..., ::-1])
 
 
-def scale_between(hr: Picture, lr: Picture) -> int:
+def scale_between(hr: ImageArray, lr: ImageArray) -> int:
     """Tell how many times larger HR is; it may have rows and columns that make no pixel of LR.
 
     Raises:
@@ -92,19 +92,19 @@ def scale_between(hr: Picture, lr: Picture) -> int:
     scale = hr.shape[0] // lr.shape[0]
     if scale < 1 or tuple(side // scale for side in hr.shape[:2]) != lr.shape[:2]:
         raise UserError(
-            f"LR is {lr.shape[1]}x{lr.shape[0]}, which is no small version of HR, "
+            f"LR is {lr.shape[1]}x{lr.shape[0]}, which is not a small version of HR, "
             f"{hr.shape[1]}x{hr.shape[0]}"
         )
     return scale
 
 
 def find_result(place: Path, name: str) -> Path:
-    """Find a method's result of a picture.
+    """Find a method's result of an image.
 
     Args:
         place: The result, or a folder of results.
-        name: The picture's name without its ending. In a folder the result has this name, or
-            begins with it and goes on with no letter or digit, or with a scale: `baby_EDSR.png`,
+        name: The image's name without its ending. In a folder the result has this name, or
+            begins with it and continues with no letter or digit, or with a scale: `baby_EDSR.png`,
             `baby-x4.png`, `babyx4.png`.
 
     Raises:
@@ -114,37 +114,37 @@ def find_result(place: Path, name: str) -> Path:
         return place
     if not place.is_dir():
         raise UserError(f"{place} does not exist: name a result or a folder of results")
-    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
-    found = [path for path in pictures if path.stem == name]
+    images = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = [path for path in images if path.stem == name]
     if not found:
         named_so = re.compile(re.escape(name) + r"([^0-9A-Za-z]|[xX][0-9]).*", re.DOTALL)
-        found = [path for path in pictures if named_so.fullmatch(path.stem)]
+        found = [path for path in images if named_so.fullmatch(path.stem)]
     if len(found) == 1:
         return found[0]
-    names = [path.name for path in found or pictures]
+    names = [path.name for path in found or images]
     if found:
         raise UserError(f"{place} holds several results of {name}: {named(names)}; name one file")
-    there = f"it holds {named(names)}" if names else "it holds no pictures"
+    there = f"it holds {named(names)}" if names else "it holds no images"
     raise UserError(f"{place} holds no result of {name}: {there}")
 
 
-def _tensor(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+def _tensor(image: ImageArray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
 
 
-def _fitted(label: str, picture: Picture, hr: Picture, scale: int) -> Picture:
+def _fitted(label: str, image: ImageArray, hr: ImageArray, scale: int) -> ImageArray:
     """Cut a result of uncropped HR to HR's size, which is a multiple of the scale."""
     height, width = hr.shape[:2]
-    excess = (picture.shape[0] - height, picture.shape[1] - width)
+    excess = (image.shape[0] - height, image.shape[1] - width)
     if not all(0 <= each < scale for each in excess):
         raise UserError(
-            f"{label} is {picture.shape[1]}x{picture.shape[0]} and HR is {width}x{height}: they "
-            "are not of one picture and scale"
+            f"{label} is {image.shape[1]}x{image.shape[0]} and HR is {width}x{height}: they "
+            "are not of one image and scale"
         )
-    return picture[:height, :width]
+    return image[:height, :width]
 
 
-def panels(hr: Picture, results: Mapping[str, Picture], scale: int) -> list[Panel]:
+def panels(hr: ImageArray, results: Mapping[str, ImageArray], scale: int) -> list[Panel]:
     """Measure results against HR.
 
     Args:
@@ -156,7 +156,7 @@ def panels(hr: Picture, results: Mapping[str, Picture], scale: int) -> list[Pane
         One panel a result in their order, then HR.
 
     Raises:
-        UserError: There are too few or too many, a size does not fit, or a picture is too small.
+        UserError: There are too few or too many, a size does not fit, or an image is too small.
     """
     if not FEWEST <= len(results) + 1 <= MOST:
         raise UserError(
@@ -165,18 +165,18 @@ def panels(hr: Picture, results: Mapping[str, Picture], scale: int) -> list[Pane
         )
     made = []
     for label, result in results.items():
-        picture = _fitted(label, result, hr, scale)
+        image = _fitted(label, result, hr, scale)
         try:
             compared = metrics.compare(
-                _tensor(picture), _tensor(hr), crop_border=scale, y_channel=True
+                _tensor(image), _tensor(hr), crop_border=scale, y_channel=True
             )
-            made.append(Panel(label, picture, float(compared.psnr()), float(compared.ssim())))
+            made.append(Panel(label, image, float(compared.psnr()), float(compared.ssim())))
         except ValueError as error:
             raise UserError(f"{label} cannot be measured: {error}") from error
     return [*made, Panel("HR", hr)]
 
 
-def check_box(box: Box, hr: Picture) -> None:
+def check_box(box: Box, hr: ImageArray) -> None:
     """Raise a UserError where a box does not lie within HR."""
     height, width = hr.shape[:2]
     if box.side < _LEAST_BOX:
@@ -188,7 +188,7 @@ def check_box(box: Box, hr: Picture) -> None:
         )
 
 
-def usual_side(hr: Picture) -> int:
+def usual_side(hr: ImageArray) -> int:
     """Return the side of a box that shows a detail: a fifth of HR's shorter side, 32 or more."""
     shorter = min(hr.shape[:2])
     return min(shorter, max(32, shorter // 5))
@@ -206,15 +206,15 @@ def most_different_crop(made: Sequence[Panel], side: int) -> Box:
         Where the variance of Y over the methods has its largest sum; of equals the topmost.
 
     Raises:
-        UserError: The square is larger than the picture.
+        UserError: The square is larger than the image.
     """
-    check_box(Box(0, 0, side), made[0].picture)
+    check_box(Box(0, 0, side), made[0].image)
     *results, hr = made
     if len(results) > 2:
         results = results[1:]
     elif len(results) == 1:
         results = [*results, hr]
-    luma = np.stack([each.picture @ np.array([0.299, 0.587, 0.114]) for each in results])
+    luma = np.stack([each.image @ np.array([0.299, 0.587, 0.114]) for each in results])
     sums = np.pad(luma.var(0).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     within = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     # Cumulated sums differ in their last digits where nothing else does.
@@ -249,12 +249,14 @@ class _Sheet:
         self.figure = figures.new_figure(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
         self.figure.set_layout_engine("none")
 
-    def show(self, picture: Picture, left: int, top: int, width: int, height: int, how: str) -> Any:
-        """Draw a picture into a rectangle, and return its axes."""
+    def show(
+        self, image: ImageArray, left: int, top: int, width: int, height: int, how: str
+    ) -> Any:
+        """Draw an image into a rectangle, and return its axes."""
         wide, tall = self._size
         place = (left / wide, 1 - (top + height) / tall, width / wide, height / tall)
         axes = self.figure.add_axes(place)
-        axes.imshow(picture, interpolation=how, aspect="auto")
+        axes.imshow(image, interpolation=how, aspect="auto")
         axes.set_axis_off()
         return axes
 
@@ -274,21 +276,21 @@ class _Sheet:
 
 
 def draw(made: Sequence[Panel], box: Box, *, name: str, scale: int) -> Any:
-    """Draw the whole picture with the box marked, and each panel's crop.
+    """Draw the whole image with the box marked, and each panel's crop.
 
     Args:
         made: What `panels` returned.
         box: What is cut out.
-        name: Of the picture.
+        name: Of the image.
         scale: Of the methods.
 
     Returns:
         A figure of matplotlib's.
 
     Raises:
-        UserError: matplotlib is absent, or the box does not lie within the pictures.
+        UserError: matplotlib is absent, or the box does not lie within the images.
     """
-    hr = made[-1].picture
+    hr = made[-1].image
     check_box(box, hr)
     rows, columns = _grid(len(made))
     zoom = max(1, round(_PANEL / box.side))
@@ -305,7 +307,7 @@ def draw(made: Sequence[Panel], box: Box, *, name: str, scale: int) -> Any:
     left = whole[0] + 2 * _GAP
     total = left + columns * (side + _GAP)
     note = _wrapped(
-        f"PSNR in dB / SSIM of the whole picture: Y channel, {scale} pixels at each side left "
+        f"PSNR in dB / SSIM of the whole image: Y channel, {scale} pixels at each side left "
         f"out. Crops: {box.side}x{box.side} pixels at {box.left}, {box.top}, magnified {zoom}x.",
         total - 2 * _GAP,
     )
@@ -324,7 +326,7 @@ def draw(made: Sequence[Panel], box: Box, *, name: str, scale: int) -> Any:
     for number, (panel, label) in enumerate(zip(made, labels, strict=True)):
         row, column = divmod(number, columns)
         x, y = left + column * (side + _GAP), _GAP + sum(heights[:row])
-        magnified = box.of(panel.picture).repeat(zoom, 0).repeat(zoom, 1)
+        magnified = box.of(panel.image).repeat(zoom, 0).repeat(zoom, 1)
         sheet.show(magnified, x, y, side, side, "none")
         sheet.write([*label, panel.figures], x + side / 2, y + side)
     sheet.write(note, _GAP, below, align="left")

@@ -44,7 +44,7 @@ class Problem:
 
     Attributes:
         cause: What is wrong.
-        fix: The one line that mends it.
+        fix: The one line that fixes it.
     """
 
     cause: str
@@ -110,7 +110,7 @@ def _missing_package(package: Package) -> str | None:
 
 
 def _fix(package: Package) -> str:
-    """Return the line that installs or mends a requirement of BasicSR."""
+    """Return the line that installs or fixes a requirement of BasicSR."""
     missing = _missing_package(package)
     if missing is not None:
         return f"pip install {PIP_NAMES.get(missing, missing)}"
@@ -187,11 +187,11 @@ def _train_and_evaluate(device: str) -> None:
         upscale=2,
         upsampler="pixelshuffledirect",
     ).to(device)
-    pictures = torch.rand(2, 3, 12, 17, device=device)
-    network(pictures).mean().backward()
+    images = torch.rand(2, 3, 12, 17, device=device)
+    network(images).mean().backward()
     results = [parameter.grad for parameter in network.parameters()]
     with torch.no_grad():
-        results.append(network.eval()(pictures))
+        results.append(network.eval()(images))
     if not all(torch.isfinite(result).all() for result in results):
         raise ArithmeticError("an output or a gradient is not finite")
 

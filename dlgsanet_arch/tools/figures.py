@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, written_whole
+from dlgsanet_arch.files import disk_faults_named, written_atomically
 
 FORMATS = ("png", "pdf", "svg")
 # Told apart by people who do not see all colours, and in print: Okabe and Ito's, without yellow.
@@ -42,5 +42,5 @@ def save_figure(figure: Any, path: Path) -> None:
         UserError: The name ends in no known format, or the file cannot be written.
     """
     check_figure_path(path)
-    with disk_faults_named(f"{path} cannot be written"), written_whole(path) as file:
+    with disk_faults_named(f"{path} cannot be written"), written_atomically(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

@@ -23,7 +23,7 @@ from dlgsanet_arch.data.databases import META_INFO
 from dlgsanet_arch.data.training_sets import Source, database_name
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_whole
+from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import memory
 from dlgsanet_arch.options import shipped
 
@@ -204,7 +204,7 @@ def _write(files: Sequence[Path], values: Mapping[str, Any], root: Path) -> None
     for file, text in zip(files, texts, strict=True):
         with disk_faults_named(f"{file} cannot be written"):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, text.encode())
+            write_atomically(file, text.encode())
 
 
 def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]]:

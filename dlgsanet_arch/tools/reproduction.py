@@ -1,8 +1,8 @@
 """The paper's table, measured: each cell beside what is published.
 
-PSNR and SSIM are of the Y channel (BT.601, 8-bit pictures), a border of `scale` pixels cut off, as
-the paper has them and BasicSR computes them. Pictures that were measured before are not computed
-again: what is known of each stands in pictures.csv, with the hashes of weights and pictures.
+PSNR and SSIM are of the Y channel (BT.601, 8-bit images), a border of `scale` pixels cut off, as
+the paper has them and BasicSR computes them. Images that were measured before are not computed
+again: what is known of each stands in images.csv, with the hashes of weights and images.
 """
 
 import csv
@@ -24,13 +24,13 @@ from dlgsanet_arch.checkpoint import Checkpoint, nearest_published, read_checkpo
 from dlgsanet_arch.data.benchmark import folder_sha256
 from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_whole
+from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import Upscaler
 from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED
 
-PICTURES = "pictures.csv"
+IMAGES = "images.csv"
 # SSIM has two definitions that people mix; the first is BasicSR's, and the paper's.
-SSIM_BASICSR = "11x11 Gaussian windows inside the picture (BasicSR)"
+SSIM_BASICSR = "11x11 Gaussian windows inside the image (BasicSR)"
 SSIM_UNIFORM = "7x7 uniform windows, sample covariance (scikit-image's default)"
 
 Tell = Callable[[str], None]
@@ -38,14 +38,14 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """One picture, enlarged and measured.
+    """One image, enlarged and measured.
 
     Attributes:
         network: Published name of the weights' network, or the nearest.
         scale: Of the network.
         dataset: Name of the test set.
-        picture: Its name, without suffix.
-        psnr: In dB, inf for identical pictures.
+        image: Its name, without suffix.
+        psnr: In dB, inf for identical images.
         ssim: By SSIM_BASICSR.
         ssim_uniform: By SSIM_UNIFORM; None without scikit-image.
         weights: SHA-256 over the weights.
@@ -57,7 +57,7 @@ class Measured:
     network: str
     scale: int
     dataset: str
-    picture: str
+    image: str
     psnr: float
     ssim: float
     ssim_uniform: float | None
@@ -69,7 +69,7 @@ class Measured:
     @property
     def known_by(self) -> tuple[str, ...]:
         """What must be the same for the figures to hold."""
-        return (self.dataset, self.picture, self.weights, self.hr, self.lr, self.how)
+        return (self.dataset, self.image, self.weights, self.hr, self.lr, self.how)
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Cell:
         dataset: The test set.
         weights: The file that was measured; empty where there is none.
         is_published: Whether the weights' network is that one; else it is the nearest.
-        psnr: Mean in dB of the pictures that are not identical, None where nothing was measured.
+        psnr: Mean in dB of the images that are not identical, None where nothing was measured.
         ssim: Mean by SSIM_BASICSR.
         ssim_uniform: Mean by SSIM_UNIFORM.
-        pictures: How many were measured.
+        images: How many were measured.
         identical: How many of them equal HR, and are not in the mean PSNR.
         missing: What would fill an empty cell.
     """
@@ -98,7 +98,7 @@ class Cell:
     psnr: float | None = None
     ssim: float | None = None
     ssim_uniform: float | None = None
-    pictures: int = 0
+    images: int = 0
     identical: int = 0
     missing: str = ""
 
@@ -156,14 +156,14 @@ class BenchmarkSet:
             return f"there is no {self.folder}; {command}"
         names = [{path.stem for path in (self.folder / part).glob("*.png")} for part in _PARTS]
         if not names[0]:
-            return f"{self.folder / 'HR'} has no PNG pictures; {command}"
+            return f"{self.folder / 'HR'} has no PNG images; {command}"
         if names[0] != names[1]:
             odd = sorted(names[0] ^ names[1])
             return f"{self.folder}: {odd[0]} is in one of HR and LR alone; {command}"
         return ""
 
-    def pictures(self) -> list[str]:
-        """Return the names of its pictures, without suffix."""
+    def images(self) -> list[str]:
+        """Return the names of its images, without suffix."""
         return sorted(path.stem for path in (self.folder / "HR").glob("*.png"))
 
     def sha256(self) -> dict[str, str]:
@@ -184,7 +184,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def _tensor(path: Path) -> Tensor:
-    """Read a picture as (1, 3, H, W) RGB in [0, 1]."""
+    """Read an image as (1, 3, H, W) RGB in [0, 1]."""
     pixels = torch.from_numpy(read_8_bits(path, least=1).pixels[..., ::-1].copy())
     return pixels.permute(2, 0, 1)[None].float() / 255
 
@@ -214,7 +214,7 @@ def measure(output: Tensor, hr: Tensor, scale: int) -> tuple[float, float, float
 
 
 class Records:
-    """The measured pictures, kept in a CSV file that is whole at any time.
+    """The measured images, kept in a CSV file that is complete at any time.
 
     Args:
         path: The file; rows of other weights stay in it.
@@ -248,18 +248,18 @@ class Records:
                 self._rows[known.known_by] = known
 
     def find(self, known_by: tuple[str, ...]) -> Measured | None:
-        """Return what was measured of a picture under the same conditions."""
+        """Return what was measured of an image under the same conditions."""
         return self._rows.get(known_by)
 
     def add(self, measured: Measured) -> None:
-        """Keep one more picture, on the disk."""
+        """Keep one more image, on the disk."""
         self._rows[measured.known_by] = measured
         text = io.StringIO()
         writer = csv.DictWriter(text, [each.name for each in fields(Measured)])
         writer.writeheader()
         writer.writerows(asdict(each) for each in self._rows.values())
         with disk_faults_named(f"{self.path} cannot be written"):
-            write_whole(self.path, text.getvalue().encode())
+            write_atomically(self.path, text.getvalue().encode())
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def load(path: Path, *, param_key: str | None = None, **options: Any) -> Weights
 def _measure_set(
     weights: Weights, found: BenchmarkSet, records: Records, progress: Callable[[], None]
 ) -> Iterator[Measured]:
-    for name in found.pictures():
+    for name in found.images():
         paths = [found.folder / part / f"{name}.png" for part in _PARTS]
         hr_hash, lr_hash = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
         known_by = (found.name, name, weights.digest, hr_hash, lr_hash, weights.how)
@@ -391,23 +391,23 @@ def reproduce(
     tolerance: float = 0.05,
     progress: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> Reproduction:
-    """Measure what is there of the paper's table; write nothing but `out`/pictures.csv.
+    """Measure what is there of the paper's table; write nothing but `out`/images.csv.
 
     Args:
         weights: As `load` returns them.
         folder: Holds test sets as `dlgsanet data benchmark` makes them.
-        out: Folder of pictures.csv, which makes a second call go on where the first was cut off.
+        out: Folder of images.csv, which makes a second call continue where the first was cut off.
         datasets: Names of test sets, the columns.
         tolerance: In dB. Published figures are rounded to 0.01, and libraries differ by less; two
             trainings of the authors differ by up to 0.2.
-        progress: Takes the number of pictures, and returns what is called for each.
+        progress: Takes the number of images, and returns what is called for each.
 
     Raises:
-        UserError: A picture cannot be measured, or `out` cannot be written.
+        UserError: An image cannot be measured, or `out` cannot be written.
     """
     with disk_faults_named(f"{out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    records = Records(out / PICTURES)
+    records = Records(out / IMAGES)
     sets = {
         (name, each.scale): BenchmarkSet(name, each.scale, folder / name / f"X{each.scale}")
         for each in weights
@@ -420,7 +420,7 @@ def reproduce(
         for name in datasets
         if not faults[name, each.scale]
     ]
-    step = progress(sum(len(found.pictures()) for _, found in usable))
+    step = progress(sum(len(found.images()) for _, found in usable))
     done = {
         (each.path, found.name): _filled(
             each, found.name, list(_measure_set(each, found, records, step))
@@ -486,7 +486,7 @@ def _line(cell: Cell, tolerance: float) -> list[str]:
 def _notes(result: Reproduction) -> list[str]:
     """Say what the figures are, in sentences."""
     notes = [
-        "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit pictures, a border of `scale` pixels "
+        "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of `scale` pixels "
         "cut off.",
         f"SSIM: {SSIM_BASICSR}.",
         f"A cell is reproduced where its PSNR is within {result.tolerance:g} dB of the published "
@@ -580,5 +580,5 @@ def write(result: Reproduction, out: Path, *, only_measured: bool = False) -> li
     }
     with disk_faults_named(f"{out} cannot be written"):
         for name, text in texts.items():
-            write_whole(out / name, text.encode())
+            write_atomically(out / name, text.encode())
     return [out / name for name in texts]

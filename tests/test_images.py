@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlgsanet_arch.data import images as pictures
+from dlgsanet_arch.data import images
 from dlgsanet_arch.data.images import (
-    PictureError,
-    PictureFile,
-    find_pictures,
-    picture_key,
-    read_picture,
+    ImageEntry,
+    ImageError,
+    find_images,
+    image_key,
+    read_image,
 )
 from dlgsanet_arch.errors import UserError
 
@@ -31,7 +31,7 @@ def _silent(capfd):
 
 
 def made(channels: int, dtype: type = np.uint8, smooth: bool = False) -> np.ndarray:
-    """A picture of SIZE: noise of all values, or a slope that lossy formats keep."""
+    """An image of SIZE: noise of all values, or a slope that lossy formats keep."""
     white = np.iinfo(dtype).max
     shape = SIZE if channels == 1 else (*SIZE, channels)
     if not smooth:
@@ -41,7 +41,7 @@ def made(channels: int, dtype: type = np.uint8, smooth: bool = False) -> np.ndar
 
 
 def bgr(rgb: np.ndarray) -> np.ndarray:
-    """What read_picture makes of gray or RGB samples."""
+    """What read_image makes of gray or RGB samples."""
     return np.dstack([rgb] * 3) if rgb.ndim == 2 else rgb[..., ::-1]
 
 
@@ -130,23 +130,23 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_pictures_are_found_in_natural_order(tmp_path):
+def test_images_are_found_in_natural_order(tmp_path):
     touch(tmp_path, "a10.png", "a2.PNG", "B1.jpeg", "c.JPG", "d.tif", "e.TIFF", "f.webp", "g.bmp")
     touch(tmp_path, "set 10/x.png", "set 2/x.png", "set 2/sub/x.png", "Ünïcode/夜景 1.png", "a.png")
     touch(tmp_path, ".hidden.png", ".git/x.png", "__MACOSX/._x.png")
     touch(tmp_path, "notes.txt", "png", "x.png.part")
     (tmp_path / "folder.png").mkdir()
-    found = find_pictures(tmp_path)
+    found = find_images(tmp_path)
     names = ["a.png", "a2.PNG", "a10.png", "B1.jpeg", "c.JPG", "d.tif", "e.TIFF", "f.webp"]
     names += ["g.bmp", "set 2/sub/x.png", "set 2/x.png", "set 10/x.png", "Ünïcode/夜景 1.png"]
-    assert [picture.path.relative_to(tmp_path).as_posix() for picture in found] == names
-    assert [picture.key for picture in found[:4]] == ["a", "a2", "a10", "B1"]
-    assert found[11] == PictureFile(tmp_path / "set 10" / "x.png", "set%2010+x")
+    assert [image.path.relative_to(tmp_path).as_posix() for image in found] == names
+    assert [image.key for image in found[:4]] == ["a", "a2", "a10", "B1"]
+    assert found[11] == ImageEntry(tmp_path / "set 10" / "x.png", "set%2010+x")
 
 
 def test_equal_numbers_have_an_order_too(tmp_path):
     touch(tmp_path, "1.png", "01.png", "001.png", "A.png", "a.png")
-    found = [picture.path.name for picture in find_pictures(tmp_path)]
+    found = [image.path.name for image in find_images(tmp_path)]
     assert found == ["001.png", "01.png", "1.png", "A.png", "a.png"]
 
 
@@ -164,14 +164,14 @@ def test_equal_numbers_have_an_order_too(tmp_path):
     ],
 )
 def test_keys(relative, key):
-    assert picture_key(PurePath(relative)) == key
+    assert image_key(PurePath(relative)) == key
 
 
 def test_keys_of_long_names_differ_and_fit():
     names = ["夜" * 80, "夜" * 79 + "景", "/".join(["folder"] * 100)]
-    keys = [picture_key(PurePath(f"{name}.png")) for name in names]
+    keys = [image_key(PurePath(f"{name}.png")) for name in names]
     assert len(set(keys)) == 3
-    assert {len(key) for key in keys} == {pictures.KEY_LENGTH}
+    assert {len(key) for key in keys} == {images.KEY_LENGTH}
 
 
 def test_basicsr_reads_the_keys_back(tmp_path):
@@ -180,7 +180,7 @@ def test_basicsr_reads_the_keys_back(tmp_path):
     from basicsr.utils.lmdb_util import LmdbMaker
 
     names = ["a/b", "a+b", "a b", "a.b", "a%2Fb", "a", "夜景" * 40, "x/1", "y/1"]
-    keys = [picture_key(PurePath(f"{name}.png")) for name in names]
+    keys = [image_key(PurePath(f"{name}.png")) for name in names]
     folders = [str(tmp_path / f"{part}.lmdb") for part in ("lq", "gt")]
     for folder in folders:
         maker = LmdbMaker(folder, map_size=2**20)
@@ -190,24 +190,24 @@ def test_basicsr_reads_the_keys_back(tmp_path):
     paths = [pair["lq_path"] for pair in paired_paths_from_lmdb(folders, ["lq", "gt"])]
     client = FileClient("lmdb", db_paths=folders, client_keys=["lq", "gt"])
     assert sorted(client.get(path, "gt").decode() for path in paths) == sorted(names)
-    # BasicSR's validation and pairs by meta_info_file name a picture by this alone
+    # BasicSR's validation and pairs by meta_info_file name an image by this alone
     assert {os.path.splitext(os.path.basename(path))[0] for path in paths} == set(paths)
 
 
 def test_equal_stems_are_refused_by_name(tmp_path):
     touch(tmp_path, "in/a.png", "in/a.JPG", "in/b.png", "c.png", "b.png")
     with pytest.raises(UserError, match=r"in/a\.JPG and in/a\.png; rename") as caught:
-        find_pictures(tmp_path)
+        find_images(tmp_path)
     assert "b.png" not in str(caught.value)
     touch(tmp_path, *(f"{stem}.{suffix}" for stem in "wxyz" for suffix in ("png", "bmp")))
     with pytest.raises(UserError, match=r"w\.bmp and w\.png, x\.bmp and x\.png, and 2 more"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_stems_that_look_equal_are_refused(tmp_path):
     touch(tmp_path, *(unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")))
     with pytest.raises(UserError, match="share one name"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ def test_stems_that_look_equal_are_refused(tmp_path):
         ("none", "below .*none"),
     ],
 )
-def test_folders_without_pictures_are_named(tmp_path, name, reason):
+def test_folders_without_images_are_named(tmp_path, name, reason):
     touch(tmp_path, "file", "none/deep/notes.txt", "none/.hidden/x.png")
     with pytest.raises(UserError, match=reason):
-        find_pictures(tmp_path / name)
+        find_images(tmp_path / name)
 
 
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
     with pytest.raises(UserError, match="locked cannot be read: Permission denied"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_links_neither_loop_nor_repeat(tmp_path):
@@ -246,11 +246,11 @@ def test_links_neither_loop_nor_repeat(tmp_path):
     links |= {"linked.png": tmp_path / "elsewhere" / "one.png", "gone.png": "nowhere.png"}
     for link, target in links.items():
         (tmp_path / "set" / link).symlink_to(target)
-    keys = [picture.key for picture in find_pictures(tmp_path / "set")]
+    keys = [image.key for image in find_images(tmp_path / "set")]
     assert keys == ["far+one", "far+z", "gone", "linked", "real+x", "self", "y"]
     for name in ("gone.png", "self.png"):
-        with pytest.raises(PictureError, match=f"{name} cannot be opened"):
-            read_picture(tmp_path / "set" / name)
+        with pytest.raises(ImageError, match=f"{name} cannot be opened"):
+            read_image(tmp_path / "set" / name)
 
 
 # What is read
@@ -284,7 +284,7 @@ LOSSLESS = {
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_samples_come_back_as_written(tmp_path, name):
     data, samples = LOSSLESS[name]()
-    result = read_picture(written(tmp_path / name, data))
+    result = read_image(written(tmp_path / name, data))
     assert result.pixels.dtype == samples.dtype
     assert result.pixels.flags.c_contiguous
     assert np.array_equal(result.pixels, bgr(samples))
@@ -299,7 +299,7 @@ def test_lossy_formats_come_back_nearly(tmp_path, suffix, channels):
         samples = samples // np.array([1, 2, 3], np.uint8)
     if suffix == ".webp" and channels == 1:
         samples = np.dstack([samples] * 3)  # WebP has no gray
-    result = read_picture(saved(tmp_path / f"x{suffix}", samples, quality=98))
+    result = read_image(saved(tmp_path / f"x{suffix}", samples, quality=98))
     assert np.abs(result.pixels.astype(int) - bgr(samples)).max() <= 8
     assert result.pixels.dtype == np.uint8
     assert result.notices == ()
@@ -307,7 +307,7 @@ def test_lossy_formats_come_back_nearly(tmp_path, suffix, channels):
 
 def test_jpeg_comes_back_as_opencv_decodes_it(tmp_path):
     path = saved(tmp_path / "x.jpg", made(3, smooth=True), quality=80)
-    difference = read_picture(path).pixels.astype(int) - cv2.imread(str(path))
+    difference = read_image(path).pixels.astype(int) - cv2.imread(str(path))
     assert np.abs(difference).max() <= 2  # the two may bundle different libraries
 
 
@@ -318,19 +318,19 @@ def test_fewer_bits_are_expanded(tmp_path, bits):
     each = np.unpackbits(samples[..., None], axis=2)[..., -bits:]
     rows = np.packbits(each.reshape(3, -1), axis=1)
     expected = bgr(samples * (255 // (2**bits - 1)))
-    result = read_picture(written(tmp_path / "x.png", png((3, 8), bits, 0, rows)))
+    result = read_image(written(tmp_path / "x.png", png((3, 8), bits, 0, rows)))
     assert np.array_equal(result.pixels, expected)
     # the value 1 is transparent: white
     data = png((3, 8), bits, 0, rows, (b"tRNS", b"\0\1"))
-    result = read_picture(written(tmp_path / "x.png", data))
+    result = read_image(written(tmp_path / "x.png", data))
     assert np.array_equal(result.pixels, np.where(bgr(samples) == 1, 255, expected))
     assert len(result.notices) == 1
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
-def test_bilevel_pictures_are_expanded(tmp_path, suffix):
+def test_bilevel_images_are_expanded(tmp_path, suffix):
     samples = made(1) > 127
-    result = read_picture(saved(tmp_path / f"x{suffix}", samples))
+    result = read_image(saved(tmp_path / f"x{suffix}", samples))
     assert np.array_equal(result.pixels, bgr(samples * np.uint8(255)))
 
 
@@ -340,7 +340,7 @@ def test_palettes_are_expanded(tmp_path, suffix):
     indices = Image.fromarray(made(1))
     indices.putpalette(palette.tobytes())
     indices.save(tmp_path / f"x{suffix}")
-    result = read_picture(tmp_path / f"x{suffix}")
+    result = read_image(tmp_path / f"x{suffix}")
     assert np.array_equal(result.pixels, bgr(palette[made(1)]))
     assert result.notices == ()
 
@@ -350,7 +350,7 @@ def test_transparent_palettes_are_put_on_white(tmp_path):
     alpha = np.array([0, 128, 255, 255], np.uint8)
     indices = made(1) % 4
     chunks = (b"PLTE", palette.tobytes()), (b"tRNS", alpha[:3].tobytes())
-    result = read_picture(written(tmp_path / "x.png", png(SIZE, 8, 3, indices, *chunks)))
+    result = read_image(written(tmp_path / "x.png", png(SIZE, 8, 3, indices, *chunks)))
     assert np.array_equal(result.pixels, bgr(on_white(palette[indices], alpha[indices])))
     # 200·128/255 + 255·127/255 = 227.4, 100 -> 177.2, 0 -> 127
     row, column = np.argwhere(indices == 1)[0]
@@ -374,7 +374,7 @@ def test_alpha_is_put_on_white(tmp_path, name):
     data, samples = ALPHA[name]()
     if name.endswith("webp"):  # OpenCV's writer forgets colour under full transparency
         samples = np.where(samples[..., 3:] == 0, 0, samples).astype(np.uint8)
-    result = read_picture(written(tmp_path / name, data))
+    result = read_image(written(tmp_path / name, data))
     colour = np.dstack([samples[..., 0]] * 3) if samples.shape[2] == 2 else samples[..., :3]
     assert result.pixels.dtype == samples.dtype
     assert np.array_equal(result.pixels, bgr(on_white(colour, samples[..., -1])))
@@ -383,7 +383,7 @@ def test_alpha_is_put_on_white(tmp_path, name):
 
 def test_alpha_in_bands_of_rows(tmp_path):
     samples = np.random.default_rng(0).integers(0, 256, (600, 3, 4), np.uint8)
-    result = read_picture(saved(tmp_path / "x.png", samples))
+    result = read_image(saved(tmp_path / "x.png", samples))
     assert np.array_equal(result.pixels, bgr(on_white(samples[..., :3], samples[..., 3])))
 
 
@@ -391,7 +391,7 @@ def test_alpha_in_bands_of_rows(tmp_path):
 def test_opaque_alpha_goes_without_a_notice(tmp_path, dtype):
     samples = made(4, dtype)
     samples[..., 3] = np.iinfo(dtype).max
-    result = read_picture(written(tmp_path / "x.png", encoded(".png", samples)))
+    result = read_image(written(tmp_path / "x.png", encoded(".png", samples)))
     assert np.array_equal(result.pixels, bgr(samples[..., :3]))
     assert result.notices == ()
 
@@ -408,7 +408,7 @@ def test_the_transparent_colour_of_png_is_white(tmp_path, bits, colour):
     rows = big_endian(samples) if bits == 16 else samples.reshape(SIZE[0], -1)
     named = np.atleast_1d(key).astype(">u2").tobytes()
     data = png(SIZE, bits, colour, rows, (b"tRNS", named))
-    result = read_picture(written(tmp_path / "x.png", data))
+    result = read_image(written(tmp_path / "x.png", data))
     hidden = (bgr(samples) == np.atleast_1d(key)[::-1]).all(2)
     assert hidden[3, 4]
     assert not hidden[1, 1]
@@ -450,7 +450,7 @@ def test_exif_rotation_is_applied(tmp_path, name, orientation):
         written(path, png(stored.shape[:2], 16, 2, big_endian(stored), chunk))
     else:
         saved(path, stored, exif=exif, quality=98)
-    result = read_picture(path)
+    result = read_image(path)
     expected = np.array([[int(cell) for cell in row] for row in UPRIGHT[orientation]])
     height, width = expected.shape
     assert result.pixels.shape == (8 * height, 8 * width, 3)
@@ -463,33 +463,33 @@ def test_exif_rotation_is_applied(tmp_path, name, orientation):
 def test_deep_tiff_is_turned_once_by_any_opencv(tmp_path, monkeypatch, orientation):
     samples = made(3, np.uint16)
     path = written(tmp_path / "x.tif", tiff(samples, tags={274: orientation}))
-    as_installed = read_picture(path).pixels
+    as_installed = read_image(path).pixels
     monkeypatch.setattr(cv2, "imdecode", lambda *_: bgr(samples))  # one that does not turn
-    assert np.array_equal(read_picture(path).pixels, as_installed)
+    assert np.array_equal(read_image(path).pixels, as_installed)
     monkeypatch.setattr(cv2, "imdecode", lambda *_: bgr(samples) ^ 256)
     refused(path, "Pillow and OpenCV read different samples")
 
 
 def test_exif_data_that_cannot_be_read_is_noticed(tmp_path):
-    broken = png_chunk(b"eXIf", b"nonsense that is no TIFF header")
+    broken = png_chunk(b"eXIf", b"nonsense that is not a TIFF header")
     end = png_chunk(b"IEND", b"")
     data = encoded(".png", made(3)).replace(end, broken + end)
-    result = read_picture(written(tmp_path / "x.png", data))
+    result = read_image(written(tmp_path / "x.png", data))
     assert np.array_equal(result.pixels, bgr(made(3)))
     assert result.notices == ("has EXIF data that cannot be read; it was not rotated",)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".webp", ".png"])
-def test_the_first_of_several_pictures_is_read(tmp_path, suffix):
+def test_the_first_of_several_images_is_read(tmp_path, suffix):
     frames = [Image.fromarray(made(3)), Image.fromarray(255 - made(3))]
     frames[0].save(tmp_path / f"x{suffix}", save_all=True, append_images=frames[1:], lossless=True)
-    result = read_picture(tmp_path / f"x{suffix}")
+    result = read_image(tmp_path / f"x{suffix}")
     assert np.array_equal(result.pixels, bgr(made(3)))
-    assert result.notices == ("holds more than one picture; the first was read",)
+    assert result.notices == ("holds more than one image; the first was read",)
 
 
 def test_content_decides_on_the_format(tmp_path):
-    result = read_picture(written(tmp_path / "x.jpg", encoded(".png", made(3))))
+    result = read_image(written(tmp_path / "x.jpg", encoded(".png", made(3))))
     assert np.array_equal(result.pixels, bgr(made(3)))
     assert result.notices == ("is named as JPEG and holds PNG",)
 
@@ -498,8 +498,8 @@ def test_content_decides_on_the_format(tmp_path):
 
 
 def refused(path: Path, reason: str, **options) -> str:
-    with pytest.raises(PictureError, match=reason) as caught:
-        read_picture(path, **options)
+    with pytest.raises(ImageError, match=reason) as caught:
+        read_image(path, **options)
     assert str(caught.value) == f"{path} {caught.value.reason}"
     assert caught.value.path == path
     return caught.value.reason
@@ -524,7 +524,7 @@ CUT = {
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_cut_files_are_refused(tmp_path, name, share):
     data = CUT[name]()
-    assert read_picture(written(tmp_path / name, data)).pixels.shape == (*SIZE, 3)
+    assert read_image(written(tmp_path / name, data)).pixels.shape == (*SIZE, 3)
     refused(written(tmp_path / name, data[: int(len(data) * share)]), "cut short")
 
 
@@ -547,7 +547,7 @@ def test_a_whole_thumbnail_does_not_hide_a_cut_jpeg(tmp_path):
     segment = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
     data = encoded(".jpg", made(3, smooth=True))
     whole = data[:2] + segment + data[2:]
-    assert read_picture(written(tmp_path / "x.jpg", whole)).pixels.shape == (*SIZE, 3)
+    assert read_image(written(tmp_path / "x.jpg", whole)).pixels.shape == (*SIZE, 3)
     refused(written(tmp_path / "x.jpg", whole[:-60]), "cut short")
 
 
@@ -558,14 +558,14 @@ def test_damaged_png_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
-def test_what_is_no_picture_is_refused(tmp_path, suffix):
+def test_what_is_no_image_is_refused(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     refused(written(path, b""), "zero bytes")
-    refused(written(path, b"<html>404 Not Found</html>"), "is not a picture")
+    refused(written(path, b"<html>404 Not Found</html>"), "is not an image")
     refused(written(path, b"BMW and other cars, in alphabetic order"), "cannot be decoded")
     gif = BytesIO()
     Image.fromarray(made(1)).save(gif, "GIF")
-    refused(written(path, gif.getvalue()), "is not a picture")
+    refused(written(path, gif.getvalue()), "is not an image")
     refused(tmp_path / f"missing{suffix}", "cannot be opened: No such file")
     (tmp_path / f"folder{suffix}").mkdir()
     refused(tmp_path / f"folder{suffix}", "is not a file")
@@ -581,11 +581,11 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
-def test_small_pictures_are_refused(tmp_path, suffix):
+def test_small_images_are_refused(tmp_path, suffix):
     path = saved(tmp_path / f"x{suffix}", np.zeros((1, 1, 3), np.uint8))
     assert "1 x 1" in refused(path, "is too small")
     path = saved(tmp_path / f"x{suffix}", np.zeros((12, 40, 3), np.uint8))
-    assert read_picture(path, least=12).pixels.shape == (12, 40, 3)
+    assert read_image(path, least=12).pixels.shape == (12, 40, 3)
     assert "40 x 12" in refused(path, "both sides must be 13", least=13)
 
 
@@ -629,7 +629,7 @@ CLAIMS = {
 @pytest.mark.parametrize("name", CLAIMS)
 def test_absurd_sizes_are_refused_by_the_header(tmp_path, monkeypatch, name):
     def decoded(*_):
-        raise AssertionError("decoded before its size was looked at")
+        raise AssertionError("decoded before its size was checked")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load_prepare", decoded)
     monkeypatch.setattr("PIL._webp.WebPAnimDecoder", decoded)
@@ -642,15 +642,15 @@ def test_the_size_of_webp_is_read_right(tmp_path, monkeypatch, quality):
     data = encoded(".webp", made(3), cv2.IMWRITE_WEBP_QUALITY, quality)
     path = written(tmp_path / "x.webp", data)
     seen = []
-    whole = pictures._check_size
-    monkeypatch.setattr(pictures, "_check_size", lambda *size: seen.append(size) or whole(*size))
-    read_picture(path)
+    whole = images._check_size
+    monkeypatch.setattr(images, "_check_size", lambda *size: seen.append(size) or whole(*size))
+    read_image(path)
     assert seen == [(SIZE[1], SIZE[0], 2)] * 2
 
 
-def test_files_larger_than_any_picture_are_not_read(tmp_path):
+def test_files_larger_than_any_image_are_not_read(tmp_path):
     path = written(tmp_path / "x.png", encoded(".png", made(3)))
-    os.truncate(path, pictures.MAX_BYTES + 1)  # a hole: nothing is written
+    os.truncate(path, images.MAX_BYTES + 1)  # a hole: nothing is written
     refused(path, "is a file of 1,280,000,001 bytes")
 
 
@@ -680,7 +680,7 @@ def test_cmyk_jpeg_is_refused(tmp_path):
 
 
 def test_errors_travel_between_processes(tmp_path):
-    error = pickle.loads(pickle.dumps(PictureError(tmp_path / "x.png", "is cut short")))
+    error = pickle.loads(pickle.dumps(ImageError(tmp_path / "x.png", "is cut short")))
     assert str(error) == f"{tmp_path / 'x.png'} is cut short"
     assert isinstance(error, UserError)
     assert error.reason == "is cut short"
