@@ -262,7 +262,7 @@ def _resume_anywhere(original: Callable) -> Callable | None:
 
 # The LMDB environments that BasicSR's data sets hold open in this process, by real path. After a
 # fork the child's data sets find the parent's here, as lmdb counts those as open in the child.
-_environments: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+shared_environments: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def _share_environments(original: Callable) -> Callable | None:
@@ -276,10 +276,10 @@ def _share_environments(original: Callable) -> Callable | None:
         clients = {}
         for key, path in zip(keys, paths, strict=True):
             place = os.path.realpath(path)
-            if place not in _environments:
+            if place not in shared_environments:
                 original(self, [path], [key], **options)
-                _environments[place] = self._client[key]
-            clients[key] = _environments[place]
+                shared_environments[place] = self._client[key]
+            clients[key] = shared_environments[place]
         self.db_paths, self._client = paths, clients
 
     return open_shared

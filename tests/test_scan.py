@@ -86,11 +86,14 @@ def test_good_databases_pass(root, options):
 
 
 def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
+    from basicsr.utils import FileClient
+
     write_database(root / "hr.lmdb", {"a": image()})
     write_database(root / "lr.lmdb", {"a": image()}, scale=2)
     use_databases(options, "val")
-    with lmdb.open(str(root / "hr.lmdb"), readonly=True, lock=False):
-        assert scan(options, root, train=True).problems == []
+    held = FileClient("lmdb", db_paths=[str(root / "hr.lmdb")], client_keys=["gt"])
+    assert scan(options, root, train=True).problems == []
+    assert held.get("a", "gt")  # and is not closed
 
 
 DATABASE_FAULTS = [
@@ -129,13 +132,28 @@ def test_unequal_keys_are_named(root, options):
         basicsr_reads(options, "train", root)
 
 
-def test_a_cut_database_is_named(root, options):
+@pytest.mark.parametrize("length", [10, 4096, 5000, 8192, 40_000, -1])
+def test_a_cut_database_is_named(root, options, length):
     write_database(root / "hr.lmdb", {"a": image()})
-    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    write_database(root / "lr.lmdb", {"a": noise})
     data = root / "lr.lmdb" / "data.mdb"
-    data.write_bytes(data.read_bytes()[:5000])
+    data.write_bytes(data.read_bytes()[:length])
     use_databases(options)
-    assert "is cut short" in only(scan(options, root, train=True).problems)
+    assert "cut short" in only(scan(options, root, train=True).problems)
+
+
+def test_a_damaged_database_is_named(root, options):
+    write_database(root / "hr.lmdb", {"a": image()})
+    write_database(root / "lr.lmdb", {f"a{index}": image() for index in range(200)})
+    data = root / "lr.lmdb" / "data.mdb"
+    content = data.read_bytes()
+    # Page 0 and 1 describe the database; any other may be its root.
+    data.write_bytes(content[:8192] + bytes([255]) * (len(content) - 8192))
+    use_databases(options)
+    problem = only(scan(options, root, train=True).problems)
+    assert "lr.lmdb cannot be read" in problem
+    assert "MDB_CORRUPTED" in problem
 
 
 def test_an_entry_that_is_no_image_is_named(root, options):
@@ -147,7 +165,7 @@ def test_an_entry_that_is_no_image_is_named(root, options):
     use_databases(options)
     problem = only(scan(options, root, train=True).problems)
     assert "1 of 1 files checked" in problem
-    assert "no images that can be read: 'a'" in problem
+    assert "are not images that can be read: 'a'" in problem
 
 
 def test_images_without_a_partner_are_named(root, options):
@@ -346,10 +364,15 @@ def test_of_many_entries_headers_of_some_are_read(root, options, monkeypatch):
     assert found.problems == []
     assert "datasets:train: 999 pairs; checked the headers of 100" in found.notes
     assert len(read) == 2 * 100 + 2 * SAMPLES  # both sides, and the validation set
+    lines = [f"a{index:03}.png" for index in range(998)]
+    (root / "hr.lmdb" / "meta_info.txt").write_text("\n".join(lines))
+    assert (
+        "does not list and that are never read: 'a998'"
+        in scan(options, root, train=True).problems[0]
+    )
 
 
 def test_a_long_preamble_hides_no_header(root, options):
-    """What does not fit into the first bytes that are read is read in full."""
     profile = np.random.default_rng(0).bytes(100_000)
     Image.new("RGB", (64, 48)).save(root / "a.png", icc_profile=profile, compress_level=0)
     write_database(root / "hr.lmdb", {"a": image()})

@@ -1,9 +1,10 @@
 """Every data set of an option file checked before a run begins, and the room for what it writes.
 
-Names, keys and counts are checked in full, of an LMDB its index alone; sizes and colours
-by the headers of at most `MOST_HEADERS` images of a set, evenly spread. BasicSR meets what is
-wrong here hours into a run, when it reads that sample, or says nothing: a list that names fewer
-images than there are, HR that is cropped to fit LR, 16 bits read as 8.
+Names and counts are checked in full; sizes and colours by the headers of at most `MOST_HEADERS`
+images of a set, evenly spread. An LMDB that has as many entries as its list, and holds those
+images, passes: its keys are listed only to name what is wrong, as lmdb reads each from the disk.
+BasicSR meets what is wrong here hours into a run, when it reads that sample, or says nothing: a
+list that names fewer images than there are, HR that is cropped to fit LR, 16 bits read as 8.
 """
 
 import io
@@ -12,14 +13,17 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+import lmdb
 from PIL import Image
 
-from dlgsanet_arch.data.databases import DATA, META_INFO
+from dlgsanet_arch._basicsr import shared_environments
+from dlgsanet_arch.data.databases import META_INFO, open_database
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Context, Registered
@@ -27,13 +31,9 @@ from dlgsanet_arch.options.context import is_number, is_whole
 from dlgsanet_arch.options.paths import data_faults, owner
 from dlgsanet_arch.options.schema import DatasetKeys, known_dataset
 from dlgsanet_arch.pipeline import weights
-from dlgsanet_arch.pipeline.lmdb_index import Value, read_index
 
 MOST_HEADERS = 2000
 _REMEDY = "make it again, or a new one by `dlgsanet data verify --fix`"
-# Bytes of an image that are enough for its header: one page of the disk for most, more for one
-# with a colour profile or a preview in front.
-_HEADS = (2**12, 2**16)
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
 _FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
@@ -151,8 +151,32 @@ class _Database:
     headers: dict[str, Header | OSError]
 
 
-def _list_faults(lines: Sequence[str], index: Mapping[str, Value]) -> Iterator[str]:
-    """Compare the lines of a meta_info.txt with the entries that are there."""
+@contextmanager
+def _environment(path: Path) -> Iterator[lmdb.Environment]:
+    """Open an LMDB, or take the environment of data sets that hold it open: lmdb opens it once."""
+    shared = shared_environments.get(os.path.realpath(path))
+    try:
+        with nullcontext(shared) if shared is not None else open_database(path) as environment:
+            yield environment
+    except lmdb.Error as error:
+        raise UserError(f"{path} cannot be read: {error}; copy or make it anew") from error
+
+
+def _value(read: lmdb.Transaction, key: str) -> bytes | None:
+    try:
+        return read.get(key.encode())
+    except lmdb.BadValsizeError:  # the key is empty, or too long for LMDB
+        return None
+
+
+def _list_faults(lines: Sequence[str], entries: Set[str], empty: Sequence[str]) -> Iterator[str]:
+    """Compare the lines of a meta_info.txt with the keys of an LMDB.
+
+    Args:
+        lines: Of the list.
+        entries: The keys that are there.
+        empty: Keys whose entries have no content.
+    """
     listed = Counter(line.split(".")[0] for line in lines if line.strip())
     blank = sum(not line.strip() for line in lines)
     if blank:
@@ -160,30 +184,26 @@ def _list_faults(lines: Sequence[str], index: Mapping[str, Value]) -> Iterator[s
     twice = sorted(key for key, count in listed.items() if count > 1)
     if twice:
         yield f"lists keys more than once, or with more behind a dot: {_quoted(twice)}"
-    missing_keys = sorted(listed.keys() - index.keys())
+    missing_keys = sorted(listed.keys() - entries)
     if missing_keys:
-        dots = any(key.split(".")[0] in listed for key in index if "." in key)
+        dots = any(key.split(".")[0] in listed for key in entries if "." in key)
         reason = " (keys end at their first dot: name them without)" if dots else ""
         yield f"lists keys that it does not hold{reason}: {_quoted(missing_keys)}"
-    silent = sorted(index.keys() - listed.keys())
+    silent = sorted(entries - listed.keys())
     if silent and not missing_keys:
         yield (
             f"holds {len(silent)} images that {META_INFO} does not list and that are never read: "
             f"{_quoted(silent)}"
         )
-    empty = sorted(key for key in listed if key in index and not index[key].length)
     if empty:
         yield f"holds entries without content: {_quoted(empty)}"
 
 
-def _head_of(file: BinaryIO, value: Value) -> Header | OSError:
-    for size in (*_HEADS, value.length):
-        file.seek(value.start)
-        try:
-            return read_header(io.BytesIO(file.read(min(size, value.length))))
-        except OSError as error:
-            fault = error
-    return fault
+def _header_of(value: bytes) -> Header | OSError:
+    try:
+        return read_header(io.BytesIO(value))
+    except OSError as error:
+        return error
 
 
 def _lines(listing: Path) -> list[str]:
@@ -193,14 +213,22 @@ def _lines(listing: Path) -> list[str]:
 def _read_database(path: Path) -> _Database:
     lines = _lines(path / META_INFO)
     keys = [line.split(".")[0] for line in lines if line.strip()]
-    index = read_index(path / DATA)
-    with (path / DATA).open("rb") as file:
-        headers = {
-            key: _head_of(file, index[key])
-            for key in _spread(sorted(set(keys)))
-            if key in index and index[key].length
-        }
-    return _Database(keys, list(_list_faults(lines, index)), headers)
+    entries = set(keys)
+    with _environment(path) as environment, environment.begin() as read:
+        complete = environment.stat()["entries"] == len(entries)
+        headers, empty = {}, []
+        for key in _spread(sorted(entries)):
+            value = _value(read, key)
+            if value:
+                headers[key] = _header_of(value)
+            elif value is None:
+                complete = False
+            else:
+                empty.append(key)
+        if not complete:
+            stored = read.cursor().iternext(values=False)
+            entries = {bytes(key).decode(errors="replace") for key in stored}
+    return _Database(keys, list(_list_faults(lines, entries, empty)), headers)
 
 
 def _files_in(folder: Path) -> list[str]:
