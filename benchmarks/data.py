@@ -49,8 +49,8 @@ WHOLE = "PNG files of whole pictures"
 @functools.cache
 def _photographs(folder: str | None) -> list[NDArray[np.uint8]]:
     if folder is None:
-        names = (*demo.TRAIN_PICTURES, *demo.VALIDATION_PICTURES)
-        paths = [demo.pictures_folder() / name for name in names]
+        names = (*demo.TRAIN_IMAGES, *demo.VALIDATION_IMAGES)
+        paths = [demo.images_folder() / name for name in names]
     else:
         paths = [file.path for file in find_images(Path(folder))][: 9 * PICTURES]
     return [read_8_bits(path).pixels for path in paths]

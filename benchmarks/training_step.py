@@ -211,8 +211,8 @@ def _photographs() -> tuple[list[Path], list[Path]]:
     trained = sorted((network.shared() / "data" / "BSDS400").glob("*.jpg"))[:TRAINED_ON]
     if trained and network.set14():
         return trained, network.set14()
-    names = (demo.TRAIN_PICTURES, demo.VALIDATION_PICTURES)
-    return tuple([demo.pictures_folder() / name for name in each] for each in names)
+    names = (demo.TRAIN_IMAGES, demo.VALIDATION_IMAGES)
+    return tuple([demo.images_folder() / name for name in each] for each in names)
 
 
 def _batches(cell: Cell, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -134,7 +134,7 @@ class Repair(NamedTuple):
         return self.name in _made
 
 
-_made: set[str] = set()  # names of repairs
+_made: set[str] = globals().get("_made", set())  # names of repairs
 
 
 def _replace(repair: Repair, module: ModuleType) -> None:
@@ -261,8 +261,11 @@ def _resume_anywhere(original: Callable) -> Callable | None:
 
 
 # The LMDB environments that BasicSR's data sets hold open in this process, by real path. After a
-# fork the child's data sets find the parent's here, as lmdb counts those as open in the child.
-shared_environments: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+# fork the child's data sets find the parent's here, as lmdb counts those as open in the child. A
+# reload of this module keeps them, and the names of repairs below.
+shared_environments: weakref.WeakValueDictionary[str, Any] = globals().get(
+    "shared_environments", weakref.WeakValueDictionary()
+)
 
 
 def _share_environments(original: Callable) -> Callable | None:

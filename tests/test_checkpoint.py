@@ -180,9 +180,9 @@ BAD_FILES = {
     "nearly whole": (lambda path, params: _cut(path, params, 0.99), "truncated"),
     "half, old format": (lambda path, params: _cut(path, params, 0.5, **OLD_FORMAT), "truncated"),
     "empty": (lambda path, _: path.touch(), "is empty"),
-    "image": (lambda path, _: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "no checkpoint"),
-    "text": (lambda path, _: path.write_text("version https://git-lfs\n"), "no checkpoint"),
-    "plain pickle": (lambda path, _: path.write_bytes(pickle.dumps([1, 2], 2)), "no checkpoint"),
+    "image": (lambda path, _: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "not a checkpoint"),
+    "text": (lambda path, _: path.write_text("version https://git-lfs\n"), "not a checkpoint"),
+    "plain pickle": (lambda path, _: path.write_bytes(pickle.dumps([1, 2], 2)), "not a checkpoint"),
     "list": (lambda path, params: torch.save([params], path), "holds a list"),
     "tensor": (lambda path, _: torch.save(torch.ones(3), path), "holds a Tensor"),
     "no keys": (lambda path, _: torch.save({}, path), "no keys"),
@@ -261,7 +261,7 @@ def test_arguments_that_the_weights_do_not_tell_do_not_matter():
 
 def test_what_is_no_dlgsanet_is_refused():
     message = refusal(check_compatible, {"conv_first.weight": torch.ones(8, 3, 3, 3)}, TINY_X4)
-    assert "no weights of a DLGSANet: overlap_embed.0.proj.weight is absent" in message
+    assert "not weights of a DLGSANet: overlap_embed.0.proj.weight is absent" in message
     damaged = weights_of(**TINY_X4)
     del damaged["deep_feature_extraction.1.body.3.norm3.body.weight"]
     assert "deep_feature_extraction.1.body.3.norm3.body.weight" in refusal(
@@ -358,8 +358,8 @@ def test_a_configuration_that_is_not_the_weights_own_is_refused(tmp_path):
     for config, said in (
         ('{"dim": 24}', "dim: 24"),
         ('{"dims": 24}', "no argument 'dims'"),
-        ("[1]", "no object"),
-        ("{", "no JSON"),
+        ("[1]", "not an object"),
+        ("{", "not JSON"),
     ):
         save_file(
             weights, tmp_path / "net.safetensors", {"architecture": "DLGSANet", "config": config}

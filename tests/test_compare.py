@@ -161,7 +161,7 @@ def test_results_are_found_by_name(tmp_path):
 def test_scale_of_a_pair(hr):
     assert crop_figure.scale_between(hr[:71], hr[:35, :52]) == 2
     for lr in (hr[:36, :51], np.pad(hr, ((0, 1), (0, 0), (0, 0)))):
-        with pytest.raises(UserError, match="no small version"):
+        with pytest.raises(UserError, match="not a small version"):
             crop_figure.scale_between(hr, lr)
 
 

@@ -136,7 +136,7 @@ def test_the_plot_takes_a_table_of_reproduce(tmp_path, monkeypatch, capsys):
     assert drawn[0][2] == {("DLGSANet Tiny", 4): 27.8}
     table.write_text("[]")
     assert main(asked) == 1
-    assert "no table.json" in capsys.readouterr().err
+    assert "not a table.json" in capsys.readouterr().err
 
 
 def test_the_plot_with_what_was_measured():

@@ -139,6 +139,9 @@ for _ in range(3):
     importlib.reload(_basicsr)
     importlib.reload(dlgsanet_arch)
 assert sum(type(each).__name__ == "_Finder" for each in sys.meta_path) == 1
+held = _basicsr.shared_environments
+importlib.reload(_basicsr)
+assert _basicsr.shared_environments is held
 """
     assert imported(code, tmp_path) == set()
 

@@ -395,7 +395,7 @@ def test_results_that_are_no_numbers_are_never_a_image(small):
     weights = {name: tensor.clone() for name, tensor in small.weights.items()}
     weights["overlap_embed.0.proj.weight"][0] = torch.nan
     broken = Upscaler(Checkpoint(weights, small.config), device="cpu")
-    with pytest.raises(upscaler.UpscaleError, match="no numbers in fp32: the weights are damaged"):
+    with pytest.raises(upscaler.UpscaleError, match="not numbers in fp32: the weights are damaged"):
         broken(image(9, 9))
 
 

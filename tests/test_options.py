@@ -494,7 +494,7 @@ def test_values_given_beside_the_file_are_read_like_the_files(text, value):
         (b"name: a: b\n", "bad.yml:1:8: this is not YAML"),
         (b"lr: !!float five\n", "bad.yml: this is not YAML"),
         (b"name: \x01\n", "bad.yml: this is not YAML"),
-        (b"\xff\xfe\x00", "no UTF-8 text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"", "bad.yml holds nothing"),
         (b"- a\n- b\n", "bad.yml holds a list"),
         (b"just text\n", "bad.yml holds a str"),
