@@ -33,6 +33,7 @@ from dlgsanet_arch.options.schema import DatasetKeys, known_dataset
 from dlgsanet_arch.pipeline import weights
 
 MOST_HEADERS = 2000
+_HEADS = (1 << 12, 1 << 16)  # bytes of an image that are tried before all of it
 _REMEDY = "make it again, or a new one by `dlgsanet data verify --fix`"
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
@@ -162,7 +163,7 @@ def _environment(path: Path) -> Iterator[lmdb.Environment]:
         raise UserError(f"{path} cannot be read: {error}; copy or make it anew") from error
 
 
-def _value(read: lmdb.Transaction, key: str) -> bytes | None:
+def _value(read: lmdb.Transaction, key: str) -> memoryview | None:
     try:
         return read.get(key.encode())
     except lmdb.BadValsizeError:  # the key is empty, or too long for LMDB
@@ -199,11 +200,14 @@ def _list_faults(lines: Sequence[str], entries: Set[str], empty: Sequence[str]) 
         yield f"holds entries without content: {_quoted(empty)}"
 
 
-def _header_of(value: bytes) -> Header | OSError:
-    try:
-        return read_header(io.BytesIO(value))
-    except OSError as error:
-        return error
+def _header_of(value: memoryview) -> Header | OSError:
+    """Read the header of an image in an LMDB, and no more of its pages than that takes."""
+    for size in (*_HEADS, len(value)):
+        try:
+            return read_header(io.BytesIO(value[:size]))
+        except OSError as error:
+            fault = error
+    return fault
 
 
 def _lines(listing: Path) -> list[str]:
@@ -214,7 +218,7 @@ def _read_database(path: Path) -> _Database:
     lines = _lines(path / META_INFO)
     keys = [line.split(".")[0] for line in lines if line.strip()]
     entries = set(keys)
-    with _environment(path) as environment, environment.begin() as read:
+    with _environment(path) as environment, environment.begin(buffers=True) as read:
         complete = environment.stat()["entries"] == len(entries)
         headers, empty = {}, []
         for key in _spread(sorted(entries)):
