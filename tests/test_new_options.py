@@ -256,7 +256,7 @@ def test_a_folder_or_a_prepared_set_to_validate_on(here):
         ("--hr own --patch -1", "--patch -1: give"),
         ("--hr own --memory 0.01", "free some memory"),
         ("--hr own --val absent", "absent does not exist"),
-        ("--hr own --root absent", "there is no folder absent"),
+        ("--hr own --root absent", "folder absent does not exist"),
         ("--hr own --weights absent.pth", "absent.pth cannot be read"),
         ("--hr own --weights other.pth", "another configuration"),
     ],

@@ -354,7 +354,7 @@ def test_images_without_partners_are_verified_alone(tmp_path, capsys):
     [
         (["gone"], "gone does not exist"),
         (["empty"], "there are no LMDBs or images below"),
-        (["-opt", "gone.yml"], "there is no option file gone.yml"),
+        (["-opt", "gone.yml"], "option file gone.yml does not exist"),
     ],
 )
 def test_what_cannot_be_verified_is_named(tmp_path, monkeypatch, arguments, said, capsys):

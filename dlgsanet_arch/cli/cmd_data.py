@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
-
-SCALES = (2, 3, 4)
 
 
 def _check_imports() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from dlgsanet_arch.cli import exit_status
 
 _TIMED_RUNS = 5
-_OPSET = 18  # of ONNX, the least with all that is needed
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -54,8 +53,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
         "--opset",
         type=int,
         choices=range(18, 24),
-        default=_OPSET,
-        help="version of ONNX's operators (default: %(default)s)",
+        help="version of ONNX's operators (default: 18, the least with all that is needed)",
     )
     parser.add_argument(
         "--time", action="store_true", help="take times as the best of five runs, not of one"
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export weights; see `build_parser`."""
     args = build_parser().parse_args(argv)
     from dlgsanet_arch.checkpoint import read_checkpoint
-    from dlgsanet_arch.export import export
+    from dlgsanet_arch.export import OPSET, export
 
     checkpoint = read_checkpoint(args.weights, args.param_key)
     exported = export(
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output,
         dtype=args.dtype,
         size=args.size,
-        opset=args.opset,
+        opset=args.opset or OPSET,
         repeats=_TIMED_RUNS if args.time else 1,
     )
     print(_table(exported))

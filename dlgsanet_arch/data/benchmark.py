@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.benchmarks import KNOWN, set_name
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.comparison import Comparison
@@ -34,7 +35,7 @@ from dlgsanet_arch.data.discovery import Layout, Original, find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.scores import Scores
-from dlgsanet_arch.data.sub_images import SCALES, crop_to_multiple
+from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (

@@ -30,7 +30,7 @@ def _luma(image: NDArray[np.uint8], border: int) -> NDArray[np.float64]:
     inner = image[border : height - border, border : width - border]
     # Rounded to float32 on the way as BasicSR does it.
     y = np.dot(inner.astype(np.float32) / np.float32(255), _TO_Y) + 16.0
-    return (y / 255.0).astype(np.float32).astype(np.float64) * 255.0
+    return ((y / 255.0).astype(np.float32) * np.float32(255)).astype(np.float64)
 
 
 def _blurred(values: NDArray[np.float64]) -> NDArray[np.float64]:

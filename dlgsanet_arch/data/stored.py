@@ -52,7 +52,7 @@ class Reader:
         self._transaction = transaction
 
     def __call__(self, key: str) -> bytes:
-        """The bytes of an image, none where there is no such entry or file."""
+        """Return the bytes of an image, empty where its entry or file is missing."""
         if self._transaction is not None:
             return self._transaction.get(key.encode()) or b""
         try:

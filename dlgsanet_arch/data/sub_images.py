@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-# HR side over LR side: what data sets are made for.
-SCALES = (2, 3, 4)
+from dlgsanet_arch.data import SCALES
+
 # HR cut to a multiple of it serves all scales with one and the same database.
 HR_MULTIPLE = math.lcm(*SCALES)
 

@@ -79,7 +79,7 @@ def plan(source: Path, out: Path, *, suffix: str = "", format: str | None = None
             written or cannot hold the depth, transparency or size.
 
     Raises:
-        UserError: There is no such image or folder, or it holds none; two images would have
+        UserError: The image or folder is missing, or holds no images; two images would have
             one result, or a result would replace its image.
     """
     if source.is_dir():

@@ -55,7 +55,9 @@ def load(path: Path) -> dict[str, Any]:
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         others = [entry.name for entry in path.parent.glob("*.y*ml")]
-        raise OptionsError(f"there is no option file {path}{suggest(path.name, others)}") from None
+        raise OptionsError(
+            f"option file {path} does not exist{suggest(path.name, others)}"
+        ) from None
     except OSError as error:
         raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

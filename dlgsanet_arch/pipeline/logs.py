@@ -35,7 +35,7 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Writes lines to a file; where that fails (a full disk), it warns, and the run goes on."""
+    """Writes lines to a file; a failure, such as a full disk, becomes a warning."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -155,7 +155,7 @@ def read(
     arguments = argparse.Namespace(**vars(arguments))
     arguments.root = (arguments.root or root).expanduser().resolve()
     if not arguments.root.is_dir():
-        raise UserError(f"--root: there is no folder {arguments.root}")
+        raise UserError(f"--root: folder {arguments.root} does not exist")
     arguments.opt = shipped.find(arguments.opt.expanduser(), train=train).resolve()
     options = option_files.load(arguments.opt)
     option_files.override(options, arguments.force_yml)

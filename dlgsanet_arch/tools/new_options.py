@@ -220,7 +220,7 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
         UserError: Something is wrong with the arguments, images, weights, memory or disk.
     """
     if not asked.root.is_dir():
-        raise UserError(f"--root: there is no folder {asked.root}")
+        raise UserError(f"--root: folder {asked.root} does not exist")
     databases = (asked.hr, asked.hr / database_name(1))
     hr = next((path for path in databases if (path / META_INFO).is_file()), None)
     data_name = _slug((hr.parent if hr else asked.hr).absolute().name)
