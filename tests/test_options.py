@@ -512,7 +512,9 @@ def test_what_is_no_option_file_is_refused_with_its_place(tmp_path, content, sai
 
 def test_a_missing_option_file_is_named_with_a_near_one(tmp_path):
     (tmp_path / "tiny_x4.yml").touch()
-    with pytest.raises(OptionsError, match=r"tiny_4x\.yml; did you mean 'tiny_x4\.yml'"):
+    with pytest.raises(
+        OptionsError, match=r"tiny_4x\.yml does not exist; did you mean 'tiny_x4\.yml'"
+    ):
         load(tmp_path / "tiny_4x.yml")
     with pytest.raises(OptionsError, match="cannot be read: Is a directory"):
         load(tmp_path)

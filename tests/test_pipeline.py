@@ -189,7 +189,7 @@ def test_training_refuses_before_anything_is_created(bad_root, options, tmp_path
     [
         (["--force_yml", "train:total_itre=8"], "total_itre.*total_iter"),
         (["--launcher", "pytorch"], "torchrun, which sets RANK"),
-        (["--root", "nowhere"], "no folder .*nowhere"),
+        (["--root", "nowhere"], "folder .*nowhere does not exist"),
     ],
 )
 def test_training_refuses_wrong_flags(root, options, tmp_path, monkeypatch, argv, message):
