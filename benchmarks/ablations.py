@@ -147,11 +147,12 @@ def save(
         "notes": [
             f"Each network was trained for {asked.iterations} iterations of {BATCH} patches of "
             f"{PATCH}x{PATCH} LR pixels of BSDS400,",
-            f"with the recipe of options/train/{RECIPE}.yml, shortened, and measured on Set14 x4, Y.",
-            "Means and standard deviations are over the seeds. The paper trains for 500,000 iterations "
-            "on DIV2K;",
+            f"with the recipe of options/train/{RECIPE}.yml, shortened, and measured on Set14 x4, "
+            "Y.",
+            "Means and standard deviations are over the seeds. The paper trains for 500,000 "
+            "iterations on DIV2K;",
             "results after so short a training may not hold there.",
-            *([] if len(results) == wanted else ["**Incomplete: run the same command to continue.**"]),
+            *([] if len(results) == wanted else ["**Incomplete: run the command again.**"]),
         ],
         "raw": list(results),
     }
