@@ -2,10 +2,16 @@
 
 import argparse
 import json
+import math
+import os
 import pickle
+import resource
+import time
+import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from dlgsanet_arch.checkpoint import (
@@ -20,6 +26,7 @@ from dlgsanet_arch.checkpoint import (
     save_checkpoint,
     transfer,
 )
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
 
 # Every argument that the weights tell, with values that are not the defaults.
@@ -90,7 +97,7 @@ def refusal(function, *arguments):
     ],
     ids=str,
 )
-def test_the_configuration_is_told_from_the_weights(changes, not_told):
+def test_the_configuration_is_stated_from_the_weights(changes, not_told):
     config = {**SMALL, **changes}
     weights = weights_of(**config)
     inferred = infer_config(weights)
@@ -142,7 +149,10 @@ def test_golden_weights_are_recognised(shared_data):
         check_compatible(weights, json.loads(str(golden["config"])))
 
 
-def test_the_averaged_weights_come_first(tmp_path, weights):
+def test_weights_are_found_under_every_key_and_prefix(tmp_path, weights):
+    def prefixed(prefix):
+        return {prefix + name: tensor for name, tensor in weights.items()}
+
     averaged = {name: tensor + 1 for name, tensor in weights.items()}
     layouts = [
         ({"params": weights, "params_ema": averaged}, None, averaged),
@@ -150,8 +160,16 @@ def test_the_averaged_weights_come_first(tmp_path, weights):
         ({"params": weights}, None, weights),
         ({"mine": averaged, "params": weights}, "mine", averaged),
         (weights, None, weights),
-        ({f"module.{name}": tensor for name, tensor in weights.items()}, None, weights),
-        ({"params": {f"module.{name}": t for name, t in weights.items()}}, None, weights),
+        ({"state_dict": weights, "epoch": 3}, None, weights),
+        ({"model_state_dict": weights, "optimizer_state_dict": {}}, None, weights),
+        (prefixed("module."), None, weights),
+        ({"params": prefixed("module.")}, None, weights),
+        (prefixed("module.module."), None, weights),
+        ({"n_averaged": torch.tensor(7), **prefixed("module.")}, None, weights),
+        (prefixed("_orig_mod."), None, weights),
+        ({"state_dict": prefixed("model._orig_mod.")}, None, weights),
+        # A trainer's module, which has other networks beside this one.
+        ({"state_dict": {**prefixed("net_g."), "loss.vgg.0.weight": torch.ones(3)}}, None, weights),
     ]
     for content, key, expected in layouts:
         torch.save(content, tmp_path / "weights.pth")
@@ -196,7 +214,7 @@ BAD_FILES = {
         lambda path, _: torch.save({"iter": 1, "optimizers": [], "schedulers": []}, path),
         "training state",
     ),
-    "folder": (lambda path, _: path.mkdir(), "Is a directory"),
+    "folder": (lambda path, _: path.mkdir(), "is not a file"),
     "absent": (lambda path, _: None, "No such file"),
 }
 
@@ -288,7 +306,7 @@ def test_a_checkpoint_keeps_all_that_is_known_of_it(tmp_path, suffix):
     save_checkpoint(saved, tmp_path / f"weights{suffix}")
     read = read_checkpoint(tmp_path / f"weights{suffix}")
     assert read.config == saved.config
-    assert (read.iteration, read.is_told, read.scale) == (5000, True, 2)
+    assert (read.iteration, read.is_stated, read.scale) == (5000, True, 2)
     assert _equal(dict(sorted(read.weights.items())), dict(sorted(saved.weights.items())))
     network = read.network()
     image = torch.rand(1, 3, 9, 12)
@@ -326,7 +344,7 @@ def test_files_of_other_programs_are_read_by_their_weights(tmp_path):
         prefixed = {f"module.{name}": tensor for name, tensor in saved.weights.items()}
         save_file(prefixed, tmp_path / "net.bin", metadata)
         read = read_checkpoint(tmp_path / "net.bin")
-        assert not read.is_told
+        assert not read.is_stated
         assert read.config == infer_config(saved.weights)
         assert all(torch.equal(read.weights[name], saved.weights[name]) for name in saved.weights)
 
@@ -335,7 +353,7 @@ def test_files_of_other_programs_are_read_by_their_weights(tmp_path):
     ("name", "expected"),
     [("net_g_5000.pth", 5000), ("net_g_latest.pth", None), ("tiny_x4.pth", None)],
 )
-def test_the_iteration_is_told_by_basicsrs_names(tmp_path, name, expected, weights):
+def test_the_iteration_is_stated_by_basicsrs_names(tmp_path, name, expected, weights):
     torch.save({"params": weights}, tmp_path / name)
     assert read_checkpoint(tmp_path / name).iteration == expected
 
@@ -386,9 +404,114 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     assert "must be .pth or .safetensors" in refusal(
         save_checkpoint, _checkpoint(), tmp_path / "net.onnx"
     )
-    assert "cannot be written" in refusal(
-        save_checkpoint, _checkpoint(), tmp_path / "none" / "net.safetensors"
-    )
+    with pytest.raises(UserError, match="cannot be written"):
+        save_checkpoint(_checkpoint(), tmp_path / "none" / "net.safetensors")
+
+
+# What a file claims, and what it is
+
+
+def _stating(path, **changes):
+    """Write weights with a configuration beside them that is not theirs."""
+    stated = {"architecture": "DLGSANet", "config": json.dumps(changes)}
+    safetensors.torch.save_file(dict(_checkpoint().weights), path, stated)
+
+
+def _with(path, change):
+    """Save small weights as torch.save does, one of them changed."""
+    weights = dict(_checkpoint().weights)
+    weights["upsample.0.bias"] = change(weights["upsample.0.bias"])
+    torch.save({"params": weights}, path)
+
+
+def _bytearray(path):
+    """A file whose pickle asks for a bytearray of 100 GB."""
+    torch.save({"a": torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            size = b"\x8a\x06" + (10**11).to_bytes(6, "little")
+            bomb = b"\x80\x02cbuiltins\nbytearray\n" + size + b"\x85R."
+            archive.writestr(name, bomb if name.endswith("data.pkl") else record)
+
+
+def _compressed(path):
+    torch.save({"params": {"a": torch.zeros(1 << 20)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+
+
+def _many_groups(path):
+    names = [f"deep_feature_extraction.{n}.body.{m}.x" for n in range(90) for m in range(90)]
+    torch.save({**_checkpoint().weights, **dict.fromkeys(names, torch.ones(1))}, path)
+
+
+CLAIMS = {
+    "groups": (lambda path: _stating(path, groups=10_000), "groups: 10000"),
+    "in_chans": (lambda path: _stating(path, in_chans=10**9), "in_chans: 1000000000"),
+    "infinite": (
+        lambda path: _stating(path, idynamic_ffn_expansion_factor=math.inf),
+        "makes no DLGSANet",
+    ),
+    "text": (lambda path: _stating(path, dim="12"), "makes no DLGSANet"),
+    "list": (lambda path: _stating(path, buildblock_type=[1]), "makes no DLGSANet"),
+    "many groups": (_many_groups, "not the weights of 89 groups of"),
+    "expanded": (lambda path: _with(path, lambda t: t[:1].expand(1 << 40)), "claims 4,398,"),
+    "bytearray": (_bytearray, "holds a bytearray"),
+    "compressed": (_compressed, "is compressed"),
+    "int8": (lambda path: _with(path, lambda t: t.to(torch.int8)), "upsample.0.bias is of int8"),
+    "bool": (lambda path: _with(path, lambda t: t > 0), "upsample.0.bias is of bool"),
+    "complex": (lambda path: _with(path, lambda t: t + 0j), "bias is of complex64"),
+    "float8": (lambda path: _with(path, lambda t: t.to(torch.float8_e4m3fn)), "is of float8_e4m3"),
+    "sparse": (lambda path: _with(path, lambda t: t.to_sparse()), "bias is a sparse_coo tensor"),
+    "meta": (lambda path: _with(path, lambda t: t.to("meta")), "bias is a meta tensor"),
+    "quantised": (
+        lambda path: _with(path, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        "bias is a quantised tensor",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of kinds of tensors that PyTorch calls beta
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_claims_are_compared_with_the_file_before_anything_is_built(tmp_path, kind):
+    make, said = CLAIMS[kind]
+    path = tmp_path / "net.bin"
+    make(path)
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(read_checkpoint, path)
+    assert said in message
+    assert str(path) in message
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    save_checkpoint(_checkpoint(), path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    assert "is damaged" in refusal(read_checkpoint, path)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "net.pth")
+    assert "is not a file" in refusal(read_checkpoint, tmp_path / "net.pth")
+
+
+def test_bundled_weights_are_found_by_name(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    assert read_checkpoint("tiny_x4").name == "DLGSANet Tiny x4"
+    assert len(read_weights("tiny_x4")) == len(read_checkpoint("tiny_x4").weights)
+    assert "did you mean 'tiny_x4'" in refusal(read_checkpoint, "tiny_x5")
+    torch.save(weights, "tiny_x4")  # a file comes first
+    assert read_checkpoint("tiny_x4").config["dim"] == 12
 
 
 def test_the_mean_of_checkpoints():

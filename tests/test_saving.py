@@ -12,7 +12,7 @@ from basicsr.archs.edsr_arch import EDSR
 from basicsr.models.sr_model import SRModel
 from torch import nn
 
-from dlgsanet_arch import checkpoint, files
+from dlgsanet_arch import files
 from dlgsanet_arch.checkpoint import CheckpointError, check_complete, save_whole
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
@@ -107,7 +107,7 @@ def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path, monkeypatch, s
 
 
 def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
     real, faults = os.fsync, iter([OSError(errno.EIO, "gone"), OSError(errno.ESTALE, "stale")])
 
     def fsync(file):
@@ -121,7 +121,7 @@ def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatc
 
 
 def test_what_was_written_is_read_again_before_it_takes_the_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
     path = tmp_path / "net_g_latest.pth"
     content = write(path)
     real = os.fsync

@@ -30,7 +30,7 @@ def by_both(hr):
 def test_they_are_the_published_configuration_and_say_what_they_are():
     checkpoint = read_checkpoint(find_weights())
     assert nearest_published(checkpoint.config) == ("DLGSANet Tiny x4", {})
-    assert checkpoint.is_told
+    assert checkpoint.is_stated
     assert checkpoint.iteration > 0
     assert checkpoint.notes["licence"] == "Apache-2.0"
     assert "BSDS400" in checkpoint.notes["trained_on"]

@@ -116,7 +116,7 @@ def _described(path: Path, checkpoint: Any) -> dict[str, Any]:
             name: {"here": here, "published": there} for name, (here, there) in differing.items()
         },
         "notes": dict(checkpoint.notes),
-        "config_from": "the file" if checkpoint.is_told else "the weights",
+        "config_from": "the file" if checkpoint.is_stated else "the weights",
         "config": dict(checkpoint.config),
     }
 

@@ -1,0 +1,296 @@
+"""Configurations of DLGSANet: the published ones, and the one that a state dict's sizes show."""
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlgsanet_arch.hints import named
+from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.storage import CheckpointError
+
+# A name that every DLGSANet's weights have, by which they are found among others.
+ANCHOR = "overlap_embed.0.proj.weight"
+DEFAULTS = {name: each.default for name, each in inspect.signature(DLGSANet).parameters.items()}
+LARGEST_SCALE = 64
+
+_DEEP = "deep_feature_extraction"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAST_TENSORS = 8  # a layer has at least these
+
+# What the three published networks share, and their (dim, groups, blocks).
+_PUBLISHED = {
+    "in_chans": 3,
+    "buildblock_type": "sparseedge",
+    "window_size": 7,
+    "idynamic_num_heads": 6,
+    "idynamic_ffn_type": "GDFN",
+    "idynamic_ffn_expansion_factor": 2.0,
+    "idynamic": True,
+    "restormer_num_heads": 6,
+    "restormer_ffn_type": "GDFN",
+    "restormer_ffn_expansion_factor": 2.0,
+    "upsampler": "pixelshuffledirect",
+    "body_norm": False,
+}
+_VARIANTS = {(48, 3, 3): "Tiny", (48, 4, 3): "Light", (90, 6, 4): "Large"}
+_TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # by scale
+_NOT_IN_WEIGHTS = {"tlc_flag": True, "activation": "relu", "img_range": 1.0}
+
+
+def _size(weights: Mapping[str, Tensor], name: str, axis: int) -> int:
+    """Return one size of a tensor that must be there."""
+    sizes = tuple(weights[name].shape) if name in weights else None
+    if sizes is None or len(sizes) <= axis or not sizes[axis]:
+        found = "is absent" if sizes is None else f"has the shape {sizes}"
+        raise CheckpointError(f"these are not weights of a DLGSANet: {name} {found}")
+    return sizes[axis]
+
+
+def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """Count the different entries that follow `prefix` in the names."""
+    return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def _root(number: int) -> int:
+    """Return the side of a square of `number` things."""
+    side = math.isqrt(number)
+    if not side or side * side != number:
+        raise CheckpointError(
+            f"these are not weights of a DLGSANet: {number} is not a square number"
+        )
+    return side
+
+
+def _feed_forward(weights: Mapping[str, Tensor], dim: int, layer: str, kind: str) -> dict[str, Any]:
+    """Read the type and the expansion of the feed-forward network at `layer`."""
+    if f"{layer}.body.0.weight" in weights:
+        name, hidden = "BaseFFN", _size(weights, f"{layer}.body.0.weight", 0)
+    else:
+        name, hidden = "GDFN", _size(weights, f"{layer}.project_out.weight", 1)
+    factor = hidden / dim  # the simplest; but the network takes int(dim * factor), which may round
+    factor = factor if int(dim * factor) == hidden else (hidden + 0.5) / dim
+    return {f"{kind}_ffn_type": name, f"{kind}_ffn_expansion_factor": factor}
+
+
+def _local_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
+    """Read the arguments of a layer with MHDLSA."""
+    mixer = f"{layer}.IDynamicDWConv.conv"
+    dynamic = f"{mixer}.conv2.0.weight" in weights
+    if dynamic:
+        window = _size(weights, f"{mixer}.conv1.1.weight", 3)
+        filters = _size(weights, f"{mixer}.conv2.0.weight", 0) // window**2
+        if not filters:
+            raise CheckpointError(f"these are not weights of a DLGSANet: {mixer} makes no filters")
+        shared = dim // filters
+    else:
+        window = _size(weights, f"{mixer}.weight", 3)
+        shared = math.gcd(dim, 6)  # not in the weights; it must divide dim, and is 6 as published
+    return {
+        "window_size": window,
+        "idynamic_num_heads": shared,
+        "idynamic": dynamic,
+        **_feed_forward(weights, dim, f"{layer}.IDynamic_ffn", "idynamic"),
+    }
+
+
+def _global_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
+    """Read the arguments of a layer with global attention."""
+    return {
+        "restormer_num_heads": _size(weights, f"{layer}.restormer_attn.temperature", 0),
+        **_feed_forward(weights, dim, f"{layer}.restormer_ffn", "restormer"),
+    }
+
+
+def _reconstruction(weights: Mapping[str, Tensor], in_chans: int) -> dict[str, Any]:
+    """Read the upsampler and its scale; without one, `upscale` is 1."""
+    if "conv_before_upsample.0.weight" in weights:
+        rows, columns = (_size(weights, "upsample.0.weight", axis) for axis in (0, 1))
+        stages = _count(weights, "upsample.")  # pixel shuffles have no weights
+        return {"upsampler": "pixelshuffle", "upscale": _root(rows // columns) ** stages}
+    if "upsample.0.weight" in weights:
+        upscale = _root(_size(weights, "upsample.0.weight", 0) // in_chans)
+        return {"upsampler": "pixelshuffledirect", "upscale": upscale}
+    return {"upsampler": "", "upscale": 1}
+
+
+def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Detect the arguments of DLGSANet from its weights.
+
+    What is not in the weights is as published: `activation` relu, `img_range` 1, `tlc_flag` true,
+    `tlc_kernel` 96, 72 or 48 by scale (48 for other scales), and of "sparseedge" and "edge", which
+    have equal names and sizes, "sparseedge". So are arguments of layers that the network lacks.
+
+    Args:
+        weights: A state dict, as `read_weights` returns it.
+
+    Returns:
+        The arguments, all but `input_resolution`: DLGSANet(**arguments) takes the weights.
+
+    Raises:
+        CheckpointError: If the weights are not of a DLGSANet; the message says by which tensor.
+    """
+    dim, in_chans = (_size(weights, ANCHOR, axis) for axis in (0, 1))
+    body_norm = f"{_DEEP}.0.body.weight" in weights
+    first_group = f"{_DEEP}.{int(body_norm)}.body."
+    has_local = f"{first_group}0.IDynamicDWConv.conv0.weight" in weights
+    first_global = f"{first_group}{int(has_local)}"
+    has_global = f"{first_global}.restormer_attn.temperature" in weights
+    if not (has_local or has_global):
+        raise CheckpointError(f"these are not weights of a DLGSANet: no layer at {first_group}0")
+    config = {
+        **_PUBLISHED,
+        **_NOT_IN_WEIGHTS,
+        "in_chans": in_chans,
+        "dim": dim,
+        "groups": _count(weights, f"{_DEEP}.") - 1 - 2 * body_norm,
+        "blocks": (_count(weights, first_group) - 1) // (has_local + has_global),
+        "body_norm": body_norm,
+    }
+    if has_local:
+        config |= _local_layer(weights, dim, f"{first_group}0")
+    if has_global:
+        config |= _global_layer(weights, dim, first_global)
+    if not (has_local and has_global):
+        config["buildblock_type"] = "idynamic" if has_local else "restormer"
+    config |= _reconstruction(weights, in_chans)
+    config["tlc_kernel"] = _TLC_KERNELS.get(config["upscale"], 48)
+    return config
+
+
+def _detectable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the arguments that a state dict's names and sizes show, in one form for each."""
+    dim = config["dim"]
+    shown = {name: config[name] for name in (*_PUBLISHED, "dim", "groups", "blocks", "upscale")}
+    for name in ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"):
+        shown[name] = int(dim * shown[name]) / dim
+    if not shown["idynamic"]:
+        del shown["idynamic_num_heads"]
+    if not shown["upsampler"]:
+        shown["upscale"] = 1
+    absent = {"idynamic": "restormer_", "restormer": ("idynamic", "window_size")}
+    without = absent.get(shown["buildblock_type"])
+    return {
+        name: value for name, value in shown.items() if not (without and name.startswith(without))
+    }
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """Return "DLGSANet", with the variant and scale where it is a published one."""
+    shown = _detectable(config)
+    variant = _VARIANTS.get((shown["dim"], shown["groups"], shown["blocks"]))
+    if variant and all(shown.get(name) == value for name, value in _PUBLISHED.items()):
+        return f"DLGSANet {variant} x{shown['upscale']}"
+    return "DLGSANet"
+
+
+def described(config: Mapping[str, Any], names: list[str]) -> str:
+    """Name a network, with some of its arguments as an option file has them."""
+    values = ((name, config[name]) for name in names)
+    arguments = ", ".join(
+        f"{name}: {f'{value:.4g}' if isinstance(value, float) else json.dumps(value)}"
+        for name, value in values
+    )
+    return f"{name_of(config)} ({arguments})"
+
+
+def _expected(config: Mapping[str, Any], tensors: int) -> dict[str, torch.Size]:
+    """Return the sizes of a network's tensors by name, if it can have as few as `tensors`."""
+    if config["groups"] * config["blocks"] * _LEAST_TENSORS > tensors:
+        raise CheckpointError(
+            f"{tensors} tensors are not the weights of {config['groups']} groups of "
+            f"{config['blocks']} blocks"
+        )
+    with torch.device("meta"):
+        network = DLGSANet(**config)
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse weights that a DLGSANet of `config` does not take with strict=True.
+
+    Sizes are compared before a network is built, so that a wrong configuration costs nothing.
+
+    Args:
+        weights: A state dict, as `read_weights` returns it.
+        config: Valid arguments of DLGSANet, as an option file's `network_g` has them; an entry
+            `type` is ignored.
+
+    Raises:
+        CheckpointError: If the weights are of another configuration: the message names both (the
+            published variant where it is one) by the arguments that differ. Or if they are of no
+            DLGSANet, of none that this package can build, or not of floating-point numbers.
+    """
+    for name, tensor in weights.items():
+        if tensor.dtype not in _FLOATS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} is of {dtype}; weights are of float32, float16, bfloat16 or float64"
+            )
+    asked = DEFAULTS | {name: value for name, value in config.items() if name != "type"}
+    inferred = infer_config(weights)
+    found, wanted = _detectable(inferred), _detectable(asked)
+    differing = [name for name in wanted if name in found and found[name] != wanted[name]]
+    if {found["buildblock_type"], wanted["buildblock_type"]} == {"sparseedge", "edge"}:
+        differing.remove("buildblock_type")  # equal names and sizes
+    if differing:
+        raise CheckpointError(
+            f"the weights are of another configuration: they are {described(inferred, differing)}; "
+            f"asked for is {described(asked, differing)}"
+        )
+    expected = _expected(asked, len(weights))
+    sizes = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected | sizes if expected.get(name) != sizes.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"the weights do not fit {name_of(asked)}; absent, unknown or of another size: "
+            f"{named(wrong, 3)}"
+        )
+
+
+def published_configs() -> dict[str, dict[str, Any]]:
+    """Return the nine published configurations by name, such as "DLGSANet Tiny x4"."""
+    return {
+        f"DLGSANet {variant} x{scale}": {
+            **_PUBLISHED,
+            **_NOT_IN_WEIGHTS,
+            **{"dim": dim, "groups": groups, "blocks": blocks},
+            **{"upscale": scale, "tlc_kernel": kernel},
+        }
+        for (dim, groups, blocks), variant in _VARIANTS.items()
+        for scale, kernel in _TLC_KERNELS.items()
+    }
+
+
+def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
+    """Find the published network that a configuration is most like.
+
+    Returns:
+        Its name, and the arguments that differ: by name the configuration's value, and its own.
+    """
+    found = []
+    for variant, published in published_configs().items():
+        differing = {
+            name: (config[name], value)
+            for name, value in published.items()
+            if config[name] != value
+        }
+        apart = sum(abs(config[name] - published[name]) for name in ("dim", "groups", "blocks"))
+        found.append((len(differing), apart, variant, differing))
+    return min(found, key=lambda each: each[:2])[2:]
+
+
+def at_scale(config: Mapping[str, Any], scale: int) -> dict[str, Any]:
+    """Return a configuration for another scale, its windows of the published size for it.
+
+    Raises:
+        CheckpointError: The scale is out of range.
+    """
+    if not 1 <= scale <= LARGEST_SCALE:
+        raise CheckpointError(f"scale must be 1 to {LARGEST_SCALE}; got {scale}")
+    kernel = _TLC_KERNELS.get(scale, config["tlc_kernel"])
+    return {**config, "upscale": scale, "tlc_kernel": kernel}

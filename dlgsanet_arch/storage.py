@@ -1,0 +1,197 @@
+"""Tensors in files: `.pth` as torch.save writes it, and `.safetensors`, complete or refused."""
+
+import errno
+import re
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named, write_atomically, written_atomically
+
+_ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
+_GET_ANOTHER = "get it again, or use an earlier checkpoint"
+
+# Network file systems fail for a moment now and then.
+_ATTEMPTS = 3
+_SECONDS_BETWEEN = 1.0
+
+
+class CheckpointError(UserError):
+    """A file of weights that cannot be used; the message says why and what would help."""
+
+
+def check_complete(path: Path) -> int:
+    """Read all of a file of torch.save's and compare it with the checksums that it holds.
+
+    Returns:
+        A checksum of its content, by which two files can be told apart; 0 for a file in PyTorch's
+        old format, which has no checksums and is loaded instead.
+
+    Raises:
+        CheckpointError: It is missing, truncated or damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        read_pth(path)
+        return 0
+    return _check_records(path)
+
+
+def _check_records(path: Path) -> int:
+    """Compare a zip file with its checksums; what it unpacks to is never more than it holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise CheckpointError(f"{path} is compressed, which no file of torch.save's is")
+            damaged = archive.testzip()
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            _check_pickle(path, b"".join(map(archive.read, pickles[:1])))
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); {_GET_ANOTHER}"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged at its record {damaged}; {_GET_ANOTHER}")
+    return zlib.crc32(repr([(entry.filename, entry.CRC) for entry in entries]).encode())
+
+
+def _check_pickle(path: Path, start: bytes) -> None:
+    """Refuse the one thing that torch.load makes as large as a pickle asks for, and fills."""
+    if b"\nbytearray\n" in start:
+        raise CheckpointError(f"{path} holds a bytearray, which no weights need; it is refused")
+
+
+def save_whole(content: Any, path: Path) -> int:
+    """Save as torch.save does, so that after a crash the file is the old one or the new one.
+
+    The file is written beside, flushed to the disk, read again and checked before it takes its
+    name.
+
+    Returns:
+        The checksum that `check_complete` returns for it.
+
+    Raises:
+        CheckpointError: It cannot be written; the old file is as it was.
+    """
+    checksums: list[int] = []
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with written_atomically(
+                path, lambda beside: checksums.append(check_complete(beside))
+            ) as file:
+                torch.save(content, file)
+            return checksums[-1]
+        except (OSError, RuntimeError, CheckpointError) as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if is_full or attempt == _ATTEMPTS:
+                reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
+                raise CheckpointError(
+                    f"{path} cannot be written ({reason}); what was there before is untouched; "
+                    "free space or fix the cause; a training run then resumes with --auto_resume"
+                ) from error
+            time.sleep(_SECONDS_BETWEEN)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _start_of(path: Path, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"the weights {path} cannot be read: {error.strerror}") from error
+
+
+def read_pth(path: Path) -> Any:
+    """Load a file of torch.save's on the CPU without running code that it may hold."""
+    start = _start_of(path, 1 << 20)
+    if not start:
+        raise CheckpointError(f"{path} is empty: writing it was cut off; use an earlier checkpoint")
+    if start.startswith(_ZIP_MAGIC):
+        _check_records(path)
+    else:
+        _check_pickle(path, start)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has a dozen ways to fail on bytes that are not its own
+        text = str(error)
+        fault = (
+            f"is not a checkpoint of PyTorch's ({type(error).__name__}); weights are files such "
+        )
+        fault += "as experiments/<name>/models/net_g_latest.pth"
+        if refused := re.search(r"GLOBAL ([\w.]+)", text):
+            fault = f"holds a Python object ({refused[1]}) beside tensors; such files can run code "
+            fault += "when loaded and are refused; save the state dict alone and use that file"
+        elif "TorchScript" in text:
+            fault = "is a TorchScript program, not a checkpoint; use the .pth it was made from"
+        elif start.startswith(_ZIP_MAGIC) or isinstance(error, EOFError) or "EOF" in text:
+            fault = f"is truncated or damaged; {_GET_ANOTHER}"
+        raise CheckpointError(f"{path} {fault}") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Detect the format by the content: the length of a JSON object, and the object."""
+    start = _start_of(path, 9)
+    other = start.startswith(_ZIP_MAGIC) or path.suffix != ".safetensors"
+    return start[8:] == b"{" or not other
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError(
+            "files of .safetensors need a package that is not there: pip install safetensors"
+        ) from error
+    return safetensors
+
+
+def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a checksum over everything that a .safetensors file of ours holds."""
+    stated = sorted(each for each in metadata.items() if each[0] != "checksum")
+    total = zlib.crc32(repr(stated).encode())
+    for name, tensor in sorted(weights.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), total)
+    return f"crc32:{total:08x}"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata.
+
+    Raises:
+        CheckpointError: The file cannot be read, is damaged, or is of another format.
+    """
+    package = _safetensors()
+    try:
+        with package.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except Exception as error:  # its own, the system's, and what a dtype new to it raises
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not a .safetensors file ({error}); get it again"
+        ) from error
+    stated = metadata.get("checksum", "")
+    if stated.startswith("crc32:") and stated != _checksum(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: its checksum differs; {_GET_ANOTHER}")
+    return tensors, metadata
+
+
+def write_safetensors(weights: Mapping[str, Tensor], notes: Mapping[str, str], path: Path) -> None:
+    """Write tensors with metadata and a checksum, complete or not at all.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    metadata = {"format": "pt", **notes}
+    metadata["checksum"] = _checksum(weights, metadata)
+    data = _safetensors().torch.save(dict(weights), metadata)
+    with disk_faults_named(f"{path} cannot be written"):
+        write_atomically(path, data)
