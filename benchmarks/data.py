@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import open_database
-from dlgsanet_arch.data.images import find_images, read_8_bits
+from dlgsanet_arch.data.finding import find_images
+from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 

@@ -33,3 +33,8 @@ def named(names: Sequence[str], most: int = 5) -> str:
     """Name the first few of many things, and count the others."""
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def quoted(names: Iterable[str], most: int = 5) -> str:
+    """Name the first few of many things in quotation marks, and count the others."""
+    return named([repr(name) for name in names], most)

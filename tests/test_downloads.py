@@ -82,7 +82,9 @@ def test_the_next_run_resumes(server, target, headers, validator, monkeypatch):
     broken_at(server, target)
     bars, plain = [], downloads.progress_bar
     monkeypatch.setattr(
-        downloads, "progress_bar", lambda *each: bars.append(plain(*each)) or bars[-1]
+        downloads,
+        "progress_bar",
+        lambda *each, **more: bars.append(plain(*each, **more)) or bars[-1],
     )
     # the rest is all that needs space
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300_000 - BROKEN))
@@ -294,7 +296,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_received(server, t
 
 def test_a_disk_that_fills_up_is_named_and_the_next_run_resumes(server, target, monkeypatch):
     class Bar:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             self.received = 0
 
         def __enter__(self):

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlgsanet_arch.data import images
-from dlgsanet_arch.data.images import (
-    ImageEntry,
-    ImageError,
-    find_images,
-    image_key,
-    read_image,
-)
+from dlgsanet_arch.data import finding, images
+from dlgsanet_arch.data.finding import ImageEntry, find_images, image_key
+from dlgsanet_arch.data.images import ImageError, read_image
 from dlgsanet_arch.errors import UserError
 
 SIZE = (20, 30)
@@ -171,7 +166,7 @@ def test_keys_of_long_names_differ_and_fit():
     names = ["夜" * 80, "夜" * 79 + "景", "/".join(["folder"] * 100)]
     keys = [image_key(PurePath(f"{name}.png")) for name in names]
     assert len(set(keys)) == 3
-    assert {len(key) for key in keys} == {images.KEY_LENGTH}
+    assert {len(key) for key in keys} == {finding.KEY_LENGTH}
 
 
 def test_basicsr_reads_the_keys_back(tmp_path):
@@ -531,7 +526,7 @@ def test_cut_files_are_refused(tmp_path, name, share):
 @pytest.mark.parametrize("name", [name for name in CUT if name.endswith(("png", "jpg", "webp"))])
 @pytest.mark.parametrize("lost", [1, 2])
 def test_the_last_bytes_are_missed(tmp_path, name, lost):
-    refused(written(tmp_path / name, CUT[name]()[:-lost]), "is cut short")
+    refused(written(tmp_path / name, CUT[name]()[:-lost]), "cut short")
 
 
 @pytest.mark.parametrize("name", ["x.png", "x16.png", "x.jpg", "progressive.jpg"])
@@ -554,7 +549,7 @@ def test_a_whole_thumbnail_does_not_hide_a_cut_jpeg(tmp_path):
 def test_damaged_png_is_refused(tmp_path):
     data = bytearray(encoded(".png", made(3)))
     data[len(data) // 2] ^= 1
-    refused(written(tmp_path / "x.png", bytes(data)), "damaged: wrong checksum of .* IDAT")
+    refused(written(tmp_path / "x.png", bytes(data)), "damaged.*checksum in .*IDAT")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])
@@ -635,17 +630,6 @@ def test_absurd_sizes_are_refused_by_the_header(tmp_path, monkeypatch, name):
     monkeypatch.setattr("PIL._webp.WebPAnimDecoder", decoded)
     monkeypatch.setattr(cv2, "imdecode", decoded)
     refused(written(tmp_path / name, CLAIMS[name]()), "claims .* pixels; at most 160,000,000")
-
-
-@pytest.mark.parametrize("quality", [90, 101])
-def test_the_size_of_webp_is_read_right(tmp_path, monkeypatch, quality):
-    data = encoded(".webp", made(3), cv2.IMWRITE_WEBP_QUALITY, quality)
-    path = written(tmp_path / "x.webp", data)
-    seen = []
-    whole = images._check_size
-    monkeypatch.setattr(images, "_check_size", lambda *size: seen.append(size) or whole(*size))
-    read_image(path)
-    assert seen == [(SIZE[1], SIZE[0], 2)] * 2
 
 
 def test_files_larger_than_any_image_are_not_read(tmp_path):

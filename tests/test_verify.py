@@ -184,10 +184,13 @@ FAULTS = {
     of_another_image: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
     displaced_alone: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
     twice: ("coffee_s003: has the same pixels as chelsea_s001", 11),
-    without_partner: ("1 of 12 images in {hr} have no partner in {lr}: coffee_s003", 11),
-    ghost: ("names keys that are not in the database: 'coffee_s003'", 11),
-    silent: ("1 entries are not named in meta_info.txt and are never read: 'coffee_s003'", 11),
-    listed_twice: ("names keys more than once", 12),
+    without_partner: ("1 of 12 images in {hr} have no partner in {lr}: 'coffee_s003'", 11),
+    ghost: ("lists keys that it does not hold: 'coffee_s003'", 11),
+    silent: (
+        "1 images that meta_info.txt does not list and that are never read: 'coffee_s003'",
+        11,
+    ),
+    listed_twice: ("lists keys more than once", 12),
     blank_line: ("has 1 blank lines", 12),
 }
 
@@ -293,7 +296,10 @@ def test_a_template_does_not_concern_databases(training):
 def test_images_below_gt_size_are_named(training, capsys):
     save_pairs(training / "val", halved, names=("astronaut.png",))
     assert verify_options(training, options(training, gt_size=256)) == 1
-    assert "coffee_s001: HR has 240 x 240 pixels, less than gt_size 256" in capsys.readouterr().out
+    assert (
+        "coffee_s001: HR has 240 x 240 pixels, smaller than 256 x 256 pixels, gt_size"
+        in capsys.readouterr().out
+    )
 
 
 def test_test_images_inside_the_training_set_are_named(training, capsys):
@@ -465,7 +471,7 @@ def test_many_faults_do_not_flood_the_terminal(training, monkeypatch, capsys):
     save_pairs(training / "val", halved, names=("astronaut.png",))
     assert verify_options(training, options(training, gt_size=256)) == 1
     said = capsys.readouterr().out
-    assert said.count("less than gt_size 256") == 5
+    assert said.count("smaller than 256 x 256 pixels") == 5
     assert "and 7 lines more of this kind" in said
     assert "12 of 12 pairs are bad" in said
 

@@ -1,5 +1,6 @@
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from processes import started
 
-from dlgsanet_arch.data.workers import AHEAD, ordered
+from dlgsanet_arch.data import workers as workers_module
+from dlgsanet_arch.data.workers import AHEAD, ITEMS_A_WORKER, ordered, with_progress
 from dlgsanet_arch.errors import UserError
 
 
@@ -32,9 +34,42 @@ def test_results_come_in_order_and_an_error_at_its_turn(workers):
         next(results)
 
 
-def test_a_dead_worker_is_reported():
-    with pytest.raises(UserError, match=r"worker process died.*fewer than --workers 2"):
-        list(ordered(os._exit, [1, 1, 1], 2))
+def die_by(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def run_out_of_memory(number: int) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("function", "item", "said"),
+    [
+        (os._exit, 3, "a worker process died, it ended with exit status 3"),
+        (die_by, signal.SIGKILL, "SIGKILL.*memory ran out: run again with fewer than --workers 2"),
+        (die_by, signal.SIGBUS, "SIGBUS: a library crashed on a file that is damaged"),
+        (run_out_of_memory, 0, "memory ran out with --workers 2: run again with fewer"),
+    ],
+)
+def test_how_a_worker_ended_is_said(function, item, said):
+    with pytest.raises(UserError, match=said):
+        list(ordered(function, [item, item, item], 2))
+
+
+def test_a_process_is_started_for_one_worker_where_it_may_crash():
+    assert list(ordered(os.getppid, [], 1, isolated=True)) == []
+    with pytest.raises(UserError, match="SIGSEGV"):
+        list(ordered(die_by, [signal.SIGSEGV], 1, isolated=True))
+
+
+def test_few_items_start_no_process(monkeypatch):
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", None)
+    items = list(range(2 * ITEMS_A_WORKER - 1))
+    assert [result for _, result in with_progress(math.sqrt, items, 8, "")] == [
+        *map(math.sqrt, items)
+    ]
+    with pytest.raises(TypeError, match="not callable"):
+        list(with_progress(math.sqrt, [*items, 1], 8, ""))
 
 
 def status(pid: int | str) -> list[str]:

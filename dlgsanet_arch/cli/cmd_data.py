@@ -86,10 +86,12 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import verify
-    from dlgsanet_arch.options import load
 
     if arguments.opt:
-        sets = verify.sets_of_options(load(arguments.opt), arguments.root)
+        from dlgsanet_arch.data.check import sets_of_options
+        from dlgsanet_arch.options import load
+
+        sets = [*sets_of_options(load(arguments.opt), arguments.root).values()]
     else:
         sets = verify.sets_of_paths(arguments.paths)
     verified = verify.verify(sets, arguments.workers)

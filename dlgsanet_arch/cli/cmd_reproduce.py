@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _bar(total: int) -> Callable[[], None]:
-    from dlgsanet_arch.data.progress import progress_bar
+    from dlgsanet_arch.progress import progress_bar
 
     bar = progress_bar("reproduce", total, "image")
 

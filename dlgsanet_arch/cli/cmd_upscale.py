@@ -123,7 +123,7 @@ class _Screen:
     """
 
     def __init__(self, total: int) -> None:
-        from dlgsanet_arch.data.progress import progress_bar
+        from dlgsanet_arch.progress import progress_bar
 
         self.counts: Counter[str] = Counter()
         self._single = total == 1

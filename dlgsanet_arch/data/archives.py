@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dlgsanet_arch.data.images import SUFFIXES
-from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.finding import SUFFIXES
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, unfinished
+from dlgsanet_arch.progress import progress_bar
 
 # Photographs in PNG or JPEG do not compress further: an archive that expands by more than this
 # factor is made to fill the disk. The others keep one from filling the memory.

@@ -33,7 +33,6 @@ from dlgsanet_arch.data.comparison import Comparison
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.discovery import Layout, Original, find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
-from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.workers import ordered
@@ -48,6 +47,7 @@ from dlgsanet_arch.files import (
     write_json,
 )
 from dlgsanet_arch.hints import named
+from dlgsanet_arch.progress import progress_bar
 
 # Of what is written: another number makes finished folders count as made by another recipe.
 RECIPE_VERSION = 1

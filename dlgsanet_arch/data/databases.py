@@ -9,8 +9,10 @@ import errno
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import cv2
 import lmdb
 
+from dlgsanet_arch._basicsr import shared_environments
 from dlgsanet_arch.data.sub_images import ImageArray
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
@@ -28,6 +31,7 @@ from dlgsanet_arch.files import (
     write_atomically,
     write_json,
 )
+from dlgsanet_arch.hints import quoted
 
 DATA = "data.mdb"
 META_INFO = "meta_info.txt"
@@ -36,6 +40,9 @@ PNG_COMPRESSION = 1
 # Where a database starts and what it is doubled from whenever it is full. LMDB reserves as many
 # addresses, not memory; BasicSR's 1 TiB is refused where addresses are limited.
 FIRST_MAP_SIZE = 2**26
+
+# Bytes that an entry takes at least: its place in a page, its header and a key of one byte.
+SMALLEST_ENTRY = 11
 
 # A disk with fewer bytes free than one transaction may write counts as full.
 FULL = 2**26
@@ -69,24 +76,31 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 @contextmanager
 def open_database(path: Path) -> Iterator[lmdb.Environment]:
-    """Open a finished database for reading.
+    """Open a finished database for reading, or take the environment that a data set holds open.
 
     Raises:
-        UserError: There is no database, or it is damaged.
+        UserError: There is no database, or it is damaged, also as found within the block.
     """
     if not (path / DATA).is_file():
         raise UserError(f"{path} is not an LMDB: it holds no data.mdb")
+    shared = shared_environments.get(os.path.realpath(path))  # lmdb opens a file once
     try:
-        # lock=False: nobody writes a finished database, and its folder may be read-only
-        environment = lmdb.open(
-            str(path), readonly=True, lock=False, create=False, readahead=False, max_readers=1
-        )
+        with nullcontext(shared) if shared is not None else _opened(path) as environment:
+            yield environment
     except lmdb.Error as error:
         raise UserError(
-            f"{path} cannot be opened, it is damaged or cut short ({error}): make it again"
+            f"{path} cannot be read, it is damaged or cut short ({error}): copy it again, or make "
+            "it anew"
         ) from error
-    with environment:
-        # what LMDB does not ask itself: reading past the file's end would kill this process
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[lmdb.Environment]:
+    # lock=False: nobody writes a finished database, and its folder may be read-only
+    with lmdb.open(
+        str(path), readonly=True, lock=False, create=False, readahead=False, max_readers=1
+    ) as environment:
+        # LMDB does not check this itself: reading past the file's end would kill the process
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         size = (path / DATA).stat().st_size
         if size < needed:
@@ -94,6 +108,74 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
                 f"{path} is cut short, {size:,} of {needed:,} bytes are there: copy or make it anew"
             )
         yield environment
+
+
+def listed_keys(path: Path) -> list[str]:
+    """The keys of a database by its list, as BasicSR reads a line: all before the first dot.
+
+    A blank line is the key "".
+    """
+    lines = (path / META_INFO).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.split(".")[0] if line.strip() else "" for line in lines]
+
+
+def entry_keys(path: Path) -> list[str]:
+    """All keys of a database by its pages; of damaged pages no more are read than can be there.
+
+    Raises:
+        UserError: The database is damaged.
+    """
+    with open_database(path) as environment, environment.begin() as read:
+        claimed = environment.stat()["entries"]
+        possible = (path / DATA).stat().st_size // SMALLEST_ENTRY
+        most = min(claimed, possible)
+        stored = islice(read.cursor().iternext(values=False), most + 1)
+        keys = [bytes(key).decode(errors="replace") for key in stored]
+        if len(keys) != claimed:
+            found = "more" if len(keys) > most else f"{len(keys):,}"
+            raise UserError(
+                f"{path} is damaged: it claims {claimed:,} entries and holds {found}; copy it "
+                "again, or make it anew"
+            )
+    return keys
+
+
+def find_entry(read: lmdb.Transaction, key: str) -> bytes | memoryview | None:
+    """The value of a key, None where there is none or LMDB cannot have such a key."""
+    try:
+        return read.get(key.encode())
+    except lmdb.BadValsizeError:  # empty, or too long
+        return None
+
+
+def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
+    """Compare the list of a database with the keys of its entries.
+
+    Args:
+        keys: As `listed_keys` returns them.
+        entries: The keys that are there.
+
+    Yields:
+        Phrases behind the database's name.
+    """
+    listed = Counter(key for key in keys if key)
+    blank = sum(not key for key in keys)
+    if blank:
+        yield f"has {blank} blank lines in {META_INFO}, each of which is taken for a key"
+    twice = sorted(key for key, count in listed.items() if count > 1)
+    if twice:
+        yield f"lists keys more than once, or with more behind a dot: {quoted(twice)}"
+    missing = sorted(listed.keys() - entries)
+    if missing:
+        dots = any(key.split(".")[0] in listed for key in entries if "." in key)
+        reason = " (keys end at their first dot: name them without)" if dots else ""
+        yield f"lists keys that it does not hold{reason}: {quoted(missing)}"
+    unlisted = sorted(entries - listed.keys())
+    if unlisted and not missing:
+        yield (
+            f"holds {len(unlisted)} images that {META_INFO} does not list and that are never "
+            f"read: {quoted(unlisted)}"
+        )
 
 
 def _fits(stored: Recipe | None, wanted: Recipe) -> bool:

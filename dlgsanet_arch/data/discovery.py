@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.benchmarks import known_name, set_name
-from dlgsanet_arch.data.images import find_images, image_key
+from dlgsanet_arch.data.finding import find_images, image_key
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 

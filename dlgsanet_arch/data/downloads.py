@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 import requests
 
-from dlgsanet_arch.data.progress import progress_bar
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, read_json, write_json
+from dlgsanet_arch.progress import progress_bar
 
 # urllib3 drops the chunk in which a connection breaks, so chunks are small.
 CHUNK = 2**13
@@ -70,8 +70,7 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
         else:
             raise requests.HTTPError(f"the server answers {response.status_code} {response.reason}")
         check_space(record.parent, length - size, f"the rest of {url}")
-        with progress_bar(name, length, "B") as bar:
-            bar.initial = bar.n = size  # unlike `update`, this does not count as speed
+        with progress_bar(name, length, "B", done=size) as bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

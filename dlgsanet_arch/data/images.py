@@ -1,4 +1,4 @@
-"""Images of any folder: which there are, what they are called, and their pixels.
+"""Pixels of images, checked: a damaged file raises an error instead of giving gray areas.
 
 Nothing is printed: what a user should hear is in a result's notices or in an error's text.
 Decoded by Pillow, which refuses cut files where OpenCV fills the rest with gray; OpenCV reads
@@ -6,20 +6,12 @@ the samples of 16-bit colour, for which Pillow has no type, and is imported for 
 profiles are not applied, as BasicSR's readers apply none; `read_stored` hands them on.
 """
 
-import os
-import re
-import struct
-import unicodedata
 import warnings
-import zlib
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from io import BytesIO
-from pathlib import Path, PurePath
-from urllib.parse import quote
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,28 +26,25 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
+from dlgsanet_arch.data.finding import SUFFIXES
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import named
-
-# The suffixes that make a file an image, in lower case, and the format that each announces.
-SUFFIXES = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".webp": "WebP",
-    ".bmp": "BMP",
-}
 
 # Larger images are refused by their header. The largest cameras make 151 million pixels; above
 # 179 million Pillow refuses by itself.
 MAX_PIXELS = 160_000_000
 # What MAX_PIXELS of 16-bit colour with alpha need uncompressed: larger files are not even read.
 MAX_BYTES = 8 * MAX_PIXELS
-
-# A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
-KEY_LENGTH = 200
+# A small file must not fill the memory: beyond so many bytes uncompressed, an image may be at most
+# so many times as large as its file.
+ANY_GROWTH = 2**28
+MAX_GROWTH = 200
+# Progressive JPEG files have 10 scans or so; hundreds are made to keep a decoder busy.
+MAX_SCANS = 64
+TOO_LARGE = (
+    f"claims {{}} pixels; at most {MAX_PIXELS:,} are read: if the size is true, cut the image into "
+    "parts"
+)
+PNG_END = b"IEND\xaeB\x60\x82"
 
 READERS = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -64,7 +53,6 @@ READERS = {
     "WebP": WebPImagePlugin.WebPImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
 }
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 EXIF_ORIENTATION = 0x0112
 # What stays true of an image that was turned or resized: description, camera, resolution,
@@ -99,19 +87,6 @@ class _Refusal(Exception):
     """The reason of a ImageError, from where the file's name is not known."""
 
 
-@dataclass(frozen=True)
-class ImageEntry:
-    """An image that was found.
-
-    Args:
-        path: Where it is: the folder that was searched, and the way from there.
-        key: Its name in a data set, unique in that folder; see `image_key`.
-    """
-
-    path: Path
-    key: str
-
-
 @dataclass(frozen=True, eq=False)
 class ReadImage:
     """An image that was read.
@@ -144,192 +119,50 @@ class StoredImage:
     notices: tuple[str, ...] = ()
 
 
-def _normal(name: str) -> str:
-    """Write a name the one way: é may be one character or two, by the system that wrote it."""
-    return unicodedata.normalize("NFC", name)
-
-
-def image_key(relative: PurePath) -> str:
-    """The key of an image in LMDBs, `meta_info.txt` and flat folders of test sets.
-
-    BasicSR encodes keys as ASCII, ends them at the first dot or space of a `meta_info.txt` line,
-    and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
-    stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
-    digits: ``city/night 1.png`` has the key ``city+night%201``. Different paths have different
-    keys, up to the spelling of combined characters. A key longer than `KEY_LENGTH` ends in `~`
-    and a hash of the whole.
-
-    Args:
-        relative: The way from the data set's folder to the image, its suffix included.
-    """
-    name = _normal(relative.with_suffix("").as_posix())
-    # surrogateescape: names that are not UTF-8 come from the file system with surrogates
-    parts = (quote(part, safe="", errors="surrogateescape") for part in name.split("/"))
-    key = "+".join(parts).replace(".", "%2E").replace("~", "%7E")
-    if len(key) <= KEY_LENGTH:
-        return key
-    digest = sha256(key.encode("ascii")).hexdigest()[:16]
-    return f"{key[: KEY_LENGTH - len(digest) - 1]}~{digest}"
-
-
-def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
-    """Sort numbers by value, upper and lower case together, folder by folder."""
-    # the split alternates: text at even places, digits at odd ones, so like meets like
-    parts: list[list[str | int]] = [
-        [
-            int(piece) if place % 2 else piece
-            for place, piece in enumerate(re.split("([0-9]+)", _normal(part).casefold()))
-        ]
-        for part in relative.with_suffix("").parts
-    ]
-    return parts, str(relative)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    if Path(entry.name).suffix.lower() not in SUFFIXES:
-        return False
-    # A link to nothing counts, and reading it says so: an image is missing there.
-    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every image below a folder, each folder read once however many links lead to it."""
-    folders, linked = deque([folder]), deque[Path]()
-    seen = set()
-    while folders or linked:
-        # links last: what is reachable without a link is named without it
-        current = folders.popleft() if folders else linked.popleft()
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):  # unlike the entry, calm about links to themselves
-                    (linked if entry.is_symlink() else folders).append(current / entry.name)
-                elif _is_image(entry):
-                    yield current / entry.name
-
-
-def walk_images(folder: Path) -> list[Path]:
-    """Find all images below a folder, as `find_images` does.
-
-    Returns:
-        Ways from `folder`, in natural order: ``a2`` before ``a10``.
+def read_bytes(path: Path) -> bytes:
+    """Read an image's file.
 
     Raises:
-        UserError: There is no such folder, it or a folder in it cannot be read, or it holds no
-            images.
+        ImageError: It cannot be opened, or is larger than any image.
     """
-    if not folder.is_dir():
-        reason = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {reason}: name a folder of images")
-    try:
-        paths = list(_walk(folder))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    if not paths:
-        raise UserError(f"no images below {folder}: looked for {', '.join(SUFFIXES)}")
-    return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
-
-
-def find_images(folder: Path) -> list[ImageEntry]:
-    """Find all images below a folder.
-
-    An image is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
-    are passed over, links are followed, and no folder is read twice.
-
-    Args:
-        folder: Searched with all folders in it.
-
-    Returns:
-        Images in natural order of their way from `folder`: ``a2`` before ``a10``.
-
-    Raises:
-        UserError: There is no such folder, it or a folder in it cannot be read, it holds no
-            images, or images of one folder differ in their suffixes only.
-    """
-    by_key = defaultdict(list)
-    for relative in walk_images(folder):
-        by_key[image_key(relative)].append(relative)
-    equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
-    if equal:
-        raise UserError(
-            f"images in {folder} that differ in their suffixes only would share one name in "
-            f"the data set: {named(equal, 3)}; rename or remove one of each"
-        )
-    return [ImageEntry(folder / group[0], key) for key, group in by_key.items()]
-
-
-def _read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
-            raise _Refusal("is not a file")
+            raise ImageError(path, "is not a file")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise _Refusal(f"is a file of {size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise ImageError(path, f"is a file of {size:,} bytes; at most {MAX_BYTES:,} are read")
         return path.read_bytes()
     except OSError as error:
-        raise _Refusal(f"cannot be opened: {error.strerror}") from error
+        raise ImageError(path, f"cannot be opened: {error.strerror}") from error
 
 
 def _format_of(data: bytes) -> str:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(TIFF_STARTS):
-        return "TIFF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
-    if data.startswith(b"BM"):
-        return "BMP"
-    raise _Refusal(f"is not an image: its first bytes are no {', '.join(READERS)}")
+    for name in READERS:
+        accepts = Image.OPEN[name.upper()][1]
+        if accepts(data[:16]):
+            return name
+    raise _Refusal(f"is not an image: its first bytes are none of {', '.join(READERS)}")
 
 
-def _check_size(width: int, height: int, least: int) -> None:
+def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _Refusal(
-            f"claims {width} x {height} pixels; at most {MAX_PIXELS:,} are read: "
-            "if the size is true, cut the image into parts"
-        )
+        raise _Refusal(TOO_LARGE.format(f"{width} x {height}"))
     if min(width, height) < least:
         raise _Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
+    uncompressed = width * height * len(image.getbands()) * max(1, bits // 8)
+    if uncompressed > max(ANY_GROWTH, MAX_GROWTH * file_size):
+        raise _Refusal(
+            f"claims {width} x {height} pixels in {file_size:,} bytes, which is more than images "
+            "compress: if the size is true, cut the image into parts"
+        )
 
 
-def _check_png(data: bytes) -> None:
-    """Follow the chunks to the end: Pillow wants neither the last ones nor their checksums."""
-    view, start, name = memoryview(data), 8, b""
-    while name != b"IEND":
-        if len(data) < start + 12:
-            raise _Refusal("is cut short: the end of the PNG file is missing")
-        length = int.from_bytes(view[start : start + 4], "big")
-        name = bytes(view[start + 4 : start + 8])
-        end = start + 8 + length
-        if not name.isalpha():
-            raise _Refusal(f"is damaged: byte {start} of the PNG file starts no chunk")
-        if len(data) < end + 4:
-            raise _Refusal(f"is cut short: within the PNG file's {name.decode()} chunk")
-        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise _Refusal(f"is damaged: wrong checksum of the PNG file's {name.decode()} chunk")
-        start = end + 4
-
-
-def _check_webp(data: bytes, least: int) -> None:
-    """Hold the length against the header, and the size too: Pillow makes the canvas on opening."""
-    if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise _Refusal("is cut short: the WebP file is shorter than its header says")
-    chunk = data[12:16]
-    if chunk == b"VP8X":
-        sides = [int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27)]
-    elif chunk == b"VP8L":
-        packed = int.from_bytes(data[21:25], "little")
-        sides = [(packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1]
-    else:
-        sides = [side & 0x3FFF for side in struct.unpack("<HH", data[26:30])]
-    _check_size(*sides, least)
+def bits_of(image: ImageFile, name: str, data: bytes) -> int:
+    """The bits of a sample in the file; Pillow's own modes lose it for colour."""
+    if name == "PNG":
+        return data[24]
+    return int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1)))) if name == "TIFF" else 8
 
 
 def _check_tiff(stream: BytesIO) -> None:
@@ -361,6 +194,8 @@ def _decoding() -> Iterator[None]:
             yield
         except (_Refusal, MemoryError):
             raise
+        except Image.DecompressionBombError as error:  # WebP, whose canvas is made on opening
+            raise _Refusal(TOO_LARGE.format("far too many")) from error
         except Exception as error:  # malformed files make Pillow raise nearly anything
             raise _Refusal(
                 "cannot be decoded: damaged, cut short or of an unknown kind "
@@ -376,19 +211,24 @@ def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile
         be read; Pillow has already turned TIFF images, and then states another.
     """
     stream = BytesIO(data)
-    if name == "PNG":
-        _check_png(data)
-    elif name == "WebP":
-        _check_webp(data, least)
-    elif name == "TIFF":
+    if name == "TIFF":
         _check_tiff(stream)
         stream.seek(0)
     # The reader's own class, not Image.open: that would hide the reason of a failure.
     image = READERS[name](stream)
-    _check_size(*image.size, least)
-    # Pillow stops behind the header of the first scan: images within EXIF lie before it.
-    if name == "JPEG" and data.find(b"\xff\xd9", stream.tell()) < 0:
-        raise _Refusal("is cut short: the end of the JPEG file is missing")
+    _check_size(image, bits_of(image, name, data), len(data), least)
+    if name == "PNG":
+        # Pillow's decoder reads neither the last chunks nor their checksums; this does.
+        if PNG_END not in data:
+            raise _Refusal("is cut short: the end of the PNG file is missing")
+        image.verify()
+        image = READERS[name](BytesIO(data))
+    if name == "JPEG":
+        # Pillow stops behind the header of the first scan: images within EXIF lie before it.
+        if data.find(b"\xff\xd9", stream.tell()) < 0:
+            raise _Refusal("is cut short: the end of the JPEG file is missing")
+        if data.count(b"\xff\xda", stream.tell()) > MAX_SCANS:
+            raise _Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
     if image.mode in ("CMYK", "LAB") and not converts:
         raise _Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
     stated = _orientation(image)
@@ -472,11 +312,7 @@ def _samples(
         (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None where there is none.
     """
     transparent = image.info.get("transparency")
-    bits = 8
-    if name == "PNG":
-        bits = data[24]
-    elif name == "TIFF":
-        bits = int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1))))
+    bits = bits_of(image, name, data)
     if image.mode in ("P", "PA"):
         opaque = image.mode == "P" and transparent is None
         array = np.asarray(image.convert("RGB" if opaque else "RGBA"))
@@ -612,7 +448,7 @@ def read_image(path: Path, *, least: int = 2) -> ReadImage:
             are not read: CMYK, Lab, floating-point, signed, 32-bit.
     """
     try:
-        return _for_training(_decode(_read_bytes(path), path, least))
+        return _for_training(_decode(read_bytes(path), path, least))
     except _Refusal as error:
         raise ImageError(path, str(error)) from error
 
@@ -631,7 +467,7 @@ def read_stored(path: Path) -> StoredImage:
         ImageError: As `read_image` raises it, but for CMYK and Lab.
     """
     try:
-        decoded = _decode(_read_bytes(path), path, 1, converts=True)
+        decoded = _decode(read_bytes(path), path, 1, converts=True)
     except _Refusal as error:
         raise ImageError(path, str(error)) from error
     pixels = decoded.colour

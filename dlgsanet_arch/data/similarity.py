@@ -8,7 +8,7 @@ upper left corner of a test image are found, since the first sub-image of an ima
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -43,11 +43,26 @@ def thumbnail(image: ImageArray) -> Thumbnail:
     return Thumbnail(image.shape[:2], levels.ravel().astype(np.int16))
 
 
+def corner_thumbnails(
+    image: ImageArray, sizes: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], Thumbnail]:
+    """Shrink the upper left parts of an image that have one of some sizes; (0, 0) is all of it."""
+    parts = {
+        (height, width): thumbnail(image[:height, :width])
+        for height, width in sizes
+        if height <= image.shape[0] and width <= image.shape[1]
+    }
+    return {(0, 0): thumbnail(image), **parts}
+
+
 class TrainingImages:
     """Finds test images among training images.
 
     Args:
         thumbnails: Of the training images, by name.
+
+    Attributes:
+        sizes: Of the training images.
     """
 
     def __init__(self, thumbnails: Mapping[str, Thumbnail]) -> None:
@@ -59,20 +74,25 @@ class TrainingImages:
         for row, each in enumerate(thumbnails.values()):
             rows[each.size].append(row)
         self._rows = {size: np.array(each) for size, each in rows.items()}
+        self.sizes = frozenset(rows)
 
-    def _alike(self, image: ImageArray, rows: NDArray[np.int64] | slice) -> set[str]:
-        levels = thumbnail(image).levels
+    def _alike(self, levels: NDArray[np.int16], rows: NDArray[np.int64] | slice) -> set[str]:
         if levels.std() < FLAT:
             return set()
         difference = np.abs(self._levels[rows] - levels).sum(1) / len(levels)
         return {*self._names[rows][difference <= TOLERANCE * levels.std()]}
 
-    def find(self, image: ImageArray) -> list[str]:
-        """Name the copies of a test image, of its upper left part, and their other sub-images."""
-        found = self._alike(image, slice(None))
-        for (height, width), rows in self._rows.items():
-            if height <= image.shape[0] and width <= image.shape[1]:
-                found |= self._alike(image[:height, :width], rows)
+    def find(self, corners: Mapping[tuple[int, int], Thumbnail]) -> list[str]:
+        """Name the copies of a test image, of its upper left part, and their other sub-images.
+
+        Args:
+            corners: Of the test image, by `corner_thumbnails` with `sizes` or more.
+        """
+        found = set()
+        for size, each in corners.items():
+            rows = slice(None) if size == (0, 0) else self._rows.get(size)
+            if rows is not None:
+                found |= self._alike(each.levels, rows)
         found = {self._images[name] for name in found}
         return [name for name, image in self._images.items() if image in found]
 

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.images import ImageError, find_images, read_8_bits
-from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.finding import find_images
+from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,
     SCALES,
@@ -34,6 +34,7 @@ from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
 from dlgsanet_arch.hints import named
+from dlgsanet_arch.progress import progress_bar
 
 Result = TypeVar("Result")
 

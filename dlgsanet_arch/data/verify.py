@@ -1,37 +1,38 @@
-"""Whether data sets are what BasicSR and the user take them for.
+"""Every image of data sets decoded, and compared with the others: `dlgsanet data verify`.
 
-Every image is decoded. Of pairs it is asked whether sizes and names fit and whether LR is the
-bicubic of HR; of sets, whether images occur twice, or in a training set and a test set at once.
+Beyond what `check` finds before a run it asks whether each image can be read, whether LR is the
+bicubic of HR, and whether images occur twice, or in a training set and a test set at once. Images
+are read by processes of their own, as a damaged LMDB may crash its reader.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePath
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
-from dlgsanet_arch.data.images import SUFFIXES, ImageError, decode_8_bits, image_key
-from dlgsanet_arch.data.progress import progress_bar
+from dlgsanet_arch.data.finding import SUFFIXES, image_key
+from dlgsanet_arch.data.images import ImageError, decode_8_bits
+from dlgsanet_arch.data.listing import Checked, PairSet, Side, is_misfit, list_images
 from dlgsanet_arch.data.similarity import (
     Thumbnail,
     TrainingImages,
+    corner_thumbnails,
     pixel_digest,
     psnr_to_bicubic,
     thumbnail,
 )
-from dlgsanet_arch.data.stored import Reader, Stored, look_into
 from dlgsanet_arch.data.sub_images import ImageArray
-from dlgsanet_arch.data.workers import ordered
+from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
-from dlgsanet_arch.hints import named
+from dlgsanet_arch.progress import progress_bar
 
 MOST_LISTED = 50
 # Folders of images to test on, and of none to train on.
@@ -40,69 +41,6 @@ TESTING = ("benchmark", "test", "val", "valid", "validation")
 # more on 35 photographs at x2, x3 and x4, other kernels 47 or less, LR of other images 15 or less.
 BICUBIC = 50
 UNRELATED = 15
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """HR and LR images of one data set, or one of the two.
-
-    Args:
-        name: What to call it.
-        hr: HR images.
-        lr: LR images.
-        scale: HR side over LR side; None where it is to be found out.
-        template: LR's name for HR's, as in BasicSR's `filename_tmpl`; None where it is to be
-            found out.
-        gt_size: Side of the HR patches that are cut from it; None where none are.
-        role: "train" or "test", "" where that is not known.
-    """
-
-    name: str
-    hr: Path | None
-    lr: Path | None
-    scale: int | None = None
-    template: str | None = "{}"
-    gt_size: int | None = None
-    role: str = ""
-
-    def __post_init__(self) -> None:
-        if self.hr is None and self.lr is None:
-            raise ValueError("a set has neither HR nor LR")
-
-
-def _dataset(phase: str, options: Mapping[str, Any], scale: int | None, root: Path) -> PairSet:
-    def folder(key: str) -> Path | None:
-        return None if options.get(key) is None else root / str(options[key])
-
-    hr, lr = folder("dataroot_gt"), folder("dataroot_lq")
-    if hr is None and lr is None:
-        raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
-    training = phase.split("_")[0] == "train"
-    return PairSet(
-        name=f"{phase} ({options.get('name', 'unnamed')})",
-        hr=hr,
-        lr=lr,
-        scale=scale,
-        template=str(options.get("filename_tmpl", "{}")),
-        gt_size=options.get("gt_size") if training else None,
-        role="train" if training else "test",
-    )
-
-
-def sets_of_options(options: Mapping[str, Any], root: Path) -> list[PairSet]:
-    """The data sets that an option file names.
-
-    Args:
-        options: As `dlgsanet_arch.options.load` returns them.
-        root: The folder that relative paths start from.
-
-    Raises:
-        UserError: It names none.
-    """
-    sets = options.get("datasets")
-    if not isinstance(sets, dict) or not sets:
-        raise UserError("the option file names no data sets: it has no `datasets`")
-    return [_dataset(phase, each, options.get("scale"), root) for phase, each in sets.items()]
 
 
 def _holdings(path: Path, seen: set[Path]) -> Iterator[Path]:
@@ -168,154 +106,91 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     return pairs + [each for each in alone if each.hr not in paired]
 
 
-class Pair(NamedTuple):
-    """One image's files, undecoded; None where the set has no such side."""
-
-    key: str
-    hr: bytes | None
-    lr: bytes | None
-
-
-@dataclass(frozen=True)
-class Looks:
-    """What every pair of a set is asked.
+class Found(NamedTuple):
+    """Findings about a sample.
 
     Args:
-        scale: HR side over LR side; None where there is one side only.
-        gt_size: The least side of HR in pixels.
-    """
-
-    scale: int | None
-    gt_size: int
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found out about a pair.
-
-    Args:
-        key: Its name.
         faults: Why it cannot be used, as clauses that begin with HR or LR.
+        scale: HR side over LR side; None where there is one side.
         digest: Of the pixels of HR, of LR in a set without HR; None where they are unreadable.
-        psnr: Of LR to the bicubic of HR, in dB; None where there is one side only.
+        psnr: Of LR to the bicubic of HR, in dB; None where there is one side.
         thumbnail: Of HR; None in a set without.
+        corners: As `corner_thumbnails` returns them, of the images of a test set.
     """
 
-    key: str
-    faults: tuple[str, ...]
+    faults: Sequence[str]
+    scale: int | None = None
     digest: str | None = None
     psnr: float | None = None
     thumbnail: Thumbnail | None = None
-
-
-def _decode(side: str, data: bytes | None, faults: list[str]) -> ImageArray | None:
-    if data is None:
-        return None
-    try:
-        return decode_8_bits(data, Path(side), least=1).pixels
-    except ImageError as error:
-        faults.append(f"{side} {error.reason}")
-        return None
-
-
-def examine(pair: Pair, looks: Looks) -> Found:
-    """Decode a pair and look at it."""
-    faults: list[str] = []
-    hr, lr = _decode("HR", pair.hr, faults), _decode("LR", pair.lr, faults)
-    first = lr if hr is None else hr
-    if faults or first is None:
-        return Found(pair.key, tuple(faults))
-    digest = pixel_digest(first)
-    if hr is not None and min(hr.shape[:2]) < looks.gt_size:
-        height, width = hr.shape[:2]
-        faults.append(f"HR has {height} x {width} pixels, less than gt_size {looks.gt_size}")
-    psnr = None
-    if hr is not None and lr is not None:
-        scale = looks.scale
-        wanted = tuple(side * scale for side in lr.shape[:2])
-        if hr.shape[:2] != wanted:
-            faults.append(
-                f"HR has {hr.shape[0]} x {hr.shape[1]} pixels, and LR's {lr.shape[0]} x "
-                f"{lr.shape[1]} times {scale} are {wanted[0]} x {wanted[1]}"
-            )
-        else:
-            psnr = psnr_to_bicubic(lr, hr, scale)
-    small = None if hr is None else thumbnail(hr)
-    return Found(pair.key, tuple(faults), digest, psnr, small)
+    corners: Mapping[tuple[int, int], Thumbnail] = {}
 
 
 @dataclass
-class Verified:
-    """What was found out about a set.
+class Verified(Checked):
+    """Findings of the full mode beside those of both.
 
     Args:
-        set: The set.
-        scale: HR side over LR side, None where there is one side.
-        sides: What holds its images: HR, LR, or both.
-        partners: LR's names by HR's, of the images that have both where there are both.
-        faults: What is wrong with the set as a whole, a line each.
-        bad: Why images cannot be used, by HR's key.
-        notes: What a user should know without it being wrong.
-        digests: Keys by the digest of their pixels.
-        thumbnails: Of HR, by key.
-        fixable: Whether writing it anew fixes some of the faults.
+        digests: Names by the digest of their pixels.
+        thumbnails: Of HR, by name.
+        corners: As `Found` has them, by name.
     """
 
-    set: PairSet
-    scale: int | None
-    sides: list[Stored]
-    partners: dict[str, str] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    bad: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    digests: dict[str, list[str]] = field(default_factory=dict)
+    digests: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     thumbnails: dict[str, Thumbnail] = field(default_factory=dict)
-    fixable: bool = False
-
-    @property
-    def is_good(self) -> bool:
-        """Whether nothing was found to be wrong."""
-        return not (self.faults or self.bad)
+    corners: dict[str, Mapping[tuple[int, int], Thumbnail]] = field(default_factory=dict)
 
 
-def _template(hr: Sequence[str], lr: Collection[str], scale: int | None) -> str:
-    """LR's name for HR's where nobody says it: the same, or with the scale, as in ``0001x4``."""
-    with_scale = f"{{}}x{scale}"
-    return with_scale if any(with_scale.format(key) in lr for key in hr) else "{}"
-
-
-def _partners(verified: Verified) -> dict[str, str]:
-    """LR's name for each of HR's that has a partner; what has none is a fault."""
-    hr, lr = verified.sides
-    there = set(lr.keys)
-    template = verified.set.template
-    if template is None:
-        template = _template(hr.keys, there, verified.set.scale)
-    elif hr.is_database:
-        template = "{}"  # in an LMDB both have one key
-    wanted = {key: template.format(key) for key in hr.keys}
-    without = [key for key, name in wanted.items() if name not in there]
-    unwanted = sorted(there - set(wanted.values()))
-    for names, has, lacks in ((without, hr, lr), (unwanted, lr, hr)):
-        if names:
-            verified.fixable = True
-            verified.faults.append(
-                f"{len(names)} of {len(has.keys)} images in {has.path} have no partner in "
-                f"{lacks.path}: {named(names)}; rename or make them, or drop them by --fix"
-            )
-    return {key: name for key, name in wanted.items() if name in there}
-
-
-def _infer_scale(hr: Reader, lr: Reader, partners: Mapping[str, str]) -> int | None:
-    """HR side over LR side, of the first pair that says it."""
-    for key, name in partners.items():
-        try:
-            large = decode_8_bits(hr(key), Path("HR"), least=1).pixels
-            small = decode_8_bits(lr(name), Path("LR"), least=1).pixels
-        except ImageError:
-            continue
-        return max(1, round(large.shape[0] / small.shape[0]))
+def _decode(side: Side, name: str, faults: list[str]) -> ImageArray | None:
+    what = side.part.upper()
+    try:
+        return decode_8_bits(side.read(name), side.path / name, least=1).pixels
+    except ImageError as error:
+        faults.append(f"{what} {error.reason}")
+    except MemoryError:
+        faults.append(f"{what} takes more memory than there is")
     return None
+
+
+def examine(
+    names: Sequence[str],
+    each: PairSet,
+    sides: Sequence[Side],
+    sizes: frozenset[tuple[int, int]],
+) -> Found:
+    """Decode a sample and check it.
+
+    Args:
+        names: On each of the sides.
+        each: The set.
+        sides: What holds them.
+        sizes: Of the training images that a test image is compared with.
+    """
+    faults: list[str] = []
+    images = [_decode(side, name, faults) for side, name in zip(sides, names, strict=True)]
+    if faults:
+        return Found(faults)
+    digest = pixel_digest(images[0])
+    if each.hr is None:
+        return Found(faults, digest=digest)
+    hr, scale, psnr = images[0], None, None
+    height, width = hr.shape[:2]
+    if each.least and min(height, width) < each.least:
+        text = f"{each.least} x {each.least} pixels, {each.why}"
+        faults.append(f"HR has {height} x {width} pixels, smaller than {text}")
+    if len(images) == 2:
+        lr = images[1]
+        rows, columns = lr.shape[:2]
+        scale = each.scale or max(1, round(height / rows))
+        if is_misfit(each, scale, hr.shape, lr.shape):
+            faults.append(
+                f"HR has {height} x {width} pixels, and LR's {rows} x {columns} times {scale} are "
+                f"{rows * scale} x {columns * scale}"
+            )
+        else:
+            psnr = psnr_to_bicubic(lr, hr[: rows * scale, : columns * scale], scale)
+    corners = corner_thumbnails(hr, sizes) if each.role == "test" else {}
+    return Found(faults, scale, digest, psnr, thumbnail(hr), corners)
 
 
 def _judge_lr(verified: Verified, psnrs: Mapping[str, float]) -> None:
@@ -326,9 +201,10 @@ def _judge_lr(verified: Verified, psnrs: Mapping[str, float]) -> None:
     if middle >= BICUBIC:
         verified.notes.append("LR is MATLAB's bicubic of HR")
     else:
-        verified.faults.append(
+        verified.add(
+            "lr",
             f"LR is not the bicubic of HR: PSNR {middle:.1f} dB, the median of the images; it is "
-            "shifted, or made by another kernel. Make LR from HR again, by `train --hr` for example"
+            "shifted, or made by another kernel. Make LR from HR again, as `train --hr` does",
         )
     least = BICUBIC if middle >= BICUBIC else UNRELATED
     for key, psnr in psnrs.items():
@@ -344,123 +220,93 @@ def _judge_duplicates(verified: Verified) -> None:
             verified.bad.setdefault(key, []).append(f"has the same pixels as {first}")
 
 
-def _look_into(each: PairSet) -> Verified:
-    """Open the sides of a set; with one that cannot be opened, nothing more is checked."""
-    verified = Verified(each, None, [])
-    for path in (each.hr, each.lr):
-        if path is not None:
-            try:
-                verified.sides.append(look_into(path))
-            except UserError as error:
-                verified.faults.append(str(error))
-    if verified.faults:
-        verified.sides = []
-    for side in verified.sides:
-        verified.fixable |= bool(side.faults)
-        verified.faults += [f"{side.path} {fault}" for fault in side.faults]
-    return verified
-
-
-def _pairs(readers: Sequence[Reader], partners: Mapping[str, str], has_hr: bool) -> Iterator[Pair]:
-    for key, name in partners.items():
-        if len(readers) == 2:
-            yield Pair(key, readers[0](key), readers[1](name))
-        elif has_hr:
-            yield Pair(key, readers[0](key), None)
-        else:
-            yield Pair(key, None, readers[0](key))
-
-
-def verify_set(each: PairSet, workers: int) -> Verified:
-    """Look at every image of a set.
+def verify_set(each: PairSet, workers: int, sizes: frozenset[tuple[int, int]]) -> Verified:
+    """Check every image of a set.
 
     Args:
         each: The set.
         workers: Processes that decode and compare.
+        sizes: Of the training images that test images are compared with.
     """
-    verified = _look_into(each)
-    if not verified.sides:
+    verified = Verified(**vars(list_images(each, complete=True)))
+    if not verified.pairs:
         return verified
-    with ExitStack() as stack:
-        readers = [stack.enter_context(side.reader()) for side in verified.sides]
-        if len(readers) == 2:
-            verified.partners = _partners(verified)
-            verified.scale = each.scale or _infer_scale(*readers, verified.partners)
-        else:
-            verified.partners = {key: key for key in verified.sides[0].keys}
-        looks = Looks(verified.scale, each.gt_size or 1)
-        pairs = _pairs(readers, verified.partners, each.hr is not None)
-        count = len(verified.partners)
-        found = ordered(partial(examine, looks=looks), pairs, min(workers, count // 20))
-        psnrs = {}
-        with progress_bar(each.name, count, "images") as bar, closing(found):
-            for one in found:
-                bar.update()
-                if one.faults:
-                    verified.bad[one.key] = list(one.faults)
-                if one.digest is not None:
-                    verified.digests.setdefault(one.digest, []).append(one.key)
-                if one.psnr is not None:
-                    psnrs[one.key] = one.psnr
-                if one.thumbnail is not None:
-                    verified.thumbnails[one.key] = one.thumbnail
+    look = partial(examine, each=each, sides=verified.sides, sizes=sizes)
+    psnrs = {}
+    isolated = any(side.is_database for side in verified.sides)
+    try:
+        for (name, *_), one in with_progress(
+            look, verified.pairs, workers, each.name, isolated=isolated
+        ):
+            verified.scale = verified.scale or one.scale
+            faults = [*one.faults]
+            if one.scale != verified.scale and not faults:
+                faults.append(f"HR is {one.scale} times as large as LR, others {verified.scale}")
+            if faults:
+                verified.bad[name] = faults
+            if one.digest is not None:
+                verified.digests[one.digest].append(name)
+            if one.psnr is not None:
+                psnrs[name] = one.psnr
+            if one.thumbnail is not None:
+                verified.thumbnails[name] = one.thumbnail
+            verified.corners[name] = one.corners
+    except UserError as error:
+        places = " and ".join(str(side.path) for side in verified.sides)
+        verified.add(verified.sides[0].part, f"{places} cannot be read: {error}")
+        verified.pairs = []
     _judge_lr(verified, psnrs)
     _judge_duplicates(verified)
     return verified
 
 
-def _find_in_training(training: Sequence[Verified], testing: Sequence[Verified]) -> None:
-    """Look for the test sets' HR images in the training sets; what is found is bad there."""
-    for trained in training:
-        images = TrainingImages(trained.thumbnails)
-        told = set()  # test sets of several scales hold the same images
-        for tested in testing:
-            if not tested.sides or tested.set.hr is None or tested.set.hr == trained.set.hr:
-                continue
-            hr = tested.sides[0]
-            what = f"{hr.path} in {trained.sides[0].path}"
-            with hr.reader() as read, progress_bar(what, len(hr.keys), "images") as bar:
-                for key in hr.keys:
-                    bar.update()
-                    try:
-                        image = decode_8_bits(read(key), hr.place(key), least=1).pixels
-                    except ImageError:
-                        continue  # named already
-                    for name in images.find(image):
-                        if (name, key) not in told:
-                            told.add((name, key))
-                            trained.bad.setdefault(name, []).append(
-                                f"shows the same as the test image {hr.place(key)}"
-                            )
+def _find_in_training(
+    training: Mapping[Path, tuple[Verified, TrainingImages]], tested: Verified, told: set
+) -> None:
+    """Search the training sets for the HR images of a test set; what is found is bad there."""
+    for path, (trained, images) in training.items():
+        if path == tested.set.hr:
+            continue
+        for name, corners in tested.corners.items():
+            for copy in images.find(corners):
+                if (path, copy, name) not in told:  # test sets of several scales hold the same
+                    told.add((path, copy, name))
+                    trained.bad.setdefault(copy, []).append(
+                        f"shows the same as the test image {tested.sides[0].path / name}"
+                    )
 
 
 def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
-    """Look at every image of some sets, and at the sets beside each other.
+    """Check every image of some sets, and the sets against each other.
 
     Args:
         sets: The sets; what is missing or empty is a fault of its set.
         workers: Processes that decode and compare.
     """
-    result = [verify_set(each, workers) for each in sets]
-    # HR of several scales is one database
-    training = {
-        each.set.hr: each for each in result if each.set.role == "train" and each.thumbnails
-    }
-    testing = {each.set.hr: each for each in result if each.set.role == "test"}
-    _find_in_training(list(training.values()), list(testing.values()))
-    return result
+    verified: dict[PairSet, Verified] = {}
+    training: dict[Path, tuple[Verified, TrainingImages]] = {}
+    told: set[tuple[Path, str, str]] = set()
+    for each in sorted(sets, key=lambda each: each.role == "test"):
+        sizes = frozenset[tuple[int, int]]().union(*(found.sizes for _, found in training.values()))
+        one = verified[each] = verify_set(each, workers, sizes)
+        if each.role == "test":
+            if each.hr is not None:
+                _find_in_training(training, one, told)
+        elif one.thumbnails:  # HR of several scales is one database
+            training[each.hr] = one, TrainingImages(one.thumbnails)
+    return [verified[each] for each in sets]
 
 
 def _report_on(each: Verified) -> Iterator[str]:
     what = "pairs" if each.set.hr and each.set.lr else "images"
     scale = f" at scale {each.scale}" if each.scale else ""
     state = "good" if each.is_good else "NOT GOOD"
-    yield f"{each.set.name}: {len(each.partners)} {what}{scale}: {state}"
+    yield f"{each.set.name}: {len(each.pairs)} {what}{scale}: {state}"
     yield from (f"  {note}" for note in each.notes)
-    yield from (f"  wrong: {fault}" for fault in each.faults)
+    yield from (f"  wrong: {fault.text}" for fault in each.faults)
     bad = [
-        f"  wrong: {each.sides[0].place(key)}: {reason}"
-        for key, reasons in each.bad.items()
+        f"  wrong: {each.sides[0].path / name}: {reason}"
+        for name, reasons in each.bad.items()
         for reason in reasons
     ]
     yield from bad[:MOST_LISTED]
@@ -468,8 +314,8 @@ def _report_on(each: Verified) -> Iterator[str]:
         yield f"  and {len(bad) - MOST_LISTED} lines more of this kind"
     if each.bad:
         yield (
-            f"  {len(each.bad)} of {len(each.partners)} {what} are bad: fix them, or leave them "
-            "out by --fix"
+            f"  {len(each.bad)} of {len(each.pairs)} {what} are bad: fix them, or leave them out "
+            "by --fix"
         )
 
 
@@ -480,35 +326,29 @@ def report(verified: Sequence[Verified]) -> str:
     return "\n".join([*lines, f"{good} of {len(verified)} data sets are good"])
 
 
-def _fixed_path(path: Path) -> Path:
-    return path.with_name(f"{path.name.removesuffix('.lmdb')}_fixed.lmdb")
-
-
-def _write_fixed(side: Stored, names: Mapping[str, str]) -> Path:
-    """Write the images of one side that are good.
+def _write_fixed(side: Side, names: Mapping[str, str]) -> Path:
+    """Write the good images of one side.
 
     Args:
         side: HR or LR.
         names: Their names there, by their keys in the new database.
     """
-    path = _fixed_path(side.path)
+    path = side.path.with_name(f"{side.path.name.removesuffix('.lmdb')}_fixed.lmdb")
     digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
     recipe = {"fixed": str(side.path.resolve()), "images": digest.hexdigest()}
-    with (
-        one_writer(path.parent),
-        disk_faults_named(f"{path} cannot be written"),
-        side.reader() as read,
-    ):
+    with one_writer(path.parent), disk_faults_named(f"{path} cannot be written"):
         if is_finished(path, recipe, overwrite=True):
             return path
-        with DatabaseWriter(path, recipe) as writer:
-            with progress_bar(f"writing {path.name}", len(names), "images") as bar:
-                for key, name in names.items():
-                    data = read(name)
-                    if not side.is_database:
-                        data = encode_png(decode_8_bits(data, side.place(name), least=1).pixels)
-                    writer.put([(key, data)])
-                    bar.update()
+        with (
+            DatabaseWriter(path, recipe) as writer,
+            progress_bar(f"writing {path.name}", len(names), "images") as bar,
+        ):
+            for key, name in names.items():
+                data = side.read(name)
+                if not side.is_database:
+                    data = encode_png(decode_8_bits(data, side.path / name, least=1).pixels)
+                writer.put([(key, data)])
+                bar.update()
             writer.finish()
     return path
 
@@ -536,17 +376,17 @@ def fix(verified: Sequence[Verified]) -> list[Path]:
     for path, sets in by_hr.items():
         if not any(each.bad or each.fixable for each in sets):
             continue
-        bad = {key for each in sets for key in each.bad}
-        good = [key for key in sets[0].partners if all(key in each.partners for each in sets)]
-        good = [key for key in good if key not in bad]
+        bad = {name for each in sets for name in each.bad}
+        paired = [{pair[0]: pair for pair in each.pairs} for each in sets]
+        good = [name for name in paired[0] if all(name in each for each in paired)]
+        good = [name for name in good if name not in bad]
         if not good:
             raise UserError(f"{path}: no image is good, there is nothing to write")
-        keys = {key: image_key(PurePath(f"{key}.png")) for key in good}
-        if sets[0].sides[0].is_database:
-            keys = {key: key for key in good}
-        written.append(_write_fixed(sets[0].sides[0], {keys[key]: key for key in good}))
-        for each in sets:
+        is_database = sets[0].sides[0].is_database
+        keys = {name: name if is_database else image_key(PurePath(name)) for name in good}
+        written.append(_write_fixed(sets[0].sides[0], {keys[name]: name for name in good}))
+        for each, pairs in zip(sets, paired, strict=True):
             if len(each.sides) == 2:
-                names = {keys[key]: each.partners[key] for key in good}
+                names = {keys[name]: pairs[name][1] for name in good}
                 written.append(_write_fixed(each.sides[1], names))
     return written

@@ -7,20 +7,26 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from itertools import islice
 from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.progress import progress_bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Results wait for their turn in memory: no more than this many a worker.
 AHEAD = 2
+# The modules whose functions run in workers; the server that forks them is started once.
+PRELOADED = [f"dlgsanet_arch.data.{name}" for name in ("benchmark", "training_sets", "verify")]
+# Fewer than this many items a process are done before another process has started.
+ITEMS_A_WORKER = 8
 
 
 def usable_cores() -> int:
@@ -62,7 +68,7 @@ def process_context(function: Callable) -> BaseContext:
         return multiprocessing.get_context("spawn")
     module = getattr(function, "func", function).__module__
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, module])
+    context.set_forkserver_preload([*PRELOADED, module])
     # Ctrl-C reaches all processes of a terminal; only this one is to answer.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -72,8 +78,25 @@ def process_context(function: Callable) -> BaseContext:
     return context
 
 
+def _cause_of_death(exit_codes: Iterable[int | None], workers: int) -> str:
+    """Say how a worker ended: the others are sent SIGTERM when one has died."""
+    codes = [code for code in exit_codes if code not in (None, 0, -signal.SIGTERM)]
+    if -signal.SIGKILL in codes:
+        how = "it was killed (SIGKILL), most likely because memory ran out"
+        return f"{how}: run again with fewer than --workers {workers}"
+    if not codes:
+        return "the cause is not known"
+    if codes[0] > 0:
+        return f"it ended with exit status {codes[0]}"
+    return f"{signal.Signals(-codes[0]).name}: a library crashed on a file that is damaged"
+
+
 def ordered(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    isolated: bool = False,
 ) -> Iterator[Result]:
     """Apply a function to items in worker processes, and yield the results in the items' order.
 
@@ -85,14 +108,26 @@ def ordered(
             is raised here, at its item's turn.
         items: Anything that can be pickled, as can the results.
         workers: Number of processes.
+        isolated: Start a process even for one worker: what the function reads may crash it.
 
     Raises:
-        UserError: A worker died, for example because memory ran out.
+        UserError: Memory ran out, or a worker died.
     """
-    if workers <= 1:
-        yield from map(function, items)
-        return
-    remaining = iter(items)
+    try:
+        if workers <= 1 and not isolated:
+            yield from map(function, items)
+        else:
+            yield from _by_processes(function, iter(items), max(1, workers))
+    except MemoryError as error:
+        raise UserError(
+            f"memory ran out with --workers {max(1, workers)}: run again with fewer, or with more "
+            "memory; finished work is kept"
+        ) from error
+
+
+def _by_processes(
+    function: Callable[[Item], Result], remaining: Iterator[Item], workers: int
+) -> Iterator[Result]:
     pending: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(workers, process_context(function), _begin_worker)
     try:
@@ -102,9 +137,29 @@ def ordered(
             pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
             yield result
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, most likely because memory ran out: "
-            f"run again with fewer than --workers {workers}; finished work is kept"
-        ) from error
+        processes = [*(pool._processes or {}).values()]  # no public way to their exit codes
+        pool.shutdown(wait=True, cancel_futures=True)
+        cause = _cause_of_death((each.exitcode for each in processes), workers)
+        raise UserError(f"a worker process died, {cause}; finished work is kept") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def with_progress(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    what: str,
+    *,
+    isolated: bool = False,
+) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with its result as `ordered` does, with a progress bar.
+
+    Processes are started only where they have enough to do.
+    """
+    workers = min(workers, len(items) // ITEMS_A_WORKER)
+    results = ordered(function, items, workers, isolated=isolated)
+    with progress_bar(what, len(items), "images") as bar, closing(results):
+        for item, result in zip(items, results, strict=True):
+            yield item, result
+            bar.update()

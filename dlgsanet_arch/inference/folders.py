@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from dlgsanet_arch.data.images import Pixels, StoredImage, read_stored, walk_images
+from dlgsanet_arch.data.finding import walk_images
+from dlgsanet_arch.data.images import Pixels, StoredImage, read_stored
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference.upscaler import Upscaler
 from dlgsanet_arch.inference.writing import FORMATS, QUALITY, format_of, why_not, write_image

@@ -14,10 +14,11 @@ import torch
 
 from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
+from dlgsanet_arch.data import check
 from dlgsanet_arch.errors import ResumeError, UserError
 from dlgsanet_arch.options import shipped
 from dlgsanet_arch.options.context import is_whole
-from dlgsanet_arch.pipeline import scan, weights
+from dlgsanet_arch.pipeline import disk, weights
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.resume import Start, find_start
 
@@ -212,7 +213,7 @@ def _check(
     problems += training.problems(
         {**options, "num_gpu": _gpus(options), "dist": processes.distributed}
     )
-    scanned = scan.scan(options, root, train=train, registered=known)
+    scanned = check.scan(options, root, train=train, registered=known)
     problems += scanned.problems
     notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
     start, changes = Start(), {}
@@ -230,9 +231,9 @@ def _check(
         changes = dict(found.changes)
     notes += [(True, f"not whole, and passed over: {line}") for line in start.passed_over]
     if train:
-        problems += scan.batch_problems(options, scanned.samples, _copies(options, processes))
+        problems += check.batch_problems(options, scanned.samples, _copies(options, processes))
     option_files.refuse(problems)
-    problems, warnings = scan.check_disk(options, root, train=train, registered=known)
+    problems, warnings = disk.check_disk(options, root, train=train, registered=known)
     option_files.refuse(problems)
     notes += [(True, line) for line in warnings]
     return _Checked(start, tuple(notes), changes)

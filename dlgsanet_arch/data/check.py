@@ -1,0 +1,255 @@
+"""Every data set of an option file checked before a run; no pixel is decoded.
+
+Names and counts are checked in full; sizes and colours by the headers of some images of a set.
+BasicSR meets what is wrong here hours into a run, when it reads that sample, or says nothing: a
+list that names fewer images than there are, HR that is cropped to fit LR, 16 bits read as 8.
+`dlgsanet data verify` (`verify`) decodes every image as well.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlgsanet_arch.data.headers import Header
+from dlgsanet_arch.data.listing import Checked, Fault, PairSet, Side, is_misfit, list_images, spread
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import quoted
+from dlgsanet_arch.options import Context, Registered
+from dlgsanet_arch.options.context import is_number, is_whole
+from dlgsanet_arch.options.paths import data_faults, owner
+from dlgsanet_arch.options.schema import known_dataset
+
+FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
+
+
+@dataclass
+class Scan:
+    """Findings about the data sets of an option file.
+
+    Args:
+        problems: What is wrong, one a line: the option's path, what is wrong, the fix.
+        warnings: What BasicSR changes in images without saying so, one a line.
+        notes: How much was checked, a line for each data set.
+        samples: Number of samples by phase ("train", "val", …), of the sets that were listed.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)
+
+
+def _check_headers(checked: Checked) -> None:
+    pairs = spread(checked.pairs)
+    looked = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
+    what = "pairs" if len(checked.sides) == 2 else "images"
+    checked.notes.append(f"{len(checked.pairs):,} {what}; checked the headers of {looked}")
+    headers = []
+    for index, side in enumerate(checked.sides):
+        found = side.headers([pair[index] for pair in pairs])
+        unreadable = [name for name, header in found.items() if header is None]
+        if unreadable:
+            checked.add(
+                side.part,
+                f"{len(unreadable)} of {len(found)} files checked in {side.path} are not images "
+                f"that can be read: {quoted(unreadable)}; remove or replace them",
+            )
+        headers.append({name: header for name, header in found.items() if header is not None})
+        _warn_of_changes(checked, side, headers[-1])
+    if checked.set.hr is not None and checked.set.least:
+        _find_small(checked, headers[0])
+    if len(headers) == 2 and checked.set.scale:
+        _find_misfits(checked, headers, pairs)
+
+
+def _warn_of_changes(checked: Checked, side: Side, headers: Mapping[str, Header]) -> None:
+    for kind, what, done in (
+        ("gray", "are gray", "BasicSR makes three equal channels of them"),
+        ("alpha", "have transparency", "BasicSR drops it"),
+        ("deep", "have more than 8 bits", "BasicSR reads 8 of them"),
+    ):
+        names = [name for name, header in headers.items() if getattr(header, kind)]
+        if names:
+            text = f"{len(names)} of {len(headers)} images checked in {side.path} {what}: "
+            checked.warnings.append(Fault(side.part, f"{text}{quoted(names, 3)}; {done}"))
+
+
+def _find_small(checked: Checked, headers: Mapping[str, Header]) -> None:
+    least = checked.set.least
+    small = {name: header for name, header in headers.items() if min(header[:2]) < least}
+    for name, (height, width, *_) in list(small.items())[:1]:
+        checked.add(
+            "hr",
+            f"{len(small)} of {len(headers)} images checked in {checked.set.hr} are smaller than "
+            f"{least} x {least} pixels, {checked.set.why}: {quoted(small, 3)}; {name!r} has "
+            f"{height} x {width}; leave them out",
+        )
+
+
+def _find_misfits(
+    checked: Checked, headers: Sequence[Mapping[str, Header]], pairs: Sequence[tuple[str, ...]]
+) -> None:
+    scale = checked.set.scale
+    both = [pair for pair in pairs if pair[0] in headers[0] and pair[1] in headers[1]]
+    sizes = {pair[0]: (headers[0][pair[0]], headers[1][pair[1]]) for pair in both}
+    wrong = {name: size for name, size in sizes.items() if is_misfit(checked.set, scale, *size)}
+    for name, (hr, lr) in list(wrong.items())[:1]:
+        ratios = (f"{a / b:.4g}" for a, b in zip(hr[:2], lr[:2], strict=True))
+        checked.add(
+            "lr",
+            f"{len(wrong)} of {len(sizes)} pairs checked are not LR and HR {scale} times as large: "
+            f"{quoted(wrong, 3)}; {name!r} has HR {hr.height} x {hr.width} and LR {lr.height} x "
+            f"{lr.width}, a scale of {' and '.join(dict.fromkeys(ratios))}; make LR again, or "
+            "correct the path or the scale",
+        )
+
+
+def check_quickly(each: PairSet) -> Checked:
+    """Check names and counts of a set, and headers of some of its images; nothing is decoded."""
+    checked = list_images(each, complete=False)
+    if not checked.faults:
+        try:
+            _check_headers(checked)
+        except UserError as error:  # a damaged LMDB
+            checked.add(checked.sides[-1].part, str(error))
+    return checked
+
+
+def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet]:
+    """The data sets that an option file names, by phase.
+
+    Args:
+        options: As `dlgsanet_arch.options.load` returns them.
+        root: The folder that relative paths start from.
+
+    Raises:
+        UserError: It names none, or one without images.
+    """
+    sets = options.get("datasets")
+    if not isinstance(sets, dict) or not sets:
+        raise UserError("the option file names no data sets: it has no `datasets`")
+    return {str(phase): _pair_set(str(phase), options, root) for phase in sets}
+
+
+def _border(options: Mapping[str, Any]) -> int:
+    """The widest border that a metric cuts off."""
+    metrics = Context(options, False, Path(), None).section("val:metrics")
+    borders = [each.get("crop_border") for each in metrics.values() if isinstance(each, Mapping)]
+    return max((each for each in borders if is_whole(each)), default=0)
+
+
+def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
+    dataset, scale = options["datasets"][phase], options.get("scale")
+    if not isinstance(dataset, Mapping):
+        raise UserError(f"datasets:{phase} is not a data set: write its options below it")
+
+    def path(key: str) -> Path | None:
+        value = dataset.get(key)
+        return root / Path(value).expanduser() if isinstance(value, str) else None
+
+    hr, lr = path("dataroot_gt"), path("dataroot_lq")
+    if hr is None and lr is None:
+        raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
+    training = phase.split("_")[0] == "train"
+    border = _border(options)
+    least, why = 2 * border + 1, f"of which crop_border {border} leaves nothing"
+    if training:
+        fills_up = dataset.get("type") == "RealESRGANDataset"
+        least, why = None if fills_up else dataset.get("gt_size"), "gt_size"
+    backend = dataset.get("io_backend")
+    in_lmdb = isinstance(backend, Mapping) and backend.get("type") == "lmdb"
+    listing = None if in_lmdb else path("meta_info_file") or path("meta_info")
+    return PairSet(
+        name=f"{phase} ({dataset.get('name', 'unnamed')})",
+        hr=hr,
+        lr=lr,
+        scale=scale if is_whole(scale) and scale >= 1 else None,
+        template=str(dataset.get("filename_tmpl", "{}")),
+        least=least if is_whole(least) else None,
+        why=why,
+        role="train" if training else "test",
+        listing=listing,
+        lists_pairs="meta_info" in dataset and hr is not None and lr is not None,
+    )
+
+
+def scan(
+    options: Mapping[str, Any],
+    root: Path,
+    *,
+    train: bool,
+    registered: Registered | None = None,
+) -> Scan:
+    """Check every data set of BasicSR's types for single images; no pixel is decoded.
+
+    Args:
+        options: As `dlgsanet_arch.options.load` returns them. What is wrong with them by
+            themselves, paths that do not exist included, is passed over here.
+        root: Folder that relative paths are below.
+        train: Whether they are to train, else to test.
+        registered: What is in BasicSR's registries: sets of somebody else's type are left alone.
+    """
+    context = Context(options, train, root, registered)
+    found = Scan()
+    for phase, dataset in context.datasets():
+        reads = known_dataset(context, dataset.get("type"))
+        backend = context.section(f"datasets:{phase}:io_backend").get("type")
+        known = reads is not None and backend in ("disk", "lmdb")
+        named_all = known and all(isinstance(dataset.get(key), str) for key in reads.folders)
+        if not named_all or any(data_faults(context, phase, dataset)):
+            continue
+        if backend == "disk" and dataset["type"] == "FFHQDataset":
+            found.samples[phase] = FFHQ_IMAGES
+        elif (
+            backend == "disk"
+            and dataset["type"] == "RealESRGANDataset"
+            and not dataset.get("meta_info")
+        ):
+            continue
+        else:
+            _scan_set(phase, context, reads.listing, found)
+    return found
+
+
+def _scan_set(phase: str, context: Context, listing: str | None, found: Scan) -> None:
+    path, dataset = f"datasets:{phase}", context.section(f"datasets:{phase}")
+    keys = {"hr": "dataroot_gt", "lr": "dataroot_lq", "list": listing, "template": "filename_tmpl"}
+    try:
+        checked = check_quickly(_pair_set(phase, context.options, context.root))
+    except (OSError, UserError) as error:
+        found.problems.append(f"{path}: {error}")
+        return
+    whose = owner(phase, dataset)
+    found.problems += [f"{path}:{keys[part]}: {whose}: {text}" for part, text in checked.faults]
+    found.warnings += [f"{path}:{keys[part]}: {text}" for part, text in checked.warnings]
+    found.notes += [f"{path}: {note}" for note in checked.notes]
+    if checked.pairs:
+        found.samples[phase] = len(checked.pairs)
+
+
+def batch_problems(
+    options: Mapping[str, Any], samples: Mapping[str, int], copies: int
+) -> list[str]:
+    """Say whether an epoch has no complete batch: then there is nothing to train on.
+
+    Args:
+        options: Of a training.
+        samples: Of each phase, as `scan` counted them.
+        copies: Processes, or GPUs of one process, that take a batch each.
+    """
+    dataset = Context(options, True, Path(), None).section("datasets:train")
+    batch, ratio = dataset.get("batch_size_per_gpu"), dataset.get("dataset_enlarge_ratio", 1)
+    count = samples.get("train")
+    if not count or not is_whole(batch) or not is_number(ratio):
+        return []
+    positions = math.ceil(count * ratio)
+    if positions >= batch * copies:
+        return []
+    whole = f"{batch} samples" + (f" for each of {copies} processes or GPUs" if copies > 1 else "")
+    return [
+        f"datasets:train:batch_size_per_gpu: {count} samples times dataset_enlarge_ratio {ratio} "
+        f"are less than one batch of {whole}; raise the ratio to "
+        f"{math.ceil(batch * copies / count)}, or write a smaller batch"
+    ]

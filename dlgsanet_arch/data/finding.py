@@ -1,0 +1,160 @@
+"""Images in folders: which there are, and what they are called in a data set."""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePath
+from urllib.parse import quote
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
+
+# The suffixes that make a file an image, in lower case, and the format that each announces.
+SUFFIXES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WebP",
+    ".bmp": "BMP",
+}
+
+# A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
+KEY_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """An image that was found.
+
+    Args:
+        path: Where it is: the folder that was searched, and the way from there.
+        key: Its name in a data set, unique in that folder; see `image_key`.
+    """
+
+    path: Path
+    key: str
+
+
+def _normal(name: str) -> str:
+    """Write a name the one way: é may be one character or two, by the system that wrote it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def image_key(relative: PurePath) -> str:
+    """The key of an image in LMDBs, `meta_info.txt` and flat folders of test sets.
+
+    BasicSR encodes keys as ASCII, ends them at the first dot or space of a `meta_info.txt` line,
+    and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
+    stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
+    digits: ``city/night 1.png`` has the key ``city+night%201``. Different paths have different
+    keys, up to the spelling of combined characters. A key longer than `KEY_LENGTH` ends in `~`
+    and a hash of the whole.
+
+    Args:
+        relative: The way from the data set's folder to the image, its suffix included.
+    """
+    name = _normal(relative.with_suffix("").as_posix())
+    # surrogateescape: names that are not UTF-8 come from the file system with surrogates
+    parts = (quote(part, safe="", errors="surrogateescape") for part in name.split("/"))
+    key = "+".join(parts).replace(".", "%2E").replace("~", "%7E")
+    if len(key) <= KEY_LENGTH:
+        return key
+    digest = sha256(key.encode("ascii")).hexdigest()[:16]
+    return f"{key[: KEY_LENGTH - len(digest) - 1]}~{digest}"
+
+
+def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
+    """Sort numbers by value, upper and lower case together, folder by folder."""
+    # the split alternates: text at even places, digits at odd ones, so like meets like
+    parts: list[list[str | int]] = [
+        [
+            int(piece) if place % 2 else piece
+            for place, piece in enumerate(re.split("([0-9]+)", _normal(part).casefold()))
+        ]
+        for part in relative.with_suffix("").parts
+    ]
+    return parts, str(relative)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    if Path(entry.name).suffix.lower() not in SUFFIXES:
+        return False
+    # A link to nothing counts, and reading it says so: an image is missing there.
+    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every image below a folder, each folder read once however many links lead to it."""
+    folders, linked = deque([folder]), deque[Path]()
+    seen = set()
+    while folders or linked:
+        # links last: what is reachable without a link is named without it
+        current = folders.popleft() if folders else linked.popleft()
+        status = current.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path):  # unlike the entry, calm about links to themselves
+                    (linked if entry.is_symlink() else folders).append(current / entry.name)
+                elif _is_image(entry):
+                    yield current / entry.name
+
+
+def walk_images(folder: Path) -> list[Path]:
+    """Find all images below a folder, as `find_images` does.
+
+    Returns:
+        Ways from `folder`, in natural order: ``a2`` before ``a10``.
+
+    Raises:
+        UserError: There is no such folder, it or a folder in it cannot be read, or it holds no
+            images.
+    """
+    if not folder.is_dir():
+        reason = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {reason}: name a folder of images")
+    try:
+        paths = list(_walk(folder))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not paths:
+        raise UserError(f"no images below {folder}: looked for {', '.join(SUFFIXES)}")
+    return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
+
+
+def find_images(folder: Path) -> list[ImageEntry]:
+    """Find all images below a folder.
+
+    An image is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
+    are passed over, links are followed, and no folder is read twice.
+
+    Args:
+        folder: Searched with all folders in it.
+
+    Returns:
+        Images in natural order of their way from `folder`: ``a2`` before ``a10``.
+
+    Raises:
+        UserError: There is no such folder, it or a folder in it cannot be read, it holds no
+            images, or images of one folder differ in their suffixes only.
+    """
+    by_key = defaultdict(list)
+    for relative in walk_images(folder):
+        by_key[image_key(relative)].append(relative)
+    equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
+    if equal:
+        raise UserError(
+            f"images in {folder} that differ in their suffixes only would share one name in "
+            f"the data set: {named(equal, 3)}; rename or remove one of each"
+        )
+    return [ImageEntry(folder / group[0], key) for key, group in by_key.items()]
