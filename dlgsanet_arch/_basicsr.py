@@ -331,6 +331,43 @@ def _round_quality(original: Callable) -> Callable | None:
         return lambda img, quality=90: original(img, round(quality))
 
 
+def _degrade_on_cpu(original: type) -> type | None:
+    """Let a Real-ESRGAN model make its LR images on a CPU.
+
+    Its constructor and its pool ask for CUDA whatever the model's device is, and its filters view
+    images whose channels are not side by side.
+    """
+    if "cuda" not in _names_used(original.__init__):
+        return None
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    class OnCpu(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is Tensor.cuda:
+                return args[0]
+            if function is Tensor.view:
+                function = Tensor.reshape
+            return function(*args, **(kwargs or {}))
+
+    def on_own_device(method: Callable, uses_cpu: Callable[..., bool]) -> Callable:
+        @functools.wraps(method)
+        def run(self, given):
+            if not uses_cpu(self, given):
+                return method(self, given)
+            with OnCpu():
+                return method(self, given)
+
+        run.__module__ = __name__
+        return run
+
+    original.__init__ = on_own_device(original.__init__, lambda _, opt: opt["num_gpu"] == 0)
+    original.feed_data = on_own_device(
+        original.feed_data, lambda model, _: model.device.type == "cpu"
+    )
+    return original
+
+
 REPAIRS = (
     Repair(
         "torchvision operators",
@@ -378,6 +415,16 @@ REPAIRS = (
         "a release of BasicSR rounds it",
         "basicsr.data.degradations:add_jpg_compression",
         _round_quality,
+    ),
+    *(
+        Repair(
+            f"{name} on a CPU",
+            "BasicSR makes the LR images of Real-ESRGAN on CUDA only",
+            "a release of BasicSR makes them on the model's device",
+            f"basicsr.models.{name.lower()}_model:{name}Model",
+            _degrade_on_cpu,
+        )
+        for name in ("RealESRNet", "RealESRGAN")
     ),
 )
 

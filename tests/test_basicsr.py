@@ -85,13 +85,19 @@ def compresses():
     from basicsr.data.degradations import random_add_jpg_compression
     random_add_jpg_compression(np.zeros((8, 8, 3), np.float32), (80.5, 90.5))
 
+def degrades():
+    from basicsr.models.realesrnet_model import RealESRNetModel
+    RealESRNetModel({"num_gpu": 0, "is_train": False, "dist": False, "path": {},
+                     "network_g": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}})
+
 def runs_as_a_script():  # a repaired module's loader still serves `python -m`
     import runpy
     runpy.run_module("basicsr.train", run_name="copy")
 
 found = {}
 checks = (
-    imports, resumes, shares_lmdb, pickles_lmdb, distributes, compresses, runs_as_a_script)
+    imports, resumes, shares_lmdb, pickles_lmdb, distributes, compresses, degrades,
+    runs_as_a_script)
 for check in checks:
     try:
         check()
@@ -157,7 +163,10 @@ def test_no_fault_shows_once_repaired(symptoms):
 
 
 def test_faults_in_basicsr_show_without_their_repairs(symptoms):
-    found = symptoms("resume", "shared LMDB", "pickled LMDB", "distributed CPU", "JPEG quality")
+    found = symptoms(
+        "resume", "shared LMDB", "pickled LMDB", "distributed CPU", "JPEG quality",
+        "RealESRNet on a CPU", "RealESRGAN on a CPU",
+    )  # fmt: skip
     assert found["imports"] is None
     # On a CPU it asks for CUDA; with CUDA it finds nothing, for it looks in the current folder.
     assert "CUDA" in found["resumes"] or "NVIDIA" in found["resumes"] or "None" in found["resumes"]
@@ -166,6 +175,7 @@ def test_faults_in_basicsr_show_without_their_repairs(symptoms):
     # On a CPU it asks for CUDA; with CUDA it gives the network of a CPU a GPU.
     assert re.search("CUDA|NVIDIA|device_ids", found["distributes"])
     assert "imencode" in found["compresses"]
+    assert torch.cuda.is_available() or re.search("CUDA|NVIDIA", found["degrades"])
     assert set(found["active"]) <= {"torchvision operators", "functional_tensor"}
 
 

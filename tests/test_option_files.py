@@ -34,7 +34,9 @@ NAMES |= {f"tiny_x4_{name}": ("tiny", 4, changes) for name, changes in ABLATIONS
 FILES = [("train", name) for name in NAMES if name != "tiny_x4_no_tlc"]
 FILES += [("test", name) for name in NAMES]
 # Beside the published recipe.
-OTHERS = [("train", "demo"), ("test", "demo"), ("train", "tiny_x4_bsds400")]
+REAL = [("train", "tiny_x4_realesrnet"), ("train", "tiny_x4_realesrgan")]
+OTHERS = [("train", "demo"), ("test", "demo"), ("train", "tiny_x4_bsds400"), *REAL]
+DATA_ROOTS = {"dataroot_gt", "dataroot_lq"}
 BENCHMARKS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
 
 # Parameters of Tiny's parts: 48 channels, 7x7 filters in 8 groups from 12 channels, 96 hidden.
@@ -258,7 +260,7 @@ def report(options, kind, root, registered):
 def make_tree(root, options):
     """Put something where `options` look for images and weights."""
     for dataset in options["datasets"].values():
-        for key in ("dataroot_gt", "dataroot_lq"):
+        for key in DATA_ROOTS & dataset.keys():
             folder = root / dataset[key]
             folder.mkdir(parents=True, exist_ok=True)
             lmdb = dataset["io_backend"]["type"] == "lmdb"
@@ -284,6 +286,15 @@ def test_the_file_of_the_shipped_weights_says_what_the_rule_says(read):
     assert read("train", "tiny_x4_bsds400") == of_shipped_weights()
 
 
+@pytest.mark.parametrize(("kind", "name"), REAL)
+def test_real_esrgan_trains_tiny_and_both_files_degrade_alike(read, kind, name):
+    options, other = read(kind, name), read(*REAL[0])
+    assert options["network_g"] == TINY_X4["network_g"]
+    assert options["datasets"] == other["datasets"]
+    degradation = [key for key in other if other[key] != options.get(key)]
+    assert set(degradation) <= {"name", "model_type", "gt_usm", "path", "train"}
+
+
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_the_file_builds_the_published_network(read, kind, name):
     from basicsr.archs import build_network
@@ -298,9 +309,11 @@ def test_the_check_misses_nothing_but_data(read, registered, tmp_path, kind, nam
     options = read(kind, name)
     missing = report(options, kind, tmp_path, registered)
     roots = [
-        f"datasets:{phase}:dataroot_{end}" for phase in options["datasets"] for end in ("gt", "lq")
+        f"datasets:{phase}:{key}"
+        for phase, dataset in options["datasets"].items()
+        for key in sorted(DATA_ROOTS & dataset.keys())
     ]
-    roots += ["path:pretrain_network_g"] if kind == "test" else []
+    roots += ["path:pretrain_network_g"] if options["path"]["pretrain_network_g"] else []
     assert [line.split(": ")[0].strip() for line in missing] == roots
     make_tree(tmp_path, options)
     assert report(options, kind, tmp_path, registered) == []
