@@ -27,7 +27,7 @@ help:
 	@echo "make test-faults  kills, full disks, damaged files, the C library under sanitisers: for real, minutes"
 	@echo "make lint   ruff's rules and format"
 	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
-	@echo "            with PYTHON=python3 as it is: nothing is installed"
+	@echo "            with PYTHON=python3 as it is: nothing is installed; ARGS='--minutes 6 --only tests network'"
 	@echo "make clean  remove .venv, caches and build folders; data and results stay"
 	@echo "demo, test and lint install into the active environment, else into .venv; PYTHON=... makes .venv with that Python"
 
@@ -46,7 +46,7 @@ lint: environment
 
 gpu:
 	@"$(GPU_RUN)" scripts/check_cuda.py
-	@"$(GPU_RUN)" scripts/gpu.py
+	@"$(GPU_RUN)" scripts/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build dist *.egg-info

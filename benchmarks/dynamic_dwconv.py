@@ -162,16 +162,32 @@ def _rows(records: list[Record]) -> list[list[str]]:
 def _forms(device: str) -> list[tuple[str, str, str]]:
     """Return forms with their dtypes and layouts: float32 in C, and else as the network has it."""
     if device == "cpu":
-        plain = [(PYTORCH_MAP, "fp32"), (PYTORCH, "fp32"), (OURS, "fp32")]
-        half = [(PYTORCH_MAP, "bf16"), (PYTORCH, "bf16")]
+        forms = [
+            *((form, "fp32", "NCHW") for form in (DEFINITION, PYTORCH_MAP, PYTORCH, OURS)),
+            *(
+                (form, "bf16", layout)
+                for form in (PYTORCH_MAP, PYTORCH)
+                for layout in ("NCHW", CHANNELS_LAST)
+            ),
+        ]
     else:
-        plain = [(PUBLISHED, "fp32"), (PYTORCH_MAP, "tf32"), (OURS, "tf32"), (OURS, "fp32")]
-        half = [(form, dtype) for form in (PYTORCH_MAP, OURS) for dtype in ("bf16", "fp16")]
-    forms = [
-        *((*each, "NCHW") for each in [(DEFINITION, "fp32"), *plain]),
-        *((*each, layout) for each in half for layout in ("NCHW", CHANNELS_LAST)),
-    ]
+        forms = [
+            (DEFINITION, "fp32", "NCHW"),
+            (PUBLISHED, "fp32", "NCHW"),
+            (PYTORCH_MAP, "bf16", CHANNELS_LAST),
+            *((OURS, dtype, CHANNELS_LAST) for dtype in ("bf16", "tf32", "fp32")),
+            (OURS, "bf16", "NCHW"),
+        ]
     return [form for form in forms if form[0] not in contestants.absent(device)]
+
+
+def _works(asked: argparse.Namespace) -> list[tuple[str, tuple[int, int, int]]]:
+    """Return geometries with their sizes."""
+    if asked.quick:
+        return [("quick", (2, 6, 9))]
+    if asked.device == "cuda":
+        return [("Tiny", SIZES[0]), ("Tiny", SIZES[1]), ("Large", SIZES[0])]
+    return [(geometry, size) for size in SIZES for geometry in ("Tiny", "Large")]
 
 
 def _sections(asked: argparse.Namespace) -> list[Section]:
@@ -185,8 +201,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             "layout": layout,
             "work": work,
         }
-        for size in ([(2, 6, 9)] if asked.quick else SIZES)
-        for geometry in (["quick"] if asked.quick else ["Tiny", "Large"])
+        for geometry, size in _works(asked)
         for form, dtype, layout in _forms(asked.device)
         for work in WORKS
     ]
@@ -220,7 +235,7 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
                 *contestants.absence_notes(asked.device, [PUBLISHED]),
             ],
             group=lambda cell: (cell.get("geometry"), str(cell.get("size")), cell["measure"]),
-            rounds=1 if asked.device == "cpu" else measuring.ROUNDS,
+            rounds=1,
             runs=5 if asked.device == "cpu" else None,
             seconds=CPU_SECONDS if asked.device == "cpu" else math.inf,
         )

@@ -55,7 +55,6 @@ RUNS = {"cpu": 3, "cuda": 10}
 GPU_SAMPLE_SECONDS = 0.02
 # How a child starts: importing all that is measured takes seconds, and CUDA cannot be forked.
 _START = {"cpu": "forkserver", "cuda": "spawn"}
-_GATE = ("test_golden", "test_ops")  # the tests without which no figure means anything
 
 
 @dataclass(frozen=True)
@@ -446,17 +445,16 @@ def times(value: float, digits: str = ".2f") -> str:
 
 
 def gate_fault(device: str, results: Path = reporting.RESULTS) -> str:
-    """Say which test of network and operator fails, or return an empty text.
+    """Return which test of network and operators fails, or an empty text.
 
-    On a GPU the outcome that `make gpu` left is taken where it is of this very code.
+    On a GPU the outcome that `make gpu` stored is used if it is of this code.
     """
-    files = [f"tests/{name}.py" for name in _GATE]
     if device == "cuda":
-        stored = reporting.read(results / f"{reporting.TESTS}_{reporting.label(device)}.json")
-        if reporting.is_current(stored, device):
-            failed = stored["raw"]["failed"]
-            return "\n".join(name for name in failed if any(gate in name for gate in _GATE))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files]
+        stored = reporting.gate_fault(device, results)
+        if stored is not None:
+            return stored
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header"]
+    command += [f"tests/{name}.py" for name in reporting.GATE]
     command += ["-m", "gpu" if device == "cuda" else "not gpu"]
     finished = subprocess.run(command, cwd=reporting.ROOT, capture_output=True, text=True)
     return finished.stdout + finished.stderr if finished.returncode else ""
@@ -507,7 +505,7 @@ def run(
         try:
             take_turns(report, setting, in_this_process if asked.quick else in_child)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on", file=sys.stderr)
+            print("interrupted: the same command continues", file=sys.stderr)
             return 130
         path = report.save()
         for row in [section.columns, *section.rows(report.ordered())]:

@@ -418,17 +418,12 @@ def formula_section(asked: argparse.Namespace) -> Section:
     )
 
 
-def shared() -> Path:
-    """Return the folder of shared test data, whether it is there or not."""
-    return Path(os.environ.get("DLGSANET_SHARED", reporting.ROOT.parent / "shared"))
-
-
 def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments and the weights of a DLGSANet: from a file, golden, or random."""
     if named:
         state = read_weights(Path(os.environ[WEIGHTS]))
         return infer_config(state), state
-    golden = shared() / "golden" / "tiny_x4.npz"
+    golden = reporting.shared_folder() / "golden" / "tiny_x4.npz"
     if golden.is_file() and not quick:
         import numpy as np
 
@@ -445,7 +440,7 @@ def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, 
 
 def set14() -> list[Path]:
     """Return the files of Set14, none where it is not at hand."""
-    return sorted((shared() / "data" / "Set14" / "HR").glob("*.png"))
+    return sorted((reporting.shared_folder() / "data" / "Set14" / "HR").glob("*.png"))
 
 
 def pairs(paths: Sequence[Path], scale: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -561,7 +556,7 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
 
     if weights:
         source = f"the checkpoint {weights}"
-    elif (shared() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
+    elif (reporting.shared_folder() / "golden" / "tiny_x4.npz").is_file() and not asked.quick:
         source = "the golden file's random weights of Tiny x4, so PSNR itself says nothing"
     else:
         source = "random weights, so PSNR itself says nothing"

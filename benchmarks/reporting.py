@@ -22,10 +22,16 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results"
 
+# All files with tests that need a GPU. They import neither BasicSR nor lmdb.
+GPU_TESTS = (
+    *("tests/test_triton_backend.py", "tests/test_golden.py", "tests/test_ops.py"),
+    *("tests/test_network.py", "tests/test_published_kernels.py", "tests/test_inference.py"),
+    "tests/test_metrics.py",
+)
 # What there is to measure, and with which arguments of which Python: the most valuable first.
 # A section's results are results/<section>_<device>.json.
 SECTIONS = {
-    "tests": ("-m", "pytest", "-m", "gpu"),
+    "tests": ("-m", "pytest", "-m", "gpu", *GPU_TESTS),
     "network": ("benchmarks/network.py", "--only-tiny"),
     "training_step": ("benchmarks/training_step.py",),
     "agreement": ("benchmarks/training_step.py", "--agreement"),
@@ -43,6 +49,7 @@ SECTIONS = {
     "limits": ("benchmarks/limits.py",),
 }
 TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
+GATE = ("test_golden", "test_ops")  # the tests without which no figure means anything
 LIMITS = "limits"  # measured within each of the others, too
 DATA = "data"
 CPU_ONLY = (DATA, "agreement", "formula")  # these have nothing to do on a GPU
@@ -61,6 +68,30 @@ SOURCES_OF = {
     TESTS: (*SOURCES, "tests/*.py"),
     DATA: ("dlgsanet_arch/data/*.py", "benchmarks/data.py", "benchmarks/measuring.py"),
 }
+
+
+def shared_folder() -> Path:
+    """Return the folder of golden files and images, whether it exists or not.
+
+    It is named by DLGSANET_SHARED, or `shared` in the checkout (git-ignored, to be carried to a
+    machine with a GPU), or `shared` beside the checkout.
+    """
+    own = ROOT / "shared"
+    return Path(os.environ.get("DLGSANET_SHARED", own if own.is_dir() else ROOT.parent / "shared"))
+
+
+def gate_fault(device: str, results: Path) -> str | None:
+    """Return what is wrong with the stored outcome of the GPU tests of `GATE`.
+
+    Empty if they passed; None if there is no outcome of this code on this GPU.
+    """
+    stored = read(results / f"{TESTS}_{label(device)}.json")
+    if not is_current(stored, device):
+        return None
+    passed, failed = stored["raw"]["passed"], stored["raw"]["failed"]
+    faults = [f"{name} failed" for name in failed if any(gate in name for gate in GATE)]
+    missing = [gate for gate in GATE if not any(gate in name for name in passed)]
+    return "\n".join(faults + [f"no test of {gate} passed" for gate in missing])
 
 
 def source(section: str) -> str:
@@ -158,7 +189,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_current(result: dict[str, Any], device: str) -> bool:
-    """Return whether a result is whole, and of this code on this device."""
+    """Return whether a result is complete, and of this code on this device."""
     if not result.get("complete"):
         return False
     known = result["environment"]
@@ -213,7 +244,7 @@ def _shown(result: dict[str, Any]) -> str:
     described = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
     notes = list(result["notes"])
     if not result["complete"]:
-        notes.append("**Incomplete: the run was cut off; the same command goes on.**")
+        notes.append("**Incomplete: the run was cut off; the same command continues it.**")
     picture = result.get("picture")
     return "\n".join(
         [
@@ -244,7 +275,7 @@ def _unmeasured(shown: list[dict[str, Any]]) -> list[str]:
         return []
     return [
         "## Not measured yet\n\n"
-        "No figure for these is known or estimated. `make gpu` measures all that wants a GPU.\n",
+        "No figure for these is known or estimated. `make gpu` measures all that needs a GPU.\n",
         *_table(
             ("section", "device", "command"),
             (

@@ -227,8 +227,7 @@ def network_options(name: str) -> dict[str, Any]:
 
 def _shared_pictures(*names: str) -> Path | None:
     """Return a folder of the shared data, where it is at hand."""
-    shared = Path(os.environ.get("DLGSANET_SHARED", reporting.ROOT.parent / "shared"))
-    folder = shared.joinpath("data", *names)
+    folder = reporting.shared_folder().joinpath("data", *names)
     return folder if folder.is_dir() else None
 
 

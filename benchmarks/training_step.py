@@ -17,6 +17,7 @@ import contestants
 import limits
 import measuring
 import network
+import reporting
 import torch
 import torch.nn.functional as F
 from contestants import (
@@ -31,8 +32,6 @@ from contestants import (
 )
 from measuring import DTYPES, Cell, Record, Run, Section, Setting
 from torch import Tensor, nn
-
-from dlgsanet_arch.data import demo
 
 BATCH = 16
 SCALE = 4
@@ -147,9 +146,12 @@ def _contestants(device: str) -> list[tuple[str, str]]:
 
 def step_section(asked: argparse.Namespace) -> Section:
     """Steps a second."""
-    works, threads = [("tiny", 48)], THREADS
+    works, threads = [("tiny", 48, _contestants(asked.device))], THREADS
     if asked.device == "cuda":
-        works, threads = [("tiny", 48), ("tiny", 64), ("large", 64)], (None,)
+        ours, threads = [(OURS, "bf16"), (OURS, "tf32")], (None,)
+        works += [("tiny", 64, ours), ("large", 64, ours)]
+    if asked.quick:
+        works = [(contestants.QUICK, 16, works[0][2])]
     cells = [
         {
             "measure": "training_step:step",
@@ -161,8 +163,8 @@ def step_section(asked: argparse.Namespace) -> Section:
             "dtype": dtype,
             **({"threads": count} if count else {}),
         }
-        for variant, patch in ([(contestants.QUICK, 16)] if asked.quick else works)
-        for name, dtype in _contestants(asked.device)
+        for variant, patch, taking_part in works
+        for name, dtype in taking_part
         for count in (threads[-1:] if asked.quick else threads)
     ]
     on_cpu = asked.device == "cpu"
@@ -208,9 +210,11 @@ def step_section(asked: argparse.Namespace) -> Section:
 
 def _photographs() -> tuple[list[Path], list[Path]]:
     """Return images to train on and to hold out: of the shared data, else scikit-image's."""
-    trained = sorted((network.shared() / "data" / "BSDS400").glob("*.jpg"))[:TRAINED_ON]
+    trained = sorted((reporting.shared_folder() / "data" / "BSDS400").glob("*.jpg"))[:TRAINED_ON]
     if trained and network.set14():
         return trained, network.set14()
+    from dlgsanet_arch.data import demo  # needs lmdb, which a machine with a GPU may not have
+
     names = (demo.TRAIN_IMAGES, demo.VALIDATION_IMAGES)
     return tuple([demo.images_folder() / name for name in each] for each in names)
 

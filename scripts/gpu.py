@@ -1,8 +1,10 @@
-"""What `make gpu` does: the GPU's tests, then every benchmark without a result for this very code.
+"""Run the GPU tests, then every benchmark without a result of this code; called by `make gpu`.
 
-Pieces run in order of their worth, each in a process of its own with a time limit, and a call ends
-within --minutes; called again, it continues where it was. Results are written as they come, to
-benchmarks/results/ and, where the variable OUT names a folder, as copies to that.
+Each piece runs in its own process with a time limit, the most valuable first, and a call ends
+within --minutes; the next call continues. No benchmark runs unless the tests of network and
+operators passed. Results are saved as they come, to benchmarks/results/ and, if the variable OUT
+names a folder, copied there. Neither BasicSR nor lmdb is needed; pieces that measure BasicSR are
+left out without it. Golden files are read from the folder of `reporting.shared_folder`.
 """
 
 import argparse
@@ -20,16 +22,25 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import reporting  # noqa: E402, since the line above is what finds it
+import torch  # noqa: E402
 
 DEVICE = "cuda"
 MINUTES = 8.5
 # Less is not worth starting a piece for: importing PyTorch and warming up take most of it.
 LEAST_SECONDS = 25.0
-LIMITS_SECONDS = {reporting.TESTS: 300.0}
-LIMIT_SECONDS = 240.0  # of every other piece
+# What a piece is expected to take, and when it is stopped. Expected, not measured.
+SECONDS = {
+    reporting.TESTS: (100.0, 140.0),
+    "network": (75.0, 120.0),
+    "training_step": (75.0, 120.0),
+    "training_loop": (120.0, 240.0),
+    "configurations": (150.0, 240.0),
+}
+OTHER_SECONDS = (60.0, 150.0)
+TEST_PROCESSES = 10
 _STOP_SECONDS = 10.0  # between asking a piece to end and ending it
 
 
@@ -38,7 +49,7 @@ class Outcome:
     """How a piece ended.
 
     Attributes:
-        status: Its exit status; None where it was stopped at its limit.
+        status: Its exit status; None if it was stopped at its limit.
         seconds: How long it took.
     """
 
@@ -47,12 +58,12 @@ class Outcome:
 
 
 def path_of(section: str, results: Path) -> Path:
-    """Return where a section's result lies."""
+    """Return the path of a section's result."""
     return results / f"{section}_{reporting.label(DEVICE)}.json"
 
 
 def left_out() -> tuple[str, ...]:
-    """Return the sections that need BasicSR where it is not installed."""
+    """Return the sections that need BasicSR if it is not installed."""
     return () if find_spec("basicsr") else reporting.BESIDE_BASICSR
 
 
@@ -63,7 +74,7 @@ def pieces() -> list[str]:
 
 
 def is_done(section: str, results: Path) -> bool:
-    """Return whether a section has a whole result of this code on this GPU."""
+    """Return whether a section has a complete result of this code on this GPU."""
     return reporting.is_current(reporting.read(path_of(section, results)), DEVICE)
 
 
@@ -102,30 +113,41 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def read_tests(report: Path) -> tuple[dict[str, int], list[str]]:
-    """Return how many tests passed, failed and were skipped, and which failed, from JUnit's XML."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failed = []
+def read_tests(report: Path) -> dict[str, list[str]]:
+    """Return the names of the tests that passed, failed and were skipped, from JUnit's XML.
+
+    Raises:
+        ValueError: If a file could not be collected, which pytest-xdist reports like a failed test.
+    """
+    names: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
-        if kinds & {"failure", "error"}:
-            counts["failed"] += 1
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-        else:
-            counts["skipped" if "skipped" in kinds else "passed"] += 1
-    return counts, failed
+        if any(child.get("message") == "collection failure" for child in case):
+            raise ValueError(f"{case.get('name')} could not be collected")
+        failed = kinds & {"failure", "error"}
+        outcome = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
+        names[outcome].append(f"{case.get('classname')}::{case.get('name')}")
+    return names
 
 
-def run_tests(arguments: Sequence[str], seconds: float, results: Path) -> Outcome:
-    """Run the GPU's tests and save their outcome, where they came to an end."""
+def run_tests(seconds: float, results: Path) -> Outcome:
+    """Run the GPU tests and save their outcome, unless pytest could not collect or run them all."""
+    arguments = [*reporting.arguments(reporting.TESTS, DEVICE), "-q"]
+    if find_spec("xdist"):
+        arguments += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        outcome = execute([*arguments, "-q", f"--junitxml={report}"], seconds)
-        if not report.exists() or outcome.status is None:
+        outcome = execute([*arguments, f"--junitxml={report}"], seconds)
+        # pytest's statuses: 0 passed, 1 failed; others are errors of collection, usage, or no test.
+        if outcome.status not in (0, 1) or not report.exists():
             return outcome
-        counts, failed = read_tests(report)
-    if not sum(counts.values()):
-        return Outcome(outcome.status or 1, outcome.seconds)
+        try:
+            names = read_tests(report)
+        except ValueError as error:
+            print(f"   {error}", flush=True)
+            return outcome
+    counts = {kind: len(each) for kind, each in names.items()}
+    failed = ", ".join(f"`{name}`" for name in names["failed"])
     result = {
         "section": reporting.TESTS,
         "kind": DEVICE,
@@ -133,10 +155,10 @@ def run_tests(arguments: Sequence[str], seconds: float, results: Path) -> Outcom
         "command": reporting.command(reporting.TESTS, DEVICE),
         "environment": reporting.environment(DEVICE, reporting.TESTS),
         "complete": True,
-        "notes": [f"Failed: {', '.join(f'`{name}`' for name in failed)}."] if failed else [],
+        "notes": [f"Failed: {failed}."] if failed else [],
         "columns": list(counts),
         "rows": [[str(count) for count in counts.values()]],
-        "raw": {**counts, "failed": failed, "seconds": outcome.seconds},
+        "raw": {**names, "seconds": outcome.seconds},
     }
     reporting.save(path_of(reporting.TESTS, results).stem, result, results)
     return outcome
@@ -144,10 +166,9 @@ def run_tests(arguments: Sequence[str], seconds: float, results: Path) -> Outcom
 
 def run_piece(section: str, seconds: float, results: Path) -> Outcome:
     """Run one piece for at most `seconds`."""
-    arguments = reporting.arguments(section, DEVICE)
     if section == reporting.TESTS:
-        return run_tests(arguments, seconds, results)
-    return execute([*arguments, "--results", str(results)], seconds)
+        return run_tests(seconds, results)
+    return execute([*reporting.arguments(section, DEVICE), "--results", str(results)], seconds)
 
 
 def copy_results(section: str, results: Path) -> None:
@@ -160,46 +181,92 @@ def copy_results(section: str, results: Path) -> None:
         shutil.copy2(path, target)
 
 
-def failed_tests(results: Path) -> list[str]:
-    """Return the tests that failed on this code."""
-    stored = reporting.read(path_of(reporting.TESTS, results))
-    return stored["raw"]["failed"] if reporting.is_current(stored, DEVICE) else []
+def fault_before_start() -> str:
+    """Return why no test can pass here, or an empty text."""
+    golden = reporting.shared_folder() / "golden"
+    if any(golden.glob("*.npz")):
+        return ""
+    return (
+        f"no golden files in {golden}: copy them to {reporting.ROOT / 'shared' / 'golden'}, "
+        "or set DLGSANET_SHARED to the folder that contains 'golden'"
+    )
+
+
+def show_plan(sections: Sequence[str], seconds: float) -> None:
+    """Print what a call would run, with the expected and the longest seconds of each piece."""
+    for section in sections:
+        expected, limit = SECONDS.get(section, OTHER_SECONDS)
+        if seconds >= LEAST_SECONDS:
+            when = f"at most {min(limit, seconds):4.0f} s"
+            seconds -= expected
+        else:
+            when = "left to the next call"
+        print(f"{section:<26} expected {expected:4.0f} s, {when}")
+    print("expected times are estimates, not measured")
+
+
+def run_pieces(sections: Sequence[str], seconds: float, results: Path) -> list[str]:
+    """Run pieces as far as time allows, and return those that broke or were refused."""
+    deadline = time.monotonic() + seconds
+    broken = []
+    for section in sections:
+        if section != reporting.TESTS and reporting.gate_fault(DEVICE, results):
+            print(f"{section} is not measured while tests of network or operators fail")
+            broken.append(section)
+            continue
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            break
+        limit = min(left, SECONDS.get(section, OTHER_SECONDS)[1])
+        print(f"== {section}, at most {limit:.0f} s", flush=True)
+        outcome = run_piece(section, limit, results)
+        copy_results(section, results)
+        if outcome.status is None:
+            print(f"   stopped after {outcome.seconds:.0f} s; the next call continues", flush=True)
+        else:
+            print(f"   took {outcome.seconds:.0f} s, exit status {outcome.status}", flush=True)
+        if outcome.status:
+            broken.append(section)
+        if section == reporting.TESTS and not is_done(section, results):
+            print("the tests did not run to their end, so nothing else is started")
+            return [section]
+    return broken
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is left to do, as far as time allows.
 
     Returns:
-        1 where a test failed or a piece broke, else 0, though something may be left to do.
+        1 if a test failed or a piece broke, else 0, though something may be left to do.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for this call")
     parser.add_argument("--results", type=Path, default=reporting.RESULTS, help="folder of results")
-    parser.add_argument("--list", action="store_true", help="say what is left, and run nothing")
+    parser.add_argument("--only", nargs="+", metavar="PIECE", help="these pieces, in this order")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     asked = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * asked.minutes
-    broken = []
-    for section in pieces():
-        if asked.list or is_done(section, asked.results):
-            continue
-        left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
-            break
-        seconds = min(left, LIMITS_SECONDS.get(section, LIMIT_SECONDS))
-        print(f"== {section}, at most {seconds:.0f} s", flush=True)
-        outcome = run_piece(section, seconds, asked.results)
-        copy_results(section, asked.results)
-        if outcome.status is None:
-            print(f"   stopped after {outcome.seconds:.0f} s; the next call continues", flush=True)
-        else:
-            print(f"   took {outcome.seconds:.0f} s, exit status {outcome.status}", flush=True)
-            if outcome.status:
-                broken.append(section)
+    unknown = set(asked.only or ()) - set(pieces())
+    if unknown:
+        parser.error(f"--only: no piece {', '.join(sorted(unknown))}; got {', '.join(pieces())}")
+    wanted = asked.only or pieces()
+    if asked.plan and not torch.cuda.is_available():
+        waiting = wanted
+    else:
+        waiting = [section for section in wanted if not is_done(section, asked.results)]
+    if asked.plan:
+        show_plan(waiting, 60 * asked.minutes)
+        return 0
+    fault = fault_before_start()
+    if fault:
+        print(fault, file=sys.stderr)
+        return 1
+    broken = run_pieces(waiting, 60 * asked.minutes, asked.results)
 
-    failed = failed_tests(asked.results)
+    stored = reporting.read(path_of(reporting.TESTS, asked.results))
+    failed = stored["raw"]["failed"] if reporting.is_current(stored, DEVICE) else []
     for name in failed:
         print(f"failed: {name}")
-    waiting = [section for section in pieces() if not is_done(section, asked.results)]
+    waiting = [section for section in wanted if not is_done(section, asked.results)]
     if left_out():
         print(f"left out, since BasicSR is not installed: {', '.join(left_out())}")
     if broken:

@@ -19,8 +19,10 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of golden files and images beside the checkout, or the one named by the user."""
-    return Path(os.environ.get("DLGSANET_SHARED", REPOSITORY.parent / "shared"))
+    """The folder of golden files and images, as `reporting.shared_folder` of benchmarks/."""
+    own = REPOSITORY / "shared"
+    default = own if own.is_dir() else REPOSITORY.parent / "shared"
+    return Path(os.environ.get("DLGSANET_SHARED", default))
 
 
 @pytest.fixture(autouse=True)

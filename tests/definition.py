@@ -14,6 +14,7 @@ from scipy.special import erf, expit
 Array = NDArray[np.float64]
 Parameters = Mapping[str, Array]
 
+MEAN = (0.4488, 0.4371, 0.4040)
 DEFAULTS: dict[str, Any] = {
     "in_chans": 3,
     "dim": 60,
@@ -202,7 +203,7 @@ def network(
 ) -> Array:
     """The image (B, in_chans, H·s, W·s) that the network of `options` makes of x in [0, 1]."""
     config = {**DEFAULTS, **options}
-    mean = np.array([0.4488, 0.4371, 0.4040] if config["in_chans"] == 3 else [0.0])[:, None, None]
+    mean = np.array(MEAN if config["in_chans"] == 3 else [0.0])[:, None, None]
     layers_a_block = {"idynamic": "l", "restormer": "g"}.get(config["buildblock_type"], "lg")
     body = "deep_feature_extraction"
 

@@ -1,14 +1,10 @@
 """The benchmarks: contestants compute the same, every script measures and writes its table."""
 
 import argparse
-import ctypes
 import importlib
 import importlib.util
 import json
-import shutil
-import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -35,11 +31,6 @@ published_kernels = importlib.import_module("published_kernels")
 reporting = importlib.import_module("reporting")
 training_loop = importlib.import_module("training_loop")
 training_step = importlib.import_module("training_step")
-
-_spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "scripts" / "gpu.py")
-gpu_script = importlib.util.module_from_spec(_spec)
-sys.modules["gpu_script"] = gpu_script  # dataclasses look their module up
-_spec.loader.exec_module(gpu_script)
 
 SCALE = 2
 
@@ -130,103 +121,6 @@ def test_definition_in_float32_without_gradients():
     x = torch.rand(1, 3, 30, 41)
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(x), net.eval()(x), atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def compile_kernels(tmp_path_factory):
-    """Compile the naive CUDA kernels for the CPU: a thread after the other."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler stands in for a GPU's")
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def compiled(name, options):
-        source = folder / "kernels.cpp"
-        source.write_text(
-            "#define __global__\n"
-            "struct Place { unsigned x; };\n"
-            "static Place blockIdx, blockDim, threadIdx;\n"
-            f"{published_kernels.SOURCE}\n"
-            'extern "C" void run(const float* a, const float* b, float* out, unsigned blocks) {\n'
-            f"    blockDim.x = {published_kernels.THREADS};\n"
-            "    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)\n"
-            "        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)\n"
-            f"            {name}(a, b, out);\n"
-            "}\n"
-        )
-        library = folder / f"{name}{'_'.join(options)}.so"
-        command = [compiler, "-shared", "-fPIC", *options, str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(library)).run
-
-    return compiled
-
-
-@pytest.fixture
-def naive_on_cpu(compile_kernels, monkeypatch):
-    """Let what stands in for CuPy run the kernels on this CPU."""
-    cupy = types.ModuleType("cupy")
-
-    class Context:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-    class RawKernel:
-        def __init__(self, code, name, options):
-            assert code is published_kernels.SOURCE
-            self.run = compile_kernels(name, options)
-
-        def __call__(self, grid, block, pointers):
-            assert block == (published_kernels.THREADS,)
-            self.run(*map(ctypes.c_void_p, pointers), ctypes.c_uint(grid[0]))
-
-    cupy.cuda = types.SimpleNamespace(ExternalStream=Context, Device=Context)
-    cupy.RawKernel = RawKernel
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    stream = types.SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    published_kernels._kernel.cache_clear()
-    yield
-    published_kernels._kernel.cache_clear()
-
-
-def check_naive(device):
-    x = torch.randn(2, 6, 5, 9, device=device)
-    filters = torch.randn(2, 3, 5, 5, 5, 9, device=device)
-    grad = torch.randn_like(x)
-    outcomes = []
-    for function in (published_kernels.dynamic_dwconv_naive, dynamic_dwconv_reference):
-        inputs = x.clone().requires_grad_(), filters.clone().requires_grad_()
-        out = function(*inputs)
-        outcomes.append((out, *torch.autograd.grad(out, inputs, grad)))
-    torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-5, rtol=1e-5)
-
-
-def test_naive_kernels(naive_on_cpu):
-    check_naive("cpu")
-
-
-@pytest.mark.gpu
-def test_naive_kernels_on_cuda():
-    pytest.importorskip("cupy")
-    check_naive("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("training", [False, True])
-def test_published_style_on_cuda(training):
-    pytest.importorskip("cupy")
-    net = contestants.build("ours", "tiny", 4).train(training).cuda()
-    plain = contestants.build("published-style", "tiny", 4).train(training).cuda()
-    x = torch.rand(1, 3, 60, 70, device="cuda")
-    with torch.no_grad(), measuring.numerics("fp32", "cuda"):
-        torch.testing.assert_close(plain(x), net(x), atol=1e-4, rtol=1e-4)
 
 
 def test_naive_kernels_are_left_out_on_a_cpu():
@@ -641,105 +535,3 @@ def test_loops_differ_in_what_the_table_names(tmp_path, monkeypatch):
     assert own == ours | {"model_type": "DLGSANetModel"}
     assert theirs["train"].keys() ^ every["train"].keys() == {"amp", "channels_last"}
     assert every["train"]["optim_g"] == theirs["train"]["optim_g"] | {"fused": True}
-
-
-def test_without_basicsr_make_gpu_leaves_what_is_beside_it_out(monkeypatch):
-    beside = set(reporting.BESIDE_BASICSR)
-    assert len(beside) == 4
-    assert beside <= set(gpu_script.pieces())
-    monkeypatch.setattr(gpu_script, "find_spec", lambda name: None)
-    assert not beside & set(gpu_script.pieces())
-
-
-def test_tests_outcome_is_read(tmp_path):
-    report = tmp_path / "tests.xml"
-    report.write_text(
-        "<testsuites><testsuite>"
-        '<testcase classname="tests.test_ops" name="test_a[1]"/>'
-        '<testcase classname="tests.test_ops" name="test_b"><failure/></testcase>'
-        '<testcase classname="tests.test_tlc" name="test_c"><skipped/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    counts, failed = gpu_script.read_tests(report)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
-    assert failed == ["tests.test_ops::test_b"]
-
-
-def store_tests(results, failed):
-    result = {
-        "section": "tests",
-        "kind": "cuda",
-        "title": "Tests, GPU",
-        "command": reporting.command("tests", "cuda"),
-        "environment": reporting.environment("cuda", reporting.TESTS),
-        "complete": True,
-        "notes": [],
-        "columns": ["passed"],
-        "rows": [["1"]],
-        "raw": {"failed": failed},
-    }
-    reporting.save("tests_h0_80gb", result, results)
-
-
-def test_the_gate_takes_the_gpu_tests_outcome(made_gpu, results):
-    store_tests(results, ["tests.test_network::test_x", "tests.test_ops::test_y"])
-    assert measuring.gate_fault("cuda", results) == "tests.test_ops::test_y"
-    store_tests(results, ["tests.test_network::test_x"])
-    assert measuring.gate_fault("cuda", results) == ""
-
-
-def test_make_gpu_does_what_is_left(made_gpu, results, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    store_tests(results, [])
-    ran = []
-
-    def execute(arguments, seconds):
-        assert seconds <= gpu_script.LIMIT_SECONDS
-        ran.append(" ".join(arguments))
-        name = arguments[-1] and arguments[0]
-        stopped = "training_step" in name
-        section = measuring.Section(
-            name="training_step" if stopped else "limits",
-            title="Made",
-            cells=[SQUARE],
-            columns=["what"],
-            rows=lambda records: [],
-            notes=lambda records: [],
-            rounds=1,
-        )
-        for known, asked in reporting.SECTIONS.items():
-            if list(asked) == list(arguments[: len(asked)]):
-                section.name = known
-        report = measuring.Report(section, "cuda", results)
-        if not stopped:
-            report.add(SQUARE, {"seconds": [1.0]})
-        return gpu_script.Outcome(None if stopped else 0, 1.0)
-
-    monkeypatch.setattr(gpu_script, "execute", execute)
-    assert gpu_script.main(["--results", str(results)]) == 0
-    apart = ("tests", "limits", *reporting.CPU_ONLY)
-    pieces = [name for name in reporting.SECTIONS if name not in apart]
-    assert len(ran) == len(pieces)
-    assert ran[0] == f"benchmarks/network.py --only-tiny --device cuda --results {results}"
-    assert "left to do, by `make gpu` again: training_step" in capsys.readouterr().out
-    copied = {path.name for path in (tmp_path / "out").iterdir()}
-    assert copied == {f"{name}_h0_80gb.json" for name in pieces if name != "training_step"}
-
-    ran.clear()
-    assert gpu_script.main(["--results", str(results)]) == 0
-    assert ["training_step" in each for each in ran] == [True]
-
-    store_tests(results, ["tests.test_ops::test_y"])
-    ran.clear()
-    assert gpu_script.main(["--results", str(results), "--list"]) == 1
-    assert "failed: tests.test_ops::test_y" in capsys.readouterr().out
-    assert gpu_script.main(["--results", str(results), "--minutes", "0"]) == 1
-    assert ran == []
-
-
-def test_a_piece_is_ended_at_its_limit_with_its_children():
-    sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', '{}'])"
-    outcome = gpu_script.execute(["-c", sleeper.format("import time; time.sleep(60)")], 0.5)
-    assert outcome.status is None
-    assert outcome.seconds < 10
-    assert gpu_script.execute(["-c", "raise SystemExit(3)"], 30).status == 3

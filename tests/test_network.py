@@ -66,6 +66,8 @@ TINY = {"dim": 48, "groups": 3, "blocks": 3, "window_size": 7, "tlc_kernel": 48,
 def build(options: dict, dtype: torch.dtype = torch.float64) -> DLGSANet:
     """Build a network whose norms and temperatures matter: defaults are ones and zeros."""
     net = DLGSANet(**{**BASE, **options}).to(dtype)
+    if net.in_chans == 3:
+        net.mean.copy_(torch.tensor(definition.MEAN, dtype=torch.float64).view(3, 1, 1))
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() in (1, 3):
@@ -108,7 +110,15 @@ def test_any_size_and_batch(batch, size):
         torch.testing.assert_close(net(x), defined(net, x, {}, training=False))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+PRECISIONS = [
+    (torch.float64, 1e-10),
+    (torch.float32, 1e-4),
+    (torch.bfloat16, 0.15),
+    (torch.float16, 0.02),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_precision(dtype, tolerance):
     net = build({}, dtype).eval()
     x = images(net, 2, (13, 9))
@@ -119,15 +129,7 @@ def test_precision(dtype, tolerance):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float64, 1e-10),
-        (torch.float32, 1e-4),
-        (torch.bfloat16, 0.15),
-        (torch.float16, 0.02),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_precision_on_cuda(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net = build({}, dtype).eval()
