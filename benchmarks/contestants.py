@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlgsanet_arch import DLGSANet, cpu, network
 from dlgsanet_arch.ops import reference
 from dlgsanet_arch.ops.attention import ACTIVATIONS
-from dlgsanet_arch.tools.complexity import NETWORKS
 
 DEFINITION = "definition"
 PUBLISHED = "published-style"
@@ -37,13 +36,37 @@ PYTORCH = "PyTorch's own operators"
 PYTORCH_MAP = "PyTorch's own operators, filters in memory"
 SWINIR = "SwinIR-light"
 EDSR = "EDSR-baseline"
-PEERS = {each.name: each for each in NETWORKS if each.name in (SWINIR, EDSR)}
 
 VARIANTS = ("tiny", "light", "large")
 SCALES = (2, 3, 4)
 QUICK = "quick"  # a variant that runs in milliseconds and has every part, to test scripts
 
 Dynamic = Callable[[Tensor, Tensor], Tensor]
+
+
+def _swinir_light(scale: int) -> nn.Module:
+    from basicsr.archs.swinir_arch import SwinIR
+
+    return SwinIR(
+        img_size=64,
+        embed_dim=60,
+        depths=(6, 6, 6, 6),
+        num_heads=(6, 6, 6, 6),
+        window_size=8,
+        mlp_ratio=2,
+        upscale=scale,
+        img_range=1.0,
+        upsampler="pixelshuffledirect",
+    )
+
+
+def _edsr_baseline(scale: int) -> nn.Module:
+    from basicsr.archs.edsr_arch import EDSR
+
+    return EDSR(3, 3, num_feat=64, num_block=16, upscale=scale, res_scale=1.0)
+
+
+PEERS = {SWINIR: _swinir_light, EDSR: _edsr_baseline}
 
 
 def configuration(variant: str, scale: int) -> dict[str, Any]:
@@ -246,7 +269,7 @@ def build(contestant: str, variant: str, scale: int) -> nn.Module:
     """
     torch.manual_seed(0)
     if contestant in PEERS:
-        return PEERS[contestant].build(scale)
+        return PEERS[contestant](scale)
     net = DLGSANet(**configuration(variant, scale))
     if contestant == DEFINITION:
         return as_definition(net)

@@ -125,33 +125,34 @@ def check_saved(iteration: int) -> None:
 
 def compare(iterations: int) -> str:
     """Write the table and the image; returns the table with a line that says what it shows."""
-    import cv2
-
-    from dlgsanet_arch.data.comparison import Comparison, figure, table
+    from dlgsanet_arch.data.bicubic import bicubic
+    from dlgsanet_arch.data.images import read_8_bits
+    from dlgsanet_arch.tools import figure
 
     comparisons = []
     for hr_path in sorted((VALIDATION / "HR").glob("*.png")):
         name = hr_path.stem
-        lr, trained, shipped, hr = (
-            cv2.imread(str(path))
-            for path in (
-                VALIDATION / "LR" / hr_path.name,
-                RESULTS / "visualization" / "demo_val" / f"{name}_demo.png",
-                SHIPPED / hr_path.name,
-                hr_path,
-            )
-        )
-        ways = {"trained just now": trained, "bundled weights": shipped}
-        comparisons.append(Comparison.of(name, lr, ways, hr))
-    scale = comparisons[0].scale
+        paths = {
+            "HR": hr_path,
+            "LR": VALIDATION / "LR" / hr_path.name,
+            "trained just now": RESULTS / "visualization" / "demo_val" / f"{name}_demo.png",
+            "bundled weights": SHIPPED / hr_path.name,
+        }
+        images = {
+            label: read_8_bits(path).pixels[..., ::-1].copy() for label, path in paths.items()
+        }
+        hr, lr = images.pop("HR"), images.pop("LR")
+        scale = hr.shape[0] // lr.shape[0]
+        results = {"bicubic": bicubic(lr, scale), **images}
+        comparisons.append(figure.compare(name, hr, results, scale))
     text = (
         f"x{scale}, a small network after {iterations} iterations and DLGSANet Tiny with the "
         "bundled weights, on photographs that neither training saw: "
         f"PSNR and SSIM of the Y channel, a border of {scale} pixels cut off.\n\n"
-        f"{table(comparisons)}"
+        f"{figure.table(comparisons)}"
     )
     (RESULTS / "table.md").write_text(text)
-    cv2.imwrite(str(RESULTS / "comparison.png"), figure(comparisons))
+    figure.save(figure.draw(comparisons), RESULTS / "comparison.png")
     return text
 
 

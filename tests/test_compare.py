@@ -11,11 +11,11 @@ from helpers import SMALL_NETWORK
 
 from dlgsanet_arch import DLGSANet
 from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
-from dlgsanet_arch.cli import main
+from dlgsanet_arch.cli import cmd_compare, main
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference import Upscaler
-from dlgsanet_arch.tools import crop_figure, figures
-from dlgsanet_arch.tools.crop_figure import Box, Panel
+from dlgsanet_arch.tools import figure
+from dlgsanet_arch.tools.figure import Box, Comparison, Panel
 
 
 @pytest.fixture
@@ -53,26 +53,45 @@ def find_block(image, block):
     return [(y, x) for y, x in places if (image[y : y + height, x : x + width] == block).all()]
 
 
-def test_figures_are_those_of_basicsr(hr):
-    result = noisy(hr, 1)
-    first, last = crop_figure.panels(hr, {"A": result}, 4)
+def score(result, hr, scale):
     pair = [image[..., ::-1] for image in (result, hr)]
-    assert first.psnr == pytest.approx(calculate_psnr(*pair, 4, test_y_channel=True), abs=1e-4)
-    assert first.ssim == pytest.approx(calculate_ssim(*pair, 4, test_y_channel=True), abs=1e-4)
-    assert first.figures == f"{first.psnr:.2f} / {first.ssim:.4f}"
-    assert (last.label, last.figures) == ("HR", "PSNR / SSIM")
+    return [f(*pair, scale, test_y_channel=True) for f in (calculate_psnr, calculate_ssim)]
+
+
+def test_scores_and_their_table_are_those_of_basicsr(hr):
+    images = [hr, 255 - hr]
+    results = [{"bicubic": noisy(image, 1), "A": noisy(image, 2, 5)} for image in images]
+    made = [figure.compare(str(i), images[i], results[i], 4) for i in range(2)]
+    expected = [[score(each, images[i], 4) for each in results[i].values()] for i in range(2)]
+    for each, (first, second) in zip(made, expected, strict=True):
+        *panels, last = each.panels
+        assert [(p.psnr, p.ssim) for p in panels] == [pytest.approx(first), pytest.approx(second)]
+        assert panels[0].scores == "{:.2f} / {:.4f}".format(*first)
+        assert (last.label, last.scores) == ("HR", "PSNR / SSIM")
+    rows = [line.strip("| ").split(" | ") for line in figure.table(made).splitlines()]
+    assert rows[0] == ["image", "bicubic", "A", "gain"]
+    for row, (base, ours) in zip(rows[2:], [*expected, np.mean(expected, axis=0)], strict=True):
+        cells = ["{:.2f} dB / {:.4f}".format(*each) for each in (base, ours)]
+        assert row[1:] == [*cells, f"{ours[0] - base[0]:+.2f} dB"]
+    assert [row[0] for row in rows[2:]] == ["0", "1", "**mean**"]
 
 
 def test_result_of_uncropped_hr_is_cut_and_others_are_refused(hr):
     larger = np.pad(hr, ((0, 3), (0, 1), (0, 0)))
-    assert crop_figure.panels(hr, {"A": larger}, 4)[0].psnr == float("inf")
-    for wrong in (np.pad(hr, ((0, 4), (0, 0), (0, 0))), hr[1:]):
-        with pytest.raises(UserError, match=r"A is .* and HR is 104x72"):
-            crop_figure.panels(hr, {"A": wrong}, 4)
-    with pytest.raises(UserError, match="A cannot be measured"):
-        crop_figure.panels(hr[:16, :16], {"A": hr[:16, :16]}, 4)
-    with pytest.raises(UserError, match="2 to 8 crops"):
-        crop_figure.panels(hr, {str(i): hr for i in range(8)}, 4)
+    assert figure.compare("a", hr, {"A": larger}, 4).panels[0].psnr == float("inf")
+    small = hr[:16, :16]
+    for image, results, message in (
+        (hr, {"A": np.pad(hr, ((0, 4), (0, 0), (0, 0)))}, "A is 104x76 and HR is 104x72"),
+        (hr, {"A": hr[1:]}, "A is 104x71 and HR is 104x72"),
+        (small, {"A": small}, "A cannot be measured"),
+        (hr, {str(i): hr for i in range(8)}, "2 to 8 crops"),
+    ):
+        with pytest.raises(UserError, match=message):
+            figure.compare("a", image, results, 4)
+
+
+def chosen(hr, results, side=16):
+    return figure.compare("a", hr, results, 2, side).box
 
 
 def test_box_goes_where_methods_differ_and_not_where_hr_does(hr):
@@ -80,61 +99,68 @@ def test_box_goes_where_methods_differ_and_not_where_hr_does(hr):
     one[20:36, 60:76] = 0
     other[20:36, 60:76] = 255
     one[50:66, 5:21] = other[50:66, 5:21] = 0  # both are wrong, and alike
-    made = crop_figure.panels(hr, {"bicubic": hr, "A": one, "B": other}, 2)
-    assert crop_figure.most_different_crop(made, 16) == Box(60, 20, 16)
-    # One method: it is held against bicubic. None: bicubic against HR.
-    assert crop_figure.most_different_crop(
-        crop_figure.panels(hr, {"bicubic": other, "A": one}, 2), 16
-    ) == Box(60, 20, 16)
-    assert (
-        crop_figure.most_different_crop(crop_figure.panels(hr, {"bicubic": other}, 2), 16).side
-        == 16
-    )
+    assert chosen(hr, {"bicubic": hr, "A": one, "B": other}) == Box(60, 20, 16)
+    # A single method is compared with bicubic, and bicubic alone with HR.
+    assert chosen(hr, {"bicubic": other, "A": one}) == Box(60, 20, 16)
+    only = hr.copy()
+    only[20:36, 60:76] ^= 128
+    assert chosen(hr, {"bicubic": only}) == Box(60, 20, 16)
+    assert chosen(hr, {"bicubic": only}, None).side == 32
 
 
 def test_bicubic_has_no_say_beside_two_methods(hr):
     one, bicubic = hr.copy(), hr.copy()
     one[20:36, 60:76] ^= 16
     bicubic[40:56, 10:26] ^= 128  # by far the larger difference
-    made = crop_figure.panels(hr, {"bicubic": bicubic, "A": one, "B": hr}, 2)
-    assert crop_figure.most_different_crop(made, 16) == Box(60, 20, 16)
+    assert chosen(hr, {"bicubic": bicubic, "A": one, "B": hr}) == Box(60, 20, 16)
 
 
-def test_box_of_methods_that_do_not_differ_and_of_the_whole(hr):
-    made = crop_figure.panels(hr, {"bicubic": hr, "A": hr, "B": hr}, 2)
-    assert crop_figure.most_different_crop(made, 16) == Box(0, 0, 16)
-    assert crop_figure.most_different_crop(made, 72).side == 72
-    for side in (73, 0, -5):
+def test_boxes_of_equal_methods_of_the_whole_image_and_outside(hr):
+    same = {"bicubic": hr, "A": hr, "B": hr}
+    assert chosen(hr, same) == Box(0, 0, 16)
+    assert chosen(hr, same, 72).side == 72
+    outside = [Box(-1, 0, 8), Box(0, 65, 8), Box(97, 0, 8), Box(0, 0, 3)]
+    for box in (73, 0, -5, *outside):
         with pytest.raises(UserError, match="box"):
-            crop_figure.most_different_crop(made, side)
+            chosen(hr, same, box)
 
 
-@pytest.mark.parametrize("box", [Box(-1, 0, 8), Box(0, 65, 8), Box(97, 0, 8), Box(0, 0, 3)])
-def test_boxes_outside_are_refused(hr, box):
-    with pytest.raises(UserError, match="box"):
-        crop_figure.check_box(box, hr)
+def save_and_read(comparisons, path):
+    figure.save(figure.draw(comparisons), path)
+    return cv2.imread(str(path))[..., ::-1]
+
+
+def magnified(panel, box):
+    crop = panel.image[box.top : box.top + box.side, box.left : box.left + box.side]
+    return crop.repeat(10, 0).repeat(10, 1)
 
 
 @pytest.mark.parametrize("count", range(2, 9))
 def test_crops_keep_their_pixels(hr, tmp_path, count):
     """Each is in the file once, each pixel a square of whole pixels, in the order given."""
-    made = crop_figure.panels(hr, {f"method {i}": noisy(hr, i) for i in range(count - 1)}, 2)
-    box = Box(31, 17, 26)
-    figures.save_figure(crop_figure.draw(made, box, name="image", scale=2), tmp_path / "a.png")
-    drawn = cv2.imread(str(tmp_path / "a.png"))[..., ::-1]
+    results = {f"method {i}": noisy(hr, i) for i in range(count - 1)}
+    made = figure.compare("image", hr, results, 2, Box(31, 17, 26))
+    drawn = save_and_read([made], tmp_path / "a.png")
     places = []
-    for panel in made:
-        crop = panel.image[17:43, 31:57].repeat(10, 0).repeat(10, 1)
-        (place,) = find_block(drawn, crop)
+    for panel in made.panels:
+        (place,) = find_block(drawn, magnified(panel, made.box))
         places.append(place)
     assert places == sorted(places)
     assert len({y for y, _ in places}) == (1 if count <= 3 else 2)
 
 
+def test_several_images_are_drawn_one_below_the_other(hr, tmp_path):
+    made = [figure.compare("a", hr, {"A": noisy(hr, i)}, 2, 26) for i in range(2)]
+    drawn = save_and_read(made, tmp_path / "a.png")
+    places = [find_block(drawn, magnified(each.panels[0], each.box)) for each in made]
+    assert [len(each) for each in places] == [1, 1]
+    assert places[0][0][0] < places[1][0][0]
+
+
 def test_long_names_wrap_and_are_no_formulas(hr):
     name = "a_method_with_a_name_that_has_no_end_and no spaces $x^2$ for " + 40 * "W"
-    made = [Panel(name, hr, 30.0, 0.9), Panel("HR", hr)]
-    drawn = crop_figure.draw(made, Box(0, 0, 26), name=3 * name, scale=2)
+    panels = [Panel(name, hr, 30.0, 0.9), Panel("HR", hr)]
+    drawn = figure.draw([Comparison(3 * name, 2, panels, Box(0, 0, 26))])
     texts = [text.get_text() for text in drawn.texts]
     assert max(map(len, texts)) < 100
     assert "a_method_with_a_name_that_" in texts
@@ -143,42 +169,33 @@ def test_long_names_wrap_and_are_no_formulas(hr):
 
 
 def test_results_are_found_by_name(tmp_path):
-    for name in ("img_1_EDSR.png", "img_10_EDSR.png", "babyx4.png", "babyxyz.png", "a.png"):
+    names = ("img_1_EDSR.png", "img_10_EDSR.png", "babyx4.png", "babyxyz.png", "a.png")
+    for name in (*names, "a_more.png", "img_1.txt"):
         (tmp_path / name).touch()
-    (tmp_path / "a_more.png").touch()
-    (tmp_path / "img_1.txt").touch()
     for name, file in (("img_1", "img_1_EDSR.png"), ("baby", "babyx4.png"), ("a", "a.png")):
-        assert crop_figure.find_result(tmp_path, name).name == file
-    assert crop_figure.find_result(tmp_path / "a.png", "other") == tmp_path / "a.png"
-    with pytest.raises(UserError, match=r"several results of img.*img_1_EDSR.*name one file"):
-        crop_figure.find_result(tmp_path, "img")
-    with pytest.raises(UserError, match="no result of nothing"):
-        crop_figure.find_result(tmp_path, "nothing")
-    with pytest.raises(UserError, match="does not exist"):
-        crop_figure.find_result(tmp_path / "absent", "a")
-
-
-def test_scale_of_a_pair(hr):
-    assert crop_figure.scale_between(hr[:71], hr[:35, :52]) == 2
-    for lr in (hr[:36, :51], np.pad(hr, ((0, 1), (0, 0), (0, 0)))):
-        with pytest.raises(UserError, match="not a small version"):
-            crop_figure.scale_between(hr, lr)
+        assert cmd_compare.find_result(tmp_path, name).name == file
+    assert cmd_compare.find_result(tmp_path / "a.png", "other") == tmp_path / "a.png"
+    for place, name, message in (
+        (tmp_path, "img", r"several results of img.*img_1_EDSR.*name one file"),
+        (tmp_path, "nothing", "no result of nothing"),
+        (tmp_path / "absent", "a", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cmd_compare.find_result(place, name)
 
 
 def test_command(hr, weights, tmp_path, capsys):
     uncropped = np.pad(hr, ((0, 1), (0, 1), (0, 0)), mode="edge")
     image = write(tmp_path / "bird.png", uncropped)
     write(tmp_path / "edsr" / "bird_x2.png", noisy(hr, 3))
-    arguments = ["compare", "--hr", image, "--weights", weights, "--weights", f"Old={weights}"]
+    arguments = ["compare", "--hr", image, "-m", weights, "--weights", f"Old={weights}"]
     arguments += ["--result", f"EDSR={tmp_path / 'edsr'}", "-o", tmp_path / "a.pdf"]
     assert main([*map(str, arguments), "--device", "cpu", "--box", "40", "20", "32"]) == 0
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     lines = capsys.readouterr().out.splitlines()
 
     def line(label, rgb):
-        pair = [rgb[..., ::-1], hr[..., ::-1]]
-        psnr, ssim = (f(*pair, 2, test_y_channel=True) for f in (calculate_psnr, calculate_ssim))
-        return f"{label}: {psnr:.2f} / {ssim:.4f}"
+        return f"{label}: " + "{:.2f} / {:.4f}".format(*score(rgb, hr, 2))
 
     def levels(image):
         return (np.asarray(image) * 255).round().clip(0, 255).astype(np.uint8)
@@ -206,8 +223,9 @@ def test_command(hr, weights, tmp_path, capsys):
         (["--scale", "2", "--result", "A={hr}", "--result", "A={hr}"], "called 'A'"),
         (["--scale", "2", "--result", "A={text}"], "no image|not an image|cannot be"),
         (["--scale", "2", "--box", "100", "0", "16"], "does not lie within"),
-        (["--scale", "2", "--box", "0", "0", "16", "--size", "9"], "leave out --size"),
-        (["--scale", "2", "--size", "0"], "4 pixels or more"),
+        (["--scale", "2", "--box", "0", "16"], "X Y SIDE, or SIDE alone; got 2"),
+        (["--scale", "2", "--box", "0"], "4 pixels or more"),
+        (["--scale", "2", "--lr", "{odd}"], "LR is 51x36, which is not a small version of HR"),
         (["--scale", "2", "-o", "figure.txt"], r"\.png"),
         (["--scale", "2", *(7 * ["--result", "A=b"])], "8 crops at most"),
         (["--weights", "{text}"], "image.txt|weights"),
@@ -217,7 +235,8 @@ def test_faults_are_named_and_nothing_is_written(
     hr, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"hr": write(tmp_path / "hr.png", hr), "lr4": write(tmp_path / "lr.png", hr[::4, ::4])}
+    images = {"hr": hr, "lr4": hr[::4, ::4], "odd": hr[:36, :51]}
+    places = {name: write(tmp_path / f"{name}.png", image) for name, image in images.items()}
     places["text"] = tmp_path / "image.txt"
     places["text"].write_text("no image")
     before = sorted(tmp_path.iterdir())

@@ -9,13 +9,10 @@ import lmdb
 import numpy as np
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
-from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
 
 from dlgsanet_arch import cli, data, options
-from dlgsanet_arch.data import comparison, demo
-from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.comparison import Comparison
+from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.training_sets import Summary
 from dlgsanet_arch.errors import UserError
 
@@ -191,70 +188,6 @@ def test_the_verb_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "dlgsanet_arch.data.training_sets", None)
     assert cli.main(["data", "demo"]) == 1
     assert "dlgsanet doctor" in capsys.readouterr().err
-
-
-@pytest.fixture
-def compared() -> list[Comparison]:
-    """Two images; the restored ones are nearer to the original than bicubic's."""
-    comparisons = []
-    for seed, size in enumerate([(120, 140), (100, 196)]):
-        hr = image(*size, seed)
-        lr = matlab_lr(hr, 2)
-        restored = {
-            way: (hr * share + bicubic(lr, 2) * (1 - share)).round().astype(np.uint8)
-            for way, share in (("half", 0.5), ("most", 0.75))
-        }
-        comparisons.append(Comparison.of(f"made{seed}", lr, restored, hr))
-    return comparisons
-
-
-def test_the_table_holds_basicsrs_figures(compared):
-    rows = [line.strip("|").split("|") for line in comparison.table(compared).splitlines()[2:]]
-    measured = {"crop_border": 2, "test_y_channel": True}
-    expected = []
-    for each in compared:
-        pairs = [(image, each.hr) for image in (each.enlarged, *each.restored.values())]
-        psnr = [calculate_psnr(*pair, **measured) for pair in pairs]
-        expected.append([psnr, [calculate_ssim(*pair, **measured) for pair in pairs]])
-    expected.append(np.mean(expected, axis=0))
-    assert len(rows) == 3
-    for row, (psnr, ssim) in zip(rows, expected, strict=True):
-        base, half, half_gain, most, most_gain = row[1:]
-        assert psnr[0] < psnr[1] < psnr[2]
-        assert [float(cell.split()[0]) for cell in (base, half, most)] == pytest.approx(
-            psnr, abs=0.0051
-        )
-        assert [float(cell.split("/")[1]) for cell in (base, half, most)] == pytest.approx(
-            ssim, abs=0.000051
-        )
-        gains = [float(cell.split()[0]) for cell in (half_gain, most_gain)]
-        assert gains == pytest.approx([psnr[1] - psnr[0], psnr[2] - psnr[0]], abs=0.0051)
-
-
-def test_the_image_shows_where_bicubic_fails_most(compared):
-    each = compared[0]
-    side = 32
-    top, left = comparison.telling_place(each, side)
-    error = (each.enlarged.astype(int) - each.hr) ** 2
-    sums = np.lib.stride_tricks.sliding_window_view(error.sum(2), (side, side)).sum((2, 3))
-    assert sums[top, left] == sums.max()
-
-    drawn = comparison.figure(compared)
-    block = comparison.CROP * comparison.ZOOM
-    columns = [comparison.MARGIN + index * (block + comparison.MARGIN) for index in range(5)]
-    top, left = comparison.telling_place(each, comparison.CROP)
-    place = (slice(top, top + comparison.CROP), slice(left, left + comparison.CROP))
-    for column, shown in zip(
-        columns[1:], (each.enlarged, *each.restored.values(), each.hr), strict=True
-    ):
-        tile = drawn[comparison.MARGIN :, column:][:block, :block]
-        assert np.array_equal(tile[:: comparison.ZOOM, :: comparison.ZOOM], shown[place])
-
-
-def test_sizes_that_do_not_fit_are_refused(compared):
-    each = compared[0]
-    with pytest.raises(ValueError, match="made0"):
-        Comparison.of("made0", matlab_lr(each.hr, 2), {"cut": each.hr[:-1]}, each.hr)
 
 
 @pytest.fixture

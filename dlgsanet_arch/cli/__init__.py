@@ -13,8 +13,10 @@ takes its arguments from sys.argv where `argv` is None, so that a script can cal
 `sys.exit(cmd_train.main())`. Errors become messages and exit statuses in `exit_status` alone.
 """
 
+import argparse
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -40,6 +42,14 @@ MOVED = {
     **{verb: f"dlgsanet weights {verb}" for verb in ("inspect", "convert", "average", "transfer")},
     **{verb: f"python examples/{verb}.py in a checkout" for verb in ("curves", "explain")},
 }
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read a size on the command line: height and width of 720x1280."""
+    found = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 180x320; got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def exit_status(

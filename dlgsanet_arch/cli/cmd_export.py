@@ -1,21 +1,13 @@
 """`dlgsanet export`: the network as ONNX or .pt2."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.cli import exit_status, size
 
 _TIMED_RUNS = 5
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 180x320; got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +39,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
         help="of weights, input and output (default: %(default)s; bf16 for .pt2 alone)",
     )
     parser.add_argument(
-        "--size", type=_size, metavar="HxW", help="fix height and width, with the windows of TLC"
+        "--size", type=size, metavar="HxW", help="fix height and width, with the windows of TLC"
     )
     parser.add_argument(
         "--opset",

@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.benchmarks import KNOWN, set_name
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.comparison import Comparison
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.discovery import Layout, Original, find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
-from dlgsanet_arch.data.scores import Scores
+from dlgsanet_arch.data.scores import Scores, measure
 from dlgsanet_arch.data.sub_images import crop_to_multiple
 from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
@@ -187,8 +186,7 @@ def _make(task: _Task) -> Scores:
     lr = bicubic(hr, 1 / scale)
     for part, image in (("HR", hr), ("LR", lr)):
         (task.folder / part / f"{key}.png").write_bytes(encode_png(image))
-    comparison = Comparison.of(key, lr, {}, hr)
-    return comparison.scores(comparison.enlarged)
+    return measure(bicubic(lr, scale), hr, scale)
 
 
 def _means(scores: Sequence[Scores]) -> dict[str, Any]:
