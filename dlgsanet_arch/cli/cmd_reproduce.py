@@ -19,43 +19,17 @@ def build_parser() -> argparse.ArgumentParser:
         "Run again, the command continues with images that are not in images.csv yet.",
     )
     add = parser.add_argument
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".pth or .safetensors; each fills the row of its network and scale",
-    )
-    add(
-        "--datasets",
-        type=Path,
-        default=Path("datasets/benchmark"),
-        metavar="FOLDER",
-        help="of the test sets (default: datasets/benchmark)",
-    )
-    add(
-        "--sets",
-        nargs="+",
-        default=list(DATASETS),
-        metavar="NAME",
-        help=f"test sets (default: {' '.join(DATASETS)})",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("results/reproduce"),
-        metavar="FOLDER",
-        help="default: results/reproduce",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=0.05,
-        metavar="DB",
-        help="difference in PSNR up to which a cell counts as reproduced (default: 0.05)",
-    )
+    weights = ".pth or .safetensors; each fills the row of its network and scale"
+    add("-m", "--weights", type=Path, nargs="+", required=True, metavar="FILE", help=weights)
+    folder = {"type": Path, "metavar": "FOLDER"}
+    datasets = "of the test sets (default: datasets/benchmark)"
+    add("--datasets", **folder, default=Path("datasets/benchmark"), help=datasets)
+    sets = f"test sets (default: {' '.join(DATASETS)})"
+    add("--sets", nargs="+", default=DATASETS, metavar="NAME", help=sets)
+    output = Path("results/reproduce")
+    add("-o", "--output", **folder, default=output, help=f"default: {output}")
+    tolerance = "difference in PSNR up to which a cell counts as reproduced (default: 0.05)"
+    add("--tolerance", type=float, default=0.05, metavar="DB", help=tolerance)
     add("--measured-only", action="store_true", help="leave cells without a figure out of table.md")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU, else the CPU)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
@@ -88,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance is in dB, 0 or more; got {arguments.tolerance}")
+    from dlgsanet_arch.data.benchmarks import set_name
     from dlgsanet_arch.tools import reproduction
 
     options = {name: getattr(arguments, name) for name in ("device", "dtype", "tile", "ensemble")}
@@ -99,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights,
         arguments.datasets,
         arguments.output,
-        datasets=list(dict.fromkeys(arguments.sets)),
+        datasets=list(dict.fromkeys(map(set_name, arguments.sets))),
         tolerance=arguments.tolerance,
         progress=_bar,
     )

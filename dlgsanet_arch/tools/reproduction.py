@@ -11,104 +11,107 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlgsanet_arch import metrics
-from dlgsanet_arch.checkpoint import Checkpoint, nearest_published, read_checkpoint
+from dlgsanet_arch.checkpoint import nearest_published, read_checkpoint
 from dlgsanet_arch.data.benchmark import folder_sha256
 from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import Upscaler
+from dlgsanet_arch.tools.figure import compare_images
 from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED
 
 IMAGES = "images.csv"
+_PARTS = ("HR", "LR")
 # SSIM has two definitions that people mix; the first is BasicSR's, and the paper's.
 SSIM_BASICSR = "11x11 Gaussian windows inside the image (BasicSR)"
 SSIM_UNIFORM = "7x7 uniform windows, sample covariance (scikit-image's default)"
 
-Tell = Callable[[str], None]
 
-
-@dataclass(frozen=True)
-class Measured:
-    """One image, enlarged and measured.
-
-    Attributes:
-        network: Published name of the weights' network, or the nearest.
-        scale: Of the network.
-        dataset: Name of the test set.
-        image: Its name, without suffix.
-        psnr: In dB, inf for identical images.
-        ssim: By SSIM_BASICSR.
-        ssim_uniform: By SSIM_UNIFORM; None without scikit-image.
-        weights: SHA-256 over the weights.
-        hr: SHA-256 of the file of HR.
-        lr: SHA-256 of the file of LR.
-        how: Tiles, ensemble, precision and kind of device.
-    """
+class Measured(NamedTuple):
+    """One image, enlarged and measured: a line of images.csv."""
 
     network: str
     scale: int
     dataset: str
-    image: str
-    psnr: float
-    ssim: float
-    ssim_uniform: float | None
-    weights: str
-    hr: str
-    lr: str
-    how: str
+    image: str  # its name, without suffix
+    psnr: float  # in dB, inf for identical images
+    ssim: float  # by SSIM_BASICSR
+    ssim_uniform: float | None  # by SSIM_UNIFORM; None without scikit-image
+    weights: str  # SHA-256 over them
+    hr: str  # SHA-256 of the file
+    lr: str  # SHA-256 of the file
+    how: str  # kind of device, precision, tiles, ensemble
 
     @property
-    def known_by(self) -> tuple[str, ...]:
-        """What must be the same for the figures to hold."""
+    def conditions(self) -> tuple[str, ...]:
+        """What must be the same for the scores to hold."""
         return (self.dataset, self.image, self.weights, self.hr, self.lr, self.how)
+
+
+Records = dict[tuple[str, ...], Measured]  # by conditions
+
+
+def read_records(path: Path) -> Records:
+    """Read images.csv; one that is absent is empty.
+
+    Raises:
+        UserError: The file is not one of this verb.
+    """
+    if not path.exists():
+        return {}
+    kinds = dict.fromkeys(Measured._fields, str) | {"scale": int, "psnr": float, "ssim": float}
+    kinds["ssim_uniform"] = lambda text: float(text) if text else None
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            rows = [
+                Measured(**{name: kinds[name](text) for name, text in row.items()})
+                for row in csv.DictReader(file)
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a file of this verb's ({error!r}); remove it, or give another "
+                "folder by -o"
+            ) from error
+    return {row.conditions: row for row in rows}
+
+
+def _write_records(path: Path, records: Records) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerows([Measured._fields, *records.values()])
+    with disk_faults_named(f"{path} cannot be written"):
+        write_atomically(path, text.getvalue().encode())
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A network on a test set.
+    """A network on a test set; psnr is None where nothing was measured."""
 
-    Attributes:
-        network: "DLGSANet Tiny".
-        scale: Its scale.
-        dataset: The test set.
-        weights: The file that was measured; empty where there is none.
-        is_published: Whether the weights' network is that one; else it is the nearest.
-        psnr: Mean in dB of the images that are not identical, None where nothing was measured.
-        ssim: Mean by SSIM_BASICSR.
-        ssim_uniform: Mean by SSIM_UNIFORM.
-        images: How many were measured.
-        identical: How many of them equal HR, and are not in the mean PSNR.
-        missing: What would fill an empty cell.
-    """
-
-    network: str
+    network: str  # "DLGSANet Tiny"
     scale: int
     dataset: str
-    weights: str = ""
-    is_published: bool = True
-    psnr: float | None = None
-    ssim: float | None = None
-    ssim_uniform: float | None = None
-    images: int = 0
-    identical: int = 0
-    missing: str = ""
+    weights: str = ""  # the file that was measured; empty without one
+    is_published: bool = True  # False: the weights' network is another, and this the nearest
+    psnr: float | None = None  # mean in dB of the images that are not identical
+    ssim: float | None = None  # mean by SSIM_BASICSR
+    ssim_uniform: float | None = None  # mean by SSIM_UNIFORM
+    images: int = 0  # how many were measured
+    identical: int = 0  # how many of them equal HR, and are not in the mean PSNR
+    missing: str = ""  # what would fill an empty cell
 
     @property
     def published(self) -> tuple[float, float] | None:
         """PSNR and SSIM of the paper."""
-        figures = PUBLISHED.get((self.network, self.scale))
-        if figures is None or self.dataset not in figures.ssim:
-            return None
-        return figures.psnr[self.dataset], figures.ssim[self.dataset]
+        return PUBLISHED[self.network, self.scale].scores.get(self.dataset)
 
     @property
     def retrained(self) -> tuple[float, float] | None:
@@ -133,45 +136,22 @@ class Cell:
         return "below" if self.difference[0] < 0 else "above"
 
 
-@dataclass(frozen=True)
-class BenchmarkSet:
-    """A test set at a scale, below <folder>/<name>/X<scale>/{HR,LR}.
-
-    Attributes:
-        name: Its name.
-        scale: HR side over LR side.
-        folder: Holds HR and LR.
-    """
-
-    name: str
-    scale: int
-    folder: Path
-
-    def fault(self) -> str:
-        """Say why it cannot be measured on; empty where it can."""
-        command = (
-            f"dlgsanet data benchmark --name {self.name} --hr FOLDER --scale {self.scale} makes it"
-        )
-        if not self.folder.is_dir():
-            return f"there is no {self.folder}; {command}"
-        names = [{path.stem for path in (self.folder / part).glob("*.png")} for part in _PARTS]
-        if not names[0]:
-            return f"{self.folder / 'HR'} has no PNG images; {command}"
-        if names[0] != names[1]:
-            odd = sorted(names[0] ^ names[1])
-            return f"{self.folder}: {odd[0]} is in one of HR and LR alone; {command}"
-        return ""
-
-    def images(self) -> list[str]:
-        """Return the names of its images, without suffix."""
-        return sorted(path.stem for path in (self.folder / "HR").glob("*.png"))
-
-    def sha256(self) -> dict[str, str]:
-        """Return `folder_sha256` of HR and LR, as `dlgsanet data benchmark` prints it."""
-        return {part: folder_sha256(self.folder / part) for part in _PARTS}
+def _fault(name: str, scale: int, folder: Path) -> str:
+    """Say why a test set cannot be measured on; empty where it can."""
+    command = f"dlgsanet data benchmark --name {name} --hr FOLDER --scale {scale} makes it"
+    if not folder.is_dir():
+        return f"there is no {folder}; {command}"
+    hr, lr = ({path.stem for path in (folder / part).glob("*.png")} for part in _PARTS)
+    if not hr:
+        return f"{folder / 'HR'} has no PNG images; {command}"
+    if hr != lr:
+        return f"{folder}: {min(hr ^ lr)} is in one of HR and LR alone; {command}"
+    return ""
 
 
-_PARTS = ("HR", "LR")
+def _images(folder: Path) -> list[str]:
+    """Return the names of a test set's images, without suffix."""
+    return sorted(path.stem for path in (folder / "HR").glob("*.png"))
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -183,104 +163,27 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _tensor(path: Path) -> Tensor:
-    """Read an image as (1, 3, H, W) RGB in [0, 1]."""
-    pixels = torch.from_numpy(read_8_bits(path, least=1).pixels[..., ::-1].copy())
-    return pixels.permute(2, 0, 1)[None].float() / 255
-
-
 def _uniform_ssim(compared: metrics.Compared) -> float | None:
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
         return None
-    planes = [each[0, 0].cpu().double().numpy() for each in (compared.output, compared.target)]
+    planes = [each[0, 0].double().numpy() for each in (compared.output, compared.target)]
     if min(planes[0].shape) < 7:
         return None
     return float(structural_similarity(*planes, data_range=255))
 
 
-def measure(output: Tensor, hr: Tensor, scale: int) -> tuple[float, float, float | None]:
-    """Return PSNR in dB, and SSIM by both definitions, of (1, 3, H, W) RGB in [0, 1].
-
-    Raises:
-        UserError: The sizes differ, or too little is left inside the border.
-    """
-    try:
-        compared = metrics.compare(output, hr, crop_border=scale, y_channel=True)
-        return compared.psnr().item(), compared.ssim().item(), _uniform_ssim(compared)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-class Records:
-    """The measured images, kept in a CSV file that is complete at any time.
-
-    Args:
-        path: The file; rows of other weights stay in it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows: dict[tuple[str, ...], Measured] = {}
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                try:
-                    figures = {name: float(row[name]) for name in ("psnr", "ssim")}
-                    uniform = float(row["ssim_uniform"]) if row["ssim_uniform"] else None
-                    known = Measured(
-                        **{
-                            **{each.name: row[each.name] for each in fields(Measured)},
-                            **figures,
-                            "scale": int(row["scale"]),
-                            "ssim_uniform": uniform,
-                        }
-                    )
-                except (KeyError, TypeError, ValueError) as error:
-                    raise UserError(
-                        f"{self.path} is not a file of this verb's ({error!r}); remove it, or give "
-                        "another folder by -o"
-                    ) from error
-                self._rows[known.known_by] = known
-
-    def find(self, known_by: tuple[str, ...]) -> Measured | None:
-        """Return what was measured of an image under the same conditions."""
-        return self._rows.get(known_by)
-
-    def add(self, measured: Measured) -> None:
-        """Keep one more image, on the disk."""
-        self._rows[measured.known_by] = measured
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [each.name for each in fields(Measured)])
-        writer.writeheader()
-        writer.writerows(asdict(each) for each in self._rows.values())
-        with disk_faults_named(f"{self.path} cannot be written"):
-            write_atomically(self.path, text.getvalue().encode())
-
-
 @dataclass(frozen=True)
 class Weights:
-    """Weights that are measured.
-
-    Attributes:
-        path: Their file.
-        network: "DLGSANet Tiny", without the scale: its own name, or the nearest published.
-        is_published: Whether it is the published configuration.
-        upscaler: The network.
-        digest: SHA-256 over them.
-        how: How it computes.
-    """
+    """Weights that are measured, and the row of the table that they belong to."""
 
     path: Path
-    network: str
-    is_published: bool
+    network: str  # "DLGSANet Tiny": its own name, or the nearest published
+    is_published: bool  # whether it is the published configuration
     upscaler: Upscaler
-    digest: str
-    how: str
+    digest: str  # SHA-256 over them
+    how: str  # as in Measured
 
     @property
     def scale(self) -> int:
@@ -299,87 +202,78 @@ def load(path: Path, *, param_key: str | None = None, **options: Any) -> Weights
     Raises:
         CheckpointError: The file cannot be used.
     """
-    checkpoint: Checkpoint = read_checkpoint(path, param_key)
+    checkpoint = read_checkpoint(path, param_key)
     nearest, differing = nearest_published(checkpoint.config)
     upscaler = Upscaler(checkpoint, **options)
-    how = ", ".join(
-        [
-            upscaler.device.type,
-            str(options.get("dtype", "fp32")),
-            f"tile {options.get('tile', 'auto')}",
-            *(["ensemble"] if options.get("ensemble") else []),
-        ]
-    )
+    how = f"{upscaler.device.type}, {options.get('dtype', 'fp32')}"
+    how += f", tile {options.get('tile', 'auto')}" + ", ensemble" * bool(options.get("ensemble"))
     network = nearest.rpartition(" x")[0]
     return Weights(path, network, not differing, upscaler, _digest(checkpoint.weights), how)
 
 
+def _measure(weights: Weights, paths: Sequence[Path]) -> tuple[float, float, float | None]:
+    """Enlarge LR, and return PSNR in dB and SSIM by both definitions against HR."""
+    hr, lr = (read_8_bits(path, least=1).pixels[..., ::-1].copy() for path in paths)
+    try:
+        compared = compare_images(weights.upscaler(lr), hr, weights.scale)
+        return compared.psnr().item(), compared.ssim().item(), _uniform_ssim(compared)
+    except ValueError as error:
+        raise UserError(f"{paths[1]}: {error}") from error
+
+
 def _measure_set(
-    weights: Weights, found: BenchmarkSet, records: Records, progress: Callable[[], None]
+    weights: Weights, dataset: str, folder: Path, file: Path, records: Records
 ) -> Iterator[Measured]:
-    for name in found.images():
-        paths = [found.folder / part / f"{name}.png" for part in _PARTS]
-        hr_hash, lr_hash = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-        known_by = (found.name, name, weights.digest, hr_hash, lr_hash, weights.how)
-        measured = records.find(known_by)
+    """Yield each image of a test set as measured; those that are new go into records and file."""
+    for name in _images(folder):
+        paths = [folder / part / f"{name}.png" for part in _PARTS]
+        hr, lr = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+        measured = records.get((dataset, name, weights.digest, hr, lr, weights.how))
         if measured is None:
-            hr, lr = map(_tensor, paths)
-            try:
-                figures = measure(weights.upscaler(lr).cpu(), hr, weights.scale)
-            except UserError as error:
-                raise UserError(f"{paths[1]}: {error}") from error
             measured = Measured(
-                weights.network,
-                weights.scale,
-                found.name,
-                name,
-                *figures,
-                weights.digest,
-                hr_hash,
-                lr_hash,
-                weights.how,
+                *(weights.network, weights.scale, dataset, name),
+                *_measure(weights, paths),
+                *(weights.digest, hr, lr, weights.how),
             )
-            records.add(measured)
-        progress()
+            records[measured.conditions] = measured
+            _write_records(file, records)
         yield measured
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
-
-
-def _filled(weights: Weights, name: str, measured: Sequence[Measured]) -> Cell:
+def fill(cell: Cell, measured: Sequence[Measured]) -> Cell:
+    """Fill a cell with the means over a test set, identical images left out of PSNR."""
     finite = [each.psnr for each in measured if math.isfinite(each.psnr)]
-    return Cell(
-        weights.network,
-        weights.scale,
-        name,
-        str(weights.path),
-        weights.is_published,
-        fmean(finite) if finite else math.inf,
-        _mean([each.ssim for each in measured]),
-        _mean([each.ssim_uniform for each in measured]),
-        len(measured),
-        len(measured) - len(finite),
+    uniform = [each.ssim_uniform for each in measured]
+    return replace(
+        cell,
+        psnr=fmean(finite) if finite else math.inf,
+        ssim=fmean(each.ssim for each in measured),
+        ssim_uniform=None if None in uniform else fmean(uniform),
+        images=len(measured),
+        identical=len(measured) - len(finite),
     )
+
+
+def _cells_without_weights(cells: Sequence[Cell], datasets: Sequence[str]) -> list[Cell]:
+    given = {(cell.network, cell.scale) for cell in cells}
+    missing = "no weights of {} x{} are given; --weights FILE measures them"
+    empty = [
+        Cell(network, scale, name, missing=missing.format(network, scale))
+        for network, scale in PUBLISHED
+        if network.startswith("DLGSANet") and (network, scale) not in given
+        for name in datasets
+    ]
+    return [cell for cell in empty if cell.published]
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The table.
+    """The table."""
 
-    Attributes:
-        cells: Network by network, scale by scale, set by set.
-        sets: SHA-256 of HR and LR, by test set and scale ("Set5 x4").
-        tolerance: In dB, up to which a cell counts as reproduced.
-        how: How the networks computed, by file.
-    """
-
-    cells: tuple[Cell, ...]
-    sets: Mapping[str, Mapping[str, str]]
-    tolerance: float
-    how: Mapping[str, str]
+    cells: Sequence[Cell]  # network by network, scale by scale, set by set
+    sets: Mapping[str, Mapping[str, str]]  # SHA-256 of HR and LR, by set and scale ("Set5 x4")
+    tolerance: float  # in dB, up to which a cell counts as reproduced
+    how: Mapping[str, str]  # as in Measured, by file
 
 
 def reproduce(
@@ -389,9 +283,9 @@ def reproduce(
     *,
     datasets: Sequence[str] = DATASETS,
     tolerance: float = 0.05,
-    progress: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    progress: Callable[[int], Callable[[], object]] = lambda total: lambda: None,
 ) -> Reproduction:
-    """Measure what is there of the paper's table; write nothing but `out`/images.csv.
+    """Measure the cells of the paper's table; write nothing but `out`/images.csv.
 
     Args:
         weights: As `load` returns them.
@@ -407,58 +301,33 @@ def reproduce(
     """
     with disk_faults_named(f"{out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    records = Records(out / IMAGES)
-    sets = {
-        (name, each.scale): BenchmarkSet(name, each.scale, folder / name / f"X{each.scale}")
-        for each in weights
-        for name in datasets
-    }
-    faults = {key: found.fault() for key, found in sets.items()}
-    usable = [
-        (each, sets[name, each.scale])
-        for each in weights
-        for name in datasets
-        if not faults[name, each.scale]
-    ]
-    step = progress(sum(len(found.images()) for _, found in usable))
-    done = {
-        (each.path, found.name): _filled(
-            each, found.name, list(_measure_set(each, found, records, step))
-        )
-        for each, found in usable
-    }
+    records = read_records(out / IMAGES)
+    wanted = [(each, name) for each in weights for name in datasets]
+    sets = {(name, each.scale): folder / name / f"X{each.scale}" for each, name in wanted}
+    faults = {key: _fault(*key, path) for key, path in sets.items()}
+    counts = {key: 0 if faults[key] else len(_images(path)) for key, path in sets.items()}
+    step = progress(sum(counts[name, each.scale] for each, name in wanted))
     cells = []
-    for each in weights:
-        for name in datasets:
-            empty = Cell(
-                each.network,
-                each.scale,
-                name,
-                str(each.path),
-                each.is_published,
-                missing=faults[name, each.scale],
-            )
-            cells.append(done.get((each.path, name), empty))
-    rows = {(each.network, each.scale) for each in weights}
-    for network, scale in PUBLISHED:
-        if network.startswith("DLGSANet") and (network, scale) not in rows:
-            for name in datasets:
-                missing = (
-                    f"no weights of {network} x{scale} are given; --weights FILE measures them"
-                )
-                cell = Cell(network, scale, name, missing=missing)
-                if cell.published:
-                    cells.append(cell)
-    order = [*PUBLISHED]
+    for each, name in wanted:
+        cell = Cell(each.network, each.scale, name, str(each.path), each.is_published)
+        path, fault = sets[name, each.scale], faults[name, each.scale]
+        if fault:
+            cells.append(replace(cell, missing=fault))
+            continue
+        measured = []
+        for image in _measure_set(each, name, path, out / IMAGES, records):
+            measured.append(image)
+            step()
+        cells.append(fill(cell, measured))
+    cells += _cells_without_weights(cells, datasets)
+    order = list(PUBLISHED)
     cells.sort(key=lambda cell: order.index((cell.network, cell.scale)))  # stable
     hashes = {
-        f"{name} x{scale}": found.sha256()
-        for (name, scale), found in sets.items()
+        f"{name} x{scale}": {part: folder_sha256(path / part) for part in _PARTS}
+        for (name, scale), path in sets.items()
         if not faults[name, scale]
     }
-    return Reproduction(
-        tuple(cells), hashes, tolerance, {str(each.path): each.how for each in weights}
-    )
+    return Reproduction(cells, hashes, tolerance, {str(each.path): each.how for each in weights})
 
 
 def _pair(pair: tuple[float, float] | None, sign: str = "") -> str:
@@ -484,7 +353,7 @@ def _line(cell: Cell, tolerance: float) -> list[str]:
 
 
 def _notes(result: Reproduction) -> list[str]:
-    """Say what the figures are, in sentences."""
+    """Say what the scores are, in sentences."""
     notes = [
         "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of `scale` pixels "
         "cut off.",
@@ -503,27 +372,22 @@ def markdown(result: Reproduction, *, only_measured: bool = False) -> str:
     lines = [list(HEADINGS), ["---"] * len(HEADINGS)]
     lines += [_line(cell, result.tolerance) for cell in cells]
     text = ["\n".join(_notes(result)), "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    others = [cell for cell in cells if cell.ssim_uniform is not None]
-    if others:
-        text.append(
-            f"SSIM by the other usual definition, {SSIM_UNIFORM}:\n\n"
-            + "\n".join(
-                f"- {cell.network} x{cell.scale} on {cell.dataset}: {cell.ssim_uniform:.4f}"
-                for cell in others
-            )
-        )
-    if result.sets:
-        text.append(
-            "SHA-256 over names and pixels of the test sets:\n\n"
-            + "\n".join(
-                f"- {name} {part}: `{digest}`"
-                for name, parts in result.sets.items()
-                for part, digest in parts.items()
-            )
-        )
-    missing = [] if only_measured else list(dict.fromkeys(c.missing for c in cells if c.missing))
-    if missing:
-        text.append("Missing:\n\n" + "\n".join(f"- {each}" for each in missing))
+    lists = {
+        f"SSIM by the other usual definition, {SSIM_UNIFORM}:": [
+            f"{cell.network} x{cell.scale} on {cell.dataset}: {cell.ssim_uniform:.4f}"
+            for cell in cells
+            if cell.ssim_uniform is not None
+        ],
+        "SHA-256 over names and pixels of the test sets:": [
+            f"{name} {part}: `{digest}`"
+            for name, parts in result.sets.items()
+            for part, digest in parts.items()
+        ],
+        "Missing:": dict.fromkeys(cell.missing for cell in cells if cell.missing),
+    }
+    for title, items in lists.items():
+        if items:
+            text += [title, "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(text) + "\n"
 
 
@@ -535,31 +399,25 @@ def latex(result: Reproduction) -> str:
     lines = [_line(cell, result.tolerance)[:-1] for cell in result.cells]
     body = [" & ".join(each.translate(_LATEX) for each in line) + r" \\" for line in lines]
     head = " & ".join(HEADINGS[:-1]) + r" \\"
-    return "\n".join(
-        [
-            *(f"% {note}" for note in _notes(result)),
-            r"\begin{tabular}{ll" + "c" * (len(HEADINGS) - 3) + "}",
-            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"),
-            "",
-        ]
-    )
+    columns = "ll" + "c" * (len(HEADINGS) - 3)
+    text = [*(f"% {note}" for note in _notes(result)), rf"\begin{{tabular}}{{{columns}}}"]
+    text += [r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(text)
 
 
 def record(result: Reproduction) -> dict[str, Any]:
-    """Return all there is, for JSON."""
+    """Return everything, for JSON."""
     return {
         "protocol": " ".join(_notes(result)),
         "ssim": SSIM_BASICSR,
         "ssim_uniform": SSIM_UNIFORM,
         "tolerance_db": result.tolerance,
-        "how": dict(result.how),
-        "sets": {name: dict(parts) for name, parts in result.sets.items()},
+        "how": result.how,
+        "sets": result.sets,
         "cells": [
             {
                 **asdict(cell),
-                "published": cell.published,
-                "retrained": cell.retrained,
-                "difference": cell.difference,
+                **{name: getattr(cell, name) for name in ("published", "retrained", "difference")},
                 "verdict": cell.verdict(result.tolerance),
             }
             for cell in result.cells
