@@ -19,6 +19,7 @@ from processes import started
 from dlgsanet_arch import files
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import databases
+from dlgsanet_arch.data import workers as workers_module
 
 HR, X2, X3, X4 = (
     f"train_{part}_sub.lmdb" for part in ("HR", *(f"LR_bicubic_X{s}" for s in (2, 3, 4)))
@@ -273,7 +274,8 @@ def test_the_map_grows_as_needed(hr, out, monkeypatch):
     assert len(entries(out / HR)) == 36
 
 
-def test_worker_processes_make_the_same(hr, out, tmp_path):
+def test_worker_processes_make_the_same(hr, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers_module, "ITEMS_A_WORKER", 4)
     for number in range(5):
         save(hr / f"more{number}.png", image(f"more{number}"))
     for workers in (1, 2):

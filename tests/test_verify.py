@@ -274,10 +274,10 @@ def options(data: Path, **changes) -> dict:
     }
 
 
-def verify_options(training: Path, written: dict) -> int:
+def verify_options(training: Path, written: dict, *more: object) -> int:
     path = training / "options.yml"
     path.write_text(yaml.safe_dump(written))
-    return prepare("--root", training, "verify", "-opt", path)
+    return prepare("--root", training, "verify", "-opt", path, *more)
 
 
 def test_the_sets_of_an_option_file_are_opened(training, capsys):
@@ -286,6 +286,20 @@ def test_the_sets_of_an_option_file_are_opened(training, capsys):
     said = capsys.readouterr().out
     assert "train (mine): 12 pairs at scale 2: good" in said
     assert "val (held out): 1 pairs at scale 2: good" in said
+
+
+def test_sets_can_be_chosen_by_phase_or_name(training, capsys):
+    save_pairs(training / "val", halved, names=("astronaut.png",))
+    for name in ("held out", "val"):
+        assert verify_options(training, options(training), "--sets", name) == 0
+        assert "1 of 1 data sets are good" in capsys.readouterr().out
+    assert verify_options(training, options(training), "--sets", "held_out") == 1
+    assert "has no set held_out; did you mean 'held out'?" in capsys.readouterr().err
+
+
+def test_a_shipped_option_file_goes_by_its_name(tmp_path, capsys):
+    assert prepare("--root", tmp_path, "verify", "-opt", "tiny_x4") == 1
+    assert "train_HR_sub.lmdb does not exist" in capsys.readouterr().out
 
 
 def test_a_template_does_not_concern_databases(training):

@@ -1,6 +1,7 @@
 """`dlgsanet data <verb>`: also behind datasets/prepare.py."""
 
 import argparse
+import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import suggest_or_list
 
 
 def _check_imports() -> None:
@@ -17,7 +19,7 @@ def _check_imports() -> None:
         import dlgsanet_arch.data.training_sets  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "preparing data needs BasicSR, OpenCV, lmdb and Pillow, and an import fails "
+            "preparing data needs OpenCV, lmdb and Pillow, and an import fails "
             f"({error}); `dlgsanet doctor` says what to do"
         ) from error
 
@@ -53,16 +55,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return _build_training(arguments, sources, arguments.output)
 
 
+# The sets that a verb joins, and the folder they go into.
+OFFICIAL = {"div2k": (("DIV2K",), "DIV2K"), "df2k": (("DIV2K", "FLICKR2K"), "DF2K")}
+
+
 def _official(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import official
 
+    names, target = OFFICIAL[arguments.verb]
     found = []
-    for each in [getattr(official, name) for name in arguments.sets]:
+    for each in [getattr(official, name) for name in names]:
         places = [arguments.root / "datasets" / each.name, arguments.root / "datasets"]
         if arguments.archives:
             places.insert(0, arguments.archives)
         found += official.sources(each, arguments.scale, places, arguments.mirror)
-    out = arguments.output or arguments.root / "datasets" / arguments.target
+    out = arguments.output or arguments.root / "datasets" / target
     return _build_training(arguments, found, out)
 
 
@@ -84,16 +91,32 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sets_of_options(arguments: argparse.Namespace) -> list:
+    from dlgsanet_arch.data.check import sets_of_options
+    from dlgsanet_arch.options import load, shipped
+
+    file = shipped.find(Path(arguments.opt).expanduser(), train=True)
+    options = load(file)
+    sets = sets_of_options(options, arguments.root)
+    if not arguments.sets:
+        return [*sets.values()]
+    names = {
+        name: each
+        for phase, each in sets.items()
+        for name in (phase, options["datasets"][phase].get("name"))
+    }
+    unknown = [name for name in arguments.sets if name not in names]
+    if unknown:
+        raise UserError(
+            f"--sets: {file} has no set {unknown[0]}{suggest_or_list(unknown[0], names)}"
+        )
+    return [names[name] for name in arguments.sets]
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import verify
 
-    if arguments.opt:
-        from dlgsanet_arch.data.check import sets_of_options
-        from dlgsanet_arch.options import load
-
-        sets = [*sets_of_options(load(arguments.opt), arguments.root).values()]
-    else:
-        sets = verify.sets_of_paths(arguments.paths)
+    sets = _sets_of_options(arguments) if arguments.opt else verify.sets_of_paths(arguments.paths)
     verified = verify.verify(sets, arguments.workers)
     print(verify.report(verified))
     if arguments.fix:
@@ -139,6 +162,115 @@ VERBS = {
 }
 
 
+def _common() -> argparse.ArgumentParser:
+    """The arguments of every verb."""
+    parser = argparse.ArgumentParser(add_help=False)
+    # A sub-command's default would replace the value given before it.
+    parser.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=usable_cores(),
+        metavar="N",
+        help="processes (default: one a core, %(default)s here)",
+    )
+    return parser
+
+
+def _add_making(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the arguments of the verbs that make a set of the user's images."""
+    parser.add_argument(
+        "--scale",
+        type=int,
+        nargs="+",
+        choices=SCALES,
+        help=f"HR side over LR side, one or more of 2, 3 and 4 (default: {default})",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out images that cannot be used, instead of writing nothing",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what was made from other images"
+    )
+
+
+def _add_cutting(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verbs that make a training set."""
+    _add_making(parser, "all")
+    parser.set_defaults(scale=list(SCALES))
+    for name, default, what in (
+        ("--crop", 480, "side of a sub-image in HR pixels"),
+        ("--step", 240, "distance between two sub-images in HR pixels"),
+        ("--patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
+    ):
+        parser.add_argument(
+            name, type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+
+
+def _add_folder(
+    parser: argparse.ArgumentParser, name: str, what: str, *, required: bool = False
+) -> None:
+    parser.add_argument(name, type=Path, metavar="FOLDER", help=what, required=required)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_cutting(parser)
+    _add_folder(parser, "--hr", "HR images, sub-folders too", required=True)
+    _add_folder(
+        parser,
+        "--lr",
+        "LR images of the same names, for several scales in X2, X3, X4 (default: made by "
+        "MATLAB's bicubic)",
+    )
+    _add_folder(parser, "--output", "such as datasets/NAME", required=True)
+
+
+def _add_official(parser: argparse.ArgumentParser, target: str) -> None:
+    _add_cutting(parser)
+    _add_folder(
+        parser,
+        "--archives",
+        "where archives or their folders are, or are downloaded to (default: datasets/<SET>, "
+        "then datasets)",
+    )
+    parser.add_argument(
+        "--mirror", metavar="URL", help="download from here, not the official server"
+    )
+    _add_folder(parser, "--output", f"default: datasets/{target}")
+
+
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    _add_making(parser, "those that the set has HR images for")
+    parser.add_argument(
+        "--name", required=True, help="Set5, Set14, B100, Urban100, Manga109, or your own"
+    )
+    _add_folder(parser, "--hr", "the set as it was downloaded (default: looked for in datasets)")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "paths",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="LMDBs, folders of images, or folders that hold such",
+    )
+    what.add_argument(
+        "-opt", metavar="FILE", help="the sets of an option file, or of a shipped one by its name"
+    )
+    parser.add_argument(
+        "--sets", nargs="+", metavar="NAME", help="of an option file, the sets with these names"
+    )
+    parser.add_argument(
+        "--fix", action="store_true", help="write new LMDBs without the bad pairs, *_fixed.lmdb"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb: a sub-command for each data set it can build."""
     parser = argparse.ArgumentParser(
@@ -150,112 +282,19 @@ def build_parser() -> argparse.ArgumentParser:
     root = "the folder that holds datasets/ (default: the current folder)"
     parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help=root)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    # A sub-command's default would replace the value given before it.
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    common.add_argument(
-        "--workers",
-        type=_count,
-        default=usable_cores(),
-        metavar="N",
-        help="processes (default: one a core, %(default)s here)",
-    )
-    making = argparse.ArgumentParser(add_help=False, parents=[common])
-    making.add_argument(
-        "--scale",
-        type=int,
-        nargs="+",
-        choices=SCALES,
-        default=list(SCALES),
-        help="HR side over LR side, one or more of 2, 3 and 4 (default: all)",
-    )
-    making.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out images that cannot be used, instead of writing nothing",
-    )
-    making.add_argument(
-        "--overwrite", action="store_true", help="replace what was made from other images"
-    )
-    cutting = argparse.ArgumentParser(add_help=False, parents=[making])
-    for name, default, what in (
-        ("--crop", 480, "side of a sub-image in HR pixels"),
-        ("--step", 240, "distance between two sub-images in HR pixels"),
-        ("--patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
-    ):
-        cutting.add_argument(
-            name, type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
-
-    def add(verb: str, parent: argparse.ArgumentParser, **defaults) -> argparse.ArgumentParser:
+    for verb, (run, add_arguments) in {
+        "demo": (_demo, lambda _: None),
+        "train": (_train, _add_train),
+        "div2k": (_official, functools.partial(_add_official, target="DIV2K")),
+        "df2k": (_official, functools.partial(_add_official, target="DF2K")),
+        "benchmark": (_benchmark, _add_benchmark),
+        "verify": (_verify, _add_verify),
+    }.items():
         line, _, rest = VERBS[verb].partition("\n\n")
         described = f"{line[0].upper()}{line[1:]}. {textwrap.dedent(rest)}"
-        added = verbs.add_parser(verb, parents=[parent], help=line, description=described)
-        added.set_defaults(**defaults)
-        return added
-
-    add("demo", common, run=_demo)
-
-    train = add("train", cutting, run=_train)
-    train.add_argument(
-        "--hr", type=Path, required=True, metavar="FOLDER", help="HR images, sub-folders too"
-    )
-    train.add_argument(
-        "--lr",
-        type=Path,
-        metavar="FOLDER",
-        help="LR images of the same names, for several scales in X2, X3, X4 "
-        "(default: made by MATLAB's bicubic)",
-    )
-    train.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="such as datasets/NAME"
-    )
-
-    for verb, sets, target in (
-        ("div2k", ["DIV2K"], "DIV2K"),
-        ("df2k", ["DIV2K", "FLICKR2K"], "DF2K"),
-    ):
-        official = add(verb, cutting, run=_official, sets=sets, target=target)
-        official.add_argument(
-            "--archives",
-            type=Path,
-            metavar="FOLDER",
-            help="where archives or their folders are, or are downloaded to "
-            "(default: datasets/<SET>, then datasets)",
-        )
-        official.add_argument(
-            "--mirror", metavar="URL", help="download from here, not the official server"
-        )
-        official.add_argument(
-            "--output", type=Path, metavar="FOLDER", help=f"default: datasets/{target}"
-        )
-
-    benchmark = add("benchmark", making, run=_benchmark)
-    benchmark.add_argument(
-        "--name", required=True, help="Set5, Set14, B100, Urban100, Manga109, or your own"
-    )
-    benchmark.add_argument(
-        "--hr",
-        type=Path,
-        metavar="FOLDER",
-        help="the set as it was downloaded (default: looked for in datasets)",
-    )
-
-    verify = add("verify", common, run=_verify)
-    what = verify.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "paths",
-        nargs="*",
-        default=[],
-        type=Path,
-        metavar="PATH",
-        help="LMDBs, folders of images, or folders that hold such",
-    )
-    what.add_argument("-opt", type=Path, metavar="FILE", help="the sets that an option file names")
-    verify.add_argument(
-        "--fix", action="store_true", help="write new LMDBs without the bad pairs, *_fixed.lmdb"
-    )
+        added = verbs.add_parser(verb, parents=[_common()], help=line, description=described)
+        added.set_defaults(run=run, verb=verb)
+        add_arguments(added)
     return parser
 
 

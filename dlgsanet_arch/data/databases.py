@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ import cv2
 import lmdb
 
 from dlgsanet_arch._basicsr import shared_environments
+from dlgsanet_arch.data.making import Recipe, fits, made_before
 from dlgsanet_arch.data.sub_images import ImageArray
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
@@ -46,8 +47,6 @@ SMALLEST_ENTRY = 11
 
 # A disk with fewer bytes free than one transaction may write counts as full.
 FULL = 2**26
-
-Recipe = Mapping[str, Any]
 
 
 def encode_png(image: ImageArray) -> bytes:
@@ -178,21 +177,6 @@ def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
         )
 
 
-def _fits(stored: Recipe | None, wanted: Recipe) -> bool:
-    """Whether what a folder was made from is what is wanted; it may hold further facts."""
-    return stored is not None and all(stored.get(name) == wanted[name] for name in wanted)
-
-
-def _differences(stored: Recipe, wanted: Recipe) -> str:
-    names = [name for name in wanted if stored.get(name) != wanted[name]]
-    said = [
-        f"{name.replace('_', ' ')} {stored[name]}, not {wanted[name]}"
-        for name in names
-        if name in stored and len(str(stored[name])) < 40 > len(str(wanted[name]))
-    ]
-    return ", ".join(said) or "of other images"
-
-
 def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
     """Whether a database of this recipe is there, complete.
 
@@ -204,29 +188,16 @@ def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
     Raises:
         UserError: Something else has that name.
     """
-    if not path.exists():
-        return False
-    stored = read_json(path / RECIPE)
-    if stored is None:
-        raise UserError(
-            f"{path} exists and was not made by this command: it has no {RECIPE}; move it away, "
-            "then run the command again"
-        )
-    if _fits(stored, recipe):
+
+    def change(stored: Recipe) -> str:
         with open_database(path) as environment:
             count = environment.stat()["entries"]
-        lines = (path / META_INFO).read_text("ascii").count("\n")
+        lines = len(listed_keys(path))
         if count == lines == stored["entries"]:
-            return True
-        how = (
-            f"was changed after it was made: {count} entries, {lines} lines in {META_INFO}, "
-            f"{stored['entries']} written"
-        )
-    else:
-        how = f"is another data set: {_differences(stored, recipe)}"
-    if overwrite:
-        return False
-    raise UserError(f"{path} {how}; move it away, or make it again with --overwrite")
+            return ""
+        return f"{count} entries, {lines} lines in {META_INFO}, {stored['entries']} written"
+
+    return made_before(path, recipe, change, overwrite=overwrite) is not None
 
 
 @contextmanager
@@ -257,7 +228,7 @@ class DatabaseWriter:
         self._folder = unfinished(path)
 
     def __enter__(self) -> "DatabaseWriter":
-        if not _fits(read_json(self._folder / RECIPE), self._recipe):
+        if not fits(read_json(self._folder / RECIPE), self._recipe):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / RECIPE, self._recipe)

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from dlgsanet_arch.data import SCALES
@@ -212,45 +212,52 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
     return layouts[0]
 
 
-def _check(layout: Layout, source: Path, scales: Sequence[int]) -> None:
-    missing = [scale for scale in scales if scale not in layout.hr]
-    if missing:
-        there = [scale for scale in SCALES if scale in layout.hr]
+def _with_scales(layout: Layout, source: Path, scales: Sequence[int] | None) -> Layout:
+    """The part of a layout for some scales, or for all that it has.
+
+    Raises:
+        UserError: One of the scales is missing, or images of one have the same name.
+    """
+    there = [scale for scale in SCALES if scale in layout.hr]
+    missing = [scale for scale in scales or SCALES if scale not in there]
+    lacks = f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}"
+    if missing and scales:
         raise UserError(
-            f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}: "
-            f"put the uncropped originals into {source / 'HR'}, or build what is there with "
-            f"--scale {' '.join(map(str, there))}"
+            f"{lacks}: put the uncropped originals into {source / 'HR'}, or build what is there "
+            f"with --scale {' '.join(map(str, there))}"
         )
-    for scale in scales:
+    hr = {scale: layout.hr[scale] for scale in scales or there}
+    for originals in hr.values():
         by_key = defaultdict(list)
-        for original in layout.hr[scale]:
+        for original in originals:
             by_key[original.key].append(str(original.path))
         for same in by_key.values():
             if len(same) > 1:
                 raise UserError(f"{' and '.join(same)} have one name: remove or rename all but one")
+    notices = (*layout.notices, f"{lacks}, which are not made") if missing else layout.notices
+    return replace(layout, hr=hr, notices=notices)
 
 
-def find_layout(name: str, source: Path, target: Path, scales: Sequence[int]) -> Layout:
+def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | None) -> Layout:
     """Find a test set in a folder.
 
     Args:
         name: The set's name.
         source: Holds the set in any of the forms in which sets circulate, or holds one such folder.
         target: Where the data tree has the set. What was made there is taken for want of others.
-        scales: HR side over LR side, those that are needed.
+        scales: HR side over LR side, those that are needed; None for those that are there.
 
     Raises:
         UserError: HR images are missing, or it is not clear which to take.
     """
-    paths = [file.path.relative_to(source) for file in find_images(source)]
     paths = [
-        path for path in paths if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
+        path
+        for path in (file.path.relative_to(source) for file in find_images(source))
+        if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
     ]
     ours = [target / f"X{scale}" for scale in SCALES]
     ours = [folder for folder in ours if (folder / RECIPE).is_file()]
     others = [
         path for path in paths if not any(folder in (source / path).parents for folder in ours)
     ]
-    layout = _choose(name, source, others or paths)
-    _check(layout, source, scales)
-    return layout
+    return _with_scales(_choose(name, source, others or paths), source, scales)

@@ -11,18 +11,19 @@ is found by its keys and not made again.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
 from dlgsanet_arch.data.finding import find_images
 from dlgsanet_arch.data.images import ImageError, read_8_bits
+from dlgsanet_arch.data.making import Recipe, checked_scales, notice_lines, refuse_bad
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,
     SCALES,
@@ -30,13 +31,10 @@ from dlgsanet_arch.data.sub_images import (
     crop_to_multiple,
     sub_images,
 )
-from dlgsanet_arch.data.workers import ordered
+from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
 from dlgsanet_arch.hints import named
-from dlgsanet_arch.progress import progress_bar
-
-Result = TypeVar("Result")
 
 # To be raised when the same images and settings give other databases than before.
 RECIPE_VERSION = 1
@@ -94,29 +92,15 @@ class Cutting:
                 )
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """What a first look at an image's files found.
+class Scanned(NamedTuple):
+    """Why an image cannot be used, and what reading it will change, with the file's name."""
 
-    Args:
-        source: The image.
-        faults: Why it cannot be used; empty where it can.
-        notices: What reading it will change, with the file's name.
-    """
-
-    source: Source
-    faults: tuple[str, ...]
-    notices: tuple[tuple[str, str], ...]
+    faults: list[str]
+    notices: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Sub-images of one image.
-
-    Args:
-        entries: Keys and PNG files, by scale.
-        seconds: What bicubic took.
-    """
+class Cut(NamedTuple):
+    """Sub-images of one image: keys and PNG files by scale, and the seconds that bicubic took."""
 
     entries: Mapping[int, Sequence[tuple[str, bytes]]]
     seconds: float
@@ -256,7 +240,7 @@ def _scan(source: Source, least: int) -> Scanned:
                 f"{height} x {width}: at scale {scale} LR must have {height // scale} x "
                 f"{width // scale}"
             )
-    return Scanned(source, tuple(faults), tuple(notices))
+    return Scanned(faults, notices)
 
 
 def sub_image_key(source: Source, index: int) -> str:
@@ -286,19 +270,7 @@ def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Cut:
     return Cut(entries, seconds)
 
 
-def _over(
-    function: Callable[[Source], Result], sources: Sequence[Source], workers: int, what: str
-) -> Iterator[tuple[Source, Result]]:
-    """Apply a function to images in worker processes, with a progress bar."""
-    # Few images are done before processes have started.
-    results = ordered(function, sources, min(workers, len(sources) // 4))
-    with progress_bar(what, len(sources), "images") as bar, closing(results):
-        for source, result in zip(sources, results, strict=True):
-            yield source, result
-            bar.update()
-
-
-def _scanned(
+def _scan_all(
     sources: Sequence[Source], least: int, workers: int, skip_bad: bool, summary: Summary
 ) -> list[Source]:
     """Open every image; the good ones are returned, what was found goes into the summary.
@@ -307,28 +279,17 @@ def _scanned(
         UserError: Images cannot be used and are not to be skipped, or none is left.
     """
     good = []
-    for source, scan in _over(partial(_scan, least=least), sources, workers, "opening"):
-        summary.skipped += scan.faults
-        for notice, name in scan.notices:
+    for source, scanned in with_progress(partial(_scan, least=least), sources, workers, "opening"):
+        summary.skipped += scanned.faults
+        for notice, name in scanned.notices:
             summary.notices.setdefault(notice, []).append(name)
-        if not scan.faults:
+        if not scanned.faults:
             good.append(source)
-    if summary.skipped and not (skip_bad and good):
-        count = len(sources) - len(good)
-        how = "nothing is left to train on" if skip_bad else "--skip-bad leaves them out"
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"{count} of {len(sources)} images cannot be used, nothing was written; "
-                    f"fix or remove them; {how}:",
-                    *summary.skipped,
-                ]
-            )
-        )
+    refuse_bad(summary.skipped, len(sources) - len(good), len(sources), skip=skip_bad)
     return good
 
 
-def _lacking_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
+def _lacks_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
     """Whether a finished database lacks other images than those left out now: keys would differ.
 
     Raises:
@@ -346,25 +307,49 @@ def _lacking_others(path: Path, left_out: Sequence[str], overwrite: bool) -> boo
 
 def _write(
     sources: Sequence[Source],
-    writers: Mapping[int, DatabaseWriter],
+    recipes: Mapping[Path, Recipe],
     cutting: Cutting,
     workers: int,
     summary: Summary,
 ) -> None:
-    """Cut the images that a run before has not cut, and write their sub-images."""
-
-    def written(source: Source) -> bool:
+    """Cut the images that a run before has not cut, and write their sub-images into databases."""
+    with ExitStack() as stack:
+        writers = {
+            recipe["scale"]: stack.enter_context(DatabaseWriter(path, recipe))
+            for path, recipe in recipes.items()
+        }
         # an image's sub-images come in one transaction: where the first is, all are
-        return all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
+        remaining = [
+            source
+            for source in sources
+            if not all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
+        ]
+        cut = partial(_cut, scales=tuple(writers), cutting=cutting)
+        for source, result in with_progress(cut, remaining, workers, "cutting"):
+            for scale, entries in result.entries.items():
+                writers[scale].put(entries)
+            summary.cut += 1
+            summary.bicubic += result.seconds
+            summary.resized += len(result.entries.keys() - source.lr.keys() - {1})
+        for writer in writers.values():
+            writer.finish(sources=len(sources))
 
-    remaining = [source for source in sources if not written(source)]
-    cut = partial(_cut, scales=tuple(writers), cutting=cutting)
-    for source, result in _over(cut, remaining, workers, "cutting"):
-        for scale, entries in result.entries.items():
-            writers[scale].put(entries)
-        summary.cut += 1
-        summary.bicubic += result.seconds
-        summary.resized += len(result.entries.keys() - source.lr.keys() - {1})
+
+def _recipes(
+    sources: Sequence[Source], scales: Sequence[int], cutting: Cutting
+) -> dict[int, Recipe]:
+    """All that decides about the databases, by scale; 1 is HR."""
+    hashes = [value for _, value in with_progress(_hashes, sources, 1, "looking for changes")]
+    return {
+        scale: {
+            "version": RECIPE_VERSION,
+            "scale": scale,
+            "crop": cutting.crop,
+            "step": cutting.step,
+            "images": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
+        }
+        for scale in (1, *scales)
+    }
 
 
 def build(
@@ -394,25 +379,12 @@ def build(
             name until it is complete.
         ValueError: A scale is not one of `SCALES`, or two images have one key.
     """
-    cutting = cutting or Cutting()
-    scales = sorted(set(scales))
-    if not set(scales) <= set(SCALES) or not scales:
-        raise ValueError(f"scales must be from {SCALES}, got {scales=}")
+    cutting, scales = cutting or Cutting(), checked_scales(scales)
     if len({source.key for source in sources}) < len(sources):
         raise ValueError("images to train on share a key")
     cutting.check(scales)
     summary = Summary()
-    hashes = [value for _, value in _over(_hashes, sources, 1, "looking for changes")]
-    recipes = {
-        scale: {
-            "version": RECIPE_VERSION,
-            "scale": scale,
-            "crop": cutting.crop,
-            "step": cutting.step,
-            "images": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
-        }
-        for scale in (1, *scales)
-    }
+    recipes = _recipes(sources, scales, cutting)
     paths = {scale: out / database_name(scale) for scale in recipes}
     with one_writer(out), disk_faults_named(f"{out} cannot be written"):
         missing = [
@@ -421,23 +393,14 @@ def build(
             if not is_finished(paths[scale], recipe, overwrite=overwrite)
         ]
         if missing:
-            good = _scanned(sources, cutting.patch * max(scales), workers, skip_bad, summary)
+            good = _scan_all(sources, cutting.patch * max(scales), workers, skip_bad, summary)
             left_out = sorted({source.key for source in sources} - {source.key for source in good})
-            missing = [
-                scale
-                for scale in recipes
-                if scale in missing or _lacking_others(paths[scale], left_out, overwrite)
-            ]
-            with ExitStack() as stack:
-                writers = {
-                    scale: stack.enter_context(
-                        DatabaseWriter(paths[scale], {**recipes[scale], "skipped": left_out})
-                    )
-                    for scale in missing
-                }
-                _write(good, writers, cutting, workers, summary)
-                for writer in writers.values():
-                    writer.finish(sources=len(good))
+            wanted = {
+                paths[scale]: {**recipe, "skipped": left_out}
+                for scale, recipe in recipes.items()
+                if scale in missing or _lacks_others(paths[scale], left_out, overwrite)
+            }
+            _write(good, wanted, cutting, workers, summary)
         stored = {path: read_json(path / RECIPE) for path in paths.values()}
     summary.databases = {path: recipe["entries"] for path, recipe in stored.items()}
     summary.images = stored[paths[1]]["sources"]
@@ -459,9 +422,7 @@ def report(summary: Summary) -> str:
         lines.append(
             f"bicubic: {1000 * summary.bicubic / summary.resized:.0f} ms an image and scale"
         )
-    lines += [
-        f"{len(files)} x {notice}: {named(files)}" for notice, files in summary.notices.items()
-    ]
+    lines += notice_lines(summary.notices)
     if summary.skipped:
         lines += [f"left out, {len(summary.skipped)} faults:", *summary.skipped]
     return "\n".join(lines)
