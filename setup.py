@@ -243,6 +243,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             ],
             # What `dlgsanet export` imports, and what dlgsanet_arch.spandrel adds itself to.
             "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "spandrel>=0.4"],
+            "hub": ["huggingface-hub>=0.25", "safetensors>=0.4"],
             # What `dlgsanet upscale` and the other tools import; OpenCV only for 16-bit colour.
             "tools": [
                 "matplotlib>=3.6",

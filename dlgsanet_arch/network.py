@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dlgsanet_arch import cpu, fused
 from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
 from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.hub import HubMixin
 from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
 from dlgsanet_arch.ops import (
     channel_attention,
@@ -365,8 +366,9 @@ def _hidden(name: str, dim: int, factor: float) -> int:
 
 
 def _suggest_names(init: Callable[..., None]) -> Callable[..., None]:
-    """Let an unknown argument's TypeError name the nearest one that exists."""
-    names = [name for name in inspect.signature(init).parameters if name != "self"]
+    """Let an unknown argument's TypeError name the nearest one, and keep the arguments."""
+    signature = inspect.signature(init)
+    names = [name for name in signature.parameters if name != "self"]
 
     @functools.wraps(init)
     def checked(self: nn.Module, *args: Any, **options: Any) -> None:
@@ -375,11 +377,14 @@ def _suggest_names(init: Callable[..., None]) -> Callable[..., None]:
             hint = suggest_or_list(unknown[0], names)
             raise TypeError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
         init(self, *args, **options)
+        given = signature.bind(self, *args, **options)
+        given.apply_defaults()
+        self.config = {name: given.arguments[name] for name in names}
 
     return checked
 
 
-class DLGSANet(nn.Module):
+class DLGSANet(HubMixin, nn.Module):
     """The super-resolution network. Maps (B, in_chans, H, W) to (B, in_chans, H·s, W·s).
 
     Values are in [0, 1] in and out (not clipped); any H and W from 1 up, any batch. s is
@@ -413,6 +418,9 @@ class DLGSANet(nn.Module):
         upsampler: 'pixelshuffledirect' (published), 'pixelshuffle' or '' for none.
         body_norm: Put a LayerNorm before and one after the groups.
         input_resolution: Accepted for published option files and ignored.
+
+    Attributes:
+        config: All arguments, by name.
 
     Raises:
         ValueError: For a value that cannot be built; the message names argument and value.
