@@ -6,6 +6,7 @@ where each module is called: with gradients and without.
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 
@@ -62,6 +63,13 @@ def expected_of(net, x):
     return out
 
 
+def fresh(options=None, size=(9, 7), batch=2):
+    """A network in eval mode, images for it, and what it gives before it is changed."""
+    net = build(options or {}, torch.float32).eval()
+    x = images(net, batch, size)
+    return net, x, expected_of(net, x)
+
+
 def error(actual, expected):
     return float((actual.detach().double() - expected).abs().max() / expected.abs().max())
 
@@ -107,49 +115,24 @@ def scaled(x):
     return x * (2 + torch.arange(x.numel(), dtype=x.dtype).sin()).view_as(x)
 
 
-@contextlib.contextmanager
-def _hook(net, name):
-    handle = net.get_submodule(name).register_forward_hook(lambda module, given, out: scaled(out))
-    yield
-    handle.remove()
+def _hooked(register, on_module=True):
+    """Change a module's output, or its input before the forward, by a hook put on by `register`."""
 
+    @contextlib.contextmanager
+    def change(net, name):
+        chosen = net.get_submodule(name)
 
-@contextlib.contextmanager
-def _hook_with_kwargs(net, name):
-    handle = net.get_submodule(name).register_forward_hook(
-        lambda module, given, kwargs, out: scaled(out), with_kwargs=True, always_call=True
-    )
-    yield
-    handle.remove()
+        def hook(module, given, *others):
+            values = others[-1] if others else given[0]
+            if module is chosen:
+                return scaled(values) if others else (scaled(values), *given[1:])
+            return None
 
+        handle = register(chosen)(hook) if on_module else register(hook)
+        yield
+        handle.remove()
 
-@contextlib.contextmanager
-def _pre_hook(net, name):
-    handle = net.get_submodule(name).register_forward_pre_hook(
-        lambda module, given: (scaled(given[0]), *given[1:])
-    )
-    yield
-    handle.remove()
-
-
-@contextlib.contextmanager
-def _global_hook(net, name):
-    chosen = net.get_submodule(name)
-    handle = torch_module.register_module_forward_hook(
-        lambda module, given, out: scaled(out) if module is chosen else None
-    )
-    yield
-    handle.remove()
-
-
-@contextlib.contextmanager
-def _global_pre_hook(net, name):
-    chosen = net.get_submodule(name)
-    handle = torch_module.register_module_forward_pre_hook(
-        lambda module, given: (scaled(given[0]),) if module is chosen else None
-    )
-    yield
-    handle.remove()
+    return change
 
 
 @contextlib.contextmanager
@@ -211,25 +194,27 @@ def _wrapper(net, name):
     put(net, name, module)
 
 
-CHANGES = [
-    _hook,
-    _hook_with_kwargs,
-    _pre_hook,
-    _global_hook,
-    _global_pre_hook,
-    _own_forward,
-    _subclass,
-    _forward_of_class,
-    _wrapper,
-]
+CHANGES = {
+    "hook": _hooked(lambda module: module.register_forward_hook),
+    "hook with kwargs": _hooked(
+        lambda module: functools.partial(
+            module.register_forward_hook, with_kwargs=True, always_call=True
+        )
+    ),
+    "pre-hook": _hooked(lambda module: module.register_forward_pre_hook),
+    "global hook": _hooked(torch_module.register_module_forward_hook, on_module=False),
+    "global pre-hook": _hooked(torch_module.register_module_forward_pre_hook, on_module=False),
+    "own forward": _own_forward,
+    "subclass": _subclass,
+    "forward of its class": _forward_of_class,
+    "wrapper": _wrapper,
+}
 
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_module_is_called(options, change):
-    net = build(options, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh(options)
     wrong = {}
     for name in [name for name, _ in net.named_modules()]:
         if not name and change is _wrapper:
@@ -324,9 +309,7 @@ def test_a_subclass_that_inherits_forward_is_called():
         def eval_window(self):
             return None
 
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     net.get_submodule(GSA).__class__ = Whole
     assert_computes(net, x, unchanged)
 
@@ -399,18 +382,14 @@ def _replacements():
 
 @pytest.mark.parametrize(("name", "make"), list(_replacements()))
 def test_layers_of_other_kinds_and_sizes_take_a_place(name, make):
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     put(net, name, make())
     assert_computes(net, x, unchanged)
     assert_gradients(net, x)
 
 
 def test_layers_that_change_their_width_together():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     for name, module in {
         f"{GSA}.qkv": Conv1x1(12, 72, 1, bias=False),
         f"{GSA}.qkv_dwconv": depthwise(72, 3, bias=False),
@@ -425,9 +404,7 @@ def test_layers_that_change_their_width_together():
 
 
 def test_layers_may_be_shared():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     put(net, GLOBAL_FFN, net.get_submodule(LOCAL_FFN))
     put(net, f"{MHDLSA}.conv1", net.get_submodule(f"{MHDLSA}.conv0"))
     put(net, f"{GLOBAL}.norm4", net.get_submodule(f"{GLOBAL}.norm3"))
@@ -596,9 +573,7 @@ def test_every_wrapper_is_called():
 
 
 def test_what_is_made_permanent_is_as_built_again():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     for number, (_, conv) in enumerate(pointwise_convolutions(net)):
         if number % 2:
             prune.l1_unstructured(conv, "weight", amount=0.4)
@@ -708,9 +683,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
 def test_changed_settings_are_followed(change):
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (7, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh(size=(7, 7))
     change(net)
     assert_computes(net, x, unchanged)
     assert_gradients(net, x)
@@ -725,9 +698,7 @@ def test_changed_settings_are_followed(change):
     ],
 )
 def test_settings_with_the_same_meaning_change_nothing(change):
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (7, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh(size=(7, 7))
     change(net)
     assert_computes(net, x)
     assert error(net(x), unchanged) < 1e-5
@@ -735,9 +706,7 @@ def test_settings_with_the_same_meaning_change_nothing(change):
 
 @pytest.mark.parametrize("replace", [True, False])
 def test_the_gelu_of_a_plain_feed_forward_may_be_another(replace):
-    net = build({"idynamic_ffn_type": "BaseFFN"}, torch.float32).eval()
-    x = images(net, 2, (7, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh({"idynamic_ffn_type": "BaseFFN"}, size=(7, 7))
     body = net.get_submodule(f"{LOCAL_FFN}.body")
     if replace:
         body[1] = nn.ReLU()
@@ -804,9 +773,7 @@ def test_weights_of_another_dtype_are_refused_as_by_pytorch(grad):
 
 
 def test_weights_are_read_anew_at_every_forward():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    before = expected_of(net, x)
+    net, x, before = fresh()
     with torch.no_grad():
         net(x)
         for parameter in net.parameters():
@@ -850,9 +817,7 @@ def test_frozen_weights_are_read_and_get_no_gradient():
 
 
 def test_functional_call_with_other_parameters():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    before = expected_of(net, x)
+    net, x, before = fresh()
     others = {name: 1.1 * p.detach() for name, p in net.named_parameters()}
     twin = copy.deepcopy(net)
     twin.load_state_dict(others)
@@ -910,9 +875,7 @@ def test_copies_compute_the_same_and_are_independent(options, copied):
 
 
 def test_copies_keep_hooks_and_settings():
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
-    unchanged = expected_of(net, x)
+    net, x, unchanged = fresh()
     net.get_submodule(f"{GSA}.project_out").register_forward_hook(lambda *given: scaled(given[2]))
     net.get_submodule(f"{LOCAL}.norm1.body").eps = 1.0
     assert_computes(copy.deepcopy(net), x, unchanged)
