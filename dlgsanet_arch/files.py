@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file, None where there is none or it holds no JSON object."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: thousands of brackets
         return None
     return content if isinstance(content, dict) else None
 

@@ -632,6 +632,14 @@ def test_absurd_sizes_are_refused_by_the_header(tmp_path, monkeypatch, name):
     refused(written(tmp_path / name, CLAIMS[name]()), "claims .* pixels; at most 160,000,000")
 
 
+def test_small_files_do_not_fill_the_memory(tmp_path):
+    data = png((9000, 9000), 8, 2, made(3).reshape(SIZE[0], -1))
+    refused(written(tmp_path / "x.png", data), "9000 x 9000 pixels in .* more than images compress")
+    data = encoded(".jpg", made(3), cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    refused(written(tmp_path / "x.jpg", data[:-2] + 64 * last + data[-2:]), "more than 64 scans")
+
+
 def test_files_larger_than_any_image_are_not_read(tmp_path):
     path = written(tmp_path / "x.png", encoded(".png", made(3)))
     os.truncate(path, images.MAX_BYTES + 1)  # a hole: nothing is written

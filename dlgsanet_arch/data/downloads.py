@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import requests
+import urllib3
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, read_json, write_json
@@ -20,6 +22,9 @@ CHUNK = 2**13
 TIMEOUT = (15, 60)
 # Seconds to wait before each retry; bytes that arrive start the sequence anew.
 PAUSES = (1, 2, 5, 10, 20, 40, 60)
+
+# What requests raises, and what passes through it where a server redirects to nonsense.
+NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
@@ -37,7 +42,7 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
     """Start the file anew, record its version and return its length."""
     headers = response.headers
     length = headers.get("Content-Length", "")
-    if not length.isdecimal() or "Content-Encoding" in headers:
+    if not re.fullmatch("[0-9]{1,15}", length) or "Content-Encoding" in headers:
         raise requests.RequestException("the server does not state how long the file is")
     if headers.get("Content-Type", "").startswith("text/html"):
         raise requests.RequestException("the server sends a web page instead of the file")
@@ -46,16 +51,33 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
     return int(length)
 
 
+def _read_to_the_end(response: requests.Response) -> Iterator[bytes]:
+    """Yield what a server sends; where it closes the connection, also beyond the stated length."""
+    answer = getattr(response.raw, "_original_response", None)
+    if getattr(answer, "will_close", False):
+        answer.length = None
+    yield from response.iter_content(CHUNK)
+
+
+def _read_record(record: Path, url: str) -> tuple[int | None, str | None]:
+    """Length and version of the file that a record states; None for what it does not."""
+    known = read_json(record) or {}
+    length, validator = known.get("length"), known.get("validator")
+    if known.get("url") != url or not isinstance(length, int):
+        return None, None
+    return length, validator if isinstance(validator, str) else None
+
+
 def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, name: str) -> None:
     """Request what a file lacks over one connection; raises RequestException where that breaks."""
-    size, known = file.tell(), read_json(record) or {}
-    length, validator = known.get("length"), known.get("validator")
-    headers = {"Accept-Encoding": "identity"}
-    if size and known.get("url") == url:
-        if size == length:
-            return
-        if validator:
-            headers |= {"Range": f"bytes={size}-", "If-Range": validator}
+    size = file.tell()
+    length, validator = _read_record(record, url)
+    # Closed, so that a body that is longer than stated shows.
+    headers = {"Accept-Encoding": "identity", "Connection": "close"}
+    if size and size == length:
+        return
+    if size and validator:
+        headers |= {"Range": f"bytes={size}-", "If-Range": validator}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (206, 416) and "Range" in headers:
             # servers that ignore If-Range send a part of another version
@@ -71,9 +93,14 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
             raise requests.HTTPError(f"the server answers {response.status_code} {response.reason}")
         check_space(record.parent, length - size, f"the rest of {url}")
         with progress_bar(name, length, "B", done=size) as bar:
-            for chunk in response.iter_content(CHUNK):
+            for chunk in _read_to_the_end(response):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > length:
+                    _empty(file)
+                    raise requests.ConnectionError(
+                        f"the server sends more than the {length:,} bytes it states"
+                    )
     if file.tell() != length:  # urllib3 1 does not raise
         raise requests.ConnectionError(f"{file.tell():,} of {length:,} bytes were received")
 
@@ -94,7 +121,7 @@ def _fetch_all(url: str, file: BinaryIO, record: Path, target: Path) -> None:
             try:
                 _fetch(session, url, file, record, target.name)
                 return
-            except requests.RequestException as error:
+            except NETWORK_ERRORS as error:
                 reason = _reason(error)
                 if file.tell() > most:
                     most, pauses = file.tell(), iter(PAUSES)

@@ -36,7 +36,7 @@ MAX_PIXELS = 160_000_000
 MAX_BYTES = 8 * MAX_PIXELS
 # A small file must not fill the memory: beyond so many bytes uncompressed, an image may be at most
 # so many times as large as its file.
-ANY_GROWTH = 2**28
+ANY_GROWTH = 2**27
 MAX_GROWTH = 200
 # Progressive JPEG files have 10 scans or so; hundreds are made to keep a decoder busy.
 MAX_SCANS = 64
