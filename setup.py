@@ -59,6 +59,31 @@ VARIANTS = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}
 FLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=fast"]
 
+EXTRAS = {
+    # What basicsr 1.4.2 imports; its own list demands tb-nightly and what it never imports.
+    "train": [
+        "lmdb>=1.4",
+        "pillow>=10.1",  # not BasicSR but our data tools read images with it
+        "requests>=2.28",
+        "scipy>=1.9,<2",  # it imports scipy.ndimage.filters, which SciPy 2.0 removes
+        "setuptools; python_version >= '3.12'",  # it imports distutils
+        "tensorboard>=2.11",
+        "torchvision>=0.19",
+        "tqdm>=4.64",
+    ],
+    # What `dlgsanet export` imports, and what dlgsanet_arch.spandrel adds itself to.
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "spandrel>=0.4"],
+    "hub": ["huggingface-hub>=0.25"],
+    # What `dlgsanet upscale` and the other tools import; OpenCV only for 16-bit colour.
+    "tools": [
+        "matplotlib>=3.6",
+        "pillow>=10.1",
+        "psutil>=5.9",  # free memory on macOS and Windows
+        "tifffile>=2022.8",  # 16-bit TIFF files out
+        "tqdm>=4.64",
+    ],
+}
+
 
 def variants() -> dict[str, tuple[int, list[str]]]:
     """Return the kernels to build on this machine: vectors and flags by name."""
@@ -217,7 +242,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
         ],
         packages=find_packages(include=["dlgsanet_arch", "dlgsanet_arch.*"]),
         package_data={
-            "dlgsanet_arch": ["py.typed", "weights/*.safetensors", "tools/templates/*.yml"]
+            "dlgsanet_arch": ["py.typed", "weights/*.safetensors", "tools/*/*.yml", "tools/*/*.py"]
         },
         ext_modules=_extensions(),
         cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
@@ -228,31 +253,11 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
             "torch>=2.4",
             "numpy>=1.23",  # torch warns at each start where it is missing
             "pyyaml>=6.0",
+            "safetensors>=0.4",  # the bundled weights
         ],
         extras_require={
-            # What basicsr 1.4.2 imports; its own list demands tb-nightly and what it never imports.
-            "train": [
-                "lmdb>=1.4",
-                "pillow>=10.1",  # not BasicSR but our data tools read images with it
-                "requests>=2.28",
-                "scipy>=1.9,<2",  # it imports scipy.ndimage.filters, which SciPy 2.0 removes
-                "setuptools; python_version >= '3.12'",  # it imports distutils
-                "tensorboard>=2.11",
-                "torchvision>=0.19",
-                "tqdm>=4.64",
-            ],
-            # What `dlgsanet export` imports, and what dlgsanet_arch.spandrel adds itself to.
-            "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "spandrel>=0.4"],
-            "hub": ["huggingface-hub>=0.25", "safetensors>=0.4"],
-            # What `dlgsanet upscale` and the other tools import; OpenCV only for 16-bit colour.
-            "tools": [
-                "matplotlib>=3.6",
-                "pillow>=10.1",
-                "psutil>=5.9",  # free memory on macOS and Windows
-                "safetensors>=0.4",
-                "tifffile>=2022.8",  # 16-bit TIFF files out
-                "tqdm>=4.64",
-            ],
+            **EXTRAS,
+            "all": sorted({each for extra in EXTRAS.values() for each in extra}),
         },
         entry_points={"console_scripts": ["dlgsanet = dlgsanet_arch.cli:main"]},
         zip_safe=False,

@@ -7,7 +7,8 @@ after an install that did not finish. Any other environment is the user's and mu
 runs this file: its torch, torchvision, OpenCV, setuptools and BasicSR stay as they are, and only
 what is missing is added.
 
-Only the standard library is used, as this runs before anything is installed.
+Only the standard library is used, and so does what it imports of the package: this runs before
+anything is installed.
 """
 
 import fcntl
@@ -21,18 +22,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dlgsanet_arch.tools.installing import (  # noqa: E402 - only now on the path
+    BASICSR,
+    BUILD_OPTIONS,
+    TESTED,
+    build_paths,
+    run_pip,
+)
+
 OWN = ROOT / ".venv"
 # In the .venv that was made here; empty until an install has finished, then what it was made from.
 STAMP = OWN / ".dlgsanet-install"
 REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-test.txt"]
-BASICSR = "basicsr==1.4.2"
 OLDEST_TORCH = (2, 4)
-TESTED = "Python 3.10 to 3.12"
 
 
 def say(message: str) -> None:
@@ -52,7 +61,8 @@ def fingerprint() -> str:
     """Return a digest of all that decides what the .venv holds; it changes when they do."""
     package = ROOT / "dlgsanet_arch"
     files = [*REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", __file__]
-    files += [package / "version.py", *sorted((package / "cpu").glob("*.[ch]"))]
+    files += [package / "version.py", package / "tools" / "installing.py"]
+    files += sorted((package / "cpu").glob("*.[ch]"))
     digest = hashlib.sha256(str(ROOT).encode())  # the checkout itself is installed, by its path
     for file in files:
         digest.update(Path(file).read_bytes())
@@ -100,30 +110,6 @@ def adapt(requirements: list[str]) -> list[str]:
             requirement = name  # pip finds the one that was made for this torch
         wanted.append(requirement)
     return wanted
-
-
-def pip_install(python: Path, *arguments: object, paths: Sequence[Path] = ()) -> bool:
-    """Install with that Python's pip; return whether it worked. Prints the larger downloads.
-
-    Args:
-        python: The environment's Python.
-        arguments: What to install, and options.
-        paths: Folders for PYTHONPATH, first.
-    """
-    environment = {**os.environ, "PIP_USER": "0", "PIP_ROOT_USER_ACTION": "ignore"}
-    if paths:
-        others = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *others])
-    options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    # Python compiles what it imports, a small part of torch; compiling all of it takes longer.
-    command = [python, "-m", "pip", "install", "--no-compile", *options, *arguments]
-    with subprocess.Popen(
-        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if re.search(r"Downloading .*\((\d{2,}\.\d MB|[\d.]+ GB)\)", line):
-                say(f"  {line.strip()}")
-    return process.returncode == 0
 
 
 def bootstrap_pip(base: str, python: Path) -> bool:
@@ -180,7 +166,7 @@ def compiler(python: Path) -> Iterator[list[Path]]:
     with tempfile.TemporaryDirectory() as folder:
         if zig:
             say("No C compiler works here: fetching Zig's for this install")
-            if not pip_install(python, "--no-deps", "--target", folder, *zig):
+            if not run_pip(python, "install", "--no-deps", "--target", folder, *zig):
                 say("pip could not fetch it; inference on a CPU is slower without compiled kernels")
         yield [Path(folder)] if zig else []
 
@@ -191,19 +177,17 @@ def install(python: Path, requirements: list[str], basicsr: bool) -> None:
     if sys.version_info >= (3, 13):
         say(f"This is Python {sys.version_info[0]}.{sys.version_info[1]}; tested are {TESTED}")
     say("Installing torch, BasicSR's requirements and the test tools")
-    if not pip_install(python, *requirements):
+    if not run_pip(python, "install", *requirements):
         sys.exit(
             "make: pip could not install requirements.txt and requirements-test.txt; its message "
             "is above. Check the network and pip's index; where it found no wheel for this "
             f"Python, name one of {TESTED}: make clean, then make PYTHON=/path/to/python3.11 ..."
         )
     say(f"Installing {BASICSR + ' and ' if basicsr else ''}this checkout")
-    repairs = [ROOT / "scripts" / "build_repair"] if sys.version_info >= (3, 13) else []
     last = [*([BASICSR] if basicsr else []), "--editable", ROOT]
-    # Isolated, BasicSR's build would fetch torch again; its own requirements demand tb-nightly.
     with compiler(python) as folders:
-        options = ["--no-build-isolation", "--no-deps"]
-        done = pip_install(python, *options, *last, paths=[*repairs, *folders])
+        paths = [*build_paths(), *folders]
+        done = run_pip(python, "install", *BUILD_OPTIONS, *last, paths=paths)
     if not done:
         sys.exit(
             f"make: pip could not build or install {' '.join(map(str, last))}; its message is "
@@ -242,5 +226,6 @@ def prepare(environment: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ |= {"PIP_USER": "0", "PIP_ROOT_USER_ACTION": "ignore"}
     with alone():
         prepare(Path(sys.argv[1]).resolve())

@@ -1,18 +1,23 @@
 """`dlgsanet doctor` on healthy and broken installations, and how `dlgsanet` finds its verbs."""
 
 import importlib
+import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import run
 
-from dlgsanet_arch import cli
+from dlgsanet_arch import _basicsr, cli
 from dlgsanet_arch.cpu import library
-from dlgsanet_arch.tools import doctor
-from dlgsanet_arch.tools.doctor import Package
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.tools import doctor, installing
+from dlgsanet_arch.tools.doctor import Package, Problem
 from dlgsanet_arch.version import __version__
 
 
@@ -44,6 +49,7 @@ def test_a_healthy_installation(dlgsanet):
     assert "(tested: 2.11 and 2.13" in result.stdout
     assert "cpu: builds, trains and evaluates" in result.stdout
     assert "functional_tensor: BasicSR imports" in result.stdout
+    assert "\nwarnings\n" in result.stdout
     assert result.stdout.endswith("problems\n  none\n")
 
 
@@ -53,7 +59,7 @@ def test_each_broken_package_is_named_with_its_fix(dlgsanet, tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('CUDA 12 and CUDA 13')")
     (tmp_path / "requests.py").write_text("import urllib3_that_is_not_there")
     (tmp_path / "scipy.py").write_text("raise ValueError('made for another numpy')")
-    result = dlgsanet("doctor", absent=("lmdb", "yaml"))
+    result = dlgsanet("doctor", absent=("lmdb", "PIL"))
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
     for line in (
@@ -64,8 +70,8 @@ def test_each_broken_package_is_named_with_its_fix(dlgsanet, tmp_path):
         "fix: pip install urllib3_that_is_not_there",
         "scipy is installed, but its import fails: ValueError: made for another numpy",
         "fix: pip install --force-reinstall scipy",
-        "lmdb is not installed; BasicSR needs it\n    fix: pip install lmdb",
-        "yaml is not installed; BasicSR needs it\n    fix: pip install pyyaml",
+        "lmdb is not installed; training needs it\n    fix: pip install lmdb",
+        "PIL is not installed; training needs it\n    fix: pip install pillow",
         "cpu: builds, trains and evaluates",
     ):
         assert line in result.stdout
@@ -73,11 +79,21 @@ def test_each_broken_package_is_named_with_its_fix(dlgsanet, tmp_path):
     assert "BasicSR is installed, but" not in result.stdout
 
 
-def test_without_basicsr_doctor_says_how_to_install_it(dlgsanet):
-    result = dlgsanet("doctor", absent=("basicsr",))
-    assert result.returncode == 1
-    assert "Traceback" not in result.stdout + result.stderr
-    assert "pip install --no-build-isolation --no-deps basicsr==1.4.2\n" in result.stdout
+def test_basicsr_is_installed_by_the_commands_that_messages_name():
+    commands = [shlex.split(each) for each in _basicsr.INSTALL_BASICSR.split(" && ")]
+    assert commands == [["pip", *each] for each in installing.INSTALL_BASICSR]
+
+
+@pytest.mark.parametrize(
+    ("version", "fix"),
+    [((3, 12), "pip install --no-build-isolation --no-deps basicsr==1.4.2"), ((3, 13), "--fix")],
+)
+def test_a_missing_basicsr_is_installed_the_way_that_works(monkeypatch, version, fix):
+    monkeypatch.setattr(sys, "version_info", (*version, 0))
+    problem = doctor.basicsr_problem(Package("basicsr", None))
+    assert fix in problem.fix
+    assert problem.commands == installing.INSTALL_BASICSR
+    assert [path.name for path in installing.build_paths()] == ["build_repair"] * (version[1] > 12)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,7 @@ def test_without_basicsr_doctor_says_how_to_install_it(dlgsanet):
     ],
 )
 def test_a_broken_basicsr(error, fix):
-    (problem,) = doctor.basicsr_problems(Package("basicsr", "1.4.2", error))
+    problem = doctor.basicsr_problem(Package("basicsr", "1.4.2", error))
     assert type(error).__name__ in problem.cause
     assert fix in problem.fix
 
@@ -100,20 +116,115 @@ def test_a_broken_basicsr(error, fix):
 def test_a_taken_name_is_a_problem(monkeypatch):
     module = importlib.import_module("basicsr.utils.registry")
     installed = Package("basicsr", "1.4.2")
-    assert list(doctor.basicsr_problems(installed)) == []
+    assert doctor.basicsr_problem(installed) is None
     monkeypatch.setattr(module, "ARCH_REGISTRY", module.Registry("arch"))
     module.ARCH_REGISTRY.register(type("DLGSANet", (), {"__module__": "their_plugin"}))
-    (problem,) = doctor.basicsr_problems(installed)
-    assert "their_plugin.DLGSANet" in problem.cause
+    assert "their_plugin.DLGSANet" in doctor.basicsr_problem(installed).cause
 
 
-def test_the_kernels_in_use_are_named_or_what_to_do(monkeypatch):
-    monkeypatch.setattr(library, "variant", lambda: "avx2")
-    monkeypatch.setattr(library, "why_not", lambda: "")
-    assert doctor._cpu_kernels() == "avx2"
+# Says yes to every command, and notes it with what Python would import first.
+FAKE_PIP = """
+import json, os, sys
+with open("pip.jsonl", "a") as file:
+    print(json.dumps([sys.argv[1:], os.environ["PYTHONPATH"]]), file=file)
+print("Downloading x.whl (12.3 MB)")
+sys.exit("broken" in sys.argv)
+"""
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """The commands given to a pip that installs nothing."""
+    (tmp_path / "pip.py").write_text(FAKE_PIP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def commands():
+        lines = Path("pip.jsonl").read_text().splitlines() if Path("pip.jsonl").exists() else []
+        return [json.loads(line) for line in lines]
+
+    return commands
+
+
+def test_doctor_fixes_what_pip_can_fix(dlgsanet, pip):
+    result = dlgsanet("doctor", "--fix", "--yes", absent=("basicsr", "lmdb"))
+    assert result.returncode == 1  # the pip is not real: looked at again, nothing has changed
+    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stdout.count("BasicSR is not installed") == 2
+    options = ["--disable-pip-version-check", "--no-input", "--no-compile"]
+    options += ["--progress-bar", "off"]
+    commands = [("lmdb",), ("cython", "setuptools<81", "wheel")]
+    commands += [("--no-build-isolation", "--no-deps", "basicsr==1.4.2")]
+    assert [command for command, _ in pip()] == [["install", *options, *each] for each in commands]
+    for command in commands:
+        assert f"-m pip install {shlex.join(command)}\n" in result.stdout
+    assert all(("build_repair" in path) == (sys.version_info >= (3, 13)) for _, path in pip())
+
+
+@pytest.mark.parametrize(("answer", "ran"), [("y", 1), ("n", 0), ("", 0), (None, 0)])
+def test_doctor_asks_before_it_installs(pip, monkeypatch, capsys, answer, ran):
+    def reply(question):
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", reply)
+    again = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda command: again)
+    problems = [Problem("x is absent", [("install", "x")]), Problem("y", advice="buy it")]
+    assert doctor.fix(problems, yes=False) == 1 - ran
+    assert len(pip()) == ran
+    printed = capsys.readouterr().out
+    assert "-m pip install x\n" in printed
+    assert ("nothing was changed" in printed) == (not ran)
+
+
+def test_what_pip_cannot_fix_is_said(pip, monkeypatch, capsys):
+    assert doctor.fix([], yes=True) == 0
+    assert doctor.fix([Problem("y", advice="buy it")], yes=True) == 1
+    assert "pip cannot fix" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"pip failed.*: pip install broken"):
+        doctor.fix([Problem("x", [("install", "broken")])], yes=True)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"no pip: run .* -m ensurepip"):
+        doctor.fix([Problem("x", [("install", "x")])], yes=True)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "torchvision", "basicsr", "python", "warned"),
+    [
+        ("2.13.1+cpu", "0.28.0", "1.4.2", (3, 12), ""),
+        ("2.14.0+cpu", "0.29.0", "1.4.2", (3, 11), r"torch 2.14.0\+cpu is untested .*torch==2.13"),
+        ("2.13.0+cpu", "0.27.0", None, (3, 11), "torchvision 0.27.0 was made for another torch"),
+        ("2.13.0+cpu", None, "1.3.0", (3, 11), "BasicSR 1.3.0 is untested"),
+        ("2.13.0+cpu", None, None, (3, 14), "Python .* is untested .*3.10 to 3.12"),
+    ],
+)
+def test_untested_versions_are_a_warning(
+    monkeypatch, torch_version, torchvision, basicsr, python, warned
+):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(sys, "version_info", (*python, 0))
+    found = doctor.warnings(Package("torchvision", torchvision), Package("basicsr", basicsr))
+    assert len(found) == bool(warned)
+    assert re.match(warned, "".join(found))
+
+
+def test_cuda_without_a_gpu_is_a_warning(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    absent = Package("torchvision", None)
+    (found,) = [each for each in doctor.warnings(absent, absent) if "CUDA" in each]
+    assert "https://download.pytorch.org/whl/cpu" in found
+
+
+def test_kernels_that_are_missing_are_shown_with_their_reason(monkeypatch, capsys):
     monkeypatch.setattr(library, "why_not", lambda: "they are old; 'pip install' builds them")
-    told = "none, inference on a CPU is slower: they are old; 'pip install' builds them"
-    assert doctor._cpu_kernels() == told
+    doctor.report()
+    told = "CPU kernels  none, inference on a CPU is slower: they are old; 'pip install' builds"
+    assert told in capsys.readouterr().out
 
 
 def test_a_device_that_fails_is_a_problem():

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from dlgsanet_arch import __version__
 
-SHIM = Path("scripts", "build_repair")
+SHIM = Path("dlgsanet_arch", "tools", "build_repair")
 
 
 def plain_environment(**changes: str) -> dict[str, str]:
@@ -155,6 +155,14 @@ def test_metadata_gives_version_python_and_no_basicsr(metadata):
     needed = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     assert "2.4.0" in next(need.specifier for need in needed if need.name == "torch")
     names = {need.name for need in needed}
+    assert next(need.marker for need in needed if need.name == "safetensors") is None
+    extras = {
+        extra: {
+            need.name for need in needed if need.marker and need.marker.evaluate({"extra": extra})
+        }
+        for extra in ("train", "tools", "export", "all")
+    }
+    assert extras["all"] == extras["train"] | extras["tools"] | extras["export"] > {"matplotlib"}
     assert not [name for name in names if name == "basicsr" or name.startswith("opencv")]
 
 
@@ -167,11 +175,10 @@ def test_requirements_pin_what_was_tested_and_cover_setup(repository, metadata):
     listed = read("requirements.txt")
     assert str(listed["torch"]) == "torch==2.13.0"
     assert str(listed["torchvision"]) == "torchvision==0.28.0"
-    assert "basicsr==1.4.2" in (repository / "scripts" / "install.py").read_text()
     of_tools = listed | read("requirements-test.txt")
     for need in map(Requirement, metadata.get_all("Requires-Dist")):
         is_tool = need.marker is not None and any(
-            need.marker.evaluate({"extra": extra}) for extra in ("tools", "export")
+            need.marker.evaluate({"extra": extra}) for extra in ("tools", "export", "all")
         )
         known = of_tools if is_tool else listed
         assert need.name in known
@@ -302,12 +309,10 @@ def test_make_finds_a_python_that_runs(repository, tmp_path, there, chosen):
 
 def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
     checkout = tmp_path / "checkout"
-    shutil.copytree(repository / "scripts", checkout / "scripts")
-    kernels = Path("dlgsanet_arch", "cpu")
-    shutil.copytree(repository / kernels, checkout / kernels)
+    for name in ("scripts", "dlgsanet_arch"):
+        shutil.copytree(repository / name, checkout / name)
     for name in ("requirements.txt", "requirements-test.txt", "setup.py", "pyproject.toml"):
         shutil.copy(repository / name, checkout)
-    shutil.copy(repository / "dlgsanet_arch" / "version.py", checkout / "dlgsanet_arch")
     # What an interrupted install leaves: an empty stamp and part of an environment.
     venv.create(checkout / ".venv", symlinks=True)
     stamp, left = checkout / ".venv" / ".dlgsanet-install", checkout / ".venv" / "left"
@@ -326,7 +331,7 @@ def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
         "install.STAMP.write_text(install.fingerprint())"
     )
     for name, change in (
-        (kernels / "dynamic.c", "/* changed */"),
+        ("dlgsanet_arch/cpu/dynamic.c", "/* changed */"),
         ("requirements.txt", "hypothetical>=1\n"),
     ):
         succeed(sys.executable, "finish.py", cwd=checkout)
@@ -370,11 +375,12 @@ def test_make_fetches_a_compiler_for_the_build_alone(
 ):
     install = load_install_script(repository)
     asked = []
-    monkeypatch.setattr(install, "pip_install", lambda *words: asked.append(words) or fetched)
+    monkeypatch.setattr(install, "run_pip", lambda *words: asked.append(words) or fetched)
     monkeypatch.setattr(install, "ROOT", tmp_path)
     (tmp_path / "setup.py").write_text("ZIG = 'ziglang>=9'\ndef needs_zig(): return True")
     with install.compiler(Path(sys.executable)) as (folder,):
-        assert asked == [(Path(sys.executable), "--no-deps", "--target", str(folder), "ziglang>=9")]
+        command = ("install", "--no-deps", "--target", str(folder), "ziglang>=9")
+        assert asked == [(Path(sys.executable), *command)]
         assert folder.is_dir()
     assert not folder.exists()
     assert ("could not fetch it" in capsys.readouterr().out) is not fetched

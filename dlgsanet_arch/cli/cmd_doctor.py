@@ -8,17 +8,27 @@ from dlgsanet_arch.cli import VERBS, exit_status
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="dlgsanet doctor",
         description=VERBS["doctor"],
         epilog="Exit status 1 where training cannot run.",
     )
+    install = (
+        "show what pip would install to fix the problems, BasicSR included, then ask and do it"
+    )
+    parser.add_argument("--fix", action="store_true", help=install)
+    parser.add_argument("--yes", action="store_true", help="with --fix: do not ask")
+    return parser
 
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions, repairs, devices and problems; 1 where training cannot run."""
-    build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.yes and not arguments.fix:
+        parser.error("--yes needs --fix")
     from dlgsanet_arch.tools import doctor
 
-    return doctor.report()
+    problems = doctor.report()
+    return doctor.fix(problems, yes=arguments.yes) if arguments.fix else int(bool(problems))

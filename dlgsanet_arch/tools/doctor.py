@@ -5,54 +5,70 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from dlgsanet_arch import _basicsr
 from dlgsanet_arch.cpu import library
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.tools import installing
 from dlgsanet_arch.version import __version__
 
 # What the whole test suite has run with.
 TESTED_TORCH = ("2.11", "2.13")
-TESTED_BASICSR = "1.4.2"
+TESTED_BASICSR = installing.BASICSR.partition("==")[2]
 
-# What BasicSR imports, and what pip calls it. Its own list names more than it uses.
+# What training and the data verbs import, and what pip calls it.
 REQUIREMENTS = {
     "numpy": "numpy",
     "cv2": "opencv-python-headless",
+    "PIL": "pillow",
     "lmdb": "lmdb",
     "scipy": "scipy",
     "yaml": "pyyaml",
     "requests": "requests",
+    "safetensors": "safetensors",
     "tqdm": "tqdm",
     "torchvision": "torchvision",
 }
 # The same for what may turn out to be missing when BasicSR or one of those is imported.
-PIP_NAMES = {**REQUIREMENTS, "PIL": "pillow", "distutils": "setuptools"}
+PIP_NAMES = {**REQUIREMENTS, "distutils": "setuptools"}
 
-REINSTALL_BASICSR = _basicsr.INSTALL_BASICSR.replace("--no-build", "--force-reinstall --no-build")
+Command = tuple[str, ...]  # arguments of pip
+REINSTALL_BASICSR = (
+    *installing.INSTALL_BASICSR[:-1],
+    ("install", "--force-reinstall", *installing.INSTALL_BASICSR[-1][1:]),
+)
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Something that keeps training from running.
 
     Attributes:
         cause: What is wrong.
-        fix: The one line that fixes it.
+        commands: What `--fix` gives to pip.
+        advice: What else fixes it.
     """
 
     cause: str
-    fix: str
+    commands: Sequence[Command] = ()
+    advice: str = ""
+
+    @property
+    def fix(self) -> str:
+        """The one line that fixes it."""
+        return self.advice or " && ".join(f"pip {shlex.join(each)}" for each in self.commands)
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):
     """What was found of a package.
 
     Attributes:
@@ -84,7 +100,7 @@ def _installed_version(name: str) -> str:
 
 
 def look_for(name: str) -> Package:
-    """Import a package and say what came of it; whatever the import raises is caught."""
+    """Import a package and return what was found; whatever the import raises is caught."""
     try:
         if importlib.util.find_spec(name) is None:
             return Package(name, None)
@@ -95,78 +111,80 @@ def look_for(name: str) -> Package:
     return Package(name, str(version) if version else _installed_version(name))
 
 
+def _short(version: str) -> str:
+    """Return major and minor version: 2.13 of 2.13.0+cpu."""
+    return ".".join(version.split(".")[:2])
+
+
 def _matching_torchvision() -> str:
     """Return pip's name of the torchvision release made for this torch: 0.28 for 2.13."""
-    major, minor = torch.__version__.split(".")[:2]
+    major, minor = _short(torch.__version__).split(".")
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
 def _missing_package(package: Package) -> str | None:
-    """Return the package that is not installed and that a package's import asked for, if any."""
+    """Return pip's name of the package that is not installed and that an import asked for."""
     if not isinstance(package.error, ModuleNotFoundError) or not package.error.name:
         return None
     needed = package.error.name.partition(".")[0]
-    return needed if importlib.util.find_spec(needed) is None else None
+    return PIP_NAMES.get(needed, needed) if importlib.util.find_spec(needed) is None else None
 
 
-def _fix(package: Package) -> str:
-    """Return the line that installs or fixes a requirement of BasicSR."""
+def _repair(package: Package) -> Sequence[Command]:
+    """Return what installs or fixes a requirement."""
     missing = _missing_package(package)
     if missing is not None:
-        return f"pip install {PIP_NAMES.get(missing, missing)}"
+        return [("install", missing)]
     if package.name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
         # Its windows need a desktop's libraries; the headless build has no windows.
-        return "pip uninstall -y opencv-python && pip install opencv-python-headless"
-    reinstall = "" if package.version is None else "--force-reinstall "
+        return [("uninstall", "-y", "opencv-python"), ("install", "opencv-python-headless")]
+    again = () if package.version is None else ("--force-reinstall",)
     if package.name == "torchvision":
-        return f"pip install {reinstall}--no-deps '{_matching_torchvision()}'"
-    return f"pip install {reinstall}{PIP_NAMES[package.name]}"
+        return [("install", *again, "--no-deps", _matching_torchvision())]
+    return [("install", *again, PIP_NAMES[package.name])]
 
 
 def requirement_problems(packages: Sequence[Package]) -> Iterator[Problem]:
-    """Yield a problem for each package that BasicSR imports and that is absent or broken."""
+    """Yield a problem for each package that training imports and that is absent or broken."""
     for package in packages:
         if package.version is None:
-            yield Problem(f"{package.name} is not installed; BasicSR needs it", _fix(package))
+            cause = f"{package.name} is not installed; training needs it"
         elif package.error is not None:
             cause = f"{package.name} is installed, but its import fails: {_describe(package.error)}"
-            yield Problem(cause, _fix(package))
+        else:
+            continue
+        yield Problem(cause, _repair(package))
 
 
-def basicsr_problems(basicsr: Package) -> Iterator[Problem]:
-    """Yield what is wrong with BasicSR itself, or with the name DLGSANet in its registry."""
+def basicsr_problem(basicsr: Package) -> Problem | None:
+    """Return what is wrong with BasicSR itself, or with the name DLGSANet in its registry."""
     if basicsr.version is None:
-        install = _basicsr.INSTALL_BASICSR
-        if sys.version_info >= (3, 13):
-            install += "  (with Python 3.10 to 3.12: newer ones do not build it)"
-        yield Problem("BasicSR is not installed", install)
-        return
+        python = f"on Python {platform.python_version()} BasicSR builds only with a repair"
+        advice = f"dlgsanet doctor --fix  ({python})" if installing.build_paths() else ""
+        return Problem("BasicSR is not installed", installing.INSTALL_BASICSR, advice)
     if basicsr.error is not None:
+        cause = f"BasicSR is installed, but its import fails: {_describe(basicsr.error)}"
         missing = _missing_package(basicsr)
         if missing is not None:
-            fix = f"pip install {PIP_NAMES.get(missing, missing)}"
-        elif getattr(basicsr.error, "name", None) == "basicsr.version":
+            return Problem(cause, [("install", missing)])
+        if getattr(basicsr.error, "name", None) == "basicsr.version":
             # A checkout has no version.py until its setup.py ran.
-            fix = "in the BasicSR checkout: pip install --no-build-isolation --no-deps -e ."
-        else:
-            fix = REINSTALL_BASICSR
-        yield Problem(
-            f"BasicSR is installed, but its import fails: {_describe(basicsr.error)}", fix
-        )
-        return
+            checkout = shlex.join(["pip", "install", *installing.BUILD_OPTIONS, "-e", "."])
+            return Problem(cause, advice=f"in the BasicSR checkout: {checkout}")
+        return Problem(cause, REINSTALL_BASICSR)
     try:
         _basicsr.register()
         found = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY.get("DLGSANet")
     except Exception as failure:
         cause = f"DLGSANet cannot be registered in BasicSR: {_describe(failure)}"
-        yield Problem(cause, REINSTALL_BASICSR)
-        return
-    if (found.__module__, found.__qualname__) != (DLGSANet.__module__, DLGSANet.__qualname__):
-        place = getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
-        yield Problem(
-            f"BasicSR's name 'DLGSANet' belongs to {found.__module__}.{found.__qualname__}",
-            f"remove or rename that class: {place}",
-        )
+        return Problem(cause, REINSTALL_BASICSR)
+    if (found.__module__, found.__qualname__) == (DLGSANet.__module__, DLGSANet.__qualname__):
+        return None
+    place = getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
+    return Problem(
+        f"BasicSR's name 'DLGSANet' belongs to {found.__module__}.{found.__qualname__}",
+        advice=f"remove or rename that class: {place}",
+    )
 
 
 def devices() -> list[str]:
@@ -204,8 +222,31 @@ def device_problem(device: str) -> Problem | None:
         fix = f"pip install --force-reinstall torch=={TESTED_TORCH[-1]}.*"
         if device != "cpu":
             fix += " (a build for this device), or hide the device: CUDA_VISIBLE_DEVICES=''"
-        return Problem(f"DLGSANet does not run on {device}: {_describe(error)}", fix)
+        return Problem(f"DLGSANet does not run on {device}: {_describe(error)}", advice=fix)
     return None
+
+
+def warnings(torchvision: Package, basicsr: Package) -> list[str]:
+    """Return what may fail although nothing is wrong yet: versions that were not tested."""
+    found = []
+    if not installing.TESTED_PYTHON[0] <= sys.version_info[:2] <= installing.TESTED_PYTHON[1]:
+        found.append(
+            f"Python {platform.python_version()} is untested (tested: {installing.TESTED})"
+        )
+    if _short(torch.__version__) not in TESTED_TORCH:
+        tested = " and ".join(TESTED_TORCH)
+        install = f"pip install 'torch=={TESTED_TORCH[-1]}.*' torchvision"
+        found.append(f"torch {torch.__version__} is untested (tested: {tested}): {install}")
+    if torchvision.version and _short(torchvision.version) not in _matching_torchvision():
+        install = f"pip install --no-deps '{_matching_torchvision()}'"
+        made = f"torchvision {torchvision.version} was made for another torch than"
+        found.append(f"{made} {torch.__version__}: {install}")
+    if basicsr.version not in (None, TESTED_BASICSR):
+        found.append(f"BasicSR {basicsr.version} is untested (tested: {TESTED_BASICSR})")
+    if torch.version.cuda and not torch.cuda.is_available() and not shutil.which("nvidia-smi"):
+        install = f"pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
+        found.append(f"torch has gigabytes of CUDA libraries and no GPU here: {install}")
+    return found
 
 
 def _cuda() -> str:
@@ -218,22 +259,22 @@ def _cuda() -> str:
     return f"{torch.version.cuda} on {', '.join(names)}"
 
 
-def _cpu_kernels() -> str:
-    fault = library.why_not()
-    return f"none, inference on a CPU is slower: {fault}" if fault else library.variant()
-
-
-def _tested_torch() -> str:
-    version = ".".join(torch.__version__.split(".")[:2])
-    tested = " and ".join(TESTED_TORCH)
-    note = "" if version in TESTED_TORCH else "; this one is not"
-    return f"{torch.__version__} (tested: {tested}{note})"
-
-
-def _tensorboard() -> str:
-    found = look_for("tensorboard")
+def _rows(packages: dict[str, Package], basicsr: Package) -> dict[str, str]:
+    fault, tensorboard = library.why_not(), look_for("tensorboard")
     hint = " (needed where use_tb_logger is true: pip install tensorboard)"
-    return f"{found}{hint if found.version is None or found.error else ''}"
+    return {
+        "dlgsanet": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__} (tested: {' and '.join(TESTED_TORCH)})",
+        "CUDA": _cuda(),
+        "CPU kernels": f"none, inference on a CPU is slower: {fault}"
+        if fault
+        else library.variant(),
+        "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
+        "Triton": str(look_for("triton")),
+        **{{"cv2": "OpenCV"}.get(name, name): str(found) for name, found in packages.items()},
+        "tensorboard": f"{tensorboard}{hint if tensorboard.version is None else ''}",
+    }
 
 
 def _section(title: str, lines: Sequence[str]) -> None:
@@ -242,46 +283,59 @@ def _section(title: str, lines: Sequence[str]) -> None:
         print(f"  {line}")
 
 
-def report() -> int:
-    """Print versions, repairs, devices and problems.
-
-    Returns:
-        0, or 1 where a problem keeps training from running.
-    """
-    requirements = [look_for(name) for name in REQUIREMENTS]
-    problems = list(requirement_problems(requirements))
+def report() -> list[Problem]:
+    """Print versions, repairs, devices, warnings and problems; return the problems."""
+    packages = {name: look_for(name) for name in REQUIREMENTS}
     basicsr = look_for("basicsr")
+    problems = list(requirement_problems(list(packages.values())))
     # Where a requirement fails, BasicSR fails for the same cause, which is listed already.
     if not problems or basicsr.version is None:
-        problems += basicsr_problems(basicsr)
-
-    versions = {package.name: str(package) for package in requirements}
-    rows = {
-        "dlgsanet": __version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": _tested_torch(),
-        "CUDA": _cuda(),
-        "CPU kernels": _cpu_kernels(),
-        "torchvision": versions["torchvision"],
-        "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
-        "Triton": str(look_for("triton")),
-        "OpenCV": versions["cv2"],
-        "lmdb": versions["lmdb"],
-        "numpy": versions["numpy"],
-        "tensorboard": _tensorboard(),
-    }
-    for label, value in rows.items():
+        problems += filter(None, [basicsr_problem(basicsr)])
+    for label, value in _rows(packages, basicsr).items():
         print(f"{label:<12} {value}")
-    _section(
-        "repairs in force",
-        [f"{repair.name}: {repair.reason}" for repair in _basicsr.REPAIRS if repair.is_active],
-    )
-
-    reports = []
+    repairs = [f"{each.name}: {each.reason}" for each in _basicsr.REPAIRS if each.is_active]
+    _section("repairs in force", repairs)
+    states = []
     for device in devices():
         problem = device_problem(device)
-        problems += [problem] if problem else []
-        reports.append(f"{device}: {'fails' if problem else 'builds, trains and evaluates'}")
-    _section("DLGSANet on each device", reports)
+        problems += filter(None, [problem])
+        states.append(f"{device}: {'fails' if problem else 'builds, trains and evaluates'}")
+    _section("DLGSANet on each device", states)
+    _section("warnings", warnings(packages["torchvision"], basicsr))
     _section("problems", [f"{problem.cause}\n    fix: {problem.fix}" for problem in problems])
-    return 1 if problems else 0
+    return problems
+
+
+def fix(problems: Sequence[Problem], *, yes: bool) -> int:
+    """Show what pip is to do about problems, ask, do it, and look again in a new process.
+
+    Args:
+        problems: What `report` returned.
+        yes: Do not ask.
+
+    Returns:
+        0 where no problem is left, else 1.
+
+    Raises:
+        UserError: pip is absent, or fails.
+    """
+    commands = list(dict.fromkeys(each for problem in problems for each in problem.commands))
+    if not commands:
+        print(f"\n{'pip cannot fix these problems' if problems else 'nothing to fix'}")
+        return int(bool(problems))
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"this Python has no pip: run {sys.executable} -m ensurepip")
+    _section(f"to run with {sys.executable}", [f"-m pip {shlex.join(each)}" for each in commands])
+    if not yes:
+        try:
+            answer = input("run this? [y/N] ")
+        except EOFError:
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            print("nothing was changed")
+            return 1
+    for each in commands:
+        if not installing.run_pip(sys.executable, *each, paths=installing.build_paths()):
+            raise UserError(f"pip failed, its message is above: pip {shlex.join(each)}")
+    print("\ninstalled; once more:", flush=True)
+    return subprocess.run([sys.executable, "-m", "dlgsanet_arch", "doctor"]).returncode

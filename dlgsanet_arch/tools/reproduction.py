@@ -358,8 +358,8 @@ def _notes(result: Reproduction) -> list[str]:
         "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of `scale` pixels "
         "cut off.",
         f"SSIM: {SSIM_BASICSR}.",
-        f"A cell is reproduced where its PSNR is within {result.tolerance:g} dB of the published "
-        "one. 're-trained' is what the paper's authors got when they trained again.",
+        f"A cell counts as reproduced if its PSNR is within {result.tolerance:g} dB of the "
+        "published one. 're-trained' is the authors' own second training.",
     ]
     if any(not cell.is_published for cell in result.cells):
         notes.append("*: weights of another configuration, beside the nearest published one.")
@@ -373,7 +373,7 @@ def markdown(result: Reproduction, *, only_measured: bool = False) -> str:
     lines += [_line(cell, result.tolerance) for cell in cells]
     text = ["\n".join(_notes(result)), "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     lists = {
-        f"SSIM by the other usual definition, {SSIM_UNIFORM}:": [
+        f"SSIM by the other common definition, {SSIM_UNIFORM}:": [
             f"{cell.network} x{cell.scale} on {cell.dataset}: {cell.ssim_uniform:.4f}"
             for cell in cells
             if cell.ssim_uniform is not None

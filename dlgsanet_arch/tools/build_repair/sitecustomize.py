@@ -3,8 +3,7 @@
 It calls `exec(code)` and then `locals()["__version__"]`. Since PEP 667 such an exec writes to a
 snapshot of the function's variables, which is thrown away. Here exec writes to the function's
 frame again, as it did before. Python imports this file at its start when this folder is on
-PYTHONPATH, which scripts/install.py arranges for that one build. It can go when BasicSR's sdist
-builds without it.
+PYTHONPATH, as `installing.build_paths` says. It can go when BasicSR's sdist builds without it.
 """
 
 import builtins
