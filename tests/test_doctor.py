@@ -1,5 +1,6 @@
 """`dlgsanet doctor` on healthy and broken installations, and how `dlgsanet` finds its verbs."""
 
+import argparse
 import importlib
 import json
 import os
@@ -313,3 +314,33 @@ def test_help_needs_neither_basicsr_nor_what_it_needs(dlgsanet):
     result = dlgsanet("--help", absent=("basicsr", "torchvision", "cv2", "lmdb", "scipy"))
     assert result.returncode == 0, result.stderr
     assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)
+
+
+# One thing has one spelling in all verbs.
+FLAGS = {"--input": "-i", "--output": "-o", "--weights": "-m"}
+
+
+def actions(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from actions(each)
+        elif action.option_strings:
+            yield action
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_one_thing_has_one_spelling(verb):
+    module = importlib.import_module(f"dlgsanet_arch.cli.cmd_{verb.replace('-', '_')}")
+    for action in actions(module.build_parser()):
+        spellings = set(action.option_strings)
+        shorts = {FLAGS[each] for each in spellings & FLAGS.keys()}
+        assert {each for each in spellings if len(each) == 2} - {"-h"} == shorts
+        assert (action.metavar == "HxW") == ("--size" in spellings) == (action.type is cli.size)
+
+
+@pytest.mark.parametrize("text", ["720", "720x", "0x5", "axb", "1x2x3", "720X1280"])
+def test_a_size_is_height_and_width(text):
+    assert cli.size("720x1280") == (720, 1280)
+    with pytest.raises(argparse.ArgumentTypeError, match="a size is HEIGHTxWIDTH"):
+        cli.size(text)

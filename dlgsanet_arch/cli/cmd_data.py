@@ -213,7 +213,8 @@ def _add_cutting(parser: argparse.ArgumentParser) -> None:
 def _add_folder(
     parser: argparse.ArgumentParser, name: str, what: str, *, required: bool = False
 ) -> None:
-    parser.add_argument(name, type=Path, metavar="FOLDER", help=what, required=required)
+    names = ["-o", name] if name == "--output" else [name]
+    parser.add_argument(*names, type=Path, metavar="FOLDER", help=what, required=required)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
