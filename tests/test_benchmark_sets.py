@@ -58,10 +58,6 @@ def cropped(image: np.ndarray, scale: int) -> np.ndarray:
     return image[: height // scale * scale, : width // scale * scale]
 
 
-def lr_of(image: np.ndarray, scale: int) -> np.ndarray:
-    return resized(cropped(image, scale), 1 / scale)
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -303,12 +299,10 @@ def test_each_scale_takes_its_own_hr_of_selfexsr(tmp_path):
     for scale in (2, 4):
         name = f"image_SRF_{scale}/img_001_SRF_{scale}_HR.png"
         saved(tmp_path / "in" / name, made(scale))
-        saved(tmp_path / "in" / name.replace("HR", "LR"), lr_of(made(scale), scale))
-    summary = build("made", tmp_path / "in", tmp_path / "out", [2, 4])
+    build("made", tmp_path / "in", tmp_path / "out", [2, 4])
     for scale in (2, 4):
         hr = read(tmp_path / "out" / f"X{scale}" / "HR" / "img_001.png")
         assert np.array_equal(hr, cropped(made(scale), scale))
-    assert [each.given for each in summary.scales] == ["given LR equals ours (1 of 1 images)"] * 2
     refused("no HR images for x3.*--scale 2 4", "made", tmp_path / "in", tmp_path / "out", [2, 3])
     assert not (tmp_path / "out" / "X3").exists()
     # without a wish, the scales that are there: Urban100 as it circulates has no x3
@@ -364,40 +358,6 @@ def test_images_of_one_name_are_refused(tmp_path):
     for folder in ("image_SRF_2", "."):
         saved(tmp_path / "in" / folder / "a_SRF_2_HR.png", made(1))
     refused("have one name", "made", tmp_path / "in", tmp_path / "out", [2])
-
-
-# LR that came with the images
-
-GIVEN = ["LR_bicubic/X2/p{}x2.png", "LR/x2/p{}.png", "LRbicx2/p{}.png", "X2/LR/p{}.png"]
-
-
-@pytest.mark.parametrize("given", GIVEN)
-def test_given_lr_is_compared(tmp_path, given):
-    source = source_of(tmp_path / "in")
-    for number in range(2):
-        saved(source / given.format(number), lr_of(made(number), 2))
-
-    def told(place: str) -> str | None:
-        summary = build("made", source, tmp_path / place, [2, 4])
-        assert summary.scales[1].given is None
-        return summary.scales[0].given
-
-    assert told("a") == "given LR equals ours (2 of 2 images)"
-    lr = lr_of(made(0), 2)
-    lr[0, 0] ^= 1
-    saved(source / given.format(0), lr)
-    samples = 2 * lr.size
-    assert f"up to rounding: 1 level in {3 / samples:.3%} of the samples" in told("a")
-    other = cv2.resize(cropped(made(0), 2), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_CUBIC)
-    saved(source / given.format(0), other)
-    difference = np.abs(other.astype(int) - lr_of(made(0), 2))
-    text = f"by {difference.sum() / samples:.3f} levels in the mean and {difference.max()} at most"
-    assert difference.max() > 1
-    assert text in told("a")
-    saved(source / given.format(0), lr[:-1])
-    (source / given.format(1)).write_bytes(b"nothing")
-    assert "of 1 images has another size" in told("a")
-    assert "of 1 images cannot be read" in told("a")
 
 
 # Bad images
@@ -566,21 +526,17 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_made(tmp_path, monkeypatch
 
 def test_the_set_may_lie_where_the_tree_goes(tmp_path):
     source_of(tmp_path)
-    saved(tmp_path / "LR_bicubic" / "X2" / "p0x2.png", lr_of(made(0), 2))
     first = build("made", tmp_path, tmp_path, [2])
     both = build("made", tmp_path, tmp_path, [4, 2, 4])
     assert [each.scale for each in both.scales] == [2, 4]
     assert [each.written for each in both.scales] == [False, True]
     assert both.source == tmp_path / "HR"
-    assert both.scales[0].given == "given LR equals ours (1 of 2 images)"
     # what was made is enough to find it finished, and for nothing else
     shutil.rmtree(tmp_path / "HR")
-    shutil.rmtree(tmp_path / "LR_bicubic")
     (tmp_path / "X3.unfinished").mkdir()
     shutil.copytree(tmp_path / "X2", tmp_path / "X2.old")
     alone = build("made", tmp_path, tmp_path, [2, 4])
     assert [each.written for each in alone.scales] == [False, False]
-    assert [each.given for each in alone.scales] == [None, None]
     assert alone.scales[0].sha256 == first.scales[0].sha256
     refused("no HR images for x3.*--scale 2 4", "made", tmp_path, tmp_path, [2, 3, 4])
     saved(tmp_path / "X2" / "HR" / "p0.png", made(5))

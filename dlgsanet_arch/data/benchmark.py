@@ -21,14 +21,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from dlgsanet_arch.data.benchmarks import KNOWN, set_name
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import encode_png
-from dlgsanet_arch.data.discovery import Original, find_layout
+from dlgsanet_arch.data.discovery import find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.making import checked_scales, made_before, notice_lines, refuse_bad
 from dlgsanet_arch.data.scores import Scores, measure
@@ -58,21 +54,18 @@ class Scale:
         name: The set's name.
         scale: HR side over LR side.
         folder: Where HR and LR go.
-        originals: What they are made from.
+        originals: What they are made from, by name.
         recipe: What distinguishes the folder from one made otherwise; once it is finished, with
             the figures and hashes of what is in it.
         written: False where a finished folder was left alone.
-        given: How the LR images that the source holds compare with those made here; None
-            where it holds none.
     """
 
     name: str
     scale: int
     folder: Path
-    originals: Sequence[Original]
+    originals: Mapping[str, Path]
     recipe: dict[str, Any]
     written: bool = False
-    given: str | None = None
 
     @property
     def sha256(self) -> Mapping[str, str]:
@@ -100,24 +93,10 @@ class Scale:
             and abs(self.bicubic.ssim - self.known.ssim) <= tolerance.ssim
         )
 
-    @property
-    def is_own_source(self) -> bool:
-        """Whether it would be made from the very images that were written there."""
-        return all(each.path.parent == self.folder / "HR" for each in self.originals)
-
 
 @dataclass
 class Summary:
-    """What `build` made, or found finished.
-
-    Args:
-        name: The set's name.
-        source: The folder where HR was found.
-        count: How many images it has.
-        skipped: What is wrong with images that were left out.
-        notices: What a user should know.
-        scales: In ascending order.
-    """
+    """What `build` made, or found finished: the set's name, the folder of HR, and what to say."""
 
     name: str
     source: Path
@@ -151,13 +130,13 @@ def _inspect(item: tuple[Path, int]) -> _Inspected | ImageError:
 
 
 def _inspect_all(
-    summary: Summary, originals: Mapping[int, Sequence[Original]], workers: int, skip_bad: bool
+    summary: Summary, originals: Mapping[int, Mapping[str, Path]], workers: int, skip_bad: bool
 ) -> dict[Path, _Inspected]:
     """Decode all images; what was found goes into the summary, the good ones are returned."""
     least: dict[Path, int] = {}
     for scale, each in originals.items():
-        for original in each:
-            least[original.path] = max(least.get(original.path, 0), _least_side(scale))
+        for path in each.values():
+            least[path] = max(least.get(path, 0), _least_side(scale))
     good, notices = {}, defaultdict(list)
     label = f"{summary.name}: reading"
     for (path, _), result in with_progress(_inspect, list(least.items()), workers, label):
@@ -169,23 +148,24 @@ def _inspect_all(
             notices[notice].append(path.name)
     summary.notices += notice_lines(notices)
     for each in originals.values():
-        bad = sum(original.path not in good for original in each)
+        bad = sum(path not in good for path in each.values())
         refuse_bad(summary.skipped, bad, len(each), skip=skip_bad)
     return good
 
 
 class _Task(NamedTuple):
-    original: Original
+    key: str
+    path: Path
     scale: int
     folder: Path
 
 
 def _make(task: _Task) -> Scores:
     """Write one image's HR and LR, and measure how bicubic restores it."""
-    hr = crop_to_multiple(read_8_bits(task.original.path).pixels, task.scale)
+    hr = crop_to_multiple(read_8_bits(task.path).pixels, task.scale)
     lr = bicubic(hr, 1 / task.scale)
     for part, image in (("HR", hr), ("LR", lr)):
-        (task.folder / part / f"{task.original.key}.png").write_bytes(encode_png(image))
+        (task.folder / part / f"{task.key}.png").write_bytes(encode_png(image))
     return measure(bicubic(lr, task.scale), hr, task.scale)
 
 
@@ -233,7 +213,8 @@ def _finished(each: Scale, overwrite: bool) -> dict[str, Any] | None:
         except ImageError as error:
             return str(error)
 
-    if each.is_own_source:  # changed images are nothing to make it from again
+    if all(path.parent == each.folder / "HR" for path in each.originals.values()):
+        # Made from what was written there: changed images are nothing to make it from again.
         remedy = "move it away, and name the set's images with --hr FOLDER"
         wanted = {"kind": RECIPE_KIND}
         return made_before(each.folder, wanted, change, overwrite=False, remedy=remedy)
@@ -248,9 +229,9 @@ def _build_scales(name: str, scales: Sequence[Scale], workers: int) -> None:
             (unfinished(each.folder) / part).mkdir(parents=True)
     # one stream for all scales, so that worker processes start once
     tasks = [
-        _Task(original, each.scale, unfinished(each.folder))
+        _Task(key, path, each.scale, unfinished(each.folder))
         for each in scales
-        for original in each.originals
+        for key, path in each.originals.items()
     ]
     made = with_progress(_make, tasks, workers, f"{name}: writing")
     for each in scales:
@@ -260,67 +241,6 @@ def _build_scales(name: str, scales: Sequence[Scale], workers: int) -> None:
         write_json(growing / RECIPE, each.recipe)
         replace_folder(growing, each.folder)
         each.written = True
-
-
-def _differences(ours: Path, given: Path) -> NDArray[np.int64] | None:
-    """Count absolute differences between two images' samples by their size.
-
-    Returns:
-        (256,): how many samples differ by 0, 1, 2, … levels; None where sizes are unequal.
-    """
-    images = [read_8_bits(path, least=1).pixels for path in (ours, given)]
-    if images[0].shape != images[1].shape:
-        return None
-    return np.bincount(cv2.absdiff(*images).ravel(), minlength=256)
-
-
-def _compare_given(each: Scale, given: Mapping[tuple[int, str], Path]) -> str | None:
-    """Compare the LR images that came with a set with those made here.
-
-    Returns:
-        What to tell about them; None where there are none.
-    """
-    counts = np.zeros(256, np.int64)
-    compared, other_sizes, unreadable = 0, 0, 0
-    for original in each.originals:
-        path = given.get((each.scale, original.stem))
-        if path is None:
-            continue
-        try:
-            levels = _differences(each.folder / "LR" / f"{original.key}.png", path)
-        except ImageError:
-            unreadable += 1
-            continue
-        if levels is None:
-            other_sizes += 1
-        else:
-            counts += levels
-            compared += 1
-    parts = []
-    if compared:
-        parts.append(f"{_judged(counts)} ({compared} of {len(each.originals)} images)")
-    if other_sizes:
-        parts.append(
-            f"given LR of {other_sizes} images has another size than ours: HR was cropped "
-            "otherwise for it"
-        )
-    if unreadable:
-        parts.append(f"given LR of {unreadable} images cannot be read")
-    return "; ".join(parts) or None
-
-
-def _judged(counts: NDArray[np.int64]) -> str:
-    largest = int(np.flatnonzero(counts)[-1])
-    if largest == 0:
-        return "given LR equals ours"
-    if largest == 1:
-        share = counts[1] / counts.sum()
-        return f"given LR equals ours up to rounding: 1 level in {share:.3%} of the samples"
-    mean = float(counts @ np.arange(256) / counts.sum())
-    return (
-        f"given LR differs from ours by {mean:.3f} levels in the mean and {largest} at most: it "
-        "is not MATLAB's bicubic of these images"
-    )
 
 
 def build(
@@ -343,7 +263,7 @@ def build(
         name: The set's name, see `set_name`.
         source: A folder in any of the layouts in which sets circulate: `HR`, `GT`, `original` or
             `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or images in the folder itself; or a
-            folder that holds one such folder. LR images that it holds are compared, not used.
+            folder that holds one such folder. LR images that it holds are not used.
         target: Such as ``datasets/benchmark/Set5``; may be the source.
         scales: Some of 2, 3 and 4; None for those that the source has HR images for.
         workers: Number of processes.
@@ -363,25 +283,22 @@ def build(
     summary = Summary(name, layout.where, notices=[*layout.notices])
     inspected = _inspect_all(summary, layout.hr, workers, skip_bad)
     for scale, found in layout.hr.items():
-        originals = [each for each in found if each.path in inspected]
-        sources = {each.key: inspected[each.path].facts for each in originals}
+        originals = {key: path for key, path in found.items() if path in inspected}
         recipe = {"kind": RECIPE_KIND, "version": RECIPE_VERSION, "scale": scale}
-        recipe["sources"] = sources
+        recipe["sources"] = {key: inspected[path].facts for key, path in originals.items()}
         summary.scales.append(Scale(name, scale, target / f"X{scale}", originals, recipe))
     summary.count = max(len(each.originals) for each in summary.scales)
     if name in KNOWN and summary.count != KNOWN[name].count:
         summary.notices.append(f"{name} has {KNOWN[name].count} images, here are {summary.count}")
 
     with disk_faults_named(f"{target} cannot be written"), one_writer(target):
-        stored = [_finished(each, overwrite) for each in summary.scales]
-        for each, recipe in zip(summary.scales, stored, strict=True):
-            each.recipe = recipe or each.recipe
-        missing = [
-            each for each, recipe in zip(summary.scales, stored, strict=True) if recipe is None
-        ]
+        missing = []
+        for each in summary.scales:
+            stored = _finished(each, overwrite)
+            if stored is None:
+                missing.append(each)
+            each.recipe = stored or each.recipe
         _build_scales(name, missing, workers)
-    for each in summary.scales:
-        each.given = None if each.is_own_source else _compare_given(each, layout.given)
     return summary
 
 
@@ -409,7 +326,6 @@ def report(summary: Summary) -> str:
     for each in summary.scales:
         lines += [f"  X{each.scale}/{part}  {value}" for part, value in each.sha256.items()]
     notices = [*summary.notices]
-    notices += [f"x{each.scale}: {each.given}" for each in summary.scales if each.given]
     notices += [
         f"x{each.scale}: bicubic restores {exact} images without an error, as it does one colour; "
         "they are not in the mean PSNR"

@@ -1,25 +1,28 @@
-"""The forms in which test sets circulate: where HR and LR of a set lie in a folder."""
+"""The forms in which test sets circulate: where HR of a set lies in a folder."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.benchmarks import known_name, set_name
-from dlgsanet_arch.data.finding import find_images, image_key
+from dlgsanet_arch.data.finding import image_key, walk_images
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 
 # A folder of originals, of originals cropped for several scales, and of LR.
 WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)
 CROPPED = re.compile(r"(.*_)?gtmod\d+", re.IGNORECASE)
-LR = re.compile(r"(.*_)?lr.*", re.IGNORECASE)
-OF_SCALE = re.compile(r".*x(\d)", re.IGNORECASE)
+LR = re.compile(r"(.*_)?lr.*|.*x\d", re.IGNORECASE)
 # SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
 SRF_FOLDER = re.compile(r"image_srf_\d", re.IGNORECASE)
 SRF_NAME = re.compile(r"(?P<stem>.+)_srf_(?P<scale>\d)_(?P<part>.+)", re.IGNORECASE)
+
+# Kinds of HR images, the ones to prefer first: uncropped originals, one folder a scale,
+# originals cropped beforehand, and images that lie in the folder itself.
+UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
 
 
 def _is_called(folder: str, name: str) -> bool:
@@ -54,49 +57,20 @@ def find_source(name: str, root: Path) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class Original:
-    """An HR image of the source.
-
-    Args:
-        stem: Its name there, without what a layout adds to it; given LR images are called so.
-        key: Its name in the tree.
-        path: Where it is.
-    """
-
-    stem: str
-    key: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a folder holds a test set.
-
-    Args:
-        where: The folder of HR, for messages.
-        hr: Originals by scale.
-        given: LR images, by scale and stem.
-        notices: What is odd about it.
-    """
+class Layout(NamedTuple):
+    """How a folder holds a test set: the folder of HR, HR by scale and name, what is odd."""
 
     where: Path
-    hr: Mapping[int, Sequence[Original]]
-    given: Mapping[tuple[int, str], Path] = field(default_factory=dict)
+    hr: Mapping[int, Mapping[str, Path]]
     notices: tuple[str, ...] = ()
-
-
-# Kinds of HR images, the ones to prefer first: uncropped originals, one folder a scale,
-# originals cropped beforehand, and images that lie in the folder itself.
-UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
 
 
 def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
     """Tell by an image's way from a set's folder what HR it is.
 
     Returns:
-        Its kind, the folder that holds it, the scales that it serves, and its way from there;
-        None for anything but HR.
+        Its kind, the folder that holds it, its scales, and its way from there; None for anything
+        but HR.
     """
     folders = path.parts[:-1]
     named = SRF_NAME.fullmatch(path.stem)
@@ -118,66 +92,46 @@ def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None
     return None
 
 
-def _given_lr(folder: Path, paths: Iterable[PurePath]) -> dict[tuple[int, str], Path]:
-    """Find LR images by their folders, `LR_bicubic/X4`, `X4/LR`, `LRbicx4`, or SelfExSR's names.
-
-    Returns:
-        Paths by scale and stem: ``babyx4.png`` is there as ``babyx4`` and as ``baby``.
-    """
-    given = {}
-    for path in paths:
-        named = SRF_NAME.fullmatch(path.stem)
-        if named and named["part"].lower() == "lr":
-            given[int(named["scale"]), named["stem"]] = folder / path
-        parents = path.parts[:-1]
-        scales = [int(match[1]) for match in map(OF_SCALE.fullmatch, parents) if match]
-        if scales and any(map(LR.fullmatch, parents)):
-            given[scales[-1], path.stem] = folder / path
-            without = re.sub(f"x{scales[-1]}$", "", path.stem, flags=re.IGNORECASE)
-            given.setdefault((scales[-1], without), folder / path)
-    return given
-
-
-def _oddities(kind: int, where: Path, paths: Iterable[PurePath]) -> tuple[str, ...]:
+def _oddities(kind: int, where: Path, paths: Sequence[PurePath]) -> tuple[str, ...]:
     if kind == CROPPED_BEFORE:
         return (
             f"{where} holds images that were cropped before: with the uncropped originals, "
             "figures would be closer to the known ones",
         )
-    folders = [path.parts[0] for path in paths if len(path.parts) > 1]
-    others = {name for name in folders if not LR.fullmatch(name) and not OF_SCALE.fullmatch(name)}
+    others = {path.parts[0] for path in paths if len(path.parts) > 1}
+    others = sorted(name for name in others if not LR.fullmatch(name))
     if kind == LOOSE and others:
         return (
-            f"images in folders of {where} were left out: {', '.join(sorted(others))}; to take "
-            "images of several folders, put these folders into one that is called HR",
+            f"images in folders of {where} were left out: {', '.join(others)}; to take images of "
+            "several folders, put these folders into one that is called HR",
         )
     return ()
 
 
 def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
-    """The test sets that a folder holds: more than one where it is not clear which to take.
+    """The test sets among the images below a folder: several where it is not clear which to take.
 
-    Args:
-        folder: Any folder.
-        paths: The images below it, as seen from it.
+    Raises:
+        UserError: HR images of a set have the same name.
     """
-    found: dict[int, dict[str, dict[int, list[Original]]]] = {}
+    found: dict[int, dict[str, dict[int, dict[str, Path]]]] = {}
     for path in paths:
         place = _hr_place(path)
         if place is None:
             continue
         kind, where, scales, inner = place
-        stem = inner.with_suffix("").as_posix()
-        original = Original(stem, image_key(inner), folder / path)
-        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(list))
+        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(dict))
         for scale in scales:
-            by_scale[scale].append(original)
+            other = by_scale[scale].setdefault(image_key(inner), folder / path)
+            if other != folder / path:
+                raise UserError(
+                    f"{folder / path} and {other} have one name: remove or rename all but one"
+                )
     if not found:
         return []
     kind = min(found)
-    given = _given_lr(folder, paths)
     return [
-        Layout(folder / where, by_scale, given, _oddities(kind, folder / where, paths))
+        Layout(folder / where, by_scale, _oddities(kind, folder / where, paths))
         for where, by_scale in found[kind].items()
     ]
 
@@ -212,32 +166,6 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
     return layouts[0]
 
 
-def _with_scales(layout: Layout, source: Path, scales: Sequence[int] | None) -> Layout:
-    """The part of a layout for some scales, or for all that it has.
-
-    Raises:
-        UserError: One of the scales is missing, or images of one have the same name.
-    """
-    there = [scale for scale in SCALES if scale in layout.hr]
-    missing = [scale for scale in scales or SCALES if scale not in there]
-    lacks = f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}"
-    if missing and scales:
-        raise UserError(
-            f"{lacks}: put the uncropped originals into {source / 'HR'}, or build what is there "
-            f"with --scale {' '.join(map(str, there))}"
-        )
-    hr = {scale: layout.hr[scale] for scale in scales or there}
-    for originals in hr.values():
-        by_key = defaultdict(list)
-        for original in originals:
-            by_key[original.key].append(str(original.path))
-        for same in by_key.values():
-            if len(same) > 1:
-                raise UserError(f"{' and '.join(same)} have one name: remove or rename all but one")
-    notices = (*layout.notices, f"{lacks}, which are not made") if missing else layout.notices
-    return replace(layout, hr=hr, notices=notices)
-
-
 def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | None) -> Layout:
     """Find a test set in a folder.
 
@@ -248,16 +176,27 @@ def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | N
         scales: HR side over LR side, those that are needed; None for those that are there.
 
     Raises:
-        UserError: HR images are missing, or it is not clear which to take.
+        UserError: HR images are missing, of one name, or it is not clear which to take.
     """
     paths = [
         path
-        for path in (file.path.relative_to(source) for file in find_images(source))
+        for path in walk_images(source)
         if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
     ]
-    ours = [target / f"X{scale}" for scale in SCALES]
-    ours = [folder for folder in ours if (folder / RECIPE).is_file()]
+    ours = [target / f"X{scale}" for scale in SCALES if (target / f"X{scale}" / RECIPE).is_file()]
     others = [
         path for path in paths if not any(folder in (source / path).parents for folder in ours)
     ]
-    return _with_scales(_choose(name, source, others or paths), source, scales)
+    layout = _choose(name, source, others or paths)
+    there = [scale for scale in SCALES if scale in layout.hr]
+    missing = [scale for scale in scales or SCALES if scale not in there]
+    notices = layout.notices
+    if missing:
+        lacks = f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}"
+        if scales:
+            raise UserError(
+                f"{lacks}: put the uncropped originals into {source / 'HR'}, or build what is "
+                f"there with --scale {' '.join(map(str, there))}"
+            )
+        notices = (*notices, f"{lacks}, which are not made")
+    return Layout(layout.where, {scale: layout.hr[scale] for scale in scales or there}, notices)

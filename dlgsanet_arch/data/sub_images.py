@@ -20,7 +20,7 @@ def crop_to_multiple(image: ImageArray, multiple: int) -> ImageArray:
     return image[:height, :width]
 
 
-def starts(length: int, size: int, step: int) -> list[int]:
+def _starts(length: int, size: int, step: int) -> list[int]:
     """Where windows of `size` start along `length`: every `step`, the last flush with the end.
 
     The rule of BasicSR's `extract_subimages.py` with a `thresh_size` of 0. Where `length` is
@@ -28,19 +28,11 @@ def starts(length: int, size: int, step: int) -> list[int]:
     """
     if length <= size:
         return [0]
-    regular = list(range(0, length - size + 1, step))
-    return regular if regular[-1] == length - size else [*regular, length - size]
-
-
-def corners(height: int, width: int, size: int, step: int) -> Iterator[tuple[int, int]]:
-    """Top row and left column of every sub-image of an HR image, row by row."""
-    for top in starts(height, size, step):
-        for left in starts(width, size, step):
-            yield top, left
+    return sorted({*range(0, length - size + 1, step), length - size})
 
 
 def sub_images(image: ImageArray, size: int, step: int, scale: int = 1) -> Iterator[ImageArray]:
-    """Cut an image, HR or LR, into parts that show the same places at every scale.
+    """Cut an image, HR or LR, into parts that show the same places at every scale, row by row.
 
     Args:
         image: (H/scale, W/scale, 3), where H x W is HR, both multiples of `scale`.
@@ -49,10 +41,9 @@ def sub_images(image: ImageArray, size: int, step: int, scale: int = 1) -> Itera
         scale: HR side over this image's side; 1 for HR itself.
 
     Yields:
-        Views of `image`, in the order of `corners`.
+        Views of `image`.
     """
-    height, width = (side * scale for side in image.shape[:2])
-    for top, left in corners(height, width, size, step):
-        rows = slice(top // scale, (top + size) // scale)
-        columns = slice(left // scale, (left + size) // scale)
-        yield image[rows, columns]
+    rows, columns = (_starts(side * scale, size, step) for side in image.shape[:2])
+    for top in (row // scale for row in rows):
+        for left in (column // scale for column in columns):
+            yield image[top : top + size // scale, left : left + size // scale]

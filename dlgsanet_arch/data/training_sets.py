@@ -3,13 +3,11 @@
     OUT/train_HR_sub.lmdb                  one for all scales: HR is cut to a multiple of 12
     OUT/train_LR_bicubic_X{2,3,4}_sub.lmdb equal keys
 
-Every image is opened before anything is written. Then each is cut in a worker process, and its
-sub-images go straight into the databases, in one transaction each: what a killed run had written
-is found by its keys and not made again.
+Every image is opened before anything is written. An image's sub-images go into the databases in
+one transaction each: what a killed run had written is found by its keys and not made again.
 """
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,18 +17,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
 from dlgsanet_arch.data.finding import find_images
-from dlgsanet_arch.data.images import ImageError, read_8_bits
+from dlgsanet_arch.data.images import ImageError, read_8_bits, read_bytes
 from dlgsanet_arch.data.making import Recipe, checked_scales, notice_lines, refuse_bad
-from dlgsanet_arch.data.sub_images import (
-    HR_MULTIPLE,
-    SCALES,
-    ImageArray,
-    crop_to_multiple,
-    sub_images,
-)
+from dlgsanet_arch.data.sub_images import HR_MULTIPLE, crop_to_multiple, sub_images
 from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, disk_faults_named, one_writer, read_json
@@ -38,6 +31,9 @@ from dlgsanet_arch.hints import named
 
 # To be raised when the same images and settings give other databases than before.
 RECIPE_VERSION = 1
+
+# PNG files by key, by scale; 1 is HR.
+Entries = dict[int, list[tuple[str, bytes]]]
 
 
 def database_name(scale: int) -> str:
@@ -47,33 +43,15 @@ def database_name(scale: int) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """One image to train on.
-
-    Args:
-        key: Its name in the data set.
-        hr: The file of the HR image.
-        lr: The files of given LR images by scale; empty where LR is to be made.
-    """
+    """An image to train on: its name in the data set, its HR file, and given LR files by scale."""
 
     key: str
     hr: Path
     lr: Mapping[int, Path] = field(default_factory=dict)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All its files."""
-        return (self.hr, *self.lr.values())
 
-
-@dataclass(frozen=True)
-class Cutting:
-    """How images are cut.
-
-    Args:
-        crop: Side of a sub-image in HR pixels.
-        step: Between two sub-images in HR pixels.
-        patch: Side of a training patch in LR pixels: smaller images cannot be trained on.
-    """
+class Cutting(NamedTuple):
+    """Side of a sub-image and distance of two in HR pixels, side of a training patch in LR's."""
 
     crop: int = 480
     step: int = 240
@@ -92,20 +70,6 @@ class Cutting:
                 )
 
 
-class Scanned(NamedTuple):
-    """Why an image cannot be used, and what reading it will change, with the file's name."""
-
-    faults: list[str]
-    notices: list[tuple[str, str]]
-
-
-class Cut(NamedTuple):
-    """Sub-images of one image: keys and PNG files by scale, and the seconds that bicubic took."""
-
-    entries: Mapping[int, Sequence[tuple[str, bytes]]]
-    seconds: float
-
-
 @dataclass
 class Summary:
     """What was made.
@@ -114,8 +78,6 @@ class Summary:
         databases: The number of sub-images in each, by path, HR first.
         images: How many were used.
         cut: How many of them were cut by this run; the others were there from one before.
-        bicubic: Seconds that bicubic took for these.
-        resized: How many LR images it made in that time.
         skipped: Why images were left out, a line each.
         notices: Files by what was changed on reading them.
     """
@@ -123,43 +85,56 @@ class Summary:
     databases: dict[Path, int] = field(default_factory=dict)
     images: int = 0
     cut: int = 0
-    bicubic: float = 0.0
-    resized: int = 0
     skipped: list[str] = field(default_factory=list)
-    notices: dict[str, list[str]] = field(default_factory=dict)
+    notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
     """Where LR of a scale lies: in X4, in *_X4, or, of one scale, in the folder itself."""
-    inside = sorted(
-        child
-        for child in folder.iterdir()
-        if child.is_dir() and child.name.upper().endswith(f"X{scale}")
-    )
+    ending = f"X{scale}"
+    inside = [
+        path for path in folder.iterdir() if path.is_dir() and path.name.upper().endswith(ending)
+    ]
     if len(inside) == 1:
         return inside[0]
-    if inside:
+    if inside or not alone:
         raise UserError(
-            f"{folder} holds more than one folder of scale {scale}: "
-            f"{named([child.name for child in inside])}; name one of them with --lr"
-        )
-    if not alone:
-        raise UserError(
-            f"{folder} holds no folder X{scale}: LR of several scales is looked for in X2, X3 "
-            "and X4"
+            f"{folder} holds no folder {ending}, or more than one: LR of several scales is looked "
+            "for in X2, X3 and X4; name the folder of one with --lr and --scale"
         )
     return folder
+
+
+def _partners(hr: Path, lr: Path, scale: int) -> dict[str, Path]:
+    """LR images by HR's keys; a and a.png or ax4.png are one."""
+    by_key = {file.key: file.path for file in find_images(lr)}
+    partners, lonely = {}, []
+    for file in find_images(hr):
+        names = (file.key, f"{file.key}x{scale}", f"{file.key}X{scale}")
+        match = next((name for name in names if name in by_key), None)
+        if match is None:
+            lonely.append(str(file.path.relative_to(hr)))
+        else:
+            partners[file.key] = by_key.pop(match)
+    without = [str(path.relative_to(lr)) for path in by_key.values()]
+    said = [
+        f"{len(names)} in {where} have none: {named(names)}"
+        for names, where in ((lonely, hr), (without, lr))
+        if names
+    ]
+    if said:
+        raise UserError(
+            f"HR and LR images of scale {scale} do not pair by name (a and a or ax{scale}): "
+            f"{'; '.join(said)}"
+        )
+    return partners
 
 
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
     """Find HR images and, where LR is given, the LR images that belong to them.
 
-    LR has HR's name or that and the scale, as in ``0001x4.png``, in the same sub-folders.
-
-    Args:
-        hr: A folder of images.
-        lr: A folder of LR images, for several scales with folders ``X2``, ``X3``, ``X4``.
-        scales: HR side over LR side.
+    LR has HR's name or that and the scale, as in ``0001x4.png``, in the same sub-folders. For
+    several scales it lies in folders ``X2``, ``X3``, ``X4``.
 
     Raises:
         UserError: A folder is missing or empty, or images have no partner.
@@ -169,51 +144,48 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
         return [Source(file.key, file.path) for file in found]
     if not lr.is_dir():
         raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR images")
-    partners: dict[str, dict[int, Path]] = defaultdict(dict)
-    for scale in scales:
-        folder = _lr_folder(lr, scale, alone=len(scales) == 1)
-        by_key = {file.key: file.path for file in find_images(folder)}
-        lonely = []
-        for file in found:
-            names = (file.key, f"{file.key}x{scale}", f"{file.key}X{scale}")
-            match = next((name for name in names if name in by_key), None)
-            if match is None:
-                lonely.append(str(file.path.relative_to(hr)))
-            else:
-                partners[file.key][scale] = by_key.pop(match)
-        if lonely or by_key:
-            without = [str(path.relative_to(folder)) for path in by_key.values()]
-            said = [
-                f"{len(names)} in {where} have none: {named(names)}"
-                for names, where in ((lonely, hr), (without, folder))
-                if names
-            ]
-            raise UserError(
-                f"HR and LR images of scale {scale} do not pair by name (a and a or "
-                f"ax{scale}): {'; '.join(said)}"
-            )
-    return [Source(file.key, file.path, partners[file.key]) for file in found]
+    partners = {
+        scale: _partners(hr, _lr_folder(lr, scale, alone=len(scales) == 1), scale)
+        for scale in scales
+    }
+    return [
+        Source(file.key, file.path, {scale: partners[scale][file.key] for scale in scales})
+        for file in found
+    ]
 
 
-def _file_hash(path: Path) -> str:
-    digest = sha256()
+def _file_sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError:
+        return sha256(read_bytes(path)).hexdigest()
+    except ImageError:
         return "cannot be read"  # the scan says why
-    return digest.hexdigest()
 
 
 def _hashes(source: Source) -> dict[int, str]:
     """SHA-256 of the files that decide about an image's sub-images, by scale."""
-    hr = f"{source.key} {_file_hash(source.hr)}"
-    given = {scale: f"{hr} {_file_hash(path)}" for scale, path in source.lr.items()}
+    hr = f"{source.key} {_file_sha256(source.hr)}"
+    given = {scale: f"{hr} {_file_sha256(path)}" for scale, path in source.lr.items()}
     return {scale: given.get(scale, hr) for scale in (1, *SCALES)}
 
 
-def _fits(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> bool:
+def _recipes(
+    sources: Sequence[Source], scales: Sequence[int], cutting: Cutting
+) -> dict[int, Recipe]:
+    """All that decides about the databases, by scale; 1 is HR."""
+    hashes = [value for _, value in with_progress(_hashes, sources, 1, "looking for changes")]
+    return {
+        scale: {
+            "version": RECIPE_VERSION,
+            "scale": scale,
+            "crop": cutting.crop,
+            "step": cutting.step,
+            "images": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
+        }
+        for scale in (1, *scales)
+    }
+
+
+def _is_lr_of(hr: Sequence[int], lr: Sequence[int], scale: int) -> bool:
     """Whether LR covers HR cut to `HR_MULTIPLE`, and no more than HR rounded up."""
     return all(
         large // HR_MULTIPLE * HR_MULTIPLE <= small * scale < large + scale
@@ -221,69 +193,40 @@ def _fits(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> bool:
     )
 
 
-def _scan(source: Source, least: int) -> Scanned:
+def _scan(source: Source, least: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Read an image's files: why it cannot be used, and notices with the file's name."""
     faults, notices, sizes = [], [], {}
     for scale, path in ((1, source.hr), *source.lr.items()):
         try:
-            # 1 for LR: its size is held against HR's
+            # 1 for LR: its size is compared with HR's
             image = read_8_bits(path, least=least if scale == 1 else 1)
         except ImageError as error:
             faults.append(str(error))
             continue
         sizes[scale] = image.pixels.shape[:2]
         notices += [(notice, str(path)) for notice in image.notices]
+    height, width = sizes.pop(1, (0, 0))
     for scale, size in sizes.items():
-        if 1 in sizes and scale > 1 and not _fits(sizes[1], size, scale):
-            height, width = sizes[1]
+        if height and not _is_lr_of((height, width), size, scale):
             faults.append(
                 f"{source.lr[scale]} has {size[0]} x {size[1]} pixels, and {source.hr} has "
                 f"{height} x {width}: at scale {scale} LR must have {height // scale} x "
                 f"{width // scale}"
             )
-    return Scanned(faults, notices)
-
-
-def sub_image_key(source: Source, index: int) -> str:
-    """The key of an image's sub-image, counted from 1 as BasicSR's script counts."""
-    return f"{source.key}_s{index:03d}"
-
-
-def _lr_of(source: Source, hr: ImageArray, scale: int) -> ImageArray:
-    if scale not in source.lr:
-        return bicubic(hr, 1 / scale)
-    height, width = (side // scale for side in hr.shape[:2])
-    return read_8_bits(source.lr[scale]).pixels[:height, :width]
-
-
-def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Cut:
-    hr = crop_to_multiple(read_8_bits(source.hr).pixels, HR_MULTIPLE)
-    entries, seconds = {}, 0.0
-    for scale in scales:
-        start = time.perf_counter()
-        image = hr if scale == 1 else _lr_of(source, hr, scale)
-        if scale > 1 and scale not in source.lr:
-            seconds += time.perf_counter() - start
-        parts = sub_images(image, cutting.crop, cutting.step, scale)
-        entries[scale] = [
-            (sub_image_key(source, index), encode_png(part)) for index, part in enumerate(parts, 1)
-        ]
-    return Cut(entries, seconds)
+    return faults, notices
 
 
 def _scan_all(
     sources: Sequence[Source], least: int, workers: int, skip_bad: bool, summary: Summary
 ) -> list[Source]:
-    """Open every image; the good ones are returned, what was found goes into the summary.
-
-    Raises:
-        UserError: Images cannot be used and are not to be skipped, or none is left.
-    """
+    """Open every image; the good ones are returned, what was found goes into the summary."""
     good = []
-    for source, scanned in with_progress(partial(_scan, least=least), sources, workers, "opening"):
-        summary.skipped += scanned.faults
-        for notice, name in scanned.notices:
-            summary.notices.setdefault(notice, []).append(name)
-        if not scanned.faults:
+    scan = partial(_scan, least=least)
+    for source, (faults, notices) in with_progress(scan, sources, workers, "opening"):
+        summary.skipped += faults
+        for notice, name in notices:
+            summary.notices[notice].append(name)
+        if not faults:
             good.append(source)
     refuse_bad(summary.skipped, len(sources) - len(good), len(sources), skip=skip_bad)
     return good
@@ -303,6 +246,27 @@ def _lacks_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
             "scales again with --overwrite"
         )
     return before != left_out
+
+
+def sub_image_key(source: Source, index: int) -> str:
+    """The key of an image's sub-image, counted from 1 as BasicSR's script counts."""
+    return f"{source.key}_s{index:03d}"
+
+
+def _cut(source: Source, scales: Sequence[int], cutting: Cutting) -> Entries:
+    hr = crop_to_multiple(read_8_bits(source.hr).pixels, HR_MULTIPLE)
+    entries: Entries = {}
+    for scale in scales:
+        if scale in source.lr:
+            height, width = (side // scale for side in hr.shape[:2])
+            image = read_8_bits(source.lr[scale]).pixels[:height, :width]
+        else:
+            image = hr if scale == 1 else bicubic(hr, 1 / scale)
+        parts = sub_images(image, cutting.crop, cutting.step, scale)
+        entries[scale] = [
+            (sub_image_key(source, index), encode_png(part)) for index, part in enumerate(parts, 1)
+        ]
+    return entries
 
 
 def _write(
@@ -325,31 +289,12 @@ def _write(
             if not all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
         ]
         cut = partial(_cut, scales=tuple(writers), cutting=cutting)
-        for source, result in with_progress(cut, remaining, workers, "cutting"):
-            for scale, entries in result.entries.items():
+        for _, made in with_progress(cut, remaining, workers, "cutting"):
+            for scale, entries in made.items():
                 writers[scale].put(entries)
-            summary.cut += 1
-            summary.bicubic += result.seconds
-            summary.resized += len(result.entries.keys() - source.lr.keys() - {1})
+        summary.cut = len(remaining)
         for writer in writers.values():
             writer.finish(sources=len(sources))
-
-
-def _recipes(
-    sources: Sequence[Source], scales: Sequence[int], cutting: Cutting
-) -> dict[int, Recipe]:
-    """All that decides about the databases, by scale; 1 is HR."""
-    hashes = [value for _, value in with_progress(_hashes, sources, 1, "looking for changes")]
-    return {
-        scale: {
-            "version": RECIPE_VERSION,
-            "scale": scale,
-            "crop": cutting.crop,
-            "step": cutting.step,
-            "images": sha256("\n".join(each[scale] for each in hashes).encode()).hexdigest(),
-        }
-        for scale in (1, *scales)
-    }
 
 
 def build(
@@ -409,7 +354,7 @@ def build(
 
 
 def report(summary: Summary) -> str:
-    """What was made, for the terminal: databases, times, what was changed or left out."""
+    """What was made, for the terminal: databases, what was changed or left out."""
     lines = [
         f"{count:>7} sub-images {(path / DATA).stat().st_size / 2**20:>8.1f} MiB  {path}"
         for path, count in summary.databases.items()
@@ -417,12 +362,7 @@ def report(summary: Summary) -> str:
     made = f"{summary.images} images"
     if summary.cut < summary.images:
         made += f", {summary.images - summary.cut} of them cut already by a run before"
-    lines.append(made)
-    if summary.resized:
-        lines.append(
-            f"bicubic: {1000 * summary.bicubic / summary.resized:.0f} ms an image and scale"
-        )
-    lines += notice_lines(summary.notices)
+    lines += [made, *notice_lines(summary.notices)]
     if summary.skipped:
         lines += [f"left out, {len(summary.skipped)} faults:", *summary.skipped]
     return "\n".join(lines)
