@@ -5,9 +5,9 @@ import re
 import unicodedata
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePath
+from typing import NamedTuple
 from urllib.parse import quote
 
 from dlgsanet_arch.errors import UserError
@@ -28,14 +28,8 @@ SUFFIXES = {
 KEY_LENGTH = 200
 
 
-@dataclass(frozen=True)
-class ImageEntry:
-    """An image that was found.
-
-    Args:
-        path: Where it is: the folder that was searched, and the way from there.
-        key: Its name in a data set, unique in that folder; see `image_key`.
-    """
+class ImageEntry(NamedTuple):
+    """An image that was found, and its name in a data set: see `image_key`."""
 
     path: Path
     key: str
@@ -53,11 +47,10 @@ def image_key(relative: PurePath) -> str:
     and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
     stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
     digits: ``city/night 1.png`` has the key ``city+night%201``. Different paths have different
-    keys, up to the spelling of combined characters. A key longer than `KEY_LENGTH` ends in `~`
-    and a hash of the whole.
+    keys, up to the spelling of combined characters. A long key ends in `~` and a hash of it.
 
     Args:
-        relative: The way from the data set's folder to the image, its suffix included.
+        relative: The path from the data set's folder to the image, its suffix included.
     """
     name = _normal(relative.with_suffix("").as_posix())
     # surrogateescape: names that are not UTF-8 come from the file system with surrogates
@@ -111,13 +104,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def walk_images(folder: Path) -> list[Path]:
-    """Find all images below a folder, as `find_images` does.
+    """Find all images below a folder: files with one of `SUFFIXES` in upper or lower case.
+
+    Hidden files and folders are passed over, links are followed, and no folder is read twice.
 
     Returns:
-        Ways from `folder`, in natural order: ``a2`` before ``a10``.
+        Paths from `folder`, in natural order: ``a2`` before ``a10``.
 
     Raises:
-        UserError: There is no such folder, it or a folder in it cannot be read, or it holds no
+        UserError: The folder does not exist, it or a folder in it cannot be read, or it holds no
             images.
     """
     if not folder.is_dir():
@@ -133,20 +128,10 @@ def walk_images(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path) -> list[ImageEntry]:
-    """Find all images below a folder.
-
-    An image is a file with one of `SUFFIXES` in upper or lower case. Hidden files and folders
-    are passed over, links are followed, and no folder is read twice.
-
-    Args:
-        folder: Searched with all folders in it.
-
-    Returns:
-        Images in natural order of their way from `folder`: ``a2`` before ``a10``.
+    """Find all images below a folder as `walk_images` does, with their keys.
 
     Raises:
-        UserError: There is no such folder, it or a folder in it cannot be read, it holds no
-            images, or images of one folder differ in their suffixes only.
+        UserError: As there, or images of one folder differ in their suffixes only.
     """
     by_key = defaultdict(list)
     for relative in walk_images(folder):

@@ -16,15 +16,7 @@ HEADS = (2**12, 2**16, MAX_BYTES)
 
 
 class Header(NamedTuple):
-    """What an image's header says.
-
-    Args:
-        height: Rows, as BasicSR reads it: turned by its EXIF orientation.
-        width: Columns.
-        gray: Whether it has one channel.
-        alpha: Whether it has transparency.
-        deep: Whether its samples have more than 8 bits.
-    """
+    """Size as BasicSR reads it, turned by EXIF; one channel? transparency? more than 8 bits?"""
 
     height: int
     width: int

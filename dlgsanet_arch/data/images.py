@@ -92,8 +92,9 @@ class ReadImage:
     """An image that was read.
 
     Args:
-        pixels: (H, W, 3) in BGR, as BasicSR's data sets and OpenCV's writers expect; uint8 with
-            values 0 to 255, or uint16 with values 0 to 65535 where the file holds 16 bits.
+        pixels: (H, W, 3) in BGR, as BasicSR's data sets and OpenCV's writers expect; uint8, or
+            uint16 where the file holds 16 bits. Of a `StoredImage`: (H, W, C), upright, gray, gray
+            and alpha, RGB, or RGB and alpha, colours not multiplied by alpha.
         notices: What was changed or left out on the way, one sentence without its subject each.
     """
 
@@ -102,21 +103,11 @@ class ReadImage:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredImage:
-    """An image as its file holds it, upright.
+class StoredImage(ReadImage):
+    """An image as its file holds it, with ICC profile and those EXIF data that stay true."""
 
-    Args:
-        pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha, colours
-            not multiplied by alpha.
-        icc: The ICC profile of the colours; None for none.
-        exif: EXIF data that stays true, without orientation, thumbnail and size; None for none.
-        notices: What was changed or left out on the way, one sentence without its subject each.
-    """
-
-    pixels: Pixels
     icc: bytes | None = None
     exif: bytes | None = None
-    notices: tuple[str, ...] = ()
 
 
 def read_bytes(path: Path) -> bytes:
@@ -246,15 +237,7 @@ def _orientation(image: ImageFile) -> int | None:
 
 
 def _turned(array: Pixels, orientation: int) -> Pixels:
-    """Turn stored pixels as the EXIF orientation asks for.
-
-    Args:
-        array: (H, W) or (H, W, C).
-        orientation: 1 to 8. From 5 on rows become columns.
-
-    Returns:
-        A view of `array`.
-    """
+    """Turn stored pixels, (H, W) or (H, W, C), as an EXIF orientation from 1 to 8 asks for."""
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -263,13 +246,12 @@ def _turned(array: Pixels, orientation: int) -> Pixels:
 
 
 def _deep_colour(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> NDArray[np.uint16]:
-    """Read the samples of 16-bit colour by OpenCV.
+    """Read the samples of 16-bit colour by OpenCV, whose versions differ in whether they turn.
 
     Args:
         data: The file.
-        coarse: (H, W, C) in RGB or RGBA, the samples' upper bytes by Pillow.
-        orientation: The file's EXIF orientation; OpenCV's versions differ in whether it is
-            applied, `coarse` decides.
+        coarse: (H, W, C) in RGB or RGBA, the samples' upper bytes by Pillow, which decide.
+        orientation: The file's EXIF orientation.
 
     Returns:
         (H, W, C), turned as `coarse` is.
@@ -343,12 +325,7 @@ def _samples(
 
 
 def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
-    """Composite on white: α·colour + (1 - α)·white, rounded.
-
-    Args:
-        colour: (H, W, C), not multiplied by alpha.
-        alpha: (H, W) of the same type; its largest value is opaque.
-    """
+    """Composite (H, W, C) on white by (H, W): α·colour + (1 - α)·white, rounded."""
     result = np.empty(colour.shape, colour.dtype)
     white = np.uint32(np.iinfo(colour.dtype).max)
     for start in range(0, len(colour), BAND):
@@ -389,28 +366,29 @@ class _Decoded:
 
 def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Decoded:
     if not data:
-        raise _Refusal("is empty: zero bytes")
-    name = _format_of(data)
+        raise ImageError(path, "is empty: zero bytes")
     notices = []
+    try:
+        name = _format_of(data)
+        with _decoding():
+            image, stated = _load(data, name, least, converts)
+            colour, alpha = _samples(image, data, name, stated or 1)
+            # asked a second time, Pillow takes EXIF data that it could not read for none
+            left = None if stated is None else _orientation(image)
+    except _Refusal as error:
+        raise ImageError(path, str(error)) from error
     announced = SUFFIXES.get(path.suffix.lower(), name)
     if announced != name:
         notices.append(f"is named as {announced} and holds {name}")
-    with _decoding():
-        image, stated = _load(data, name, least, converts)
-        colour, alpha = _samples(image, data, name, stated or 1)
-        # asked a second time, Pillow takes EXIF data that it could not read for none
-        left = None if stated is None else _orientation(image)
     if getattr(image, "is_animated", False):
         notices.append("holds more than one image; the first was read")
     if left is None:
         notices.append("has EXIF data that cannot be read; it was not rotated")
     if image.mode in ("CMYK", "LAB"):
-        by = (
-            "its profile"
-            if "icc_profile" in image.info
-            else "a rule of thumb, for want of a profile"
+        rule = (
+            "its profile" if "icc_profile" in image.info else "a rule of thumb, without a profile"
         )
-        notices.append(f"holds {image.mode} colours; they were converted to sRGB by {by}")
+        notices.append(f"holds {image.mode} colours; they were converted to sRGB by {rule}")
     if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
         alpha = None
     turned = [each if each is None else _turned(each, left or 1) for each in (colour, alpha)]
@@ -439,46 +417,37 @@ def read_image(path: Path, *, least: int = 2) -> ReadImage:
         path: PNG, JPEG, TIFF, WebP or BMP.
         least: The smallest side in pixels that is of use to the caller.
 
-    Returns:
-        Pixels in BGR, and notices.
-
     Raises:
-        ImageError: The file cannot be opened, is empty, no image, cut short, damaged, smaller
+        ImageError: The file cannot be opened, is empty, not an image, cut short, damaged, smaller
             than `least`, larger than `MAX_PIXELS` by its header, or of colours or samples that
             are not read: CMYK, Lab, floating-point, signed, 32-bit.
     """
-    try:
-        return _for_training(_decode(read_bytes(path), path, least))
-    except _Refusal as error:
-        raise ImageError(path, str(error)) from error
+    return _for_training(_decode(read_bytes(path), path, least))
 
 
 def read_stored(path: Path) -> StoredImage:
     """Read an image with what belongs to it: alpha, colour profile, EXIF data.
 
-    Gray stays gray, EXIF rotation is applied, palettes and fewer than 8 bits are expanded, CMYK
-    and Lab are converted to sRGB, opaque alpha is left out, and of several pages or frames the
-    first is read; conversion and that give a notice.
-
-    Args:
-        path: As `read_image` takes it, of any size from 1 x 1 pixels.
-
-    Raises:
-        ImageError: As `read_image` raises it, but for CMYK and Lab.
+    As `read_image` reads it, but gray stays gray, CMYK and Lab are converted to sRGB with a notice,
+    and of any size from 1 x 1 pixels; opaque alpha is left out.
     """
-    try:
-        decoded = _decode(read_bytes(path), path, 1, converts=True)
-    except _Refusal as error:
-        raise ImageError(path, str(error)) from error
-    pixels = decoded.colour
+    decoded = _decode(read_bytes(path), path, 1, converts=True)
+    pixels, image = decoded.colour, decoded.image
     if decoded.alpha is not None:
         pixels = np.concatenate([pixels, decoded.alpha[..., None]], 2)
-    image = decoded.image
     icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
-    return StoredImage(np.ascontiguousarray(pixels), icc, _exif(image), decoded.notices)
+    return StoredImage(np.ascontiguousarray(pixels), decoded.notices, icc, _exif(image))
 
 
-def _in_8_bits(image: ReadImage) -> ReadImage:
+def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadImage:
+    """Read an image as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
+
+    Args:
+        data: The complete file.
+        path: What to call it in errors; its suffix, if any, is compared with the content.
+        least: The smallest side in pixels that is of use to the caller.
+    """
+    image = _for_training(_decode(data, path, least))
     if image.pixels.dtype == np.uint8:
         return image
     notice = "holds 16 bits a sample; they were rounded to 8"
@@ -487,38 +456,5 @@ def _in_8_bits(image: ReadImage) -> ReadImage:
 
 
 def read_8_bits(path: Path, *, least: int = 2) -> ReadImage:
-    """Read an image as `read_image` does, and bring 16 bits to 8, with a notice.
-
-    BasicSR's data sets see 8 bits of any image. Levels are rounded: 65535 is 255.
-
-    Args:
-        path: As `read_image` takes it.
-        least: The smallest side in pixels that is of use to the caller.
-
-    Returns:
-        Pixels in BGR, uint8 with values 0 to 255, and notices.
-
-    Raises:
-        ImageError: As `read_image` raises it.
-    """
-    return _in_8_bits(read_image(path, least=least))
-
-
-def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadImage:
-    """Read an image as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
-
-    Args:
-        data: The complete file.
-        path: What to call it in errors; its suffix, if any, is held against the content.
-        least: The smallest side in pixels that is of use to the caller.
-
-    Returns:
-        Pixels in BGR, uint8 with values 0 to 255, and notices.
-
-    Raises:
-        ImageError: As `read_image` raises it.
-    """
-    try:
-        return _in_8_bits(_for_training(_decode(data, path, least)))
-    except _Refusal as error:
-        raise ImageError(path, str(error)) from error
+    """Read an image as `read_image` does, and round 16 bits to 8, as BasicSR sees it: uint8."""
+    return decode_8_bits(read_bytes(path), path, least=least)
