@@ -1,7 +1,6 @@
 import io
 import tarfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -63,8 +62,8 @@ def server(monkeypatch):
     for name in proxies():
         monkeypatch.delenv(name)
     monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0))
-    monkeypatch.setattr(official, "DIV2K", replace(official.DIV2K, images=3))
-    monkeypatch.setattr(official, "FLICKR2K", replace(official.FLICKR2K, images=1))
+    monkeypatch.setattr(official, "DIV2K", official.DIV2K._replace(images=3))
+    monkeypatch.setattr(official, "FLICKR2K", official.FLICKR2K._replace(images=1))
     with serving(b"") as served:
         served.others = {
             "/DIV2K_train_HR.zip": HR_ZIP,

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -289,6 +291,29 @@ def test_a_border_must_leave_something_to_measure(root, options):
     assert "smaller than 49 x 49 pixels, of which crop_border 24 leaves nothing" in problem
     options["val"]["metrics"]["psnr"]["crop_border"] = 23
     assert scan(options, root, train=True).problems == []
+
+
+def test_an_image_larger_than_pillow_opens_is_checked(root, options, tmp_path):
+    """OpenCV, which trains, reads up to 2**30 pixels."""
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    )
+    for part in ("HR", "LR"):
+        (root / "data" / part / "image9.png").write_bytes(data)
+    problems = scan(options, root, train=True).problems
+    assert len(problems) == 2
+    assert "1 of 4 pairs checked are not LR and HR 2 times as large: 'image9.png'" in problems[0]
+
+
+def test_results_need_names_of_their_own(root, options):
+    for part in ("HR", "LR"):
+        path = root / "data" / part / "image1.png"
+        assert cv2.imwrite(str(path.with_suffix(".bmp")), cv2.imread(str(path)))
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith("datasets:val:dataroot_gt: ")
+    assert "'image1.bmp' and 'image1.png'" in problem
 
 
 def test_hr_is_lr_times_the_scale(root, options):

@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import cv2
@@ -494,3 +495,92 @@ def test_a_missing_list_of_keys_is_named(training, capsys):
     os.remove(training / X2 / "meta_info.txt")
     assert prepare("verify", training) == 1
     assert "has no meta_info.txt" in capsys.readouterr().out
+
+
+def test_entries_of_other_formats_are_fixed_into_png(training):
+    for name in (HR, X2):
+        with Changed(training / name) as write:
+            jpeg = cv2.imencode(".jpg", decoded(write.get(b"coffee_s003")))[1].tobytes()
+            write.put(b"coffee_s003", jpeg)
+    with Changed(training / X2) as write:
+        write.delete(b"chelsea_s001")
+    assert prepare("verify", training / HR, training / X2, "--fix") == 1
+    fixed = entries(training / "train_LR_bicubic_X2_sub_fixed.lmdb")
+    assert all(data.startswith(b"\x89PNG") for data in fixed.values())
+
+
+PAGE = 4096
+
+
+def pages(database: Path) -> np.ndarray:
+    """The pages of an LMDB, to be changed in place."""
+    return np.memmap(database / "data.mdb", np.uint8, "r+").reshape(-1, PAGE)
+
+
+def root_page(data: np.ndarray) -> int:
+    """The number of the newest root: MDB_meta has it behind two headers of 16 and 24 bytes."""
+    newest = max(data[:2], key=lambda meta: int(meta[144:152].view("<u8")[0]))
+    return int(newest[128:136].view("<u8")[0])
+
+
+def many_entries(path: Path, count: int = 4000) -> Path:
+    with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as put:
+        for number in range(count):
+            put.put(b"%0100d" % number, b"x")
+    path.joinpath("meta_info.txt").write_text("".join(f"{n:0100d}.png\n" for n in range(count)))
+    return path
+
+
+def test_pages_that_lead_around_in_circles_end_in_a_message(tmp_path, capsys):
+    """Branch pages whose entries all lead to one page: reading all keys would take for ever."""
+    path = many_entries(tmp_path / "train_HR_sub.lmdb")
+    data = pages(path)
+    root = data[root_page(data)]
+    assert root[10] & 1  # a branch page
+    for at in root[16 : int(root[12:14].view("<u2")[0])].view("<u2"):
+        root[at : at + 4] = root[int(root[16:18].view("<u2")[0]) :][:4]
+    data.base.flush()
+    start = time.monotonic()
+    assert prepare("verify", path) == 1
+    said = capsys.readouterr().out
+    assert f"wrong: {path} " in said
+    assert "is damaged" in said
+    assert time.monotonic() - start < 10
+
+
+def test_a_value_beyond_the_file_s_pages_ends_in_a_message(tmp_path, capsys):
+    """LMDB does not check it and crashes, in a process of its own."""
+    path = tmp_path / "train_HR_sub.lmdb"
+    with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as put:
+        put.put(b"a", encode_png(photograph("chelsea.png")))
+    path.joinpath("meta_info.txt").write_text("a.png (300,451,3) 1\n")
+    data = pages(path)
+    root = data[root_page(data)]
+    node = int(root[16:18].view("<u2")[0])
+    root[node : node + 4].view("<u4")[0] = 2**32 - 4096  # the size of the value
+    data.base.flush()
+    os.truncate(path / "data.mdb", 2**33)  # a hole: nothing is written
+    assert prepare("verify", path) == 1
+    said = capsys.readouterr().out
+    assert f"wrong: {path} cannot be read: a worker process died, SIG" in said
+
+
+def test_too_little_memory_is_said(training, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "decode_8_bits", no_memory)
+    save_pairs(training / "X2", halved)
+    assert prepare("verify", training / "X2") == 1
+    assert "chelsea.png: HR takes more memory than there is" in capsys.readouterr().out
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def test_names_that_differ_in_their_suffix_are_wrong(tmp_path, capsys):
+    save_pairs(tmp_path / "X2", halved)
+    for part in ("HR", "LR"):
+        pixels = cv2.imread(str(tmp_path / "X2" / part / "chelsea.png"))
+        assert cv2.imwrite(str(tmp_path / "X2" / part / "chelsea.bmp"), pixels)
+    assert prepare("verify", tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "have one name but for the suffix: 'chelsea.bmp' and 'chelsea.png'" in said

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dlgsanet_arch.data.scores import Scores
 from dlgsanet_arch.errors import UserError
 
 
-@dataclass(frozen=True)
-class KnownSet:
+class KnownSet(NamedTuple):
     """A set that papers test on.
 
     Args:
@@ -30,25 +29,16 @@ MEASURED = Scores(0.01, 0.0005)
 PRINTED = Scores(0.05, 0.002)
 
 KNOWN = {
-    "Set5": KnownSet(
-        5, {2: Scores(33.68, 0.9305), 3: Scores(30.40, 0.8690), 4: Scores(28.43, 0.8113)}, MEASURED
-    ),
-    "Set14": KnownSet(
-        14, {2: Scores(30.33, 0.8700), 3: Scores(27.63, 0.7760), 4: Scores(26.09, 0.7050)}, MEASURED
-    ),
-    "B100": KnownSet(
-        100,
-        {2: Scores(29.56, 0.8436), 3: Scores(27.21, 0.7392), 4: Scores(25.96, 0.6682)},
-        MEASURED,
-    ),
-    # Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks",
-    # ECCV 2018, table 2; so is Manga109.
-    "Urban100": KnownSet(
-        100, {2: Scores(26.88, 0.8403), 3: Scores(24.46, 0.7349), 4: Scores(23.14, 0.6577)}, PRINTED
-    ),
-    "Manga109": KnownSet(
-        109, {2: Scores(30.80, 0.9339), 3: Scores(26.95, 0.8556), 4: Scores(24.89, 0.7866)}, PRINTED
-    ),
+    name: KnownSet(count, {scale: Scores(*each) for scale, each in bicubic.items()}, tolerance)
+    for name, count, bicubic, tolerance in (
+        ("Set5", 5, {2: (33.68, 0.9305), 3: (30.40, 0.8690), 4: (28.43, 0.8113)}, MEASURED),
+        ("Set14", 14, {2: (30.33, 0.8700), 3: (27.63, 0.7760), 4: (26.09, 0.7050)}, MEASURED),
+        ("B100", 100, {2: (29.56, 0.8436), 3: (27.21, 0.7392), 4: (25.96, 0.6682)}, MEASURED),
+        # Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention
+        # Networks", ECCV 2018, table 2; so is Manga109.
+        ("Urban100", 100, {2: (26.88, 0.8403), 3: (24.46, 0.7349), 4: (23.14, 0.6577)}, PRINTED),
+        ("Manga109", 109, {2: (30.80, 0.9339), 3: (26.95, 0.8556), 4: (24.89, 0.7866)}, PRINTED),
+    )
 }
 OTHER_NAMES = {"bsd100": "B100", "bsds100": "B100"}
 

@@ -61,18 +61,6 @@ def encode_png(image: ImageArray) -> bytes:
     return data.tobytes()
 
 
-def png_size(data: bytes) -> tuple[int, int]:
-    """Height and width by the header of a PNG file.
-
-    Raises:
-        ValueError: The file is not a PNG.
-    """
-    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
-        raise ValueError("not a PNG file")
-    width, height = struct.unpack(">II", data[16:24])
-    return height, width
-
-
 @contextmanager
 def open_database(path: Path) -> Iterator[lmdb.Environment]:
     """Open a finished database for reading, or take the environment that a data set holds open.
@@ -280,7 +268,7 @@ class DatabaseWriter:
         lines = []
         with self._environment.begin() as transaction:
             for key, data in transaction.cursor():
-                height, width = png_size(bytes(data[:24]))
+                width, height = struct.unpack(">II", data[16:24])  # of a PNG file
                 lines.append(f"{key.decode('ascii')}.png ({height},{width},3) {PNG_COMPRESSION}\n")
         self._environment.close()
         write_atomically(self._folder / META_INFO, "".join(lines).encode("ascii"))

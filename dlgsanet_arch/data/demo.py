@@ -78,9 +78,6 @@ def prepare(
         validation: File names in `source` to validate on.
         workers: Processes that read and cut.
 
-    Returns:
-        What is there for training now.
-
     Raises:
         UserError: A photograph is missing, or `folder` holds databases that were not made here.
         ValueError: `scale` is not 2, 3 or 4, or a photograph is on both sides.

@@ -5,9 +5,10 @@ Dataset and Study", CVPR Workshops 2017. Flickr2K: B. Lim et al., "Enhanced Deep
 for Single Image Super-Resolution", CVPR Workshops 2017. Both come with LR by MATLAB's bicubic.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dlgsanet_arch.data.archives import extract
 from dlgsanet_arch.data.downloads import download
@@ -15,9 +16,8 @@ from dlgsanet_arch.data.training_sets import Source, find_sources
 from dlgsanet_arch.errors import UserError
 
 
-@dataclass(frozen=True)
-class Part:
-    """The HR images of a set, or the LR images of one scale.
+class Part(NamedTuple):
+    """HR images of a set, or LR images of one scale.
 
     Args:
         archive: The name of the file that holds them.
@@ -30,17 +30,8 @@ class Part:
     folders: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class OfficialSet:
-    """A published set.
-
-    Args:
-        name: Its name, and that of its folder.
-        images: How many it holds.
-        server: Where its archives are, with a slash at the end.
-        hr: Its HR images.
-        lr: Its LR images, by scale.
-    """
+class OfficialSet(NamedTuple):
+    """A published set: its name, number of images, server, HR images, and LR images by scale."""
 
     name: str
     images: int
@@ -60,18 +51,18 @@ def _flickr2k(inside: str) -> Part:
 
 
 DIV2K = OfficialSet(
-    name="DIV2K",
-    images=800,
-    server="https://data.vision.ee.ethz.ch/cvl/DIV2K/",
-    hr=Part("DIV2K_train_HR.zip", "DIV2K_train_HR", ("DIV2K_train_HR",)),
-    lr=_div2k_lr,
+    "DIV2K",
+    800,
+    "https://data.vision.ee.ethz.ch/cvl/DIV2K/",
+    Part("DIV2K_train_HR.zip", "DIV2K_train_HR", ("DIV2K_train_HR",)),
+    _div2k_lr,
 )
 FLICKR2K = OfficialSet(
-    name="Flickr2K",
-    images=2650,
-    server="https://cv.snu.ac.kr/research/EDSR/",
-    hr=_flickr2k("Flickr2K_HR"),
-    lr=lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
+    "Flickr2K",
+    2650,
+    "https://cv.snu.ac.kr/research/EDSR/",
+    _flickr2k("Flickr2K_HR"),
+    lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
 )
 # SHA-256 of the archives on DIV2K's own server, as TensorFlow Datasets lists them.
 PUBLISHED = {
@@ -88,43 +79,41 @@ PUBLISHED = {
 }
 
 
-def _find_folder(part: Part, places: Sequence[Path]) -> Path | None:
-    for place in places:
-        for folder in part.folders:
-            if (place / folder).is_dir():
-                return place / folder
-    return None
-
-
-def _find_archive(part: Part, places: Sequence[Path]) -> Path | None:
-    return next(
-        (place / part.archive for place in places if (place / part.archive).is_file()), None
+def _folders(part: Part, places: Sequence[Path]) -> Iterator[Path]:
+    return (
+        place / folder for place in places for folder in part.folders if (place / folder).is_dir()
     )
+
+
+def _archives(part: Part, places: Sequence[Path]) -> Iterator[Path]:
+    return (place / part.archive for place in places if (place / part.archive).is_file())
 
 
 def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str) -> None:
     missing = [
-        part for part in parts if not (_find_folder(part, places) or _find_archive(part, places))
+        part.archive
+        for part in parts
+        if not any((*_folders(part, places), *_archives(part, places)))
     ]
-    names = list(dict.fromkeys(part.archive for part in missing))
-    for number, name in enumerate(names):
+    names = list(dict.fromkeys(missing))
+    for number, name in enumerate(names, 1):
         try:
             sha256 = PUBLISHED.get(name) if server == DIV2K.server else None
             download(server + name, places[0] / name, sha256)
         except UserError as error:
-            more = names[number + 1 :]
-            after = f"\nWanted from {server} after that: {', '.join(more)}" if more else ""
+            more = ", ".join(names[number:])
+            after = f"\nWanted from {server} after that: {more}" if more else ""
             raise UserError(f"{error}{after}") from error
 
 
 def _located(part: Part, places: Sequence[Path]) -> Path:
-    """The folder of a set's images, out of its archive where it is not there yet."""
-    folder = _find_folder(part, places)
+    """The folder of a set's images, unpacked from its archive where it is not there yet."""
+    folder = next(_folders(part, places), None)
     if folder is not None:
         return folder
-    archive = _find_archive(part, places)
+    archive = next(_archives(part, places))
     extract(archive, places[0] / part.unpacked)
-    folder = _find_folder(part, places[:1])
+    folder = next(_folders(part, places[:1]), None)
     if folder is None:
         raise UserError(
             f"{archive} was unpacked and holds none of the folders {', '.join(part.folders)}: "

@@ -345,7 +345,7 @@ def _write_fixed(side: Side, names: Mapping[str, str]) -> Path:
         ):
             for key, name in names.items():
                 data = side.read(name)
-                if not side.is_database:
+                if not data.startswith(b"\x89PNG"):
                     data = encode_png(decode_8_bits(data, side.path / name, least=1).pixels)
                 writer.put([(key, data)])
                 bar.update()
