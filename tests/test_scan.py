@@ -277,9 +277,8 @@ def test_a_template_that_is_none_is_named(root, options, template):
 def test_patches_must_fit_into_hr(root, options):
     options["datasets"]["train"]["gt_size"] = 50
     problem = only(scan(options, root, train=True).problems)
-    assert problem.startswith("datasets:train:dataroot_gt: the training set made: 3 of 3 images")
-    assert "smaller than 50 x 50 pixels, gt_size: " in problem
-    assert "'image0.png' has 48 x 64" in problem
+    assert problem.startswith("datasets:train:dataroot_gt: the training set made: 3 of 3 checked")
+    assert "the first: HR has 48 x 64 pixels, smaller than 50 x 50 pixels, gt_size; " in problem
     with pytest.raises(ValueError, match="is smaller than patch size"):
         basicsr_reads(options, "train", root)
 
@@ -304,7 +303,7 @@ def test_an_image_larger_than_pillow_opens_is_checked(root, options, tmp_path):
         (root / "data" / part / "image9.png").write_bytes(data)
     problems = scan(options, root, train=True).problems
     assert len(problems) == 2
-    assert "1 of 4 pairs checked are not LR and HR 2 times as large: 'image9.png'" in problems[0]
+    assert "1 of 4 checked have wrong sizes: 'image9.png'" in problems[0]
 
 
 def test_results_need_names_of_their_own(root, options):
@@ -326,9 +325,8 @@ def test_hr_is_lr_times_the_scale(root, options):
         cv2.imwrite(str(hr), image(*size))
         problems = scan(options, root, train=True).problems
         assert [problem.split(":")[1] for problem in problems] == wrong, size
-        assert f"HR {size[0]} x {size[1]} and LR 24 x 32, a scale of" in problems[0]
-        assert "1 of 3 pairs checked" in problems[0]
-        assert "'image1.png'" in problems[0]
+        assert f"HR has {size[0]} x {size[1]} pixels, and LR's 24 x 32 times 2" in problems[0]
+        assert "1 of 3 checked have wrong sizes: 'image1.png'" in problems[0]
         with pytest.raises(ValueError, match="Scale mismatches"):
             basicsr_reads(options, "train", root)
 

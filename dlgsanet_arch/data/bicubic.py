@@ -74,9 +74,6 @@ def mirrored(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 def bicubic(image: NDArray[Depth], scale: float) -> NDArray[Depth]:
     """Resize an image as MATLAB's imresize does: bicubic, antialiased when shrinking.
 
-    Equal to BasicSR's `imresize` of the image over its peak, times the peak and rounded; that
-    one raises where a side is shorter than what is mirrored.
-
     Args:
         image: (H, W) or (H, W, C), any C, with values 0 to 255 or, in uint16, 0 to 65535.
         scale: New side over old side, such as 1/2, 1/3 or 4; sides are rounded up.

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dlgsanet_arch.data.headers import Header
-from dlgsanet_arch.data.listing import Checked, Fault, PairSet, Side, is_misfit, list_images, spread
+from dlgsanet_arch.data.listing import (
+    Checked,
+    Fault,
+    PairSet,
+    Side,
+    list_images,
+    size_faults,
+    spread,
+)
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import quoted
 from dlgsanet_arch.options import Context, Registered
@@ -58,10 +66,8 @@ def _check_headers(checked: Checked) -> None:
             )
         headers.append({name: header for name, header in found.items() if header is not None})
         _warn_of_changes(checked, side, headers[-1])
-    if checked.set.hr is not None and checked.set.least:
-        _find_small(checked, headers[0])
-    if len(headers) == 2 and checked.set.scale:
-        _find_misfits(checked, headers, pairs)
+    if checked.set.hr is not None:
+        _check_sizes(checked, pairs, headers)
 
 
 def _warn_of_changes(checked: Checked, side: Side, headers: Mapping[str, Header]) -> None:
@@ -76,34 +82,21 @@ def _warn_of_changes(checked: Checked, side: Side, headers: Mapping[str, Header]
             checked.warnings.append(Fault(side.part, f"{text}{quoted(names, 3)}; {done}"))
 
 
-def _find_small(checked: Checked, headers: Mapping[str, Header]) -> None:
-    least = checked.set.least
-    small = {name: header for name, header in headers.items() if min(header[:2]) < least}
-    for name, (height, width, *_) in list(small.items())[:1]:
-        checked.add(
-            "hr",
-            f"{len(small)} of {len(headers)} images checked in {checked.set.hr} are smaller than "
-            f"{least} x {least} pixels, {checked.set.why}: {quoted(small, 3)}; {name!r} has "
-            f"{height} x {width}; leave them out",
-        )
-
-
-def _find_misfits(
-    checked: Checked, headers: Sequence[Mapping[str, Header]], pairs: Sequence[tuple[str, ...]]
+def _check_sizes(
+    checked: Checked, pairs: Sequence[tuple[str, ...]], headers: Sequence[Mapping[str, Header]]
 ) -> None:
-    scale = checked.set.scale
-    both = [pair for pair in pairs if pair[0] in headers[0] and pair[1] in headers[1]]
-    sizes = {pair[0]: (headers[0][pair[0]], headers[1][pair[1]]) for pair in both}
-    wrong = {name: size for name, size in sizes.items() if is_misfit(checked.set, scale, *size)}
-    for name, (hr, lr) in list(wrong.items())[:1]:
-        ratios = (f"{a / b:.4g}" for a, b in zip(hr[:2], lr[:2], strict=True))
-        checked.add(
-            "lr",
-            f"{len(wrong)} of {len(sizes)} pairs checked are not LR and HR {scale} times as large: "
-            f"{quoted(wrong, 3)}; {name!r} has HR {hr.height} x {hr.width} and LR {lr.height} x "
-            f"{lr.width}, a scale of {' and '.join(dict.fromkeys(ratios))}; make LR again, or "
-            "correct the path or the scale",
-        )
+    wrong: dict[str, dict[str, str]] = {"hr": {}, "lr": {}}
+    for pair in pairs:
+        sizes = [known[name] for known, name in zip(headers, pair, strict=True) if name in known]
+        if len(sizes) == len(pair):
+            hr, lr = (*sizes, None)[:2]
+            for part, text in size_faults(checked.set, checked.set.scale, hr, lr).items():
+                wrong[part][pair[0]] = text
+    remedies = {"hr": "leave them out", "lr": "make LR again, or correct the path or the scale"}
+    for part, texts in wrong.items():
+        if texts:
+            what = f"{len(texts)} of {len(pairs)} checked have wrong sizes: {quoted(texts, 3)}"
+            checked.add(part, f"{what}; the first: {next(iter(texts.values()))}; {remedies[part]}")
 
 
 def check_quickly(each: PairSet) -> Checked:

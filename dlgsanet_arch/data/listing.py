@@ -107,11 +107,10 @@ class Checked:
         scale: HR side over LR side, None where there is one side.
         sides: HR, LR, or both; empty where one cannot be opened.
         pairs: The names of each sample, one for each side.
-        faults: What is wrong with the set as a whole.
+        faults: What is wrong with the set as a whole; whether writing it anew fixes some.
         bad: Why images cannot be used, by HR's name.
         warnings: What BasicSR changes in images without saying so.
         notes: What a user should know without it being wrong.
-        fixable: Whether writing it anew fixes some of the faults.
     """
 
     set: PairSet
@@ -353,7 +352,28 @@ def list_images(each: PairSet, *, complete: bool) -> Checked:
     return checked
 
 
-def is_misfit(each: PairSet, scale: int, hr: Sequence[int], lr: Sequence[int]) -> bool:
-    """Whether HR is not LR times the scale; BasicSR cuts a rest off when it tests."""
-    rest = scale - 1 if each.role == "test" else 0
-    return not all(0 <= a - b * scale <= rest for a, b in zip(hr[:2], lr[:2], strict=True))
+def size_faults(
+    each: PairSet, scale: int | None, hr: Sequence[int], lr: Sequence[int] | None
+) -> dict[str, str]:
+    """What is wrong with the sizes of a sample, by its part: "hr" or "lr".
+
+    Args:
+        each: The set.
+        scale: HR side over LR side; None where that is not known.
+        hr: Height and width, and anything behind them.
+        lr: Likewise; None in a set without LR.
+    """
+    faults, (height, width, *_) = {}, hr
+    if each.least and min(height, width) < each.least:
+        text = f"{each.least} x {each.least} pixels, {each.why}"
+        faults["hr"] = f"HR has {height} x {width} pixels, smaller than {text}"
+    if lr is None or scale is None:
+        return faults
+    wanted = [side * scale for side in lr[:2]]
+    rest = scale - 1 if each.role == "test" else 0  # which BasicSR cuts off when it tests
+    if not all(0 <= a - b <= rest for a, b in zip((height, width), wanted, strict=True)):
+        faults["lr"] = (
+            f"HR has {height} x {width} pixels, and LR's {lr[0]} x {lr[1]} times {scale} are "
+            f"{wanted[0]} x {wanted[1]}"
+        )
+    return faults

@@ -48,18 +48,14 @@ def made_before(
     overwrite: bool,
     remedy: str = "move it away, or make it again with --overwrite",
 ) -> dict[str, Any] | None:
-    """Read the recipe of a finished folder.
+    """Read the recipe of a finished folder, None where the folder is absent.
 
     Args:
-        path: The folder; need not exist.
+        path: The folder.
         recipe: What it is to be made from.
-        change: Says of the stored recipe how the folder was changed after it was made, "" where
-            it was not.
+        change: Says of the stored recipe how the folder was changed since, "" where it was not.
         overwrite: What was made otherwise, or changed since, counts as absent, to be replaced.
         remedy: What a user can do about such a folder.
-
-    Returns:
-        The stored recipe, None where the folder is absent.
 
     Raises:
         UserError: Something else has that name.

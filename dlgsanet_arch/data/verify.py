@@ -19,7 +19,7 @@ from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
 from dlgsanet_arch.data.finding import SUFFIXES, image_key
 from dlgsanet_arch.data.images import ImageError, decode_8_bits
-from dlgsanet_arch.data.listing import Checked, PairSet, Side, is_misfit, list_images
+from dlgsanet_arch.data.listing import Checked, PairSet, Side, list_images, size_faults
 from dlgsanet_arch.data.similarity import (
     Thumbnail,
     TrainingImages,
@@ -112,10 +112,10 @@ class Found(NamedTuple):
     Args:
         faults: Why it cannot be used, as clauses that begin with HR or LR.
         scale: HR side over LR side; None where there is one side.
-        digest: Of the pixels of HR, of LR in a set without HR; None where they are unreadable.
-        psnr: Of LR to the bicubic of HR, in dB; None where there is one side.
-        thumbnail: Of HR; None in a set without.
-        corners: As `corner_thumbnails` returns them, of the images of a test set.
+        digest: Of the pixels of HR, of LR in a set without HR.
+        psnr: Of LR to the bicubic of HR, in dB.
+        thumbnail: Of HR.
+        corners: As `corner_thumbnails` returns them, of HR images of a test set.
     """
 
     faults: Sequence[str]
@@ -128,17 +128,9 @@ class Found(NamedTuple):
 
 @dataclass
 class Verified(Checked):
-    """Findings of the full mode beside those of both.
+    """Findings of both modes, and about each sample by its first name."""
 
-    Args:
-        digests: Names by the digest of their pixels.
-        thumbnails: Of HR, by name.
-        corners: As `Found` has them, by name.
-    """
-
-    digests: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    thumbnails: dict[str, Thumbnail] = field(default_factory=dict)
-    corners: dict[str, Mapping[tuple[int, int], Thumbnail]] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
 
 
 def _decode(side: Side, name: str, faults: list[str]) -> ImageArray | None:
@@ -173,28 +165,21 @@ def examine(
     digest = pixel_digest(images[0])
     if each.hr is None:
         return Found(faults, digest=digest)
-    hr, scale, psnr = images[0], None, None
-    height, width = hr.shape[:2]
-    if each.least and min(height, width) < each.least:
-        text = f"{each.least} x {each.least} pixels, {each.why}"
-        faults.append(f"HR has {height} x {width} pixels, smaller than {text}")
-    if len(images) == 2:
-        lr = images[1]
-        rows, columns = lr.shape[:2]
-        scale = each.scale or max(1, round(height / rows))
-        if is_misfit(each, scale, hr.shape, lr.shape):
-            faults.append(
-                f"HR has {height} x {width} pixels, and LR's {rows} x {columns} times {scale} are "
-                f"{rows * scale} x {columns * scale}"
-            )
-        else:
-            psnr = psnr_to_bicubic(lr, hr[: rows * scale, : columns * scale], scale)
+    hr, *rest = images
+    scale, psnr, lr = None, None, rest[0] if rest else None
+    if lr is not None:
+        scale = each.scale or max(1, round(hr.shape[0] / lr.shape[0]))
+    faults = [*size_faults(each, scale, hr.shape, None if lr is None else lr.shape).values()]
+    if lr is not None and not faults:
+        covered = hr[: lr.shape[0] * scale, : lr.shape[1] * scale]
+        psnr = psnr_to_bicubic(lr, covered, scale)
     corners = corner_thumbnails(hr, sizes) if each.role == "test" else {}
     return Found(faults, scale, digest, psnr, thumbnail(hr), corners)
 
 
-def _judge_lr(verified: Verified, psnrs: Mapping[str, float]) -> None:
+def _judge_lr(verified: Verified) -> None:
     """Judge a set by its median, and single pairs where they differ from that."""
+    psnrs = {name: one.psnr for name, one in verified.found.items() if one.psnr is not None}
     if not psnrs:
         return
     middle = median(psnrs.values())
@@ -207,17 +192,18 @@ def _judge_lr(verified: Verified, psnrs: Mapping[str, float]) -> None:
             "shifted, or made by another kernel. Make LR from HR again, as `train --hr` does",
         )
     least = BICUBIC if middle >= BICUBIC else UNRELATED
-    for key, psnr in psnrs.items():
+    for name, psnr in psnrs.items():
         if psnr < least:
-            verified.bad.setdefault(key, []).append(
-                f"LR is not the bicubic of its HR image: PSNR {psnr:.1f} dB"
-            )
+            text = f"LR is not the bicubic of its HR image: PSNR {psnr:.1f} dB"
+            verified.bad.setdefault(name, []).append(text)
 
 
 def _judge_duplicates(verified: Verified) -> None:
-    for first, *others in verified.digests.values():
-        for key in others:
-            verified.bad.setdefault(key, []).append(f"has the same pixels as {first}")
+    first: dict[str, str] = {}
+    for name, one in verified.found.items():
+        if one.digest is not None and first.setdefault(one.digest, name) != name:
+            text = f"has the same pixels as {first[one.digest]}"
+            verified.bad.setdefault(name, []).append(text)
 
 
 def verify_set(each: PairSet, workers: int, sizes: frozenset[tuple[int, int]]) -> Verified:
@@ -232,30 +218,22 @@ def verify_set(each: PairSet, workers: int, sizes: frozenset[tuple[int, int]]) -
     if not verified.pairs:
         return verified
     look = partial(examine, each=each, sides=verified.sides, sizes=sizes)
-    psnrs = {}
     isolated = any(side.is_database for side in verified.sides)
+    samples = with_progress(look, verified.pairs, workers, each.name, isolated=isolated)
     try:
-        for (name, *_), one in with_progress(
-            look, verified.pairs, workers, each.name, isolated=isolated
-        ):
-            verified.scale = verified.scale or one.scale
-            faults = [*one.faults]
-            if one.scale != verified.scale and not faults:
-                faults.append(f"HR is {one.scale} times as large as LR, others {verified.scale}")
-            if faults:
-                verified.bad[name] = faults
-            if one.digest is not None:
-                verified.digests[one.digest].append(name)
-            if one.psnr is not None:
-                psnrs[name] = one.psnr
-            if one.thumbnail is not None:
-                verified.thumbnails[name] = one.thumbnail
-            verified.corners[name] = one.corners
+        verified.found = {name: one for (name, *_), one in samples}
     except UserError as error:
         places = " and ".join(str(side.path) for side in verified.sides)
         verified.add(verified.sides[0].part, f"{places} cannot be read: {error}")
         verified.pairs = []
-    _judge_lr(verified, psnrs)
+    verified.scale = next((one.scale for one in verified.found.values() if one.scale), None)
+    for name, one in verified.found.items():
+        if one.faults:
+            verified.bad[name] = [*one.faults]
+        elif one.scale != verified.scale:
+            text = f"HR is {one.scale} times as large as LR, others {verified.scale}"
+            verified.bad[name] = [text]
+    _judge_lr(verified)
     _judge_duplicates(verified)
     return verified
 
@@ -265,15 +243,12 @@ def _find_in_training(
 ) -> None:
     """Search the training sets for the HR images of a test set; what is found is bad there."""
     for path, (trained, images) in training.items():
-        if path == tested.set.hr:
-            continue
-        for name, corners in tested.corners.items():
-            for copy in images.find(corners):
+        for name, one in tested.found.items() if path != tested.set.hr else ():
+            for copy in images.find(one.corners):
                 if (path, copy, name) not in told:  # test sets of several scales hold the same
                     told.add((path, copy, name))
-                    trained.bad.setdefault(copy, []).append(
-                        f"shows the same as the test image {tested.sides[0].path / name}"
-                    )
+                    text = f"shows the same as the test image {tested.sides[0].path / name}"
+                    trained.bad.setdefault(copy, []).append(text)
 
 
 def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
@@ -289,11 +264,11 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
     for each in sorted(sets, key=lambda each: each.role == "test"):
         sizes = frozenset[tuple[int, int]]().union(*(found.sizes for _, found in training.values()))
         one = verified[each] = verify_set(each, workers, sizes)
+        small = {name: found.thumbnail for name, found in one.found.items() if found.thumbnail}
         if each.role == "test":
-            if each.hr is not None:
-                _find_in_training(training, one, told)
-        elif one.thumbnails:  # HR of several scales is one database
-            training[each.hr] = one, TrainingImages(one.thumbnails)
+            _find_in_training(training, one, told)
+        elif small:  # HR of several scales is one database
+            training[each.hr] = one, TrainingImages(small)
     return [verified[each] for each in sets]
 
 

@@ -56,13 +56,9 @@ def _begin_worker() -> None:
 
 
 def process_context(function: Callable) -> BaseContext:
-    """How worker processes start: forked off one process that has imported what they need.
+    """How processes that run a function start: forked off one that has imported what they need.
 
-    That import takes place once instead of once a worker. Forking this process would not do:
-    threads, as those of OpenCV and PyTorch, do not survive a fork.
-
-    Args:
-        function: What the workers are to run.
+    Forking this process would not do: threads, as those of OpenCV, do not survive a fork.
     """
     if not sys.platform.startswith("linux"):  # Windows has no forks, macOS none that are safe
         return multiprocessing.get_context("spawn")
