@@ -5,6 +5,7 @@ file claims to hold is compared with its size before anything is built from it.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,9 +63,9 @@ def find_weights(weights: Path | str) -> Path:
         CheckpointError: Neither is there, or it is not a file.
     """
     path, known = Path(weights), bundled_weights()
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib raises where a name is too long
         return path
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(f"the weights {path} cannot be read: it is not a file")
     if str(weights) in known:
         return known[str(weights)]

@@ -38,7 +38,8 @@ def written_atomically(
         path: The file to write.
         check: Looks at the written file before it takes the name; what it raises keeps the old one.
     """
-    beside = unfinished(path)
+    # Of a name of its own: two processes may write one file, and the name may be a long one.
+    beside = path.with_name(f".{os.urandom(8).hex()}{UNFINISHED}")
     try:
         with beside.open("wb") as file:
             yield file

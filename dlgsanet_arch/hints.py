@@ -38,3 +38,11 @@ def named(names: Sequence[str], most: int = 5) -> str:
 def quoted(names: Iterable[str], most: int = 5) -> str:
     """Name the first few of many things in quotation marks, and count the others."""
     return named([repr(name) for name in names], most)
+
+
+def printable(text: str) -> str:
+    """Write what would move a terminal's cursor or colour, or is no character, as an escape."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
+        for each in text
+    )

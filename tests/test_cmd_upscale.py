@@ -19,8 +19,9 @@ from test_inference import checkpoint, image
 from dlgsanet_arch.checkpoint import save_checkpoint
 from dlgsanet_arch.cli import main
 from dlgsanet_arch.data.images import read_stored
-from dlgsanet_arch.inference import Upscaler, upscaler, writing
-from dlgsanet_arch.inference.folders import Job, plan
+from dlgsanet_arch.files import written_atomically
+from dlgsanet_arch.inference import Upscaler, writing
+from dlgsanet_arch.inference.files import Job, plan
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -160,7 +161,7 @@ def test_the_colour_profile_stays(weights, tmp_path, name, depth):
     else:
         source = tmp_path / name
         pixels = image(9, 12, 3, np.uint16)
-        writing.write_image(source, writing.format_of(source), pixels, icc=SRGB)
+        writing.write_image(source, pixels, icc=SRGB)
     assert call(weights, source, tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / name) as made:
         assert made.info["icc_profile"] == SRGB
@@ -211,7 +212,8 @@ def test_a_folder_keeps_its_tree_and_its_names(weights, tmp_path, capsys):
         "sub/old_x2.png",
         "sub/UPPER_x2.PNG",
     }
-    assert capsys.readouterr().out == "5 upscaled\n"
+    said = f"5 images upscaled x2 into {tmp_path / 'out'} by DLGSANet ({weights})\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_file_by_name(weights, tmp_path):
@@ -240,11 +242,10 @@ def test_wishes_that_cannot_be_met_are_named(weights, tmp_path, capsys):
     save(tmp_path / "in" / "a.jpg", image(5, 6))
     for more, said in (
         ((tmp_path / "none", tmp_path), "none does not exist"),
-        ((source, tmp_path / "in"), "a.png would be replaced by its result"),
+        ((source, tmp_path / "in"), "a.png: would be replaced by its result"),
         ((source, tmp_path / "a.gif"), "a.gif has no suffix of a format"),
         ((source, tmp_path / "a.jpg", "--format", "png"), "is not named as png"),
-        ((tmp_path / "in", tmp_path / "out", "--format", "png"), "would have one result"),
-        ((source, tmp_path / "out", "--quality", "0"), "--quality must be"),
+        ((source, tmp_path / "out", "--suffix", "/../../x"), "cannot lead to another folder"),
         ((source, tmp_path / "out", "--tile", "3"), "tile must be"),
     ):
         assert call(weights, *more) == 1
@@ -257,7 +258,7 @@ def test_the_weights_of_the_package_serve_where_none_are_named(tmp_path, monkeyp
     command = ["upscale", "-i", str(source), "-o", str(tmp_path / "out.png"), "--device", "cpu"]
     assert main(command) == 0
     assert cv2.imread(str(tmp_path / "out.png")).shape == (20, 24, 3)
-    monkeypatch.setattr(upscaler.resources, "files", lambda _: tmp_path)  # a package without any
+    monkeypatch.setattr("importlib.resources.files", lambda _: tmp_path)  # a package without any
     assert main(command) == 1
     assert "dlgsanet upscale -m" in capsys.readouterr().err
 
@@ -267,9 +268,114 @@ def test_results_of_before_are_no_images_of_now(weights, tmp_path):
     for _ in range(2):
         assert call(weights, tmp_path, tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
-    assert plan(tmp_path, tmp_path / "out")[0] == Job(
-        tmp_path / "a.png", tmp_path / "out" / "a.png", may_change=True
+    results = tmp_path / "out" / "a.png"
+    assert plan(tmp_path, tmp_path / "out") == ([Job(tmp_path / "a.png", results)], {})
+
+
+@pytest.mark.parametrize("more", [("--suffix", "_x2"), ("--format", "png")])
+def test_results_beside_the_images_are_not_enlarged_again(weights, tmp_path, more):
+    folder = tmp_path / "in"
+    for name in ("a.jpg", "sub/b.webp", "sub/b_x20.webp"):
+        save(folder / name, image(3, 7))
+    before = sorted(folder.rglob("*.*"))
+    seen = []
+    for again in ((), ("--skip-existing",), ()):
+        assert call(weights, folder, folder, *more, *again) == 0
+        seen.append(sorted(path for path in folder.rglob("*.*") if path not in before))
+    assert len(seen[0]) == 3
+    assert seen[0] == seen[1] == seen[2]
+    assert {Image.open(path).size for path in seen[0]} == {(14, 6)}
+    # Another format, too, has no results for images.
+    if "--suffix" in more:
+        assert call(weights, folder, folder, *more, "--format", "tiff") == 0
+        assert len(list(folder.rglob("*.*"))) == 9
+
+
+def test_what_a_folder_holds_is_read_or_counted(weights, tmp_path, capsys):
+    for name in ("a.jfif", "b.JPE"):
+        save(tmp_path / "in" / "x.jpg", image(5, 6)).rename(tmp_path / "in" / name)
+    for name in ("c.heic", "d.gif", "e.gif", "notes.txt"):
+        (tmp_path / "in" / name).touch()
+    assert call(weights, tmp_path / "in", tmp_path / "out") == 0
+    assert capsys.readouterr().out.endswith(
+        "left out, as these are not read: 2 .gif, 1 .heic; convert them to PNG first\n"
     )
+    with Image.open(tmp_path / "out" / "a.jfif") as made:
+        assert made.format == "JPEG"
+    assert (tmp_path / "out" / "b.JPE").is_file()
+    for name in ("a.jfif", "b.JPE"):
+        (tmp_path / "in" / name).unlink()
+    assert call(weights, tmp_path / "in", tmp_path / "out") == 1
+    assert "there are files that are not read: 2 .gif, 1 .heic" in capsys.readouterr().err
+
+
+def test_links_in_circles_and_equal_names_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("a.png", "b.png", "b.bmp", "sub/c.png"):
+        save(folder / name, image(5, 6))
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    assert call(weights, folder, tmp_path / "out", "--format", "png") == 1
+    said = capsys.readouterr()
+    assert said.out.endswith("3 FAILED\n")
+    assert f"FAILED {folder}/loop.png" in said.err
+    for name in ("b.png", "b.bmp"):
+        assert f"FAILED {folder}/{name}: would share the result" in said.err
+    made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert made == {"a.png", "sub/c.png"}
+
+
+@pytest.mark.parametrize(
+    ("channels", "target", "said"),
+    [
+        (3, "/proc/nope/y.png", "/proc/nope/y.png cannot be written"),
+        (3, "/proc/y.png", "/proc/y.png cannot be written"),
+        (4, "y.jpg", "jpeg holds no transparency; use a name that ends in .png"),
+        (3, "n" * 300 + ".png", "File name too long"),
+    ],
+)
+def test_a_target_that_cannot_be_is_named_before_the_work(
+    weights, tmp_path, capsys, monkeypatch, channels, target, said
+):
+    source = save(tmp_path / "a.png", image(5, 6, channels))
+    monkeypatch.setattr(Upscaler, "many", None)
+    assert call(weights, source, tmp_path / target) == 1
+    assert said in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_long_names_and_webp_without_loss_stay_so(weights, expected, tmp_path):
+    array = image(5, 6)
+    name = "n" * 250 + ".webp"
+    source = save(tmp_path / name, array, lossless=True, icc_profile=SRGB)
+    assert call(weights, source, tmp_path / "out") == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / name)), expected(array))
+
+
+def test_terminals_see_no_escapes(weights, tmp_path, capsys):
+    save(tmp_path / "in" / "a\x1b[31m.png", image(5, 6))
+    (tmp_path / "in" / "b\x1b]0;x\x07.png").touch()
+    assert call(weights, tmp_path / "in", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out
+    assert "\x1b[31m" not in said.err
+    assert "b\\x1b]0;x\\x07.png is empty" in said.err
+    assert call(tmp_path / "\x1b[31m.pth", tmp_path / "in", tmp_path / "out") == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_two_processes_may_write_one_file(tmp_path):
+    path = tmp_path / "a.png"
+    first, second = image(9, 9), image(9, 9, seed=1)
+    with written_atomically(path) as half:
+        half.write(b"half")
+        writing.write_image(path, second)
+        assert np.array_equal(np.asarray(Image.open(path)), second)
+        half.seek(0)
+        Image.fromarray(first).save(half, "PNG")
+    assert np.array_equal(np.asarray(Image.open(path)), first)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # Bad files
@@ -294,7 +400,8 @@ def test_bad_files_are_named_and_the_rest_is_done(weights, tmp_path, capsys):
     (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + ending)
     assert call(weights, folder, tmp_path / "out") == 1
     said = capsys.readouterr()
-    assert said.out == "2 upscaled, 6 FAILED\n"
+    assert said.out.startswith("2 images upscaled x2 into ")
+    assert said.out.endswith(", 6 FAILED\n")
     for name, reason in {
         "cut.png": "cut short",
         "cut.jpg": "cut short",
@@ -329,7 +436,7 @@ def test_what_cannot_be_read_or_written_is_named(weights, tmp_path, capsys):
     (tmp_path / "out" / "b").touch()
     assert call(weights, folder, tmp_path / "out") == 1
     said = capsys.readouterr()
-    assert said.out == "0 upscaled, 2 FAILED\n"
+    assert said.out == "0 images upscaled x2, 2 FAILED\n"
     assert f"{tmp_path / 'out' / 'a.png'} cannot be written: " in said.err
     assert f"{tmp_path / 'out' / 'b' / 'c.png'} cannot be written: " in said.err
     (folder / "d.png").mkdir()
@@ -341,13 +448,13 @@ def test_a_fault_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
-    def fail(file, *_):
+    def fail(file, *_, **__):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_write", fail)
+    monkeypatch.setattr(writing, "_encode", fail)
     with pytest.raises(writing.WriteError, match="No space left"):
-        writing.write_image(path, "png", image(4, 4))
+        writing.write_image(path, image(4, 4))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -360,7 +467,11 @@ def test_what_is_there_is_passed_over(weights, tmp_path, capsys):
         save(tmp_path / "in" / name, image(5, 6))
     save(tmp_path / "out" / "a.png", image(1, 1))
     assert call(weights, tmp_path / "in", tmp_path / "out", "--skip-existing") == 0
-    assert capsys.readouterr().out == "1 upscaled, 1 skipped, as their results are there\n"
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"1 image upscaled x2 into {tmp_path / 'out' / 'b.png'} (6x5 to 12x10) by "
+    )
+    assert said.endswith(", 1 skipped, as their results are there\n")
     with Image.open(tmp_path / "out" / "a.png") as kept:
         assert kept.size == (1, 1)
 
@@ -430,7 +541,11 @@ def test_several_devices_are_refused_with_the_commands_to_use_instead(weights, t
     assert "--device cuda:1 --shard 2/2" in said
 
 
-def test_an_interrupted_run_leaves_whole_images(weights, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "last"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+)
+def test_an_interrupted_run_leaves_complete_images(weights, tmp_path, number, status, last):
     for index in range(30):
         save(tmp_path / "in" / f"{index}.png", image(150, 150))
     command = [sys.executable, "-m", "dlgsanet_arch", "upscale", "-i", str(tmp_path / "in")]
@@ -440,12 +555,12 @@ def test_an_interrupted_run_leaves_whole_images(weights, tmp_path):
         until = time.monotonic() + 90
         while not list((tmp_path / "out").glob("*.png")) and time.monotonic() < until:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert said.endswith("dlgsanet: interrupted\n")
+    assert process.returncode == status
+    assert said.endswith(f"dlgsanet: {last}\n")
     made = list((tmp_path / "out").iterdir())
     assert 0 < len(made) < 30
     for path in made:
@@ -468,7 +583,7 @@ def test_16_bit_png_files_hold_what_they_were_given(tmp_path, channels, size):
     rng = np.random.default_rng(channels)
     array = rng.integers(0, 1 << 16, (*size, channels), np.uint16)
     array[..., -1][0, 0] = 7  # not opaque
-    writing.write_image(tmp_path / "a.png", "png", array, icc=SRGB, exif=b"Exif\0\0MM\0*")
+    writing.write_image(tmp_path / "a.png", array, icc=SRGB, exif=b"Exif\0\0MM\0*")
     assert np.array_equal(read_stored(tmp_path / "a.png").pixels, array)
     with Image.open(BytesIO((tmp_path / "a.png").read_bytes())) as found:
         found.load()
@@ -478,5 +593,5 @@ def test_16_bit_png_files_hold_what_they_were_given(tmp_path, channels, size):
 
 def test_smooth_16_bit_png_files_are_small(tmp_path):
     slope = np.add.outer(np.arange(200) * 90, np.arange(300) * 70).astype(np.uint16)
-    writing.write_image(tmp_path / "a.png", "png", slope[..., None])
+    writing.write_image(tmp_path / "a.png", slope[..., None])
     assert (tmp_path / "a.png").stat().st_size < slope.nbytes / 20

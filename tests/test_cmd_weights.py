@@ -162,3 +162,12 @@ def test_average_and_transfer(weights, tmp_path, capsys):
     assert call("transfer", tmp_path / "a.pth", "--scale", "4", "-o", out) == 0
     assert read_checkpoint(out).scale == 4
     assert "the upsampler is new" in capsys.readouterr().out
+
+
+def test_notes_move_no_terminal_and_bundled_weights_go_by_name(tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert call("convert", "tiny_x4", "-o", out, "--note", "\x1b[2Jkey=\x1b]0;title\x07") == 0
+    assert call("inspect", out, "tiny_x4") == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "\\x1b]0;title\\x07" in said

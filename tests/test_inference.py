@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import SMALL_NETWORK, run
+from PIL import Image
 from scipy import ndimage
 
 import dlgsanet_arch
 from dlgsanet_arch.checkpoint import Checkpoint, CheckpointError, infer_config, save_checkpoint
-from dlgsanet_arch.inference import Upscaler, memory, upscale, upscaler
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.inference import Upscaler, arrays, memory, upscale
+from dlgsanet_arch.inference.memory import UpscaleError
 from dlgsanet_arch.network import DLGSANet
 
 SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
@@ -108,7 +111,7 @@ def test_a_network_for_gray_enlarges_colour_channel_by_channel():
 
 
 def test_other_channels_are_refused():
-    with pytest.raises(upscaler.UpscaleError, match="take 4 channels"):
+    with pytest.raises(UpscaleError, match="take 4 channels"):
         Upscaler(checkpoint(in_chans=4), device="cpu")
 
 
@@ -122,11 +125,43 @@ def test_other_channels_are_refused():
         (torch.zeros(3, 4, 4), r"\(3, 4, 4\)"),
         (torch.zeros(1, 2, 4, 4), r"\(1, 2, 4, 4\)"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 4, 4), 255.0), r"in \[0, 1\]; got 255 to 255: divide by 255"),
+        (torch.tensor([-1.0, 1]).expand(1, 3, 4, 2), "got -1 to 1: scale it"),
+        (torch.full((1, 3, 4, 4), torch.nan), "got nan to nan"),
+        ([[1, 2]], "got list"),
+        (Image.new("F", (3, 4)), "mode F"),
     ],
 )
 def test_what_is_no_image_is_refused(small, array, said):
     with pytest.raises(ValueError, match=said):
         Upscaler(small, device="cpu")(array)
+
+
+def test_files_and_pillow_images_are_taken(small, tmp_path):
+    ours = Upscaler(small, device="cpu")
+    for mode, channels in (("L", 0), ("LA", 2), ("RGB", 3), ("RGBA", 4)):
+        array = image(7, 9, channels)
+        given = Image.fromarray(array)
+        given.save(tmp_path / "a.png")
+        given.info["icc_profile"] = b"profile"
+        made = ours(given)
+        assert (made.mode, made.size, made.info["icc_profile"]) == (mode, (18, 14), b"profile")
+        assert np.array_equal(np.asarray(made), ours(array))
+        assert np.array_equal(upscale(tmp_path / "a.png", small, device="cpu"), ours(array))
+        assert np.array_equal(ours(str(tmp_path / "a.png")), ours(array))
+    turned = Image.fromarray(image(7, 9))
+    turned.getexif()[0x0112] = 6
+    assert np.array_equal(np.asarray(ours(turned)), ours(np.rot90(image(7, 9), -1)))
+    assert ours(Image.fromarray(image(7, 9)).quantize(8)).mode == "RGB"
+    assert ours(Image.new("CMYK", (3, 4))).mode == "RGB"
+    with pytest.raises(UserError, match=r"none\.png cannot be opened"):
+        ours(tmp_path / "none.png")
+
+
+def test_bytes_may_be_in_the_other_order(small):
+    array = image(7, 9, dtype=np.uint16)
+    made = Upscaler(small, device="cpu")(array.astype(">u2"))
+    assert np.array_equal(made, Upscaler(small, device="cpu")(array))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -209,13 +244,13 @@ def test_only_what_nobody_sees_is_filled():
     rng = np.random.default_rng(0)
     colour, alpha = rng.integers(0, 256, (21, 30, 3), np.uint8), np.zeros((21, 30, 1), np.uint8)
     alpha[5:9, 7:12] = rng.integers(1, 256, (4, 5, 1))
-    filled = upscaler._continued(colour, alpha)
+    filled = arrays.fill_transparent(colour, alpha)
     seen = alpha[..., 0] > 0
     assert np.array_equal(filled[seen], colour[seen])
     assert filled.min() >= colour[seen].min()
     assert filled.max() <= colour[seen].max()
     for other in (np.zeros_like(alpha), np.full_like(alpha, 3)):
-        assert np.array_equal(upscaler._continued(colour, other), colour)
+        assert np.array_equal(arrays.fill_transparent(colour, other), colour)
 
 
 # Tiles
@@ -336,29 +371,29 @@ def test_out_of_memory_means_smaller_tiles(local, error):
     said, array = [], image(70, 90)
     expected = Upscaler(local, device="cpu", tile=22, overlap=24)(array)
     upscaler = Upscaler(local, device="cpu", tile=0, overlap=24, notice=said.append)
-    upscaler._net = Scarce(upscaler._net, 30 * 30, error)
+    upscaler._forward.net = Scarce(upscaler._forward.net, 30 * 30, error)
     assert np.array_equal(upscaler(array), expected)
     assert said == [
         "out of memory on cpu with the whole image; again with tiles of 45",
         "out of memory on cpu with tiles of 45; again with tiles of 22",
     ]
     # The next image does not try again what failed.
-    upscaler._net.sizes.clear()
+    upscaler._forward.net.sizes.clear()
     upscaler(array)
     assert len(said) == 2
-    assert max(upscaler._net.sizes) <= (22, 22)
+    assert max(upscaler._forward.net.sizes) <= (22, 22)
 
 
 def test_memory_that_never_suffices_is_an_error(small):
     upscaler_ = Upscaler(small, device="cpu", notice=lambda text: None)
-    upscaler_._net = Scarce(upscaler_._net, 0, MemoryError("none"))
-    with pytest.raises(upscaler.UpscaleError, match="not suffice even for tiles of 16"):
+    upscaler_._forward.net = Scarce(upscaler_._forward.net, 0, MemoryError("none"))
+    with pytest.raises(UpscaleError, match="not suffice even for tiles of 16"):
         upscaler_(image(40, 40))
 
 
 def test_other_errors_are_not_taken_for_it(small):
     broken = Upscaler(small, device="cpu")
-    broken._net = Scarce(broken._net, 0, RuntimeError("an illegal memory access"))
+    broken._forward.net = Scarce(broken._forward.net, 0, RuntimeError("an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         broken(image(40, 40))
 
@@ -366,7 +401,7 @@ def test_other_errors_are_not_taken_for_it(small):
 def test_a_result_that_does_not_fit_is_refused_before_it_is_computed(small, monkeypatch):
     ours = Upscaler(small, device="cpu", tile=64)
     monkeypatch.setattr(memory, "free_memory", lambda device: 10_000)
-    with pytest.raises(upscaler.UpscaleError, match="the result needs"):
+    with pytest.raises(UpscaleError, match="the result needs"):
         ours(image(60, 60))
 
 
@@ -385,9 +420,7 @@ def test_a_device_that_cannot_is_named(small, monkeypatch):
         raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
 
     monkeypatch.setattr(DLGSANet, "forward", refuse)
-    with pytest.raises(
-        upscaler.UpscaleError, match=r"cpu cannot compute .* in fp16 .*'Half'.*fp32"
-    ):
+    with pytest.raises(UpscaleError, match=r"cpu cannot compute .* in fp16 .*'Half'.*fp32"):
         Upscaler(small, device="cpu", dtype="fp16")
 
 
@@ -395,7 +428,11 @@ def test_results_that_are_no_numbers_are_never_a_image(small):
     weights = {name: tensor.clone() for name, tensor in small.weights.items()}
     weights["overlap_embed.0.proj.weight"][0] = torch.nan
     broken = Upscaler(Checkpoint(weights, small.config), device="cpu")
-    with pytest.raises(upscaler.UpscaleError, match="not numbers in fp32: the weights are damaged"):
+    with pytest.raises(UpscaleError, match="not numbers in fp32: the weights are damaged"):
+        broken(image(9, 9))
+    weights["overlap_embed.0.proj.weight"].fill_(1e38)
+    broken = Upscaler(Checkpoint(weights, small.config), device="cpu")
+    with pytest.raises(UpscaleError, match="not numbers in fp32: its weights are too large"):
         broken(image(9, 9))
 
 
@@ -417,8 +454,8 @@ def test_another_scale_is_resized_at_the_end(small, scale, dtype):
 
 def test_weights_are_needed(monkeypatch, tmp_path, small):
     array = image(8, 8)
-    monkeypatch.setattr(upscaler.resources, "files", lambda package: tmp_path)
-    with pytest.raises(upscaler.UpscaleError, match=r"weights are needed.*-m net_g_latest.pth"):
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    with pytest.raises(UpscaleError, match=r"weights are needed.*-m net_g_latest.pth"):
         upscale(array)
     (tmp_path / "weights").mkdir()
     for scale in (2, 4):
@@ -453,7 +490,7 @@ def test_files_of_weights_are_named(tmp_path):
 )
 def test_arguments_out_of_range_are_named(small, arguments):
     ((name, value),) = arguments.items()
-    with pytest.raises(upscaler.UpscaleError, match=rf"{name}.*{value}"):
+    with pytest.raises(UpscaleError, match=rf"{name}.*{value}"):
         Upscaler(small, **{"device": "cpu", **arguments})
 
 
@@ -468,7 +505,7 @@ def test_images_together_are_the_images_one_by_one(small):
 
 def test_smaller_tiles_warn_where_nobody_listens(small):
     ours = Upscaler(small, device="cpu", tile=0)
-    ours._net = Scarce(ours._net, 400, MemoryError())
+    ours._forward.net = Scarce(ours._forward.net, 400, MemoryError())
     with pytest.warns(RuntimeWarning, match="out of memory on cpu"):
         ours(image(30, 30))
 

@@ -12,7 +12,7 @@ from dlgsanet_arch.checkpoint import nearest_published, read_checkpoint
 from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.sub_images import crop_to_multiple
-from dlgsanet_arch.inference.upscaler import find_weights
+from dlgsanet_arch.inference.upscaler import default_weights
 
 SCALE = 4
 BICUBIC = 26.09  # known, on Set14 x4
@@ -28,14 +28,14 @@ def by_both(hr):
 
 
 def test_they_are_the_published_configuration_and_say_what_they_are():
-    checkpoint = read_checkpoint(find_weights())
+    checkpoint = read_checkpoint(default_weights())
     assert nearest_published(checkpoint.config) == ("DLGSANet Tiny x4", {})
     assert checkpoint.is_stated
     assert checkpoint.iteration > 0
     assert checkpoint.notes["licence"] == "Apache-2.0"
     assert "BSDS400" in checkpoint.notes["trained_on"]
     assert all(tensor.isfinite().all() for tensor in checkpoint.weights.values())
-    assert find_weights().stat().st_size < 3e6
+    assert default_weights().stat().st_size < 3e6
     assert Upscaler(device="cpu").scale == SCALE
 
 

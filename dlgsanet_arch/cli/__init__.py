@@ -17,11 +17,13 @@ import argparse
 import functools
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dlgsanet_arch.errors import Interrupted, UserError
-from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.hints import printable, suggest_or_list
 from dlgsanet_arch.version import __version__
 
 VERBS = {
@@ -52,6 +54,15 @@ def size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def clean_up_on_sigterm() -> None:
+    """Let SIGTERM end the process by an exception, so that unfinished files are removed."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Interrupted("stopped by SIGTERM", 143)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def exit_status(
     main: Callable[[Sequence[str] | None], int],
 ) -> Callable[[Sequence[str] | None], int]:
@@ -69,7 +80,7 @@ def exit_status(
         try:
             return main(argv)
         except UserError as error:
-            print(f"dlgsanet: {error}", file=sys.stderr)
+            print(printable(f"dlgsanet: {error}"), file=sys.stderr)
             return 1
         except Interrupted as stop:
             print(f"dlgsanet: {stop}", file=sys.stderr)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.cli import exit_status, size
+from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status, size
 
 _TIMED_RUNS = 5
 
@@ -27,7 +27,11 @@ Half precision is compared with the network in float32: fp16 may differ by 0.01,
 values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get its name.""",
     )
     parser.add_argument(
-        "-m", "--weights", type=Path, required=True, metavar="WEIGHTS", help=".pth or .safetensors"
+        "-m",
+        "--weights",
+        required=True,
+        metavar="WEIGHTS",
+        help=".pth, .safetensors or the name of bundled weights",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2"
@@ -70,6 +74,7 @@ def _table(exported: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export weights; see `build_parser`."""
     args = build_parser().parse_args(argv)
+    clean_up_on_sigterm()
     from dlgsanet_arch.checkpoint import read_checkpoint
     from dlgsanet_arch.export import OPSET, export
 

@@ -7,12 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import printable
 
 
 def _tile(text: str) -> int | str:
     return text if text == "auto" else int(text)
+
+
+def _quality(text: str) -> int:
+    if not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"--quality must be 1 to 100; got {text}")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -36,17 +43,7 @@ def _device(text: str) -> str:
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="dlgsanet upscale",
-        description="Enlarge an image, or all images of a folder.",
-        epilog="PNG, JPEG, WebP, TIFF and BMP are read. Depth, gray, transparency, colour profile "
-        "and EXIF data are kept; EXIF orientation is applied. Bad images are named, the rest is "
-        "done, and the exit status is then 1.",
-    )
-    add = parser.add_argument
-    add("-i", "--input", type=Path, required=True, metavar="PATH", help="an image or a folder")
+def _add_results(add) -> None:
     add(
         "-o",
         "--output",
@@ -55,21 +52,23 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a folder, which gets the tree of the input; or a file, for an image",
     )
-    add(
-        "-m",
-        "--weights",
-        type=Path,
-        metavar="WEIGHTS",
-        help=".pth or .safetensors; the network is detected from it (default: bundled weights)",
-    )
-    add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
     add("--suffix", default="", metavar="TEXT", help="put behind the names, such as _x4")
     add(
         "--format",
         choices=("png", "jpeg", "webp", "tiff"),
         help="of results (default: the image's, or PNG where that cannot hold the result)",
     )
-    add("--quality", type=int, default=95, metavar="N", help="of JPEG and WebP (default: 95)")
+    add(
+        "--quality",
+        type=_quality,
+        default=95,
+        metavar="N",
+        help="of JPEG and WebP (default: 95); WebP without loss stays so",
+    )
+    add("--skip-existing", action="store_true", help="skip images whose results are there")
+
+
+def _add_tiles(add) -> None:
     add(
         "--tile",
         type=_tile,
@@ -89,6 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print how far tiles are from the whole image; computes both, writes nothing",
     )
+
+
+def _add_computation(add) -> None:
+    add(
+        "-m",
+        "--weights",
+        metavar="WEIGHTS",
+        help=".pth or .safetensors, or the name of bundled weights; the network is detected from "
+        "it (default: bundled weights)",
+    )
+    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
+    add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
     add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add(
@@ -104,7 +115,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tiles, or images of one size, that are computed together (default: 1)",
     )
-    add("--skip-existing", action="store_true", help="pass over images whose results are there")
     add(
         "--shard",
         type=_shard,
@@ -112,6 +122,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="the I-th of N parts of a folder, to divide it among GPUs and machines",
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="dlgsanet upscale",
+        description="Enlarge an image, or all images of a folder.",
+        epilog="PNG, JPEG, WebP, TIFF and BMP are read. Depth, gray, transparency, colour profile "
+        "and EXIF data are kept; EXIF orientation is applied. Bad images are named, the rest is "
+        "done, and the exit status is then 1.",
+    )
+    add = parser.add_argument
+    add("-i", "--input", type=Path, required=True, metavar="PATH", help="an image or a folder")
+    _add_results(add)
+    _add_computation(add)
+    _add_tiles(add)
     return parser
 
 
@@ -126,6 +152,7 @@ class _Screen:
         from dlgsanet_arch.progress import progress_bar
 
         self.counts: Counter[str] = Counter()
+        self.last = ""  # what was written
         self._single = total == 1
         self._bar = progress_bar("upscale", total, "image" if total > 1 else "tile")
 
@@ -137,27 +164,41 @@ class _Screen:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)
 
-    def tell(self, event) -> None:
-        """Show an event of `folders`."""
-        if event.kind == "tiles":
-            if self._single:
-                self._bar.total = event.total
-                self._bar.update(event.done - self._bar.n)
-            elif event.total > 1:
-                self._bar.set_postfix_str(f"tile {event.done}/{event.total}")
+    def progress(self, path: Path, done: int, total: int) -> None:
+        """Show the tiles of an image."""
+        if self._single:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        elif total > 1:
+            self._bar.set_postfix_str(f"tile {done}/{total}")
+
+    def tell(self, kind: str, path: Path, text: str) -> None:
+        """Show what happened to an image; see `files.Run`."""
+        if kind == "notice":
+            self.say(f"{path}: {text}")
             return
-        if event.kind == "notice":
-            self.say(f"{event.path}: {event.text}")
-            return
-        self.counts[event.kind] += 1
-        if event.kind == "bad":
-            named = event.text.startswith(str(event.path))
-            self.say(f"FAILED {'' if named else f'{event.path}: '}{event.text}")
+        self.counts[kind] += 1
+        if kind == "written":
+            self.last = text
+        if kind == "bad":
+            self.say(f"FAILED {'' if text.startswith(str(path)) else f'{path}: '}{text}")
         if not self._single:
             self._bar.update()
             self._bar.set_postfix_str("")
+
+    def summary(self, upscaler, output: Path, weights: str) -> str:
+        """Say what was written, where, how much larger, and by which weights."""
+        counts = self.counts
+        images = "1 image" if counts["written"] == 1 else f"{counts['written']} images"
+        where = self.last if counts["written"] == 1 else output
+        said = f"{images} upscaled x{upscaler.scale:g}"
+        if counts["written"]:
+            said += f" into {where} by {upscaler.checkpoint.name} ({weights})"
+        if counts["skipped"]:
+            said += f", {counts['skipped']} skipped, as their results are there"
+        return printable(said + (f", {counts['bad']} FAILED" if counts["bad"] else ""))
 
 
 def _check_imports() -> None:
@@ -180,50 +221,47 @@ def _check_tiles(upscaler, jobs) -> int:
             pixels = read_stored(job.source).pixels
             found = upscaler.tiling_error(pixels)
         except UserError as error:
-            print(f"FAILED {error}", file=sys.stderr)
+            print(printable(f"FAILED {error}"), file=sys.stderr)
             failed += 1
             continue
-        if found is None:
-            print(f"{job.source}: computed whole, no tiles")
-            continue
-        tile = upscaler.choose_tile(*pixels.shape[:2])
-        print(
-            f"{job.source}: tiles of {tile} differ from the whole image by at most "
-            f"{found[0]:.3g} of 255 levels, {found[1]:.3g} on average"
-        )
+        said = "computed whole, no tiles"
+        if found is not None:
+            said = (
+                f"tiles of {upscaler.choose_tile(*pixels.shape[:2])} differ from the whole image "
+                f"by at most {found[0]:.3g} of 255 levels, {found[1]:.3g} on average"
+            )
+        print(printable(f"{job.source}: {said}"))
     return int(failed > 0)
 
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Enlarge what is asked for.
+    """Enlarge images.
 
     Returns:
         0, or 1 where an image could not be done.
     """
-    arguments = build_parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     _check_imports()
-    from dlgsanet_arch.inference import Upscaler, folders
+    clean_up_on_sigterm()
+    from dlgsanet_arch.checkpoint import find_weights, read_checkpoint
+    from dlgsanet_arch.inference import Upscaler, files
+    from dlgsanet_arch.inference.upscaler import default_weights
 
-    if not 1 <= arguments.quality <= 100:
-        raise UserError(f"--quality must be 1 to 100; got {arguments.quality}")
-    jobs = folders.plan(
-        arguments.input, arguments.output, suffix=arguments.suffix, format=arguments.format
-    )
-    taken = frozenset(job.target for job in jobs)
-    jobs = folders.shard(jobs, *arguments.shard)
-    names = ("weights", "device", "dtype", "tile", "overlap", "ensemble", "batch", "scale")
-    options = {name: getattr(arguments, name) for name in names}
-    if arguments.check_tiles:
-        return _check_tiles(Upscaler(**options, notice=print), jobs)
-    writing = folders.Writing(arguments.skip_existing, arguments.quality, taken)
+    jobs, left = files.plan(args.input, args.output, suffix=args.suffix, format=args.format)
+    index, count = args.shard
+    jobs = jobs[index - 1 :: count]
+    path = find_weights(args.weights) if args.weights else default_weights(args.scale)
+    names = ("device", "dtype", "tile", "overlap", "ensemble", "batch", "scale")
+    options = {name: getattr(args, name) for name in names}
+    checkpoint = read_checkpoint(path, args.param_key)
+    if args.check_tiles:
+        return _check_tiles(Upscaler(checkpoint, **options, notice=print), jobs)
     with _Screen(len(jobs)) as screen:
-        folders.run(Upscaler(**options, notice=screen.say), jobs, writing, screen.tell)
-    counts = screen.counts
-    said = [f"{counts['written']} upscaled"]
-    said += [f"{counts[kind]} {word}" for kind, word in _WORDS.items() if counts[kind]]
-    print(", ".join(said))
-    return int(counts["bad"] > 0)
-
-
-_WORDS = {"skipped": "skipped, as their results are there", "bad": "FAILED"}
+        upscaler = Upscaler(checkpoint, **options, notice=screen.say)
+        how = {"skip_existing": args.skip_existing, "quality": args.quality}
+        files.Run(upscaler, screen.tell, screen.progress, **how)(jobs)
+    print(screen.summary(upscaler, args.output, args.weights or f"bundled {path.stem}"))
+    if left:
+        print(f"left out, as these are not read: {files.listed(left)}; convert them to PNG first")
+    return int(screen.counts["bad"] > 0)

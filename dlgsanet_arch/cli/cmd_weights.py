@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.cli import VERBS, exit_status
+from dlgsanet_arch.cli import VERBS, clean_up_on_sigterm, exit_status
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import printable
 
 _NOT_STORED = "activation, img_range, tlc_flag, tlc_kernel, and edge against sparseedge"
 # What each action does: the first line is its line in `--help`.
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         added = actions.add_parser(action, help=line, description=ACTIONS[action])
         added.set_defaults(run=run)
         added.add_argument(
-            "weights", type=Path, nargs=files, metavar="WEIGHTS", help=".pth or .safetensors"
+            "weights", nargs=files, metavar="WEIGHTS", help=".pth, .safetensors or a bundled name"
         )
         added.add_argument(
             "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _described(path: Path, checkpoint: Any) -> dict[str, Any]:
+def _described(path: str, checkpoint: Any) -> dict[str, Any]:
     from dlgsanet_arch.checkpoint import nearest_published
 
     nearest, differing = nearest_published(checkpoint.config)
@@ -148,7 +149,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     damaged = False
     for path in arguments.weights:
         facts = _described(path, read_checkpoint(path, arguments.param_key))
-        print(json.dumps(facts) if arguments.json else _report(facts))
+        print(json.dumps(facts) if arguments.json else printable(_report(facts)))
         damaged |= bool(facts["not_finite"])
     return int(damaged)
 
@@ -202,4 +203,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 where an inspected file has weights that are not finite.
     """
     arguments = build_parser().parse_args(argv)
+    clean_up_on_sigterm()
     return arguments.run(arguments)

@@ -1,7 +1,7 @@
 """The network in use: images in, larger images out.
 
-`Upscaler` and `upscale` work on arrays and tensors and need PyTorch and NumPy alone; `folders`
-reads and writes files by Pillow.
+An image goes one way: `files` decodes it, `upscaler` splits it into colour and alpha (`arrays`) and
+into tiles that fit the memory (`tiles`, `memory`), and `forward` runs the network on each tile.
 """
 
 from dlgsanet_arch.inference.upscaler import Upscaler, upscale

@@ -1,11 +1,13 @@
-"""How much memory there is, how much a tile takes, and when there was too little."""
+"""How much memory is free, how much a tile takes, and smaller tiles where it does not suffice."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from dlgsanet_arch.errors import UserError
 
 # Peak of a forward, in maps of `dim` channels of float32, and in images of the result's size.
 # Measured on CPUs in float32, layers fused: 14 maps for small images and 5 for large ones.
@@ -15,12 +17,19 @@ _FUSED_MAPS = 16
 _MAPS = 26
 _RESULTS = 4
 _SHARE = 0.5  # of the free memory: others want some, and allocators lose some
-_UNKNOWN = 2 << 30  # where nobody tells
+_UNKNOWN = 2 << 30  # where the system does not say
+LEAST_TILE = 16  # below it, memory is not what is lacking
 
 _GROUPS = Path("/sys/fs/cgroup")
 _SAID = re.compile(
     r"out of memory|can't allocate memory|not enough memory|failed to allocate|ALLOC_FAILED", re.I
 )
+
+T = TypeVar("T")
+
+
+class UpscaleError(UserError, ValueError):
+    """An image or a request that cannot be met; the message says why and what would help."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,6 +45,45 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def retry_on_oom(
+    work: Callable[[int], T],
+    tile: int,
+    side: int,
+    device: torch.device,
+    notice: Callable[[str], None],
+) -> tuple[T, int]:
+    """Return work(tile) and the tile, halved as long as memory does not suffice.
+
+    Args:
+        work: Takes the side of tiles, 0 for the whole image.
+        tile: The side to begin with.
+        side: The longer side of the image.
+        device: Where memory is freed before the next attempt.
+        notice: Is called with a sentence for each attempt that failed.
+
+    Raises:
+        UpscaleError: Memory does not suffice for the smallest tiles.
+    """
+    while True:
+        try:
+            return work(tile), tile
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Out of the handler: the error held the frames that held the memory.
+        empty_cache(device)
+        tried = tile or side
+        if tried <= LEAST_TILE:
+            raise UpscaleError(
+                f"memory on {device} does not suffice even for tiles of {tried} pixels "
+                f"({reason}): close other programs, or use --device cpu"
+            )
+        tile = max(LEAST_TILE, tried // 2)
+        what = f"tiles of {tried}" if tried < side else "the whole image"
+        notice(f"out of memory on {device} with {what}; again with tiles of {tile}")
 
 
 def _of_group() -> int | None:
@@ -72,7 +120,7 @@ def _of_machine() -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a device has free; where nobody tells, 2 GiB."""
+    """Return the bytes that a device has free; 2 GiB where the system does not say."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -101,3 +149,17 @@ def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, fused: boo
 def fitting_pixels(config: Mapping[str, Any], device: torch.device, *, fused: bool) -> int:
     """Return how many pixels can go in at once, so that half of the free memory is used."""
     return int(_SHARE * free_memory(device) / bytes_a_pixel(config, device, fused=fused))
+
+
+def check_room(needed: int) -> None:
+    """Refuse a result that does not fit into the machine's memory, before it is computed.
+
+    Raises:
+        UpscaleError: `needed` bytes are more than are free.
+    """
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise UpscaleError(
+            f"the result needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are "
+            "free: cut the image into parts"
+        )

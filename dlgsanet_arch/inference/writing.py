@@ -1,10 +1,11 @@
-"""Images into files, with their depth, alpha, colour profile and EXIF data."""
+"""Images into files, with their depth, transparency, colour profile and EXIF data."""
 
+import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +18,17 @@ from dlgsanet_arch.files import written_atomically
 # Formats by the names that users give them, and the suffixes that mean them.
 FORMATS = {
     "png": (".png",),
-    "jpeg": (".jpg", ".jpeg"),
+    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "webp": (".webp",),
     "tiff": (".tif", ".tiff"),
 }
 QUALITY = 95
 _LONGEST = {"jpeg": 65_500, "webp": 16_383}
 _PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's number of a kind of image, by channels
-_BAND = 64  # rows that are filtered at a time
 
 
 class WriteError(UserError):
-    """An image that cannot be written as asked."""
+    """An image that cannot be written as requested."""
 
 
 def format_of(path: Path) -> str | None:
@@ -37,43 +37,22 @@ def format_of(path: Path) -> str | None:
     return next((name for name, suffixes in FORMATS.items() if suffix in suffixes), None)
 
 
-def why_not(format: str, pixels: Pixels) -> str | None:
+def why_not(format: str, shape: Sequence[int], depth: Any) -> str | None:
     """Return why a format cannot hold an image (H, W, C), None where it can."""
     longest = _LONGEST.get(format)
     if longest is None:
         return None
-    if pixels.dtype == np.uint16:
+    if depth == np.uint16:
         return f"{format} holds 8 bits and the image has 16"
-    if format == "jpeg" and pixels.shape[2] in (2, 4):
+    if format == "jpeg" and shape[2] in (2, 4):
         return "jpeg holds no transparency"
-    if max(pixels.shape[:2]) > longest:
-        return f"{format} holds sides up to {longest:,} and the image has {max(pixels.shape):,}"
+    if max(shape[:2]) > longest:
+        return f"{format} holds sides up to {longest:,} and the result has {max(shape[:2]):,}"
     return None
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def _filtered(pixels: NDArray[np.uint16]) -> Iterator[bytes]:
-    """Yield a PNG's rows, each byte less what Paeth's predictor makes of its neighbours."""
-    height, width, channels = pixels.shape
-    step = 2 * channels
-    above = np.zeros((1, width * step), np.uint8)
-    for start in range(0, height, _BAND):
-        band = pixels[start : start + _BAND].astype(">u2").view(np.uint8)
-        rows = band.reshape(len(band), width * step)
-        up = np.concatenate([above, rows[:-1]])
-        left, corner = np.zeros_like(rows), np.zeros_like(rows)
-        left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
-        a, b, c = (each.astype(np.int16) for each in (left, up, corner))
-        to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
-        nearest_a = (to_a <= to_b) & (to_a <= to_c)
-        predicted = np.where(nearest_a, left, np.where(to_b <= to_c, up, corner))
-        lines = np.full((len(rows), 1 + width * step), 4, np.uint8)
-        lines[:, 1:] = rows - predicted
-        above = rows[-1:]
-        yield lines.tobytes()
 
 
 def _write_deep_png(
@@ -88,9 +67,13 @@ def _write_deep_png(
     if exif is not None:
         file.write(_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
     packer = zlib.compressobj()
-    for lines in _filtered(pixels):
-        packed = packer.compress(lines)
-        if packed:
+    above = np.zeros((1, 2 * width * channels), np.uint8)
+    for start in range(0, height, 64):  # rows as differences from the row above, PNG's filter 2
+        rows = pixels[start : start + 64].astype(">u2").view(np.uint8).reshape(-1, above.shape[1])
+        lines = np.full((len(rows), 1 + above.shape[1]), 2, np.uint8)
+        lines[:, 1:] = rows - np.concatenate([above, rows[:-1]])
+        above = rows[-1:]
+        if packed := packer.compress(lines):
             file.write(_chunk(b"IDAT", packed))
     file.write(_chunk(b"IDAT", packer.flush()) + _chunk(b"IEND", b""))
 
@@ -116,62 +99,65 @@ def _write_deep_tiff(file: IO[bytes], pixels: NDArray[np.uint16], icc: bytes | N
     )
 
 
-def _write(
-    file: IO[bytes],
-    format: str,
-    pixels: Pixels,
-    icc: bytes | None,
-    exif: bytes | None,
-    quality: int,
+def _encode(
+    file: IO[bytes], format: str, pixels: Pixels, icc: bytes | None, exif: bytes | None, **how: Any
 ) -> None:
-    if pixels.dtype == np.uint16:
-        if format == "png":
-            _write_deep_png(file, pixels, icc, exif)
-        else:
-            _write_deep_tiff(file, pixels, icc)
-        return
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    kept = {name: value for name, value in (("icc_profile", icc), ("exif", exif)) if value}
-    options = {
-        "jpeg": {"quality": quality, "subsampling": 0},
-        "webp": {"quality": quality, "exact": True},
-        # Pillow compresses no TIFF file that has a folder of EXIF data.
-        "tiff": {} if exif else {"compression": "tiff_adobe_deflate"},
-        "png": {},
-    }
-    image.save(file, format.upper(), **options[format], **kept)
+    if pixels.dtype == np.uint16 and format == "png":
+        _write_deep_png(file, pixels, icc, exif)
+    elif pixels.dtype == np.uint16:
+        _write_deep_tiff(file, pixels, icc)
+    else:
+        options = {
+            "jpeg": {"quality": how["quality"], "subsampling": 0},
+            "webp": {**how, "exact": True},
+            # Pillow compresses no TIFF file that has a folder of EXIF data.
+            "tiff": {} if exif else {"compression": "tiff_adobe_deflate"},
+            "png": {},
+        }
+        kept = {name: value for name, value in (("icc_profile", icc), ("exif", exif)) if value}
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        image.save(file, format.upper(), **options[format], **kept)
 
 
 def write_image(
     path: Path,
-    format: str,
     pixels: Pixels,
     *,
     icc: bytes | None = None,
     exif: bytes | None = None,
     quality: int = QUALITY,
+    lossless: bool = False,
 ) -> None:
-    """Write an image, whole or not at all.
+    """Write an image in the format of its suffix, complete or not at all.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        format: A key of `FORMATS`.
+        path: The file.
         pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha.
         icc: The colour profile.
         exif: EXIF data as `StoredImage` has it; 16-bit TIFF files go without.
         quality: Of JPEG and WebP, 1 to 100.
+        lossless: Whether WebP keeps every level.
 
     Raises:
         WriteError: The format cannot hold the image, or the file cannot be written.
     """
-    reason = why_not(format, pixels)
-    if reason is not None:
-        raise WriteError(f"{path} cannot be written: {reason}; use --format png")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as file:
-            _write(file, format, pixels, icc, exif, quality)
+            _encode(file, format_of(path), pixels, icc, exif, quality=quality, lossless=lossless)
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
     except (RuntimeError, ValueError, TypeError, struct.error) as error:  # an encoder's refusals
-        raise WriteError(f"{path} cannot be written as {format}: {error}") from error
+        raise WriteError(f"{path} cannot be written: {error}") from error
+
+
+def is_lossless_webp(path: Path) -> bool:
+    """Return whether a file is WebP without loss."""
+    with path.open("rb") as file:
+        if file.read(12)[8:] != b"WEBP":
+            return False
+        while len(head := file.read(8)) == 8:
+            if head.startswith(b"VP8") and head[3:4] in b"L ":
+                return head[3:4] == b"L"
+            length = int.from_bytes(head[4:], "little")
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False

@@ -1,0 +1,155 @@
+"""Arrays and Pillow images as the network takes them: channels, depth, transparency, size."""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dlgsanet_arch.inference.memory import UpscaleError
+
+Depth = TypeVar("Depth", np.uint8, np.uint16)
+DEEP = np.iinfo(np.uint16).max
+
+
+def checked(image: NDArray) -> NDArray:
+    """Return an image as (H, W, C) in native byte order.
+
+    Raises:
+        UpscaleError: It is not an array of uint8 or uint16 with 1 to 4 channels.
+    """
+    if not isinstance(image, np.ndarray):
+        raise UpscaleError(
+            "images are arrays, tensors, Pillow images or paths of files; got "
+            f"{type(image).__name__}"
+        )
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UpscaleError(
+            f"arrays are of uint8 or uint16; got {image.dtype}: scale it to 0 to 255 and convert "
+            "it, or give a tensor of floats in [0, 1]"
+        )
+    if image.ndim not in (2, 3) or 0 in image.shape or (image.ndim == 3 and image.shape[2] > 4):
+        raise UpscaleError(
+            "images are (H, W) or (H, W, C): gray, gray and alpha, RGB, RGB and alpha; got the "
+            f"shape {image.shape}"
+        )
+    return image[..., None] if image.ndim == 2 else image
+
+
+def check_tensor(images: Tensor) -> None:
+    """Refuse a tensor that is not a batch of gray or RGB images in [0, 1].
+
+    Resampling may have put values a little outside of the range.
+
+    Raises:
+        UpscaleError: Of another shape, dtype or range.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise UpscaleError(
+            f"tensors are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise UpscaleError(f"tensors are of floats in [0, 1]; got {images.dtype}")
+    low, high = (float(each) for each in images.aminmax())
+    if not -0.25 <= low <= high <= 1.25:  # False for NaN as well
+        raise UpscaleError(
+            f"tensors have values in [0, 1]; got {low:g} to {high:g}: "
+            + ("divide by 255" if 2 < high <= 255 and low >= 0 else "scale it to that range")
+        )
+
+
+def from_pillow(image: Any) -> NDArray:
+    """Return the pixels of a Pillow image, upright.
+
+    Raises:
+        UpscaleError: Its samples are not of 8 or 16 bits.
+    """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise UpscaleError(f"the Pillow image has the mode {image.mode}: convert it to L or RGB")
+    if image.mode.startswith("I;16") or image.mode in ("L", "LA", "RGB", "RGBA"):
+        return np.asarray(image)
+    has_alpha = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if has_alpha else "L" if image.mode == "1" else "RGB"))
+
+
+def to_pillow(pixels: NDArray, before: Any) -> Any:
+    """Return a Pillow image of pixels (H, W) or (H, W, C), with the colour profile of another."""
+    from PIL import Image
+
+    made = Image.fromarray(pixels)
+    if before.info.get("icc_profile"):
+        made.info["icc_profile"] = before.info["icc_profile"]
+    return made
+
+
+def _fill(colour: Tensor, seen: Tensor) -> Tensor:
+    """Continue colours into where nothing is seen: the mean of ever larger surroundings.
+
+    Args:
+        colour: (1, C, H, W).
+        seen: (1, 1, H, W), the weight of each pixel's colour, not all zero.
+
+    Returns:
+        (1, C, H, W), equal to `colour` where `seen` is not zero.
+    """
+    if bool((seen > 0).all()):
+        return colour
+    coarse_seen = F.avg_pool2d(seen, 2, ceil_mode=True)
+    sums = F.avg_pool2d(colour * seen, 2, ceil_mode=True)
+    coarse = _fill(sums / coarse_seen.clamp_min(1e-12), coarse_seen)
+    fine = F.interpolate(coarse, size=colour.shape[2:], mode="bilinear", align_corners=False)
+    return torch.where(seen > 0, colour, fine)
+
+
+def fill_transparent(colour: NDArray[Depth], alpha: NDArray[Depth]) -> NDArray[Depth]:
+    """Give transparent pixels the colours around them.
+
+    What a file holds there is not meant to be seen, often black; the network would draw it into
+    the rim of what is seen. Colours of pixels with any opacity stay.
+
+    Args:
+        colour: (H, W, C), not multiplied by alpha.
+        alpha: (H, W, 1).
+    """
+    if alpha.all() or not alpha.any():
+        return colour
+    planes = [torch.from_numpy(each.astype(np.float32)) for each in (colour, alpha)]
+    filled = _fill(*(each.permute(2, 0, 1)[None] for each in planes))
+    return filled[0].permute(1, 2, 0).round().numpy().astype(colour.dtype)
+
+
+def keep_flat(made: NDArray[Depth], alpha: NDArray[Depth]) -> None:
+    """Write alpha where it is the same all around: opaque stays opaque, and clear stays clear.
+
+    The network gives nearly that, and one level less shows what is behind.
+
+    Args:
+        made: (H', W', 1), enlarged alpha; is written to.
+        alpha: (H, W, 1).
+    """
+    plane = torch.from_numpy(alpha.astype(np.float32)).permute(2, 0, 1)[None]
+    most, least = (F.max_pool2d(sign * plane, 3, 1, 1) * sign for sign in (1, -1))
+    flat = (most == least)[0, 0].numpy()
+    rows, columns = (np.arange(made.shape[i]) * alpha.shape[i] // made.shape[i] for i in (0, 1))
+    for new, old in enumerate(rows):  # a row at a time, for memory
+        np.copyto(made[new, :, 0], alpha[old, columns, 0], where=flat[old, columns])
+
+
+def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, C, H, W) by PyTorch's antialiased bicubic."""
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def resized(image: NDArray[np.uint16], size: tuple[int, int], peak: int) -> NDArray:
+    """Resize (H, W, C) by bicubic, and bring it to the depth of `peak`."""
+    result = np.empty((*size, image.shape[2]), np.uint8 if peak < DEEP else np.uint16)
+    for channel in range(image.shape[2]):  # one at a time, for memory
+        plane = bicubic(torch.from_numpy(image[..., channel].astype(np.float32))[None, None], size)
+        result[..., channel] = (plane * (peak / DEEP)).round_().clamp_(0, peak)[0, 0].numpy()
+    return result
