@@ -51,7 +51,7 @@ def import_basicsr(name: str) -> ModuleType:
     if not basicsr_installed():
         raise UserError(
             "training and testing need BasicSR, which is not installed; run: "
-            f"{INSTALL_BASICSR} (`dlgsanet doctor` names what else is missing)"
+            f"{INSTALL_BASICSR} (`dlgsanet doctor --fix` does this, and adds what else is missing)"
         )
     try:
         return importlib.import_module(name)
