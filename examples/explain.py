@@ -20,13 +20,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-import dlgsanet_arch
 from dlgsanet_arch.checkpoint import read_checkpoint
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import FilterGenerator, SparseGSA
 from dlgsanet_arch.tlc import Axis
 
-WEIGHTS = Path(dlgsanet_arch.__file__).parent / "weights" / "tiny_x4.safetensors"
 WINDOW = 15  # side of the neighbourhoods that are rated as edge, texture or flat
 COLUMNS = 4  # layers whose filters are drawn
 
@@ -122,7 +120,8 @@ def main() -> None:
     """Read image and weights, and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-i", "--input", type=Path, required=True, help="a small LR image")
-    parser.add_argument("-m", "--weights", type=Path, default=WEIGHTS, help="default: bundled")
+    weights = "default: tiny_x4, which is bundled"
+    parser.add_argument("-m", "--weights", type=Path, default=Path("tiny_x4"), help=weights)
     parser.add_argument("-o", "--output", type=Path, default=Path("explain.png"))
     parser.add_argument("--at", type=int, nargs=2, action="append", metavar=("X", "Y"))
     arguments = parser.parse_args()

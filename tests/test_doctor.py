@@ -80,6 +80,14 @@ def test_each_broken_package_is_named_with_its_fix(dlgsanet, tmp_path):
     assert "BasicSR is installed, but" not in result.stdout
 
 
+def test_without_torch_doctor_says_how_to_install_it(dlgsanet):
+    result = dlgsanet("doctor", absent=("torch",))
+    assert result.returncode == 1
+    assert result.stderr.startswith("dlgsanet: an import of what all verbs need fails (")
+    assert "torch" in result.stderr.splitlines()[0]
+    assert "Traceback" not in result.stderr
+
+
 def test_basicsr_is_installed_by_the_commands_that_messages_name():
     commands = [shlex.split(each) for each in _basicsr.INSTALL_BASICSR.split(" && ")]
     assert commands == [["pip", *each] for each in installing.INSTALL_BASICSR]

@@ -147,10 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if box and len(box) not in (1, 3):
         raise UserError(f"--box takes X Y SIDE, or SIDE alone; got {len(box)} numbers")
     given = len(arguments.result) + len(arguments.weights) + 2
-    if given > figure.MOST:
-        raise UserError(
-            f"the figure has {figure.MOST} crops at most, with bicubic and HR; got {given}"
-        )
+    if given > 8:
+        raise UserError(f"the figure has 8 crops at most, with bicubic and HR; got {given}")
     weights = [
         (label, path, read_checkpoint(path, arguments.param_key))
         for label, path in arguments.weights

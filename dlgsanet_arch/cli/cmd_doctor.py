@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from dlgsanet_arch.cli import VERBS, exit_status
+from dlgsanet_arch.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.yes and not arguments.fix:
         parser.error("--yes needs --fix")
-    from dlgsanet_arch.tools import doctor
+    try:
+        from dlgsanet_arch.tools import doctor
+    except (ImportError, OSError) as error:  # OSError: a library of torch's does not load
+        raise UserError(
+            f"an import of what all verbs need fails ({error}); run: pip install --force-reinstall "
+            "torch numpy"
+        ) from error
 
     problems = doctor.report()
     return doctor.fix(problems, yes=arguments.yes) if arguments.fix else int(bool(problems))

@@ -50,17 +50,11 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 class Problem(NamedTuple):
-    """Something that keeps training from running.
-
-    Attributes:
-        cause: What is wrong.
-        commands: What `--fix` gives to pip.
-        advice: What else fixes it.
-    """
+    """Something that keeps training from running."""
 
     cause: str
-    commands: Sequence[Command] = ()
-    advice: str = ""
+    commands: Sequence[Command] = ()  # what `--fix` gives to pip
+    advice: str = ""  # shown in place of them
 
     @property
     def fix(self) -> str:
@@ -69,17 +63,11 @@ class Problem(NamedTuple):
 
 
 class Package(NamedTuple):
-    """What was found of a package.
+    """What was found of a package."""
 
-    Attributes:
-        name: The name that it is imported by.
-        version: Its version; None where it is not installed.
-        error: What its import raised; None where it was imported, or is not installed.
-    """
-
-    name: str
-    version: str | None
-    error: Exception | None = None
+    name: str  # that it is imported by
+    version: str | None  # None where it is not installed
+    error: Exception | None = None  # what its import raised
 
     def __str__(self) -> str:
         if self.version is None:

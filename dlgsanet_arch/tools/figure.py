@@ -22,7 +22,6 @@ from dlgsanet_arch.files import disk_faults_named, written_atomically
 ImageArray = NDArray[np.uint8]  # (H, W, 3) in RGB
 
 FORMATS = ("png", "pdf", "svg")
-FEWEST, MOST = 2, 8  # crops
 _LEAST_BOX = 4
 # Sizes in pixels of a figure as `save` writes it.
 _DOTS_PER_INCH = 150
@@ -148,14 +147,8 @@ def compare(
             side is a fifth of HR's shorter side, 32 or more.
 
     Raises:
-        UserError: There are too few or too many results, a size does not fit, the box lies
-            outside, or an image is too small.
+        UserError: A size does not fit, the box lies outside, or an image is too small.
     """
-    if not FEWEST <= len(results) + 1 <= MOST:
-        raise UserError(
-            f"the figure has {FEWEST} to {MOST} crops, HR and bicubic among them; got "
-            f"{len(results) + 1}"
-        )
     panels = [_panel(label, image, hr, scale) for label, image in results.items()]
     panels.append(Panel("HR", hr))
     if not isinstance(box, Box):
