@@ -1,7 +1,6 @@
 """`dlgsanet data <verb>`: also behind datasets/prepare.py."""
 
 import argparse
-import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +115,8 @@ def _sets_of_options(arguments: argparse.Namespace) -> list:
 def _verify(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import verify
 
+    if bool(arguments.opt) == bool(arguments.paths):
+        raise UserError("verify takes either PATHs or -opt FILE")
     sets = _sets_of_options(arguments) if arguments.opt else verify.sets_of_paths(arguments.paths)
     verified = verify.verify(sets, arguments.workers)
     print(verify.report(verified))
@@ -132,144 +133,131 @@ def _count(text: str) -> int:
     return number
 
 
-# What each verb makes: the first line is its line in `--help`, all is the verb's own.
-VERBS = {
-    "demo": """a small set from the photographs in scikit-image's wheel
-
-    Made below datasets/demo, for options/train/demo.yml. Nothing is downloaded.""",
-    "train": """a training set from any folder of images
-
-    HR is cut to a multiple of 12, LR is made by MATLAB's bicubic or taken from --lr, both are cut
-    into matching sub-images, and these go into LMDBs with equal keys. Every image is opened
-    before anything is written.""",
-    "div2k": """DIV2K's 800 training images with their official LR
-
-    Archives and unpacked folders that are there are used, what is missing is downloaded: about
-    5 GB with all scales, and as much again unpacked. Then the same is made as by `train`.""",
-    "df2k": """DIV2K and Flickr2K's 2650 images together, with their official LR
-
-    As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
-    "benchmark": """a test set, with bicubic's figures beside known ones
-
-    HR is cropped for each scale and LR is made of it by MATLAB's bicubic, below
-    datasets/benchmark/NAME. --hr may be a folder of images or the set as it circulates, such as
-    HR/ beside LR_bicubic/, GTmod12/, or image_SRF_4/.""",
-    "verify": """open everything that data sets hold, say what is wrong
-
-    Lists of keys, sizes and names of HR and LR, every image, LR that is not the bicubic of HR,
-    images below gt_size, equal ones, and test images among training images. The exit status is 1
-    if anything is wrong.""",
+# Arguments by their names, as `add_argument` takes them.
+FOLDER = {"type": Path, "metavar": "FOLDER"}
+NUMBER = {"type": _count, "metavar": "N"}
+SCALE = {"type": int, "nargs": "+", "choices": SCALES}
+OF_SCALE = "HR side over LR side, one or more of 2, 3 and 4 (default: {})"
+MAKING = {
+    "--skip-bad": {
+        "action": "store_true",
+        "help": "leave out images that cannot be used, instead of writing nothing",
+    },
+    "--overwrite": {"action": "store_true", "help": "replace what was made from other images"},
+}
+SIDE, STEP = "side of a sub-image in HR pixels", "distance between two sub-images in HR pixels"
+PATCH = "side of the patches to be trained on in LR pixels: smaller is refused"
+CUTTING = {
+    "--scale": {**SCALE, "default": [*SCALES], "help": OF_SCALE.format("all")},
+    **MAKING,
+    "--crop": {**NUMBER, "default": 480, "help": f"{SIDE} (default: 480)"},
+    "--step": {**NUMBER, "default": 240, "help": f"{STEP} (default: 240)"},
+    "--patch": {**NUMBER, "default": 48, "help": f"{PATCH} (default: 48)"},
+}
+DOWNLOADED = {
+    **CUTTING,
+    "--archives": {
+        **FOLDER,
+        "help": "where archives or their folders are, or are downloaded to (default: "
+        "datasets/<SET>, then datasets)",
+    },
+    "--mirror": {"metavar": "URL", "help": "download from here, not the official server"},
+    "--output": {**FOLDER, "help": "default: datasets/DIV2K or datasets/DF2K"},
 }
 
+# Of each verb what it runs, takes and makes: the first line is its line in `--help`.
+VERBS = {
+    "demo": (
+        _demo,
+        {},
+        """a small set from the photographs in scikit-image's wheel
 
-def _common() -> argparse.ArgumentParser:
-    """The arguments of every verb."""
-    parser = argparse.ArgumentParser(add_help=False)
-    # A sub-command's default would replace the value given before it.
-    parser.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        default=usable_cores(),
-        metavar="N",
-        help="processes (default: one a core, %(default)s here)",
-    )
-    return parser
+        Made below datasets/demo, for options/train/demo.yml. Nothing is downloaded.""",
+    ),
+    "train": (
+        _train,
+        {
+            **CUTTING,
+            "--hr": {**FOLDER, "required": True, "help": "HR images, sub-folders too"},
+            "--lr": {
+                **FOLDER,
+                "help": "LR images of the same names, for several scales in X2, X3, X4 (default: "
+                "made by MATLAB's bicubic)",
+            },
+            "--output": {**FOLDER, "required": True, "help": "such as datasets/NAME"},
+        },
+        """a training set from any folder of images
 
+        HR is cut to a multiple of 12, LR is made by MATLAB's bicubic or taken from --lr, both are
+        cut into matching sub-images, and these go into LMDBs with equal keys. Every image is
+        opened before anything is written.""",
+    ),
+    "div2k": (
+        _official,
+        DOWNLOADED,
+        """DIV2K's 800 training images with their official LR
 
-def _add_making(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the arguments of the verbs that make a set of the user's images."""
-    parser.add_argument(
-        "--scale",
-        type=int,
-        nargs="+",
-        choices=SCALES,
-        help=f"HR side over LR side, one or more of 2, 3 and 4 (default: {default})",
-    )
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out images that cannot be used, instead of writing nothing",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what was made from other images"
-    )
+        Archives and unpacked folders that are there are used, what is missing is downloaded:
+        about 5 GB with all scales, and as much again unpacked. Then the same is made as by
+        `train`.""",
+    ),
+    "df2k": (
+        _official,
+        DOWNLOADED,
+        """DIV2K and Flickr2K's 2650 images together, with their official LR
 
+        As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
+    ),
+    "benchmark": (
+        _benchmark,
+        {
+            "--scale": {**SCALE, "help": OF_SCALE.format("those that the set has HR images for")},
+            **MAKING,
+            "--name": {
+                "required": True,
+                "help": "Set5, Set14, B100, Urban100, Manga109, or your own",
+            },
+            "--hr": {
+                **FOLDER,
+                "help": "the set as it was downloaded (default: looked for in datasets)",
+            },
+        },
+        """a test set, with bicubic's figures beside known ones
 
-def _add_cutting(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verbs that make a training set."""
-    _add_making(parser, "all")
-    parser.set_defaults(scale=list(SCALES))
-    for name, default, what in (
-        ("--crop", 480, "side of a sub-image in HR pixels"),
-        ("--step", 240, "distance between two sub-images in HR pixels"),
-        ("--patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
-    ):
-        parser.add_argument(
-            name, type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
+        HR is cropped for each scale and LR is made of it by MATLAB's bicubic, below
+        datasets/benchmark/NAME. --hr may be a folder of images or the set as it circulates, such
+        as HR/ beside LR_bicubic/, GTmod12/, or image_SRF_4/.""",
+    ),
+    "verify": (
+        _verify,
+        {
+            "paths": {
+                "nargs": "*",
+                "type": Path,
+                "metavar": "PATH",
+                "help": "LMDBs, folders of images, or folders that hold such",
+            },
+            "-opt": {
+                "metavar": "FILE",
+                "help": "the sets of an option file, or of a shipped one by its name",
+            },
+            "--sets": {
+                "nargs": "+",
+                "metavar": "NAME",
+                "help": "of an option file, the sets with these names",
+            },
+            "--fix": {
+                "action": "store_true",
+                "help": "write new LMDBs without the bad pairs, *_fixed.lmdb",
+            },
+        },
+        """open everything that data sets hold, say what is wrong
 
-
-def _add_folder(
-    parser: argparse.ArgumentParser, name: str, what: str, *, required: bool = False
-) -> None:
-    names = ["-o", name] if name == "--output" else [name]
-    parser.add_argument(*names, type=Path, metavar="FOLDER", help=what, required=required)
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_cutting(parser)
-    _add_folder(parser, "--hr", "HR images, sub-folders too", required=True)
-    _add_folder(
-        parser,
-        "--lr",
-        "LR images of the same names, for several scales in X2, X3, X4 (default: made by "
-        "MATLAB's bicubic)",
-    )
-    _add_folder(parser, "--output", "such as datasets/NAME", required=True)
-
-
-def _add_official(parser: argparse.ArgumentParser, target: str) -> None:
-    _add_cutting(parser)
-    _add_folder(
-        parser,
-        "--archives",
-        "where archives or their folders are, or are downloaded to (default: datasets/<SET>, "
-        "then datasets)",
-    )
-    parser.add_argument(
-        "--mirror", metavar="URL", help="download from here, not the official server"
-    )
-    _add_folder(parser, "--output", f"default: datasets/{target}")
-
-
-def _add_benchmark(parser: argparse.ArgumentParser) -> None:
-    _add_making(parser, "those that the set has HR images for")
-    parser.add_argument(
-        "--name", required=True, help="Set5, Set14, B100, Urban100, Manga109, or your own"
-    )
-    _add_folder(parser, "--hr", "the set as it was downloaded (default: looked for in datasets)")
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "paths",
-        nargs="*",
-        default=[],
-        type=Path,
-        metavar="PATH",
-        help="LMDBs, folders of images, or folders that hold such",
-    )
-    what.add_argument(
-        "-opt", metavar="FILE", help="the sets of an option file, or of a shipped one by its name"
-    )
-    parser.add_argument(
-        "--sets", nargs="+", metavar="NAME", help="of an option file, the sets with these names"
-    )
-    parser.add_argument(
-        "--fix", action="store_true", help="write new LMDBs without the bad pairs, *_fixed.lmdb"
-    )
+        Lists of keys, sizes and names of HR and LR, every image, LR that is not the bicubic of HR,
+        images below gt_size, equal ones, and test images among training images. The exit status
+        is 1 if anything is wrong.""",
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -281,21 +269,20 @@ def build_parser() -> argparse.ArgumentParser:
         "where it was when it is run again.",
     )
     root = "the folder that holds datasets/ (default: the current folder)"
-    parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help=root)
+    parser.add_argument("--root", default=Path(), **FOLDER, help=root)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb, (run, add_arguments) in {
-        "demo": (_demo, lambda _: None),
-        "train": (_train, _add_train),
-        "div2k": (_official, functools.partial(_add_official, target="DIV2K")),
-        "df2k": (_official, functools.partial(_add_official, target="DF2K")),
-        "benchmark": (_benchmark, _add_benchmark),
-        "verify": (_verify, _add_verify),
-    }.items():
-        line, _, rest = VERBS[verb].partition("\n\n")
-        described = f"{line[0].upper()}{line[1:]}. {textwrap.dedent(rest)}"
-        added = verbs.add_parser(verb, parents=[_common()], help=line, description=described)
+    for verb, (run, arguments, described) in VERBS.items():
+        line, _, rest = described.partition("\n\n")
+        text = f"{line[0].upper()}{line[1:]}. {textwrap.dedent(rest)}"
+        added = verbs.add_parser(verb, help=line, description=text)
         added.set_defaults(run=run, verb=verb)
-        add_arguments(added)
+        # A default here would replace the value given before the verb.
+        added.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        cores = usable_cores()
+        workers = f"processes (default: one a core, {cores} here)"
+        added.add_argument("--workers", **NUMBER, default=cores, help=workers)
+        for name, settings in arguments.items():
+            added.add_argument(name, **settings)
     return parser
 
 

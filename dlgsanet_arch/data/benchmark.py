@@ -48,16 +48,10 @@ WINDOW = 11
 
 @dataclass
 class Scale:
-    """One scale of a test set.
+    """One scale of a test set: the set's name, where HR and LR go, originals by their name.
 
-    Args:
-        name: The set's name.
-        scale: HR side over LR side.
-        folder: Where HR and LR go.
-        originals: What they are made from, by name.
-        recipe: What distinguishes the folder from one made otherwise; once it is finished, with
-            the figures and hashes of what is in it.
-        written: False where a finished folder was left alone.
+    The recipe distinguishes the folder from one made otherwise; once it is finished, it also holds
+    figures and hashes. `written` is False where a finished folder was left alone.
     """
 
     name: str
@@ -186,9 +180,6 @@ def folder_sha256(folder: Path) -> str:
     in UTF-8, one zero byte, height and width as unsigned 32-bit little-endian integers, and the
     pixels row by row from the top left, each as its three bytes B, G and R.
 
-    Args:
-        folder: Its images have 8 bits a channel.
-
     Raises:
         ImageError: An image is damaged.
     """
@@ -260,7 +251,7 @@ def build(
     interrupted run left behind is built anew; one that is finished is left alone.
 
     Args:
-        name: The set's name, see `set_name`.
+        name: See `set_name`.
         source: A folder in any of the layouts in which sets circulate: `HR`, `GT`, `original` or
             `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or images in the folder itself; or a
             folder that holds one such folder. LR images that it holds are not used.

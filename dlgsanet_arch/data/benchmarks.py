@@ -9,13 +9,7 @@ from dlgsanet_arch.errors import UserError
 
 
 class KnownSet(NamedTuple):
-    """A set that papers test on.
-
-    Args:
-        count: How many images it has.
-        bicubic: Bicubic's mean scores by scale.
-        tolerance: The largest difference from them that a set made here may show.
-    """
+    """A set that papers test on: its size, bicubic's mean scores by scale, their tolerance."""
 
     count: int
     bicubic: Mapping[int, Scores]

@@ -20,11 +20,9 @@ _SUPPORT = 4  # positions under the cubic kernel
 
 
 class Taps(NamedTuple):
-    """How each position of a resized axis is summed from the axis before.
+    """How each of N positions of a resized axis is summed from the axis before.
 
-    Args:
-        first: (N,), the first position read; negative or past the end where mirrored.
-        weights: (N, K) in float32, of the K positions from there on; they sum to 1.
+    From `first` on, (N,), which may lie outside, K positions with float32 `weights`, (N, K).
     """
 
     first: NDArray[np.int64]

@@ -34,13 +34,10 @@ FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is t
 
 @dataclass
 class Scan:
-    """Findings about the data sets of an option file.
+    """Findings about the data sets of an option file, one a line, and samples by phase.
 
-    Args:
-        problems: What is wrong, one a line: the option's path, what is wrong, the fix.
-        warnings: What BasicSR changes in images without saying so, one a line.
-        notes: How much was checked, a line for each data set.
-        samples: Number of samples by phase ("train", "val", …), of the sets that were listed.
+    Problems begin with the option's path; warnings name what BasicSR changes in images without
+    saying so; notes say how much was checked.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -111,11 +108,7 @@ def check_quickly(each: PairSet) -> Checked:
 
 
 def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet]:
-    """The data sets that an option file names, by phase.
-
-    Args:
-        options: As `dlgsanet_arch.options.load` returns them.
-        root: The folder that relative paths start from.
+    """The data sets that an option file names, by phase; relative paths start from `root`.
 
     Raises:
         UserError: It names none, or one without images.

@@ -50,11 +50,7 @@ FULL = 2**26
 
 
 def encode_png(image: ImageArray) -> bytes:
-    """Encode an image without loss.
-
-    Args:
-        image: (H, W, 3) in BGR, 0 to 255.
-    """
+    """Encode an image (H, W, 3) in BGR without loss."""
     fine, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
     if not fine:
         raise RuntimeError(f"OpenCV could not encode an image of {image.shape=}")
@@ -136,15 +132,7 @@ def find_entry(read: lmdb.Transaction, key: str) -> bytes | memoryview | None:
 
 
 def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
-    """Compare the list of a database with the keys of its entries.
-
-    Args:
-        keys: As `listed_keys` returns them.
-        entries: The keys that are there.
-
-    Yields:
-        Phrases behind the database's name.
-    """
+    """Compare the list of a database with the keys of its entries: phrases behind its name."""
     listed = Counter(key for key in keys if key)
     blank = sum(not key for key in keys)
     if blank:
@@ -166,16 +154,7 @@ def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
 
 
 def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
-    """Whether a database of this recipe is there, complete.
-
-    Args:
-        path: The database's folder; need not exist.
-        recipe: What it is to be made from, as `DatabaseWriter` takes it.
-        overwrite: What was made otherwise, or changed since, counts as absent, to be replaced.
-
-    Raises:
-        UserError: Something else has that name.
-    """
+    """Whether a database of this recipe is there, complete; see `made_before`."""
 
     def change(stored: Recipe) -> str:
         with open_database(path) as environment:
@@ -256,15 +235,8 @@ class DatabaseWriter:
             except lmdb.MapFullError:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
 
-    def finish(self, **facts: Any) -> int:
-        """Write `meta_info.txt` and give the database its name, in place of what had it.
-
-        Args:
-            facts: What the recipe cannot know, to be kept beside it.
-
-        Returns:
-            The number of entries.
-        """
+    def finish(self, **facts: Any) -> None:
+        """Write `meta_info.txt`, add facts to the recipe, and give the database its name."""
         lines = []
         with self._environment.begin() as transaction:
             for key, data in transaction.cursor():
@@ -275,4 +247,3 @@ class DatabaseWriter:
         write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines), **facts})
         (self._folder / "lock.mdb").unlink(missing_ok=True)
         replace_folder(self._folder, self.path)
-        return len(lines)

@@ -68,14 +68,14 @@ def prepare(
     validation: Sequence[str] = VALIDATION_IMAGES,
     workers: int = 1,
 ) -> Summary:
-    """Build what is missing of the demo's data set.
+    """Build what is missing of the demo's data set from photographs named by file.
 
     Args:
         folder: Where the data set goes, such as ``datasets/demo``.
         scale: 2, 3 or 4: HR side over LR side.
         source: Folder of the photographs; scikit-image's own when None.
-        train: File names in `source` to train on.
-        validation: File names in `source` to validate on.
+        train: Photographs to train on.
+        validation: Photographs to validate on.
         workers: Processes that read and cut.
 
     Raises:

@@ -67,12 +67,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class ImageError(UserError):
-    """An image that cannot be used.
-
-    Args:
-        path: The file.
-        reason: What is wrong with it, a sentence without its subject.
-    """
+    """An image that cannot be used, and the reason: a sentence without its subject."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)  # both in args, so that the error survives pickling

@@ -33,17 +33,16 @@ REMEDY = "make it again, or a new one by `dlgsanet data verify --fix`"
 
 @dataclass(frozen=True)
 class PairSet:
-    """HR and LR images of one data set, or one of the two.
+    """HR and LR images of one data set, or one of the two, in folders or LMDBs.
 
     Args:
         name: What to call it.
-        hr: Folder or LMDB of HR images.
-        lr: Folder or LMDB of LR images.
+        hr: Where HR is.
+        lr: Where LR is.
         scale: HR side over LR side; None where it is to be detected.
-        template: LR's name for HR's in folders, as in BasicSR's `filename_tmpl`; None where it
-            is to be detected.
+        template: BasicSR's `filename_tmpl`; None where it is to be detected.
         least: The smallest side of HR that is of use, in pixels.
-        why: What `least` follows from, a phrase behind "smaller than … pixels,".
+        why: What `least` follows from.
         role: "train" or "test".
         listing: A list of images, None where all are meant; of pairs with `lists_pairs`.
     """
@@ -333,12 +332,7 @@ def _one_name(checked: Checked) -> None:
 
 
 def list_images(each: PairSet, *, complete: bool) -> Checked:
-    """Open a set and pair its images.
-
-    Args:
-        each: The set.
-        complete: Read every key of an LMDB, and name all that BasicSR would pass over.
-    """
+    """Open a set and pair its images; `complete` names all that BasicSR would pass over."""
     checked = Checked(each)
     for part, path in (("hr", each.hr), ("lr", each.lr)):
         if path is not None:
@@ -355,14 +349,7 @@ def list_images(each: PairSet, *, complete: bool) -> Checked:
 def size_faults(
     each: PairSet, scale: int | None, hr: Sequence[int], lr: Sequence[int] | None
 ) -> dict[str, str]:
-    """What is wrong with the sizes of a sample, by its part: "hr" or "lr".
-
-    Args:
-        each: The set.
-        scale: HR side over LR side; None where that is not known.
-        hr: Height and width, and anything behind them.
-        lr: Likewise; None in a set without LR.
-    """
+    """What is wrong with the sizes of a sample, by its part; sizes begin with height and width."""
     faults, (height, width, *_) = {}, hr
     if each.least and min(height, width) < each.least:
         text = f"{each.least} x {each.least} pixels, {each.why}"

@@ -80,14 +80,7 @@ def made_before(
 
 
 def refuse_bad(faults: Sequence[str], bad: int, total: int, *, skip: bool) -> None:
-    """Raise a UserError for images that cannot be used, unless they are skipped and some remain.
-
-    Args:
-        faults: What is wrong with them, a line each.
-        bad: The number of images that cannot be used.
-        total: The number of all.
-        skip: Whether bad images are left out.
-    """
+    """Raise a UserError for images that cannot be used, unless they are skipped and some remain."""
     if faults and not (skip and bad < total):
         how = "nothing is left" if skip else "--skip-bad leaves them out"
         head = f"{bad} of {total} images cannot be used, nothing was written; fix or remove them; "

@@ -17,13 +17,7 @@ from dlgsanet_arch.errors import UserError
 
 
 class Part(NamedTuple):
-    """HR images of a set, or LR images of one scale.
-
-    Args:
-        archive: The name of the file that holds them.
-        unpacked: The folder that it is unpacked into.
-        folders: Where they may lie, below a folder that is searched.
-    """
+    """HR or LR images: their archive, the folder it is unpacked into, and where they may lie."""
 
     archive: str
     unpacked: str
@@ -125,15 +119,12 @@ def _located(part: Part, places: Sequence[Path]) -> Path:
 def sources(
     official: OfficialSet, scales: Sequence[int], places: Sequence[Path], mirror: str | None
 ) -> list[Source]:
-    """The images of a published set, HR and their official LR.
-
-    Archives that are not there are downloaded, those that are not unpacked are unpacked.
+    """The images of a published set, HR and their official LR, downloaded and unpacked as needed.
 
     Args:
         official: The set.
         scales: HR side over LR side.
-        places: Folders to look in, for the images and for their archives. What is downloaded or
-            unpacked goes into the first.
+        places: Folders to look in; what is downloaded or unpacked goes into the first.
         mirror: A server to take instead of the official one.
 
     Raises:

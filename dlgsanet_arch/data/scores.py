@@ -14,12 +14,7 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 @dataclass(frozen=True)
 class Scores:
-    """What is measured on the Y channel, a border of `scale` pixels cut off.
-
-    Attributes:
-        psnr: In dB, infinite for equal images.
-        ssim: 1 for equal images.
-    """
+    """Measured on the Y channel: PSNR in dB, infinite for equal images, and SSIM, 1 for them."""
 
     psnr: float
     ssim: float

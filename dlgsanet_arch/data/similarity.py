@@ -56,14 +56,7 @@ def corner_thumbnails(
 
 
 class TrainingImages:
-    """Finds test images among training images.
-
-    Args:
-        thumbnails: Of the training images, by name.
-
-    Attributes:
-        sizes: Of the training images.
-    """
+    """Finds test images among training images, given by thumbnails; `sizes` are theirs."""
 
     def __init__(self, thumbnails: Mapping[str, Thumbnail]) -> None:
         # ``0001_s002`` is the second sub-image of 0001
@@ -107,10 +100,7 @@ def pixel_digest(image: ImageArray) -> str:
 def psnr_to_bicubic(lr: ImageArray, hr: ImageArray, scale: int) -> float:
     """PSNR in dB of LR to MATLAB's bicubic of HR, without a border of `REACH` pixels; 361 if equal.
 
-    Args:
-        lr: (h, w, 3) in BGR, 0 to 255.
-        hr: (h·scale, w·scale, 3) in BGR, 0 to 255.
-        scale: HR side over LR side.
+    `lr` is (h, w, 3) in BGR, `hr` (h·scale, w·scale, 3).
     """
     edge = REACH if min(lr.shape[:2]) > 2 * REACH else 0
     inside = tuple(slice(edge, side - edge) for side in lr.shape[:2])

@@ -72,14 +72,9 @@ class Cutting(NamedTuple):
 
 @dataclass
 class Summary:
-    """What was made.
+    """What was made: sub-images by database, HR first, and images used, `cut` by this run.
 
-    Args:
-        databases: The number of sub-images in each, by path, HR first.
-        images: How many were used.
-        cut: How many of them were cut by this run; the others were there from one before.
-        skipped: Why images were left out, a line each.
-        notices: Files by what was changed on reading them.
+    `skipped` says why images were left out; `notices` has files by what was changed on reading.
     """
 
     databases: dict[Path, int] = field(default_factory=dict)

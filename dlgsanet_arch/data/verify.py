@@ -150,14 +150,7 @@ def examine(
     sides: Sequence[Side],
     sizes: frozenset[tuple[int, int]],
 ) -> Found:
-    """Decode a sample and check it.
-
-    Args:
-        names: On each of the sides.
-        each: The set.
-        sides: What holds them.
-        sizes: Of the training images that a test image is compared with.
-    """
+    """Decode a sample, by its name on each side, and check it; `sizes` as for `verify_set`."""
     faults: list[str] = []
     images = [_decode(side, name, faults) for side, name in zip(sides, names, strict=True)]
     if faults:
@@ -207,13 +200,7 @@ def _judge_duplicates(verified: Verified) -> None:
 
 
 def verify_set(each: PairSet, workers: int, sizes: frozenset[tuple[int, int]]) -> Verified:
-    """Check every image of a set.
-
-    Args:
-        each: The set.
-        workers: Processes that decode and compare.
-        sizes: Of the training images that test images are compared with.
-    """
+    """Check every image of a set; `sizes` are those of the training images to compare with."""
     verified = Verified(**vars(list_images(each, complete=True)))
     if not verified.pairs:
         return verified
@@ -252,12 +239,7 @@ def _find_in_training(
 
 
 def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
-    """Check every image of some sets, and the sets against each other.
-
-    Args:
-        sets: The sets; what is missing or empty is a fault of its set.
-        workers: Processes that decode and compare.
-    """
+    """Check every image of some sets, and the sets against each other."""
     verified: dict[PairSet, Verified] = {}
     training: dict[Path, tuple[Verified, TrainingImages]] = {}
     told: set[tuple[Path, str, str]] = set()
@@ -302,12 +284,7 @@ def report(verified: Sequence[Verified]) -> str:
 
 
 def _write_fixed(side: Side, names: Mapping[str, str]) -> Path:
-    """Write the good images of one side.
-
-    Args:
-        side: HR or LR.
-        names: Their names there, by their keys in the new database.
-    """
+    """Write the good images of one side; they have their names there, by their new keys."""
     path = side.path.with_name(f"{side.path.name.removesuffix('.lmdb')}_fixed.lmdb")
     digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
     recipe = {"fixed": str(side.path.resolve()), "images": digest.hexdigest()}
