@@ -33,18 +33,18 @@ TIMESTAMP = re.compile(r"^\S+ \S+ INFO: ")
 ITERATION = re.compile(r"epoch:.*iter: *([\d,]+)")
 LAST_LINES = 30
 INTERRUPTED = 130
-# On patches this small a second thread saves a fifth of the time where two cores are idle, and
-# costs four times as much where they are shared, since threads wait for each other all the time.
+# With patches this small a second thread saves a fifth of the time on two idle cores, but takes
+# four times as long on shared ones, where threads keep waiting for each other.
 THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 class StepFailed(Exception):
-    """A step of the demo did not do what it should."""
+    """A step of the demo failed."""
 
 
 @contextmanager
 def step(title: str) -> Iterator[None]:
-    """Say what is done, and how long it took."""
+    """Print a step's title, and how long it took."""
     print(f"\n== {title}", flush=True)
     start = time.perf_counter()
     yield
@@ -52,20 +52,20 @@ def step(title: str) -> Iterator[None]:
 
 
 def _take_interrupts() -> None:
-    # What a shell starts in the background without job control ignores them, and so would a child.
+    # Without job control, a shell's background jobs and their children ignore SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(
     *arguments: str, stop_when: Callable[[str], bool] = lambda line: False, expect: int = 0
 ) -> None:
-    """Run this Python with `arguments`, and show the lines of its output that tell progress.
+    """Run this Python with `arguments`, and show the lines of its output that show progress.
 
     Args:
         arguments: A script below the root and its arguments.
-        stop_when: Told each line; when it first says yes, the command is interrupted as by
-            Ctrl-C.
-        expect: The exit status that is not a failure.
+        stop_when: Called with each line; when it first returns True, the command is interrupted
+            as by Ctrl-C.
+        expect: The exit status of success.
 
     Raises:
         StepFailed: Another exit status; the last lines of the output were shown.
@@ -97,7 +97,7 @@ def run(
 
 
 def past(iteration: int) -> Callable[[str], bool]:
-    """Tell lines of the log that show a later iteration than this."""
+    """Return a check for lines of the log that show a later iteration than this."""
 
     def is_past(line: str) -> bool:
         found = ITERATION.search(line)
@@ -107,16 +107,16 @@ def past(iteration: int) -> Callable[[str], bool]:
 
 
 def check_saved(iteration: int) -> None:
-    """See that the training's state at this iteration is there, and is of that iteration.
+    """Check that the training state of this iteration exists and holds this iteration.
 
     Raises:
-        StepFailed: It is not.
+        StepFailed: It does not.
     """
     import torch
 
     path = EXPERIMENT / "training_states" / f"{iteration}.state"
     if not path.is_file():
-        raise StepFailed(f"training did not reach iteration {iteration}: there is no {path}")
+        raise StepFailed(f"training did not reach iteration {iteration}: {path} does not exist")
     reached = torch.load(path, map_location="cpu")["iter"]
     if reached != iteration:
         raise StepFailed(f"training reached iteration {reached}, not {iteration}: {path}")

@@ -7,8 +7,8 @@ after an install that did not finish. Any other environment is the user's and mu
 runs this file: its torch, torchvision, OpenCV, setuptools and BasicSR stay as they are, and only
 what is missing is added.
 
-Only the standard library is used, and so does what it imports of the package: this runs before
-anything is installed.
+This runs before anything is installed, so it imports the standard library and a module of the
+package that does the same.
 """
 
 import fcntl
@@ -51,14 +51,14 @@ def say(message: str) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Keep a second `make` in the same checkout waiting until this one has installed."""
+    """Make a second `make` in the same checkout wait until this one has installed."""
     with open(ROOT / ".venv.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def fingerprint() -> str:
-    """Return a digest of all that decides what the .venv holds; it changes when they do."""
+    """Return a digest of all files that determine the content of the .venv."""
     package = ROOT / "dlgsanet_arch"
     files = [*REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", __file__]
     files += [package / "version.py", package / "tools" / "installing.py"]
@@ -89,7 +89,7 @@ def at_least(version: str, floor: tuple[int, ...]) -> bool:
 
 
 def adapt(requirements: list[str]) -> list[str]:
-    """Return what to ask pip for in a user's environment, so that what must stay there stays."""
+    """Adapt requirements to a user's environment, so that packages which must stay do stay."""
     torch = installed_version("torch")
     if torch is not None and not at_least(torch, OLDEST_TORCH):
         sys.exit(
@@ -153,9 +153,9 @@ def make_own() -> None:
 
 @contextmanager
 def compiler(python: Path) -> Iterator[list[Path]]:
-    """Lend the build of the CPU kernels Zig's C compiler where no other works.
+    """Fetch Zig's C compiler for the build of the CPU kernels if no other compiler works.
 
-    Nobody else would: pip leaves out what a build needs where the build is not isolated.
+    pip does not fetch it, because it skips build requirements without build isolation.
 
     Yields:
         Folders for the PYTHONPATH of the build.

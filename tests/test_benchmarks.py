@@ -179,12 +179,12 @@ def test_unrounded_psnr():
 
     a, b = torch.rand(2, 3, 20, 30)
     a, b = ((255 * each).round() / 255 for each in (a, b))
-    pictures = ((255 * each.flip(0)).permute(1, 2, 0).numpy().astype("uint8") for each in (a, b))
-    expected = calculate_psnr(*pictures, crop_border=4, test_y_channel=True)
+    images = ((255 * each.flip(0)).permute(1, 2, 0).numpy().astype("uint8") for each in (a, b))
+    expected = calculate_psnr(*images, crop_border=4, test_y_channel=True)
     assert network.psnr(a, b, 4) == pytest.approx(expected, abs=1e-3)
 
 
-def test_accuracy_with_weights_and_pictures(results, tmp_path, monkeypatch):
+def test_accuracy_with_weights_and_images(results, tmp_path, monkeypatch):
     weights = tmp_path / "trained.pth"
     net = contestants.build("ours", contestants.QUICK, 4)
     torch.save({"params": net.state_dict()}, weights)
@@ -232,7 +232,7 @@ def test_cells_run_in_processes_and_a_broken_one_is_named(results):
     assert report.complete()
 
 
-def test_a_run_that_was_cut_off_goes_on(results):
+def test_a_run_that_was_cut_off_continues(results):
     cells = [{**SQUARE, "side": side} for side in (1, 2, 3)]
     asked = []
 
@@ -461,7 +461,7 @@ def test_contestants_take_turns_and_ratios_are_within_laps():
     assert training_loop.ratios([2, 8, 3], [1, 2, 3]) == (2, 1, 4)
 
 
-def test_losses_are_told():
+def test_slower_metrics_are_named():
     def laps(seconds, cpu):
         return [{"seconds": seconds, "cpu": cpu}] * 2
 
@@ -476,8 +476,8 @@ def test_losses_are_told():
     records = [{"cell": {}, "load": 3.0, "apart": apart, "laps": both}]
     section = training_loop.metric_section(argparse.Namespace(quick=True, device="cpu"))
     notes = " ".join(section.notes(records))
-    told = "by the clock, PSNR (0.50). And by CPU time, SSIM (0.91)."
-    assert f"**Slower than BasicSR's by more than 2 %:** {told}" in notes
+    slower = "by the clock, PSNR (0.50). And by CPU time, SSIM (0.91)."
+    assert f"**Slower than BasicSR's by more than 2 %:** {slower}" in notes
     assert "1e-06 dB" in notes
     half, twice = ["0.50", "0.50 to 0.50"], ["2.00", "2.00 to 2.00"]
     assert section.rows(records)[1] == ["PSNR", "ours", "2", "2 to 2", *half, "0.5", *twice]

@@ -1,4 +1,4 @@
-"""What is installed, what is repaired, what is wrong and how to fix it."""
+"""The report of `dlgsanet doctor`: versions, repairs, devices, problems and their fixes."""
 
 import importlib
 import importlib.metadata
@@ -21,7 +21,7 @@ from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.tools import installing
 from dlgsanet_arch.version import __version__
 
-# What the whole test suite has run with.
+# Versions that the complete test suite has run with.
 TESTED_TORCH = ("2.11", "2.13")
 TESTED_BASICSR = installing.BASICSR.partition("==")[2]
 
@@ -119,7 +119,7 @@ def _missing_package(package: Package) -> str | None:
 
 
 def _repair(package: Package) -> Sequence[Command]:
-    """Return what installs or fixes a requirement."""
+    """Return the commands that install or fix a requirement."""
     missing = _missing_package(package)
     if missing is not None:
         return [("install", missing)]
@@ -145,7 +145,7 @@ def requirement_problems(packages: Sequence[Package]) -> Iterator[Problem]:
 
 
 def basicsr_problem(basicsr: Package) -> Problem | None:
-    """Return what is wrong with BasicSR itself, or with the name DLGSANet in its registry."""
+    """Return a problem of BasicSR itself, or of the name DLGSANet in its registry; else None."""
     if basicsr.version is None:
         python = f"on Python {platform.python_version()} BasicSR builds only with a repair"
         advice = f"dlgsanet doctor --fix  ({python})" if installing.build_paths() else ""
@@ -203,7 +203,7 @@ def _train_and_evaluate(device: str) -> None:
 
 
 def device_problem(device: str) -> Problem | None:
-    """Return what keeps DLGSANet from running on a device; None where it runs."""
+    """Try DLGSANet on a device; return the problem, or None if it runs."""
     try:
         _train_and_evaluate(device)
     except Exception as error:
@@ -215,7 +215,7 @@ def device_problem(device: str) -> Problem | None:
 
 
 def warnings(torchvision: Package, basicsr: Package) -> list[str]:
-    """Return what may fail although nothing is wrong yet: versions that were not tested."""
+    """Return untested or unsuitable versions, which may work all the same."""
     found = []
     if not installing.TESTED_PYTHON[0] <= sys.version_info[:2] <= installing.TESTED_PYTHON[1]:
         found.append(
@@ -295,7 +295,7 @@ def report() -> list[Problem]:
 
 
 def fix(problems: Sequence[Problem], *, yes: bool) -> int:
-    """Show what pip is to do about problems, ask, do it, and look again in a new process.
+    """Show the pip commands that fix problems, ask, run them, and report again.
 
     Args:
         problems: What `report` returned.

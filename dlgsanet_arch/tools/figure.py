@@ -288,7 +288,7 @@ def check_path(path: Path) -> None:
     if path.suffix[1:].lower() not in FORMATS:
         raise UserError(f"{path}: the name of a figure ends in .{', .'.join(FORMATS)}")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"{path}: the folder {path.parent} does not exist; make it first")
 
 
 def save(figure: Any, path: Path) -> None:

@@ -1,8 +1,8 @@
 """The paper's table, measured: each cell beside what is published.
 
 PSNR and SSIM are of the Y channel (BT.601, 8-bit images), a border of `scale` pixels cut off, as
-the paper has them and BasicSR computes them. Images that were measured before are not computed
-again: what is known of each stands in images.csv, with the hashes of weights and images.
+the paper has them and BasicSR computes them. images.csv records the scores of each image with the
+hashes of weights and images, so that no image is measured twice.
 """
 
 import csv
@@ -140,7 +140,7 @@ def _fault(name: str, scale: int, folder: Path) -> str:
     """Say why a test set cannot be measured on; empty where it can."""
     command = f"dlgsanet data benchmark --name {name} --hr FOLDER --scale {scale} makes it"
     if not folder.is_dir():
-        return f"there is no {folder}; {command}"
+        return f"{folder} does not exist; {command}"
     hr, lr = ({path.stem for path in (folder / part).glob("*.png")} for part in _PARTS)
     if not hr:
         return f"{folder / 'HR'} has no PNG images; {command}"
