@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,41 @@ def shared_data() -> Path:
     own = REPOSITORY / "shared"
     default = own if own.is_dir() else REPOSITORY.parent / "shared"
     return Path(os.environ.get("DLGSANET_SHARED", default))
+
+
+@pytest.fixture(scope="session")
+def registered() -> dict[str, dict[str, Any]]:
+    """What BasicSR's registries hold, by registry and name."""
+    from dlgsanet_arch.pipeline import preparation
+
+    return preparation.registered()
+
+
+@pytest.fixture(scope="session")
+def option_root(tmp_path_factory) -> Path:
+    """A folder with images in data/, an LMDB in pairs.lmdb/ and a file weights.pth."""
+    import lmdb
+    from helpers import write_pairs
+
+    folder = tmp_path_factory.mktemp("root")
+    write_pairs(folder / "data", 2)
+    lmdb.open(str(folder / "pairs.lmdb")).close()
+    (folder / "pairs.lmdb" / "meta_info.txt").write_text("image0.png (48,64,3) 1\n")
+    (folder / "empty.lmdb").mkdir()
+    (folder / "empty").mkdir()
+    (folder / "empty" / "Thumbs.db").touch()
+    (folder / "names.txt").write_text("image0.png (48,64,3)\n")
+    torch.save({}, folder / "weights.pth")
+    vgg = folder / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
+    vgg.parent.mkdir(parents=True)
+    vgg.touch()
+    return folder
+
+
+@pytest.fixture
+def vgg(monkeypatch, option_root) -> None:
+    """Weights of VGG-19, as far as the check of options goes."""
+    monkeypatch.setenv("TORCH_HOME", str(option_root))
 
 
 @pytest.fixture(autouse=True)

@@ -238,21 +238,6 @@ def read(repository):
     return read
 
 
-@pytest.fixture(scope="module")
-def registered():
-    """What BasicSR's registries hold."""
-    import basicsr.data
-    import basicsr.losses
-    import basicsr.metrics
-    import basicsr.models  # noqa: F401
-    from basicsr.utils import registry
-
-    return {
-        name: dict(iter(getattr(registry, f"{name.upper()}_REGISTRY")))
-        for name in ("arch", "model", "dataset", "metric", "loss")
-    }
-
-
 def report(options, kind, root, registered):
     return problems(options, train=kind == "train", root=root, registered=registered)
 
@@ -304,6 +289,7 @@ def test_the_file_builds_the_published_network(read, kind, name):
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), [*FILES, *OTHERS])
 def test_the_check_misses_nothing_but_data(read, registered, tmp_path, kind, name):
     options = read(kind, name)

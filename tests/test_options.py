@@ -1,82 +1,42 @@
 """Every mistake in an option file is reported at once, by its path, before anything is created."""
 
 import copy
-import json
 
-import lmdb
 import pytest
-import torch
 import yaml
-from helpers import small_test_options, small_train_options, write_pairs
+from helpers import small_test_options
+from option_cases import ABSENT, GAN, REAL, changed, train_options
 
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.options import OptionsError, load, override, parse_value, refuse
 
-ABSENT = "<absent>"  # a key to delete
-
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder with images in data/, an LMDB in pairs.lmdb/ and a file weights.pth."""
-    folder = tmp_path_factory.mktemp("root")
-    write_pairs(folder / "data", 2)
-    lmdb.open(str(folder / "pairs.lmdb")).close()
-    (folder / "pairs.lmdb" / "meta_info.txt").write_text("image0.png (48,64,3) 1\n")
-    (folder / "empty.lmdb").mkdir()
-    (folder / "empty").mkdir()
-    (folder / "empty" / "Thumbs.db").touch()
-    (folder / "names.txt").write_text("image0.png (48,64,3)\n")
-    torch.save({}, folder / "weights.pth")
-    return folder
+def root(option_root):
+    return option_root
 
 
-@pytest.fixture(scope="module")
-def registered():
-    """What BasicSR's registries hold, and somebody else's data set and model."""
-    import basicsr.data
-    import basicsr.losses
-    import basicsr.metrics
-    import basicsr.models
-    from basicsr.utils import registry
+@pytest.fixture(scope="module", name="registered")
+def _registered(registered):
+    """What BasicSR's registries hold, and somebody else's data set, model and network."""
+    from basicsr.models.sr_model import SRModel
 
     class Frames:
         def __init__(self, opt):
             self.folder = opt["dataroot_lr"]
 
-    class TwoStepModel(basicsr.models.sr_model.SRModel):
+    class TwoStepModel(SRModel):
         def optimize_parameters(self, current_iter):
             self.weight = self.opt["train"].get("total_iters")
 
     def denoiser(channels, **kwargs):
         return channels, kwargs.get("channel")
 
-    names = ("arch", "model", "dataset", "metric", "loss")
-    found = {name: dict(iter(getattr(registry, f"{name.upper()}_REGISTRY"))) for name in names}
-    found["model"] |= {"TwoStepModel": TwoStepModel, "DLGSANetModel": lambda opt: None}
-    found["model"]["DLGSANetModel"].__module__ = "dlgsanet_arch._basicsr"
+    found = {name: dict(entries) for name, entries in registered.items()}
+    found["model"]["TwoStepModel"] = TwoStepModel
     found["dataset"]["Frames"] = Frames
     found["arch"]["denoiser"] = denoiser
     return found
-
-
-def train_options(root):
-    options = small_train_options(root / "data")
-    for name in ("train", "val"):
-        options["datasets"][name] |= {"dataroot_gt": "data/HR", "dataroot_lq": "data/LR"}
-    return json.loads(json.dumps(options))  # no section is shared
-
-
-def changed(options, changes):
-    for path, value in changes.items():
-        *sections, key = path.split(":")
-        node = options
-        for section in sections:
-            node = node[section]
-        if value == ABSENT:
-            del node[key]
-        else:
-            node[key] = value
-    return options
 
 
 def problems(options, root, registered, train=True):
@@ -88,7 +48,7 @@ def problems(options, root, registered, train=True):
 
 
 def test_good_options_pass(root, registered):
-    assert problems(train_options(root), root, registered) == []
+    assert problems(train_options(), root, registered) == []
     testing = small_test_options(root / "data", root / "weights.pth")
     assert problems(testing, root, registered, train=False) == []
     changed(testing, {"path:pretrain_network_g": "weights.pth"})
@@ -96,13 +56,6 @@ def test_good_options_pass(root, registered):
 
 
 PSNR = {"type": "calculate_psnr", "crop_border": 2}
-ADAM = {"type": "Adam", "lr": 1e-4, "amsgrad": True}
-GAN = {
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "skip_connection": True},
-    "train:optim_d": ADAM,
-    "train:gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1},
-    "train:net_d_iters": 1,
-}
 
 
 def gan_without(key):
@@ -146,7 +99,7 @@ GOOD_CHANGES = [
 
 @pytest.mark.parametrize("changes", GOOD_CHANGES, ids=str)
 def test_other_good_options_pass(root, registered, changes):
-    assert problems(changed(train_options(root), changes), root, registered) == []
+    assert problems(train_options(changes), root, registered) == []
 
 
 # What is changed, and the one line that must then be reported: its path, and a part of the rest.
@@ -170,7 +123,7 @@ TRAIN_FAULTS = [
     ({"val:val_freq": ABSENT}, "val:val_freq: missing"),
     ({"val:metrics:psnr:crop_border": ABSENT, "val:metrics:psnr:crop_bordr": 2},
      "val:metrics:psnr:crop_border: missing; write `crop_border: 2`; did you mean 'crop_bordr'?"),
-    ({"datasets:train": ABSENT}, "datasets:train: missing; write a section with batch_size_per"),
+    ({"datasets:train": ABSENT}, "datasets:train: missing; write a section with name, type, batch"),
     ({"datasets:train:use_hflip": ABSENT}, "datasets:train:use_hflip: missing"),
     ({"datasets:train:gt_size": ABSENT}, "datasets:train:gt_size: missing; write `gt_size: 192`"),
     ({"datasets:val:io_backend": ABSENT}, "datasets:val:io_backend: missing", "type"),
@@ -205,7 +158,7 @@ TRAIN_FAULTS = [
     ({"val:tile": 16, "val:tile_overlap": 16}, "val:tile_overlap: 16 must be less than val:tile"),
     # keys that nothing reads
     ({"nmae": "a"}, "nmae: SRModel does not read it; did you mean 'name'?"),
-    ({"netowrk_d": {"type": "EDSR"}}, "netowrk_d: ", "did you mean 'network_g'?"),
+    ({"netowrk_d": {"type": "EDSR"}}, "netowrk_d: ", "did you mean 'network_d'?"),
     ({"train:ema_deacy": 0.9}, "train:ema_deacy: SRModel does not read it; did you mean 'ema_dec"),
     ({"train:amp": "bf16"}, "train:amp: SRModel does not read it, DLGSANetModel would; delete it"),
     ({"train:gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, "train:gan_opt: SRModel does "
@@ -307,7 +260,7 @@ TRAIN_FAULTS = [
      "datasets:val:dataroot_lq: ", "LR is not an LMDB by its name", "`type: disk`"),
     ({"datasets:val": {"name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR"}
       | {"io_backend": {"type": "disk"}, "meta_info_file": None}},
-     "datasets:val:meta_info_file: SingleImageDataset fails on ~; leave it out"),
+     "datasets:val:meta_info_file: is empty (~); write a value, or leave it out"),
     ({"datasets:val:meta_info_file": "gone.txt"}, "datasets:val:meta_info_file: the list of the "
      "validation set made_val: ", "gone.txt does not exist"),
     # paths
@@ -335,7 +288,7 @@ TEST_FAULTS = [
 
 @pytest.mark.parametrize(("changes", "expected"), [(c, e) for c, *e in TRAIN_FAULTS], ids=str)
 def test_each_fault_in_training_options_is_reported_once(root, registered, changes, expected):
-    reported = problems(changed(train_options(root), changes), root, registered)
+    reported = problems(train_options(changes), root, registered)
     assert len(reported) == 1, reported
     assert reported[0].startswith(expected[0])
     assert all(part in reported[0] for part in expected), reported
@@ -351,7 +304,7 @@ def test_each_fault_in_test_options_is_reported_once(root, registered, changes, 
 
 
 def test_a_key_that_is_needed_itself_is_no_misspelling_of_another(root, registered):
-    options = changed(train_options(root), {"datasets:val:dataroot_lq": ABSENT})
+    options = train_options({"datasets:val:dataroot_lq": ABSENT})
     (reported,) = problems(options, root, registered)
     assert reported == (
         "datasets:val:dataroot_lq: missing; write `dataroot_lq: datasets/benchmark/Set5/X4/LR`"
@@ -361,7 +314,7 @@ def test_a_key_that_is_needed_itself_is_no_misspelling_of_another(root, register
 def test_paths_may_start_from_the_home_folder(root, registered, monkeypatch):
     monkeypatch.setenv("HOME", str(root))
     changes = {"path:pretrain_network_g": "~/weights.pth", "datasets:val:dataroot_gt": "~/data/HR"}
-    assert problems(changed(train_options(root), changes), root, registered) == []
+    assert problems(train_options(changes), root, registered) == []
 
 
 def test_problems_are_raised_as_one_error():
@@ -382,7 +335,7 @@ def test_all_faults_come_in_one_report(root, registered):
         "model_type": "SRModle",
         "datasets:val:dataroot_gt": "gone",
     }
-    reported = problems(changed(train_options(root), changes), root, registered)
+    reported = problems(train_options(changes), root, registered)
     paths = {line.split(": ")[0] for line in reported}
     assert paths == {
         *(
@@ -401,14 +354,14 @@ def test_keys_that_basicsr_accepts_in_silence_are_all_reported(root, registered)
     """Fault 13: each of these changes what is trained, and BasicSR says nothing."""
     changes = {
         "model_type": "SwinIRModel",
-        "network_g": {"type": "SwinIR", "upscale": 2, "mlp_ratoi": 2},
+        "network_g": {"type": "SwinIR", "upscale": 2, "window_size": 8, "mlp_ratoi": 2},
         "train:ema_deacy": 0.999,
         "datasets:train:use_flip": True,
         "val:metrics:psnr:crop_bordr": 4,
         "val:metrics:psnr:better": "Higher",
         "path:pretrained_network_g": "x.pth",
     }
-    reported = problems(changed(train_options(root), changes), root, registered)
+    reported = problems(train_options(changes), root, registered)
     assert {line.split(": ")[0] for line in reported} == {
         "network_g:mlp_ratoi",
         *(path for path in changes if path.count(":") and not path.startswith("network")),
@@ -416,16 +369,10 @@ def test_keys_that_basicsr_accepts_in_silence_are_all_reported(root, registered)
     assert all("did you mean" in line for line in reported)
 
 
-REAL = {
-    "model_type": "RealESRGANModel", **GAN, "high_order_degradation": False,
-    "l1_gt_usm": True, "percep_gt_usm": True, "gan_gt_usm": False,
-}  # fmt: skip
-
-
 def test_what_real_esrgan_reads_is_asked_for(root, registered):
-    assert problems(changed(train_options(root), REAL), root, registered) == []
+    assert problems(train_options(REAL), root, registered) == []
     synthetic = {**REAL, "high_order_degradation": True, "queue_size": 181, "gt_size": 32}
-    reported = problems(changed(train_options(root), synthetic), root, registered)
+    reported = problems(train_options(synthetic), root, registered)
     assert "resize_prob: missing; write `resize_prob: [0.2, 0.7, 0.1]`" in reported
     assert "queue_size: 181 is not a multiple of batch_size_per_gpu 2; write 180" in reported
     assert len(reported) == 16
@@ -442,7 +389,7 @@ def test_any_yaml_ends_in_a_report(root, registered, train, value):
     keys = ("type", "io_backend", "name", "dataroot_gt", "prefetch_mode")
     paths += [f"datasets:{phase}:{key}" for phase in ("train", "val") for key in keys]
     for path in paths:
-        options = train_options(root) | {"network_g": {"type": "EDSR"}}  # quickly checked
+        options = train_options() | {"network_g": {"type": "EDSR"}}  # quickly checked
         problems(changed(options, {path: value}), root, registered, train)
 
 
@@ -492,7 +439,7 @@ def test_values_given_beside_the_file_are_read_like_the_files(text, value):
         (b"name: a\ntrain:\n  lr: [1, 2\nval: 3\n", "bad.yml:4:4: this is not YAML"),
         (b"name: a\n\tscale: 4\n", "bad.yml:2:1: this is not YAML"),
         (b"name: a: b\n", "bad.yml:1:8: this is not YAML"),
-        (b"lr: !!float five\n", "bad.yml: this is not YAML"),
+        (b"lr: !!float five\n", "bad.yml:1:5: this is not YAML"),
         (b"name: \x01\n", "bad.yml: this is not YAML"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"", "bad.yml holds nothing"),
@@ -521,7 +468,7 @@ def test_a_missing_option_file_is_named_with_a_near_one(tmp_path):
 
 
 def test_override_sets_existing_keys(root):
-    options = train_options(root)
+    options = train_options()
     override(options, ["train:total_iter=8", "name = b=c", "path:resume_state=~"])
     assert options["train"]["total_iter"] == 8
     assert options["name"] == "b=c"
@@ -529,16 +476,16 @@ def test_override_sets_existing_keys(root):
 
 
 def test_override_adds_keys_that_are_known(root):
-    options = train_options(root)
+    options = train_options()
     entries = ["logger:keep_last=2", "train:amp=bf16", "dist_params:timeout=5", "train:lr_mul=1"]
     entries += ["datasets:val:num_worker_per_gpu=1", "logger:wandb:project=x", "scale=4"]
     with pytest.raises(OptionsError, match="'train:lr_mul=1': train has no key 'lr_mul', and not"):
         override(options, entries)
-    assert options == train_options(root)
+    assert options == train_options()
     entries.remove("train:lr_mul=1")
     options["logger"]["wandb"] = None
     override(options, entries)
-    expected = train_options(root) | {"scale": 4, "dist_params": {"timeout": 5}}
+    expected = train_options() | {"scale": 4, "dist_params": {"timeout": 5}}
     expected["logger"] |= {"keep_last": 2, "wandb": {"project": "x"}}
     expected["train"]["amp"] = "bf16"
     expected["datasets"]["val"]["num_worker_per_gpu"] = 1
@@ -546,7 +493,7 @@ def test_override_adds_keys_that_are_known(root):
 
 
 def test_override_refuses_all_unknown_keys_and_changes_nothing(root):
-    options = train_options(root)
+    options = train_options()
     entries = ["train:total_iters=8", "trian:total_iter=8", "name:a=1", "=3", "name", "name=b"]
     entries += ["datasets:vall:name=a", "val:metrics:psn:crop_border=1", "network_g:windwsize=3"]
     with pytest.raises(OptionsError) as caught:
@@ -565,4 +512,4 @@ def test_override_refuses_all_unknown_keys_and_changes_nothing(root):
     assert len(lines) == len(expected)
     for line, part in zip(lines, expected, strict=True):
         assert part in line
-    assert options == train_options(root)
+    assert options == train_options()

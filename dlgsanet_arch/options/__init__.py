@@ -1,21 +1,19 @@
-"""What an option file may say: read, overridden and checked before anything is created.
+"""What an option file may say: load, check, done, before anything is created.
 
-`problems` runs every function of `CHECKS` and lists all they found; `refuse` makes one error of it.
-A check is a generator: it takes a `Context` and yields one line a problem, "datasets:train:gt_size:
-what is wrong; the fix". To add a check, write it where its like are and name it in that file's
-`CHECKS`: `required` has what must be there, `keys` what may be there, `values` what it may be,
-`cross_checks` what must fit together, and `paths` the files that are named. A check must bear any
-YAML: a section may be absent, empty or no section at all, which `required` alone reports. What
-images and weights hold is checked by the pipeline.
+`load` reads the file. `problems` compares it with the table of `schema` in one pass (`walk`) and
+runs the checks of what must fit together (`checks`) and of the files that are named (`paths`); they
+see only values that passed. A key that is new is a row of the table; a rule that spans keys is a
+generator in `checks.CHECKS`. What images and weights hold is checked by the pipeline.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.options import cross_checks, keys, paths, required, values
+from dlgsanet_arch.options import checks, paths
 from dlgsanet_arch.options.context import Context, OptionsError, Registered
-from dlgsanet_arch.options.reading import load, override, parse_value
+from dlgsanet_arch.options.load import load, override, parse_value
+from dlgsanet_arch.options.walk import compare
 
 __all__ = [
     "Context",
@@ -27,8 +25,6 @@ __all__ = [
     "problems",
     "refuse",
 ]
-
-CHECKS = (*required.CHECKS, *keys.CHECKS, *values.CHECKS, *cross_checks.CHECKS, *paths.CHECKS)
 
 
 def problems(
@@ -51,8 +47,9 @@ def problems(
     Returns:
         One line a problem: the key's path, what is wrong, the fix.
     """
-    context = Context(options, train, root, registered)
-    return [problem for find in CHECKS for problem in find(context)]
+    found, sound = compare(Context(options, train, root, registered))
+    context = Context(sound, train, root, registered)
+    return found + [line for find in (*checks.CHECKS, *paths.CHECKS) for line in find(context)]
 
 
 def refuse(found: Sequence[str]) -> None:

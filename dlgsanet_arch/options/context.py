@@ -1,6 +1,6 @@
-"""Options to be checked, and how a report names what is near."""
+"""Options to be checked, and ways through them."""
 
-import inspect
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,6 @@ from dlgsanet_arch.network import DLGSANet
 # For each of BasicSR's registries, what is registered, by name.
 Registered = Mapping[str, Mapping[str, Any]]
 
-# How near a name must be to be taken for a misspelling where any name may stand.
-MISSPELT = 0.8
-
 _BASICSR_SUFFIX = "_basicsr"  # BasicSR's registries look for a name with it, too
 
 
@@ -23,12 +20,12 @@ class OptionsError(UserError):
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number; true and false are none."""
+    """Whether a value is a whole number; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number; true and false are none."""
+    """Whether a value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -48,16 +45,28 @@ class Context:
     root: Path
     registered: Registered | None
 
-    def section(self, path: str) -> Mapping[str, Any]:
-        """Return the section at "a:b" ("" is the whole), empty where there is none."""
+    def value(self, path: str) -> Any:
+        """Return the value at "a:b" ("" is the complete file), None where it is absent."""
         node: Any = self.options
         for key in path.split(":") if path else ():
             node = node.get(key) if isinstance(node, Mapping) else None
+        return node
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        """Return the section at "a:b", empty where it is absent."""
+        node = self.value(path)
         return node if isinstance(node, Mapping) else {}
 
     def sections(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield path and content of every section, the whole with the path "" first."""
-        yield from _sections(self.options)
+        """Yield path and content of every section, first the complete file with the path ""."""
+        waiting: list[tuple[str, Mapping[str, Any]]] = [("", self.options)]
+        for path, content in waiting:
+            yield path, content
+            waiting += [
+                (join(path, key), value)
+                for key, value in content.items()
+                if isinstance(value, Mapping)
+            ]
 
     def datasets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the phase ("train", "val", "test_1", …) and the options of each data set."""
@@ -70,17 +79,9 @@ class Context:
             if str(key).startswith("network_") and self.section(str(key)):
                 yield str(key)
 
-    def values(self) -> Iterator[tuple[str, Any]]:
-        """Yield path and value of all that is not a section, a list's elements one by one."""
-        for path, section in self.sections():
-            for key, value in section.items():
-                if not isinstance(value, Mapping):
-                    for element in value if isinstance(value, list) else [value]:
-                        yield f"{path}:{key}".lstrip(":"), element
-
     def resolve(self, path: object) -> Path:
         """Return `path` of an option file as BasicSR will find it."""
-        return self.root / Path(str(path)).expanduser()
+        return self.root / os.path.expanduser(str(path))
 
     def registered_as(self, registry: str, name: object) -> Any:
         """Return what "arch", "model", … has under `name`, None where that is not known."""
@@ -98,31 +99,11 @@ class Context:
         return list(dict.fromkeys([*entries, *(n.removesuffix(_BASICSR_SUFFIX) for n in entries)]))
 
 
-def _sections(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield path, node
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _sections(value, f"{path}:{key}".lstrip(":"))
+def join(section: str, key: object) -> str:
+    """Return the path of a key in a section."""
+    return f"{section}:{key}" if section else str(key)
 
 
 def comes_from(thing: Any, *packages: str) -> bool:
     """Whether a class or function is defined in one of some packages."""
     return str(getattr(thing, "__module__", "")).partition(".")[0] in packages
-
-
-def source_names(thing: Any, name: str) -> bool:
-    """Whether the source of a class, its bases, or a function holds `name` in quotes.
-
-    So a key that someone else's data set or model reads is known without their telling.
-    """
-    owners = inspect.getmro(thing) if inspect.isclass(thing) else (thing,)
-    for owner in owners:
-        if comes_from(owner, "builtins", "torch"):
-            continue
-        try:
-            source = inspect.getsource(inspect.getmodule(owner))
-        except (OSError, TypeError):  # defined where there is no file
-            continue
-        if f"'{name}'" in source or f'"{name}"' in source:
-            return True
-    return False

@@ -1,8 +1,12 @@
 """The folders, LMDBs, lists and weights that an option file names must be there."""
 
+import functools
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dlgsanet_arch.options.context import Context
 from dlgsanet_arch.options.schema import known_dataset
@@ -12,6 +16,7 @@ _CONTENTS = {"dataroot_gt": "HR", "dataroot_lq": "LR"}
 _IMAGE_SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+_VGG_OF_BASICSR = Path("experiments/pretrained_models/vgg19-dcbb9e9d.pth")  # of the current folder
 _HOW_TO_GET_DATA = "correct the path, or get the data as datasets/README.md says"
 
 
@@ -42,9 +47,16 @@ def _lmdb_fault(folder: Path) -> str:
     return ""
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has NUL within
+        return False
+
+
 def _list_fault(listing: Path) -> str:
     """Say what keeps `listing` from being a list of images' names, or return nothing."""
-    if not listing.is_file():
+    if not _is_file(listing):
         return "does not exist"
     return "" if listing.stat().st_size else "is empty"
 
@@ -72,9 +84,6 @@ def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Ite
         if fault := _list_fault(listing):
             what = f"datasets:{phase}:{reads.listing}: the list of {owner(phase, dataset)}"
             yield f"{what}: {listing} {fault}; correct the path"
-    single = backend == "disk" and dataset.get("type") == "SingleImageDataset"
-    if single and dataset.get("meta_info_file", "") is None:
-        yield f"datasets:{phase}:meta_info_file: SingleImageDataset fails on ~; leave it out"
     for key in reads.folders:
         if dataset.get(key) is None:
             continue
@@ -86,8 +95,8 @@ def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Ite
                 fault = "" if folder.is_dir() else "is not a folder"
             else:
                 fault = _folder_fault(folder)
-        except OSError as error:
-            fault = f"cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:  # ValueError: NUL within
+            fault = f"cannot be read ({getattr(error, 'strerror', error)})"
         if fault:
             what = f"the {_CONTENTS[key]} images of {owner(phase, dataset)}"
             yield f"datasets:{phase}:{key}: {what}: {folder} {fault}; {_HOW_TO_GET_DATA}"
@@ -103,13 +112,44 @@ def _weights(context: Context) -> Iterator[str]:
     """Files to start from must be there; a resumed run takes its weights from its own folder."""
     paths = context.section("path")
     resumed = context.train and paths.get("resume_state")
-    keys = ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in str(key)]
+    keys = ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in key]
     for key in keys:
-        if paths[key] and not (file := context.resolve(paths[key])).is_file():
+        if paths[key] and not _is_file(file := context.resolve(paths[key])):
             fix = "correct the path"
             if not context.train:
                 fix += " (training writes weights to experiments/<name>/models)"
             yield f"path:{key}: there is no file {file}; {fix}"
 
 
-CHECKS = (_images, _weights)
+def _vgg(context: Context) -> Iterator[str]:
+    """BasicSR downloads the weights of VGG where they are not on the disk."""
+    section = context.section("train:perceptual_opt")
+    loss = context.registered_as("loss", section.get("type"))
+    if not context.train or section.get("type") != "PerceptualLoss" or loss is None:
+        return
+    import torchvision  # BasicSR imported it
+
+    try:
+        url = torchvision.models.get_model_weights(section.get("vgg_type", "vgg19"))[
+            "IMAGENET1K_V1"
+        ].url
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return  # a wrong type, which is reported
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not (_is_file(_VGG_OF_BASICSR) or _is_file(cached) or _answers(url)):
+        yield (
+            f"train:perceptual_opt: needs {cached.name}, and {url} does not answer; download that "
+            f"file elsewhere and put it at {cached}"
+        )
+
+
+@functools.cache
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+CHECKS = (_images, _weights, _vgg)

@@ -1,389 +1,359 @@
-"""Which keys each section of an option file may have, and what reads them.
+"""The table of keys: where a key stands, what it may be, when it must be there, and who reads it.
 
-BasicSR 1.4.2 reads keys where it needs them and never looks at the others. What its single-image
-models and data sets read is written out here, with the keys of this package's pipeline; what
-networks, losses, metrics and optimizers take is asked of their signatures.
+BasicSR 1.4.2 reads keys where it needs them and never looks at the others. Its single-image models
+and data sets are in the table, with the keys of this package's pipeline; what networks, losses,
+metrics and optimizers take is asked of their signatures. A key that is new is one row.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from dlgsanet_arch.options.context import Context, comes_from
+from dlgsanet_arch.options.values import (
+    Kind,
+    Named,
+    anything,
+    choice,
+    count,
+    either,
+    listed,
+    name,
+    number,
+    part_of_name,
+    path,
+    section,
+    template,
+    text,
+    weights,
+    whole,
+    yes_no,
+)
 
-from dlgsanet_arch.hints import nearest
-from dlgsanet_arch.options.context import MISSPELT, Context, comes_from, source_names
+# Who reads keys that others do not: models by `model_type`, the rest by the section's `type`.
+OURS = ("DLGSANetModel",)  # the one that takes every optimizer of PyTorch
+GAN = ("SRGANModel", "ESRGANModel", "RealESRGANModel")  # train a discriminator
+REAL = ("RealESRNetModel", "RealESRGANModel")  # make LR images from HR ones while they train
+MODELS = ("SRModel", "SwinIRModel", *OURS, *GAN, "RealESRNetModel")
+_PAIRED = ("PairedImageDataset", "RealESRGANPairedDataset")
+_SINGLE, _REAL_SET, _FFHQ = ("SingleImageDataset",), ("RealESRGANDataset",), ("FFHQDataset",)
+DATASETS = (*_PAIRED, *_SINGLE, *_REAL_SET, *_FFHQ)
+_STEPS = ("MultiStepLR", "MultiStepRestartLR")
+SCHEDULERS = (*_STEPS, "CosineAnnealingRestartLR")
 
-_TOP = (
-    *("name", "model_type", "scale", "num_gpu", "manual_seed", "datasets", "network_*", "path"),
-    *("train", "val", "logger", "dist_params", "find_unused_parameters"),
-)
-_PATH = (
-    *("pretrain_network_*", "strict_load_*", "param_key_*", "resume_state"),
-    "ignore_resume_networks",
-    *("root", "experiments_root", "results_root", "models", "training_states", "log"),
-    "visualization",
-)
-_VAL = (
-    *("val_freq", "save_img", "suffix", "pbar", "metrics"),
-    *("self_ensemble", "tile", "tile_overlap"),
-)
-_LOGGER = (
-    *("print_freq", "save_checkpoint_freq", "use_tb_logger", "wandb"),
-    *("keep_last", "save_best"),
-)
-_TRAIN = (
-    *("total_iter", "warmup_iter", "ema_decay", "optim_g", "scheduler"),
-    *("pixel_opt", "perceptual_opt"),
-)
-_GAN_TRAIN = ("optim_d", "gan_opt", "net_d_iters", "net_d_init_iters")
-_FAST_TRAIN = ("amp", "channels_last", "compile", "clip_grad_norm", "accumulation")
 
-# What RealESRNetModel and RealESRGANModel read beside the sections, with the published values:
-# they make LR images from HR ones while they train.
-DEGRADATIONS = {
-    "gt_size": "256",
-    "resize_prob": "[0.2, 0.7, 0.1]",
-    "resize_range": "[0.15, 1.5]",
-    "gaussian_noise_prob": "0.5",
-    "noise_range": "[1, 30]",
-    "poisson_scale_range": "[0.05, 3]",
-    "gray_noise_prob": "0.4",
-    "jpeg_range": "[30, 95]",
-    "second_blur_prob": "0.8",
-    "resize_prob2": "[0.3, 0.4, 0.3]",
-    "resize_range2": "[0.3, 1.2]",
-    "gaussian_noise_prob2": "0.5",
-    "noise_range2": "[1, 25]",
-    "poisson_scale_range2": "[0.05, 2.5]",
-    "gray_noise_prob2": "0.4",
-    "jpeg_range2": "[30, 95]",
-}
-_REAL_TOP = (*DEGRADATIONS, "queue_size", "high_order_degradation")
+# When a key must be there. Each is asked only where the section is one of the key's readers.
+Condition = Callable[[Context, str], bool]
+
+
+def _always(context: Context, section: str) -> bool:
+    return True
+
+
+def _train(context: Context, section: str) -> bool:
+    return context.train
+
+
+def _test(context: Context, section: str) -> bool:
+    return not context.train
+
+
+def _gan(context: Context, section: str) -> bool:
+    return context.train and context.options.get("model_type") in GAN
+
+
+def _synthetic(context: Context, section: str) -> bool:
+    return context.train and context.options.get("high_order_degradation") is not False
+
+
+def _training_set(context: Context, section: str) -> bool:
+    return context.train and section == "datasets:train"
+
+
+def _of_type(*names: str) -> Condition:
+    return lambda context, section: context.section(section).get("type") in names
+
+
+def _of_known_set(context: Context, section: str) -> bool:
+    kind = context.section(section.removesuffix(":io_backend")).get("type")
+    return kind in DATASETS
+
+
+def _augmented(context: Context, section: str) -> bool:
+    return _training_set(context, section) or _of_type(*_REAL_SET, *_FFHQ)(context, section)
+
+
+def _cut(context: Context, section: str) -> bool:
+    return _training_set(context, section) and _of_type(*_PAIRED)(context, section)
+
+
+def _with_suffix(context: Context, section: str) -> bool:
+    return not context.train and bool(context.section("val").get("save_img"))
+
+
+def _with_border(context: Context, section: str) -> bool:
+    kind = str(context.section(section).get("type"))
+    return kind.startswith(("calculate_psnr", "calculate_ssim", "calculate_niqe"))
+
+
+def _listed_set(context: Context, section: str) -> bool:
+    in_lmdb = context.section(f"{section}:io_backend").get("type") == "lmdb"
+    return _of_type(*_REAL_SET)(context, section) and not in_lmdb
 
 
 @dataclass(frozen=True)
-class ModelKeys:
-    """What a model reads beside what every model does.
+class Key:
+    """A row of the table.
 
     Args:
-        train: In `train`.
-        top: Beside the sections.
-        gan: Whether it trains a discriminator.
-        real: Whether it makes LR images itself.
+        path: Where it stands, "section:key"; * stands for any text, a|b for both keys.
+        kind: What its value may be.
+        example: What to write where it is missing; $scale stands for that of the file.
+        needed: When it must be there, None for never.
+        by: Who reads it; () for all.
+        empty: Whether it may be ~.
     """
 
-    train: tuple[str, ...] = ()
-    top: tuple[str, ...] = ()
-    gan: bool = False
-    real: bool = False
+    path: str
+    kind: Kind
+    example: str = ""
+    needed: Condition | None = None
+    by: tuple[str, ...] = ()
+    empty: bool = False
+
+    @property
+    def section(self) -> str:
+        """The pattern of the section that it stands in."""
+        return self.path.rpartition(":")[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The patterns of its own name."""
+        return self.path.rpartition(":")[2].split("|")
 
 
-MODELS = {
-    "SRModel": ModelKeys(),
-    "SwinIRModel": ModelKeys(),
-    "DLGSANetModel": ModelKeys(_FAST_TRAIN),
-    "SRGANModel": ModelKeys((*_GAN_TRAIN, "ldl_opt"), gan=True),
-    "ESRGANModel": ModelKeys((*_GAN_TRAIN, "ldl_opt"), gan=True),
-    "RealESRNetModel": ModelKeys((), (*_REAL_TOP, "gt_usm"), real=True),
-    "RealESRGANModel": ModelKeys(
-        (*_GAN_TRAIN, "ldl_opt"),
-        (*_REAL_TOP, "l1_gt_usm", "percep_gt_usm", "gan_gt_usm"),
-        gan=True,
-        real=True,
+_share = number("[0, 1]")
+_size = whole("[1, 65536]")
+_steps = count("(0, 1e9]")
+_real: dict[str, Any] = {"needed": _synthetic, "by": REAL}
+_blur: dict[str, Any] = {"needed": _always, "by": _REAL_SET}
+
+
+def _pair(example: str) -> Kind:
+    return listed(number("[0, 1e6]"), example, 2)
+
+
+def _degradations(end: str, resize: str, span: str, noise: str, poisson: str) -> tuple[Key, ...]:
+    """Return what the models of Real-ESRGAN read, with the published values."""
+    return (
+        Key(f"resize_prob{end}", weights(resize, 3), resize, **_real),
+        Key(f"resize_range{end}", listed(number("(0, 1e3]"), span, 2), span, **_real),
+        Key(f"gaussian_noise_prob{end}", _share, "0.5", **_real),
+        Key(f"noise_range{end}", _pair(noise), noise, **_real),
+        Key(f"poisson_scale_range{end}", _pair(poisson), poisson, **_real),
+        Key(f"gray_noise_prob{end}", _share, "0.4", **_real),
+        Key(f"jpeg_range{end}", listed(number("[0, 100]"), "[30, 95]", 2), "[30, 95]", **_real),
+    )
+
+
+def _blurs(end: str) -> tuple[Key, ...]:
+    """Return what the data set of Real-ESRGAN reads."""
+    shapes = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso", "aniso")))
+    at = "datasets:*:"
+    return (
+        Key(f"{at}blur_kernel_size{end}", whole("[1, 21]"), "21", **_blur),
+        Key(f"{at}kernel_list{end}", listed(shapes, "[iso, aniso]"), "[iso, aniso]", **_blur),
+        Key(f"{at}kernel_prob{end}", weights("[0.5, 0.5]"), "[0.5, 0.5]", **_blur),
+        Key(f"{at}sinc_prob{end}", _share, "0.1", **_blur),
+        Key(f"{at}blur_sigma{end}", _pair("[0.2, 3]"), "[0.2, 3]", **_blur),
+        Key(f"{at}betag_range{end}", _pair("[0.5, 4]"), "[0.5, 4]", **_blur),
+        Key(f"{at}betap_range{end}", _pair("[1, 2]"), "[1, 2]", **_blur),
+    )
+
+
+_FOLDER = "datasets/benchmark/Set5/X4/"
+_WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
+_numbers = listed(number(), "[0.5, 0.5, 0.5]")
+
+KEYS = (
+    # the run
+    Key("name", name, "tiny_x4", _always),
+    Key("model_type", Named("model"), "SRModel", _always),
+    Key("scale", whole("[1, 100]"), "4", _always),
+    Key("num_gpu", either(whole("[0, 1024]"), choice("auto")), "auto", _always),
+    Key("manual_seed", whole("[0, 4294900000]"), empty=True),  # the rank is added; NumPy: 2^32
+    Key("find_unused_parameters", yes_no, empty=True),
+    Key("x_*|x-*", anything, empty=True),  # whatever holds anchors
+    Key("gt_size", _size, "256", **_real),
+    *_degradations("", "[0.2, 0.7, 0.1]", "[0.15, 1.5]", "[1, 30]", "[0.05, 3]"),
+    Key("second_blur_prob", _share, "0.8", **_real),
+    *_degradations("2", "[0.3, 0.4, 0.3]", "[0.3, 1.2]", "[1, 25]", "[0.05, 2.5]"),
+    Key("queue_size", whole("[1, 1e6]"), by=REAL),
+    Key("high_order_degradation", yes_no, by=REAL),
+    Key("gt_usm", yes_no, "true", _synthetic, ("RealESRNetModel",)),
+    Key("l1_gt_usm|percep_gt_usm", yes_no, "true", _train, ("RealESRGANModel",)),
+    Key("gan_gt_usm", yes_no, "false", _train, ("RealESRGANModel",)),
+    # data
+    Key("datasets", section, "{test_1: …}", _always),
+    Key("datasets:train", section, needed=_train),
+    Key("datasets:*", section),
+    Key("datasets:train:name", text, "DIV2K", _always),
+    Key("datasets:*:name", name, "Set5", _always),
+    Key("datasets:*:type", Named("dataset"), "PairedImageDataset", _always),
+    Key("datasets:*:batch_size_per_gpu", _size, "16", _training_set),
+    Key("datasets:*:num_worker_per_gpu", whole("[0, 256]"), "6", _training_set),
+    Key("datasets:*:dataset_enlarge_ratio", number("(0, 1e9]")),
+    Key("datasets:*:phase|scale|use_shuffle", anything, empty=True),  # set by BasicSR; never read
+    Key("datasets:*:pin_memory|persistent_workers", yes_no, empty=True),
+    Key("datasets:*:prefetch_mode", choice("cuda", "cpu"), empty=True),
+    Key("datasets:*:num_prefetch_queue", whole("[1, 65536]")),
+    Key("datasets:train:skip_bad_samples", whole("[0, 1e9]"), empty=True),
+    Key(
+        "datasets:train:multiprocessing_context",
+        choice("fork", "spawn", "forkserver"),
+        empty=True,
     ),
-}
-# The one model that takes every optimizer of PyTorch; BasicSR's models know Adam.
-ANY_OPTIMIZER = "DLGSANetModel"
-
-# `use_shuffle` stands in nearly every option file of BasicSR's, and nothing reads it; `phase` and
-# `scale` are set by BasicSR.
-_DATASET = (
-    *("name", "type", "phase", "scale", "io_backend"),
-    *("num_worker_per_gpu", "batch_size_per_gpu", "dataset_enlarge_ratio", "use_shuffle"),
-    *("pin_memory", "persistent_workers", "prefetch_mode", "num_prefetch_queue"),
+    Key("datasets:train:prefetch_factor", whole("[1, 65536]"), empty=True),
+    Key(
+        "datasets:*:dataroot_gt",
+        path,
+        f"{_FOLDER}HR",
+        _of_known_set,
+        (*_PAIRED, *_REAL_SET, *_FFHQ),
+    ),
+    Key("datasets:*:dataroot_lq", path, f"{_FOLDER}LR", _of_known_set, (*_PAIRED, *_SINGLE)),
+    Key("datasets:*:meta_info_file", path, by=_PAIRED[:1], empty=True),
+    Key("datasets:*:meta_info_file", path, by=_SINGLE),  # fails on ~
+    Key("datasets:*:meta_info", path, "datasets/DF2K/meta_info.txt", _listed_set, _REAL_SET),
+    Key("datasets:*:meta_info", path, by=_PAIRED[1:], empty=True),
+    Key("datasets:*:filename_tmpl", template, by=_PAIRED),
+    Key("datasets:*:color", choice("y"), by=(*_PAIRED[:1], *_SINGLE), empty=True),
+    Key("datasets:*:gt_size", _size, "192", _cut, (*_PAIRED, *_REAL_SET)),
+    Key("datasets:*:use_hflip", yes_no, "true", _augmented, (*_PAIRED, *_REAL_SET, *_FFHQ)),
+    Key("datasets:*:use_rot", yes_no, "true", _augmented, (*_PAIRED, *_REAL_SET)),
+    Key("datasets:*:mean|std", _numbers, "[0.5, 0.5, 0.5]", _always, _FFHQ),
+    Key("datasets:*:mean|std", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
+    *_blurs(""),
+    *_blurs("2"),
+    Key("datasets:*:final_sinc_prob", _share, "0.8", **_blur),
+    Key("datasets:*:io_backend", section, needed=_of_known_set),
+    Key("datasets:*:io_backend:type", choice("disk", "lmdb", "memcached"), "disk", _of_known_set),
+    Key("datasets:*:io_backend:readonly|lock|readahead|meminit|subdir", yes_no, by=("lmdb",)),
+    Key(
+        "datasets:*:io_backend:map_size|max_readers|max_dbs|max_spare_txns|mode",
+        whole("[0, 1e15]"),
+        by=("lmdb",),
+    ),
+    Key("datasets:*:io_backend:server_list_cfg|client_cfg|sys_path", path, by=("memcached",)),
+    # networks, and the files that they start from
+    Key("network_g", section, needed=_always),
+    Key("network_d", section, needed=_gan),
+    Key("network_*", section, empty=True),
+    Key("network_*:type", Named("arch"), "DLGSANet", _always),
+    Key("path", section, "{}", _always),
+    Key("path:pretrain_network_*|resume_state", path, empty=True),
+    Key("path:pretrain_network_g", path, _WEIGHTS, _test),
+    Key("path:strict_load_*", yes_no, empty=True),
+    Key("path:param_key_*", text, empty=True),
+    Key("path:ignore_resume_networks", either(listed(text, "[network_g]"), text), empty=True),
+    Key("path:root|experiments_root|results_root|models", path, empty=True),  # set by BasicSR
+    Key("path:training_states|log|visualization", path, empty=True),
+    # training
+    Key("train", section, needed=_train),
+    Key("train:total_iter", _steps, "500000", _train),
+    Key("train:warmup_iter", count("[-1, 1e9]")),
+    Key("train:ema_decay", number("[0, 1)")),
+    Key("train:optim_g", section, needed=_train),
+    Key("train:optim_d", section, needed=_gan, by=GAN),
+    Key("train:optim_*:type", text, "Adam", _train),
+    Key("train:optim_*:lr", number("[0, 1e6]"), "!!float 5e-4", _train),
+    Key("train:optim_*:betas", listed(number("[0, 1)"), "[0.9, 0.99]", 2)),
+    Key("train:optim_*:eps|weight_decay", number("[0, 1e6]")),
+    Key("train:scheduler", section, needed=_train),
+    Key("train:scheduler:type", text, "MultiStepLR", _train),
+    Key(
+        "train:scheduler:milestones",
+        listed(count("[0, 1e9]"), "[250000]"),
+        "[250000]",
+        _always,
+        _STEPS,
+    ),
+    Key("train:scheduler:gamma", number("[0, 1e6]"), by=_STEPS),
+    Key("train:scheduler:restarts", listed(count("[0, 1e9]"), "[0]"), by=_STEPS),
+    Key("train:scheduler:periods", listed(_steps, "[500000]"), "[500000]", _always, SCHEDULERS[2:]),
+    Key("train:scheduler:restart_weights", listed(number("[0, 1e6]"), "[1]"), by=SCHEDULERS),
+    Key("train:scheduler:eta_min", number("[0, 1e6]"), by=SCHEDULERS[2:]),
+    Key("train:scheduler:last_epoch", whole("[-1, 1e9]"), by=SCHEDULERS),
+    Key("train:pixel_opt|perceptual_opt", section, empty=True),
+    Key("train:gan_opt", section, needed=_gan, by=GAN),
+    Key("train:ldl_opt", section, by=GAN, empty=True),
+    Key("train:*_opt:type", Named("loss"), "L1Loss", _train),
+    Key("train:*_opt:reduction", choice("mean", "sum")),  # `none` is not a loss to be minimised
+    Key("train:*_opt:gan_type", choice("vanilla", "lsgan", "wgan", "wgan_softplus", "hinge")),
+    Key("train:*_opt:criterion", choice("l1", "fro")),  # BasicSR fails on `l2`
+    Key("train:*_opt:layer_weights", section),
+    Key("train:net_d_iters", _steps, by=GAN),
+    Key("train:net_d_init_iters", count("[0, 1e9]"), by=GAN),
+    Key("train:amp", choice("bf16", "fp16", False), by=OURS, empty=True),
+    Key("train:channels_last", yes_no, by=OURS, empty=True),
+    Key("train:compile", either(yes_no, text), by=OURS, empty=True),  # a backend
+    Key("train:clip_grad_norm", either(number("(0, inf]"), choice(False)), by=OURS, empty=True),
+    Key("train:accumulation", _size, by=OURS, empty=True),
+    # validation
+    Key("val", section, needed=_test, empty=True),
+    Key("val:val_freq", _steps, "5000", _train),
+    Key("val:save_img", yes_no, "false", _train),
+    Key("val:save_img", yes_no, "true", _test),
+    Key("val:suffix", part_of_name, "~", _with_suffix, empty=True),
+    Key("val:pbar|self_ensemble", yes_no, empty=True),
+    Key("val:tile", whole("[0, 1e9]"), empty=True),
+    Key("val:tile_overlap", whole("[0, 1e9]"), empty=True),
+    Key("val:metrics", section, empty=True),
+    Key("val:metrics:*", section),
+    Key("val:metrics:*:type", Named("metric"), "calculate_psnr", _always),
+    Key("val:metrics:*:better", choice("higher", "lower")),
+    Key("val:metrics:*:crop_border", whole("[0, 65536]"), "$scale", _with_border),
+    Key("val:metrics:*:input_order", choice("HWC", "CHW")),
+    Key("val:metrics:*:convert_to", choice("y", "gray")),
+    # reports, checkpoints, several processes
+    Key("logger", section, needed=_train),
+    Key("logger:print_freq", _steps, "100", _train),
+    Key("logger:save_checkpoint_freq", _steps, "5000", _train),
+    Key("logger:use_tb_logger", yes_no, "true", _train, empty=True),
+    Key("logger:keep_last", whole("(0, 1e9]"), empty=True),
+    Key("logger:save_best", text, empty=True),
+    Key("logger:wandb", section, empty=True),
+    Key("logger:wandb:project|resume_id", text, empty=True),
+    Key("dist_params", section, empty=True),
+    Key("dist_params:backend", choice("nccl", "gloo", "mpi", "ucc"), empty=True),
+    Key("dist_params:port", whole("[1, 65535]"), empty=True),
+    Key("dist_params:timeout", number("(0, 1e6]"), empty=True),
 )
-_TRAINING_SET = ("skip_bad_samples", "multiprocessing_context", "prefetch_factor")
-_AUGMENTED = ("gt_size", "use_hflip", "use_rot")
-_NORMALISED = ("mean", "std")
-_BLURS = ("blur_kernel_size", "kernel_list", "kernel_prob", "blur_sigma", "betag_range")
-_BLURS += ("betap_range", "sinc_prob")
-
-
-@dataclass(frozen=True)
-class DatasetKeys:
-    """What a type of data sets reads.
-
-    Args:
-        folders: Which of its keys are folders or LMDBs, HR first.
-        listing: The key of its list of images.
-        keys: The others, beside what every data set has.
-        normalised: Whether it takes `mean` and `std`.
-    """
-
-    folders: tuple[str, ...]
-    listing: str | None
-    keys: tuple[str, ...]
-
-    def all(self) -> tuple[str, ...]:
-        """Return every key of its own."""
-        return (*self.folders, *([self.listing] if self.listing else []), *self.keys)
-
-
-_PAIRS = ("dataroot_gt", "dataroot_lq")
-DATASETS = {
-    "PairedImageDataset": DatasetKeys(
-        _PAIRS, "meta_info_file", ("filename_tmpl", "color", *_AUGMENTED, *_NORMALISED)
-    ),
-    "SingleImageDataset": DatasetKeys(("dataroot_lq",), "meta_info_file", ("color", *_NORMALISED)),
-    "RealESRGANPairedDataset": DatasetKeys(
-        _PAIRS, "meta_info", ("filename_tmpl", *_AUGMENTED, *_NORMALISED)
-    ),
-    "RealESRGANDataset": DatasetKeys(
-        ("dataroot_gt",),
-        "meta_info",
-        (*_AUGMENTED, *_BLURS, *(f"{key}2" for key in _BLURS), "final_sinc_prob"),
-    ),
-    "FFHQDataset": DatasetKeys(("dataroot_gt",), None, ("use_hflip", *_NORMALISED)),
-}
-
-# What else stands beside the type of a storage backend: lmdb.open's arguments for an LMDB.
-_BACKENDS = {
-    "disk": (),
-    "lmdb": (
-        *("readonly", "lock", "readahead", "map_size", "max_readers", "max_dbs", "max_spare_txns"),
-        *("subdir", "meminit", "mode"),
-    ),
-    "memcached": ("server_list_cfg", "client_cfg", "sys_path"),
-}
-_MULTI_STEP = ("milestones", "gamma", "restarts", "restart_weights", "last_epoch")
-SCHEDULERS = {
-    "MultiStepLR": _MULTI_STEP,
-    "MultiStepRestartLR": _MULTI_STEP,
-    "CosineAnnealingRestartLR": ("periods", "restart_weights", "eta_min", "last_epoch"),
-}
-# Metrics are called with the images, and `better` is read by whoever compares their values.
-_GIVEN_TO_METRICS = ("img", "img2")
-_ARGUMENTS = {"network_*": "arch", "train:*_opt": "loss", "val:metrics:*": "metric"}
-
 # Sections whose keys are names of the user's own.
 FREE = ("datasets", "val:metrics")
 
 
 @dataclass(frozen=True)
-class Known:
-    """The keys of a section.
+class DatasetKeys:
+    """Which keys of a type of data sets are folders or LMDBs, HR first, and which is a list."""
 
-    Args:
-        patterns: Their names; "*" stands for any text.
-        reader: What reads them, for messages; "" where it is BasicSR or the pipeline.
-        open: Whether it may read others; only what looks like a misspelling is refused then.
-        thing: The class or function that may read others, where it is known.
-    """
-
-    patterns: tuple[str, ...]
-    reader: str = ""
-    open: bool = False
-    thing: Any = None
-
-    def misspelt(self, key: str) -> str | None:
-        """Return why a key is refused: the nearest name, "" without one; None where it is fine."""
-        if any(fnmatchcase(key, pattern) for pattern in self.patterns):
-            return None
-        names = [pattern.replace("_*", "_g") for pattern in self.patterns]
-        if not self.open:
-            return nearest(key, names) or ""
-        meant = nearest(key, names, MISSPELT)
-        read = self.thing is not None and source_names(self.thing, key)
-        return None if meant is None or read else meant
+    folders: tuple[str, ...]
+    listing: str | None
 
 
-def is_torch_optimizer(name: object) -> bool:
-    """Whether torch.optim has an optimizer of this name that steps without a closure."""
-    optimizer = getattr(torch.optim, str(name), None)
-    return (
-        inspect.isclass(optimizer)
-        and issubclass(optimizer, torch.optim.Optimizer)
-        and name not in ("Optimizer", "LBFGS")
-    )
-
-
-@functools.cache
-def torch_optimizers() -> tuple[str, ...]:
-    """Return the names of PyTorch's optimizers that step without a closure."""
-    return tuple(name for name in dir(torch.optim) if is_torch_optimizer(name))
-
-
-def known_model(context: Context) -> ModelKeys | None:
-    """Return what the model reads, None where it is not a model of BasicSR's or this package's."""
+def known_model(context: Context) -> str | None:
+    """Return the model's name, None where it is not a model of BasicSR's or this package's."""
     name = context.options.get("model_type")
     model = context.registered_as("model", name)
-    if model is not None and not comes_from(model, "basicsr", "dlgsanet_arch"):
-        return None
-    return MODELS.get(name) if isinstance(name, str) else None
+    ours = model is None or comes_from(model, "basicsr", "dlgsanet_arch")
+    return name if ours and name in MODELS else None
 
 
-def known_dataset(context: Context, kind: object) -> DatasetKeys | None:
-    """Return what data sets of a type read, None where it is none of BasicSR's."""
+def known_dataset(context: Context, kind: Any) -> DatasetKeys | None:
+    """Return the keys of a type of data sets that name files, None where it is not BasicSR's."""
     dataset = context.registered_as("dataset", kind)
-    if dataset is not None and not comes_from(dataset, "basicsr"):
+    if kind not in DATASETS or not (dataset is None or comes_from(dataset, "basicsr")):
         return None
-    return DATASETS.get(kind) if isinstance(kind, str) else None
-
-
-@functools.cache
-def _signature(thing: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(thing)
-    except (TypeError, ValueError):  # some callables written in C tell nothing
-        return None
-
-
-def parameters_of(thing: Any) -> dict[str, inspect.Parameter]:
-    """Return what a class or function takes by name; nothing where nothing tells."""
-    signature = _signature(thing)
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = {} if signature is None else signature.parameters
-    return {name: entry for name, entry in found.items() if entry.kind in by_name}
-
-
-def _taken_by(thing: Any, name: object, *, given: Iterable[str] = ()) -> Known | None:
-    """Return what a callable takes. BasicSR's own that take anything pass nothing on."""
-    signature = _signature(thing)
-    if signature is None:
-        return None
-    names = tuple(parameter for parameter in parameters_of(thing) if parameter not in given)
-    kinds = {entry.kind for entry in signature.parameters.values()}
-    is_open = inspect.Parameter.VAR_KEYWORD in kinds and not comes_from(thing, "basicsr")
-    return Known(("type", *names), str(name), is_open, thing)
-
-
-def arguments(context: Context, path: str) -> tuple[Any, tuple[str, ...]] | None:
-    """Return what is built from a section, and which of its arguments are given to it.
-
-    Args:
-        context: The options.
-        path: Of a section.
-
-    Returns:
-        The registered network, loss or metric; None where it is none, or not known.
-    """
-    for pattern, registry in _ARGUMENTS.items():
-        if _matches(path, pattern):
-            thing = context.registered_as(registry, context.section(path).get("type"))
-            given = _GIVEN_TO_METRICS if registry == "metric" else ()
-            return None if thing is None else (thing, given)
-    return None
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return path.count(":") == pattern.count(":") and fnmatchcase(path, pattern)
-
-
-def _in_dataset(context: Context, path: str) -> Known:
-    section = context.section(path)
-    kind = section.get("type")
-    common = _DATASET
-    if path.split(":")[1].split("_")[0] == "train":
-        common += _TRAINING_SET
-    dataset = known_dataset(context, kind)
-    if dataset is not None:
-        return Known((*common, *dataset.all()), str(kind))
-    every = tuple(key for each in DATASETS.values() for key in each.all())
-    return Known((*common, *every), str(kind), True, context.registered_as("dataset", kind))
-
-
-def _of_model(context: Context, base: tuple[str, ...], of: Callable[[ModelKeys], tuple]) -> Known:
-    name = str(context.options.get("model_type"))
-    model = known_model(context)
-    if model is not None:
-        return Known((*base, *of(model)), name)
-    every = tuple(key for each in MODELS.values() for key in of(each))
-    return Known((*base, *every), name, True, context.registered_as("model", name))
-
-
-def _in_optimizer(context: Context, path: str) -> Known | None:
-    kind = context.section(path).get("type")
-    if not is_torch_optimizer(kind):
-        return None
-    optimizer = getattr(torch.optim, kind)
-    known = _taken_by(optimizer, kind, given=("params",))
-    if known is None or known_model(context) is not None:
-        return known
-    thing = context.registered_as("model", context.options.get("model_type"))
-    return Known(known.patterns, known.reader, True, thing)
-
-
-def _in_scheduler(context: Context, path: str) -> Known | None:
-    kind = context.section(path).get("type")
-    names = SCHEDULERS.get(kind) if isinstance(kind, str) else None
-    return None if names is None else Known(("type", *names), kind)
-
-
-def _in_backend(context: Context, path: str) -> Known | None:
-    kind = context.section(path).get("type")
-    names = _BACKENDS.get(kind) if isinstance(kind, str) else None
-    return None if names is None else Known(("type", *names), f"the backend {kind}")
-
-
-def _in_path(context: Context, path: str) -> Known:
-    del path
-    return _of_model(context, _PATH, lambda model: ())
-
-
-def _in_train(context: Context, path: str) -> Known:
-    del path
-    return _of_model(context, _TRAIN, lambda model: model.train)
-
-
-def _in_val(context: Context, path: str) -> Known:
-    del path
-    return _of_model(context, _VAL, lambda model: ())
-
-
-def _in_top(context: Context, path: str) -> Known:
-    del path
-    return _of_model(context, _TOP, lambda model: model.top)
-
-
-def _in_arguments(context: Context, path: str) -> Known | None:
-    found = arguments(context, path)
-    if found is None:
-        return None
-    thing, given = found
-    known = _taken_by(thing, context.section(path).get("type"), given=given)
-    if known is not None and given:
-        return replace(known, patterns=(*known.patterns, "better"))
-    return known
-
-
-_SECTIONS: dict[str, Callable[[Context, str], Known | None]] = {
-    "": _in_top,
-    "path": _in_path,
-    "train": _in_train,
-    "val": _in_val,
-    "logger": lambda context, path: Known(_LOGGER),
-    "logger:wandb": lambda context, path: Known(("project", "resume_id")),
-    "dist_params": lambda context, path: Known(("backend", "port", "timeout")),
-    "datasets:*": _in_dataset,
-    "datasets:*:io_backend": _in_backend,
-    "train:optim_*": _in_optimizer,
-    "train:scheduler": _in_scheduler,
-    **dict.fromkeys(_ARGUMENTS, _in_arguments),
-}
-
-
-def known_in(context: Context, path: str) -> Known | None:
-    """Return the keys that the section at `path` may have, None where nothing is known of it."""
-    for pattern, find in _SECTIONS.items():
-        if _matches(path, pattern):
-            return find(context, path)
-    return None
-
-
-def read_by(key: str) -> list[str]:
-    """Return the models that read a key which others do not."""
-    return [name for name, model in MODELS.items() if key in (*model.train, *model.top)]
+    paths = [key.names[0] for key in KEYS if key.kind is path and kind in key.by]
+    listing = next((entry for entry in paths if entry.startswith("meta_info")), None)
+    return DatasetKeys(tuple(entry for entry in paths if entry.startswith("dataroot")), listing)

@@ -1,82 +1,31 @@
-"""What a key's value may be, checked by itself."""
+"""What a value may be: a kind is a function that says what is wrong with a value, or nothing.
 
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args, get_origin
+Every kind takes any YAML: text, numbers, NaN, infinities, true and false, lists, mappings, dates.
+"""
 
-import torch
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from dlgsanet_arch.hints import suggest_or_list
-from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.context import Context, is_number
-from dlgsanet_arch.options.schema import (
-    ANY_OPTIMIZER,
-    SCHEDULERS,
-    arguments,
-    known_model,
-    parameters_of,
-    torch_optimizers,
-)
+from dlgsanet_arch.options.context import is_number, is_whole
 
-# Keys, wherever they stand, whose value is computed with.
-_ABOVE_ZERO = frozenset(
-    (
-        *("scale", "gt_size", "batch_size_per_gpu", "dataset_enlarge_ratio", "total_iter"),
-        *("val_freq", "print_freq", "save_checkpoint_freq", "periods", "clip_grad_norm"),
-        *("keep_last", "accumulation", "prefetch_factor", "timeout", "queue_size"),
-    )
-)
-_NOT_BELOW_ZERO = frozenset(
-    (
-        *("num_gpu", "num_worker_per_gpu", "skip_bad_samples", "crop_border", "tile"),
-        *("tile_overlap", "ema_decay", "lr", "weight_decay", "net_d_init_iters", "restarts"),
-        "manual_seed",
-    )
-)
-_WHOLE = frozenset(
-    (
-        *("scale", "num_gpu", "gt_size", "batch_size_per_gpu", "num_worker_per_gpu", "keep_last"),
-        *("skip_bad_samples", "accumulation", "prefetch_factor", "tile", "tile_overlap"),
-        *("crop_border", "queue_size", "manual_seed", "port"),
-    )
-)
-_NUMBERS = (
-    _ABOVE_ZERO
-    | _NOT_BELOW_ZERO
-    | _WHOLE
-    | frozenset(
-        (
-            *("warmup_iter", "betas", "eps", "milestones", "gamma", "restart_weights"),
-            *("eta_min", "loss_weight", "net_d_iters", "perceptual_weight", "style_weight"),
-        )
-    )
-)
-_YES_OR_NO = frozenset(
-    (
-        *("use_hflip", "use_rot", "pin_memory", "persistent_workers", "save_img", "pbar"),
-        *("self_ensemble", "use_tb_logger", "channels_last", "compile", "test_y_channel"),
-        *("strict_load_g", "strict_load_d", "find_unused_parameters", "high_order_degradation"),
-        *("fused", "use_input_norm", "range_norm"),
-    )
-)
+Kind = Callable[[Any], str]
 
-_CHOICES = {
-    "datasets:*:io_backend:type": ("disk", "lmdb", "memcached"),
-    "datasets:*:multiprocessing_context": ("fork", "spawn", "forkserver"),
-    "val:metrics:*:better": ("higher", "lower"),
-    "train:amp": ("bf16", "fp16"),
-}
+_LARGEST = 3e38  # of float32, in which most of them are computed with
+_LONGEST_NAME = 200  # bytes; the earlier run of a name is renamed to a longer one
 
 
-def matching(context: Context, patterns: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield path, value and the pattern's entry for each value whose path matches a pattern."""
-    for path, value in context.values():
-        for pattern, entry in patterns.items():
-            if path.count(":") == pattern.count(":") and fnmatchcase(path, pattern):
-                yield path, value, entry
+def shown(value: Any) -> str:
+    """Return a value as YAML spells it, shortened."""
+    special = {"True": "true", "False": "false", "None": "~"}
+    text = special.get(repr(value), repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _number_for(text: str) -> str:
+def _without_quotes(text: str) -> str:
     try:
         float(text)
     except ValueError:
@@ -84,90 +33,153 @@ def _number_for(text: str) -> str:
     return f"; write {text} without quotes"
 
 
-def _numeric_arguments(context: Context) -> frozenset[str]:
-    """Return the paths of arguments whose annotation or default says that they are numbers."""
-    paths = set()
-    for path, _ in context.sections():
-        found = arguments(context, path)
-        for name, entry in (parameters_of(found[0]) if found else {}).items():
-            if entry.annotation in (int, float) or is_number(entry.default):
-                paths.add(f"{path}:{name}")
-    return frozenset(paths)
+def number(interval: str = "(-inf, inf)", kind: str = "number") -> Kind:
+    """Return the kind of numbers in an interval such as "[0, 1)"; "inf]" admits infinity.
+
+    Args:
+        interval: In the notation of mathematics.
+        kind: "number"; "whole number", an integer; or "count", which may also be written 5e3.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+
+    def fault(value: Any) -> str:
+        if isinstance(value, str):
+            return f"is the text {shown(value)}, not a number{_without_quotes(value)}"
+        fits = is_whole(value) if kind == "whole number" else is_number(value)
+        if not fits or value != value:
+            article = "a whole number" if kind != "number" else "a number"
+            return f"must be {article}; got {shown(value)}"
+        if abs(value) > _LARGEST and not (interval.endswith("inf]") and value == math.inf):
+            return f"must be a finite number; got {shown(value)}"
+        if value < low or (value == low and interval[0] == "("):
+            least = f"above {low:g}" if interval[0] == "(" else f"{low:g} or above"
+            return f"must be {least}; got {shown(value)}"
+        if value > high or (value == high and interval[-1] == ")"):
+            most = f"less than {high:g}" if interval[-1] == ")" else f"at most {int(high):,}"
+            return f"must be {most}; got {shown(value)}"
+        if kind == "count" and value != int(value):
+            return f"must be a whole number; got {shown(value)}"
+        return ""
+
+    return fault
 
 
-def _numbers(context: Context) -> Iterator[str]:
-    """BasicSR fails on text in place of a number only when it computes."""
-    numeric_arguments = _numeric_arguments(context)
-    for path, value in context.values():
-        key = path.rpartition(":")[2]
-        if key in _YES_OR_NO and isinstance(value, str):
-            yield f"{path}: must be true or false; got the text {value!r}"
-        if key not in _NUMBERS and path not in numeric_arguments:
-            continue
-        if isinstance(value, str) and not (key == "num_gpu" and value == "auto"):
-            yield f"{path}: is the text {value!r}, not a number{_number_for(value)}"
-        elif isinstance(value, bool):
-            yield f"{path}: must be a number; got {str(value).lower()}"
-        elif key in _WHOLE and isinstance(value, float):
-            yield f"{path}: must be a whole number; got {value!r}"
-        elif key in _ABOVE_ZERO and is_number(value) and value <= 0:
-            yield f"{path}: must be above 0; got {value!r}"
-        elif key in _NOT_BELOW_ZERO and is_number(value) and value < 0:
-            yield f"{path}: must be 0 or above; got {value!r}"
+def whole(interval: str) -> Kind:
+    """Return the kind of integers in an interval."""
+    return number(interval, "whole number")
 
 
-def _names(context: Context) -> Iterator[str]:
-    """BasicSR makes paths of names; YAML reads a name such as 291 as a number."""
-    names = {"name": context.options.get("name")}
-    for phase, dataset in context.datasets():
-        names |= {f"datasets:{phase}:{key}": dataset.get(key) for key in ("name", "filename_tmpl")}
-    for path, name in names.items():
-        if name is not None and not isinstance(name, str):
-            text = str(name) if not isinstance(name, Mapping) else "{}"
-            yield f"{path}: must be text; got {name!r}; write it in quotes: '{text}'"
+def count(interval: str) -> Kind:
+    """Return the kind of integers in an interval that may be written as 5e3."""
+    return number(interval, "count")
 
 
-def _choices(context: Context) -> Iterator[str]:
-    """BasicSR takes any other `better` for "lower", and refuses the rest after the run began."""
-    patterns: dict[str, Any] = dict(_CHOICES)
-    if known_model(context) is not None:
-        any_optimizer = context.options["model_type"] == ANY_OPTIMIZER
-        patterns["train:optim_*:type"] = torch_optimizers() if any_optimizer else ("Adam",)
-        patterns["train:scheduler:type"] = tuple(SCHEDULERS)
-    for path, value, choices in matching(context, patterns):
-        if value is not None and value not in choices:
-            hint = suggest_or_list(value, choices)
-            if choices == ("Adam",) and value in torch_optimizers():
-                hint = f" to this model; write Adam, or model_type: {ANY_OPTIMIZER}"
-            yield f"{path}: {value!r} is not known{hint}"
+def listed(kind: Kind, example: str, length: int | None = None) -> Kind:
+    """Return the kind of lists of a kind, of a given length or of any."""
+
+    def fault(value: Any) -> str:
+        if not isinstance(value, list):
+            return f"must be a list such as {example}; got {shown(value)}"
+        if length is not None and len(value) != length:
+            return f"must have {length} values, such as {example}; got {shown(value)}"
+        return next(filter(None, map(kind, value)), "")
+
+    return fault
 
 
-def _networks(context: Context) -> Iterator[str]:
-    """Compare a DLGSANet's arguments with what they may be, then build it without memory."""
-    known = parameters_of(DLGSANet)
-    for key in context.networks():
-        network = context.section(key)
-        if network.get("type") != "DLGSANet":
-            continue
-        valid = {}
-        texts = False
-        for name, value in network.items():
-            if name not in known:
-                continue
-            annotation = known[name].annotation
-            choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-            if choices and value not in choices:
-                yield f"{key}:{name}: {value!r} is not known{suggest_or_list(value, choices)}"
-                continue
-            texts |= annotation in (int, float) and isinstance(value, str | bool)
-            valid[name] = value
-        if texts:
-            continue  # reported by _numbers
-        try:
-            with torch.device("meta"):
-                DLGSANet(**valid)
-        except (TypeError, ValueError, RuntimeError) as error:
-            yield f"{key}: {error}"
+def weights(example: str, length: int | None = None) -> Kind:
+    """Return the kind of lists of probabilities, not all of them 0."""
+    numbers = listed(number("[0, inf)"), example, length)
+    return lambda value: numbers(value) or ("" if any(value) else f"must not all be 0: {example}")
 
 
-CHECKS = (_names, _numbers, _choices, _networks)
+def choice(*choices: Any) -> Kind:
+    """Return the kind of some fixed values."""
+
+    def fault(value: Any) -> str:
+        known = any(value == entry and type(value) is type(entry) for entry in choices)
+        return "" if known else f"{shown(value)} is not known{suggest_or_list(value, choices)}"
+
+    return fault
+
+
+def either(*kinds: Kind) -> Kind:
+    """Return the kind of values that are of one of some kinds; the first names what is wrong."""
+    return lambda value: "" if any(not kind(value) for kind in kinds) else kinds[0](value)
+
+
+def text(value: Any) -> str:
+    """Accept text."""
+    if isinstance(value, str):
+        return ""
+    quoted = f"; write it in quotes: '{value}'" if not value or is_number(value) else ""
+    return f"must be text; got {shown(value)}{quoted}"
+
+
+def yes_no(value: Any) -> str:
+    """Accept true and false."""
+    what = "the text " if isinstance(value, str) else ""
+    return "" if isinstance(value, bool) else f"must be true or false; got {what}{shown(value)}"
+
+
+def section(value: Any) -> str:
+    """Accept keys with values."""
+    return "" if isinstance(value, Mapping) else f"must be a section of keys; got {shown(value)}"
+
+
+def anything(value: Any) -> str:
+    """Accept everything."""
+    del value
+    return ""
+
+
+def part_of_name(value: Any) -> str:
+    """Accept text that can stand within the name of a file."""
+    if fault := text(value):
+        return fault
+    if "/" in value or os.sep in value or not value.isprintable():
+        return f"must have no / and no control characters; got {shown(value)}"
+    size = len(os.fsencode(value)) if value.isprintable() else 0
+    return f"must have {_LONGEST_NAME} bytes at most; it has {size}" if size > _LONGEST_NAME else ""
+
+
+def name(value: Any) -> str:
+    """Accept the name of a folder."""
+    if value in ("", ".", ".."):
+        return f"must be the name of a folder; got {shown(value)}"
+    return part_of_name(value)
+
+
+def path(value: Any) -> str:
+    """Accept the path of a file or folder, from the root or from a home folder."""
+    if fault := text(value):
+        return fault
+    if not value or "\0" in value:
+        return f"must be a path; got {shown(value)}"
+    if os.path.expanduser(value).startswith("~"):
+        return (
+            f"there is no such user as in {shown(value)}; for a file of that name write ./{value}"
+        )
+    return ""
+
+
+def template(value: Any) -> str:
+    """Accept the template of a file's name, with {} for the name that it is made of."""
+    if fault := text(value):
+        return fault
+    try:
+        value.format("name")
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return f"must have {{}} where the name of the HR image goes; got {shown(value)}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Named:
+    """The kind of names in one of BasicSR's registries: "arch", "model", "dataset" and so on."""
+
+    registry: str
+
+    def __call__(self, value: Any) -> str:
+        """Accept text; the name is looked up by whoever knows what is registered."""
+        return text(value)

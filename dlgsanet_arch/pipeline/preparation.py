@@ -223,12 +223,13 @@ def _check(
                 start = find_start(options, root, auto_resume=arguments.auto_resume)
             except ResumeError as error:
                 problems.append(str(error))
-        found = weights.check(
-            options, root, train=train, registered=known, resumed=dict(start.networks)
-        )
-        problems += found.problems
-        notes += [(False, line) for line in found.notes]
-        changes = dict(found.changes)
+        if not any(line.startswith("network_") for line in problems):  # else it cannot be built
+            found = weights.check(
+                options, root, train=train, registered=known, resumed=dict(start.networks)
+            )
+            problems += found.problems
+            notes += [(False, line) for line in found.notes]
+            changes = dict(found.changes)
     notes += [(True, f"not whole, and passed over: {line}") for line in start.passed_over]
     if train:
         problems += check.batch_problems(options, scanned.samples, _copies(options, processes))

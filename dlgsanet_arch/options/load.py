@@ -10,11 +10,46 @@ import yaml
 
 from dlgsanet_arch.hints import suggest
 from dlgsanet_arch.options.context import Context, OptionsError
-from dlgsanet_arch.options.schema import FREE, known_in, read_by
+from dlgsanet_arch.options.readers import known_in
+from dlgsanet_arch.options.schema import FREE
+from dlgsanet_arch.options.walk import read_by
+
+_LARGEST = 1 << 18  # bytes of an option file; those of BasicSR have 4,000
+_DEEPEST = 50  # sections within sections
+_LONGEST = 1024  # bits of a number
+_MOST = 20_000  # keys and values, each anchor counted where it is used
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with the floats that YAML 1.1 takes for text, and without keys written twice."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document, and refuse one that would take time or memory without end."""
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > _MOST:
+            raise _error(f"anchors expand to more than {_MOST:,} values", node)
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, as the parent does, to a bounded depth."""
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make a value, as the parent does, with one kind of error for what cannot be made."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            tag = node.tag.rpartition(":")[2]
+            raise _error(f"{str(node.value)[:40]!r} is not of the type {tag}", node) from error
+        if isinstance(value, int) and value.bit_length() > _LONGEST:
+            raise _error("the number is too large", node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a dict, as the parent does; YAML lets the last of equal keys win in silence."""
@@ -22,11 +57,30 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is written twice", key.start_mark
-                    )
+                    raise _error(f"the key {key.value!r} is written twice", key)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _error(what: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return how many values a node holds when all of its anchors are written out."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if sizes.get(id(node)) == 0:
+        raise _error("an anchor refers to itself", node)
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        within = (
+            each
+            for entry in node.value
+            for each in (entry if isinstance(entry, tuple) else (entry,))
+        )
+        sizes[id(node)] = 1 + sum(_expanded(each, sizes) for each in within)
+    return sizes[id(node)]
 
 
 # YAML 1.1 wants both a dot and a signed exponent: 5.0e-4. These are 5e-4, 1E3, 1.e3 and -.5.
@@ -35,6 +89,27 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$|[-+]\.[0-9]+$"),
     list("-+.0123456789"),
 )
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except FileNotFoundError:
+        others = [entry.name for entry in path.parent.glob("*.y*ml")]
+        raise OptionsError(
+            f"option file {path} does not exist{suggest(path.name, others)}"
+        ) from None
+    except OSError as error:
+        raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
+    if len(content) > _LARGEST:
+        raise OptionsError(f"{path} is not an option file: it is larger than {_LARGEST:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise OptionsError(
+            f"{path} is not an option file: it is not UTF-8 text ({error})"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -48,22 +123,13 @@ def load(path: Path) -> dict[str, Any]:
         The options as plain dicts, lists and scalars, nothing added.
 
     Raises:
-        OptionsError: If there is no such file (a near name is suggested), it cannot be read, or it
-            is not YAML (the message has file, line and column), no mapping, or has a key twice.
+        OptionsError: If there is no such file (a near name is suggested), it cannot be read, it is
+            larger or deeper than option files are, or it is not YAML (the message has file, line
+            and column), not a mapping, or has a key twice.
     """
+    text = _read(path)
     try:
-        options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        others = [entry.name for entry in path.parent.glob("*.y*ml")]
-        raise OptionsError(
-            f"option file {path} does not exist{suggest(path.name, others)}"
-        ) from None
-    except OSError as error:
-        raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise OptionsError(
-            f"{path} is not an option file: it is not UTF-8 text ({error})"
-        ) from error
+        options = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -71,7 +137,7 @@ def load(path: Path) -> dict[str, Any]:
         raise OptionsError(
             f"{place}: this is not YAML: {said}; fix this line or the one above"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!float` before no number
+    except yaml.YAMLError as error:
         raise OptionsError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(options, dict):
         found = "nothing" if options is None else f"a {type(options).__name__}"
@@ -94,7 +160,7 @@ def parse_value(text: str) -> Any:
         return None
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
+    except yaml.YAMLError:
         return text
 
 
@@ -104,7 +170,7 @@ def _fault_of_new(context: Context, section: str, key: str) -> str:
     if section in FREE:
         return f"{above} has no key {key!r}{suggest(key, context.section(section))}"
     known = known_in(context, section)
-    if section in ("", "train") and read_by(key):
+    if read_by(section, key):
         return ""  # another model may be meant: `problems` looks at the whole
     meant = None if known is None else known.misspelt(key)
     if meant is None:

@@ -1,0 +1,353 @@
+"""What must fit together: sizes and scale, schedule and length, networks, losses, data and loaders.
+
+Checks see options in which every value has passed the table; a wrong one is None, and an absent key
+is absent. Each yields one line a problem: "path: what is wrong; the fix".
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.inference.memory import free_memory
+from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.options.context import Context, comes_from
+from dlgsanet_arch.options.readers import matches, optimizers, parameters_of
+from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_dataset, known_model
+
+# Copies of the parameters that a training holds: the network, its average, gradients, Adam's two.
+_COPIES = {True: 5, False: 1}
+_REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
+
+
+def _argument(section: Mapping[str, Any], thing: Any, *names: str) -> tuple[str, Any]:
+    """Return name and value, or default, of the first of some arguments that a network takes."""
+    parameters = parameters_of(thing)
+    name = next((name for name in names if name in parameters), names[0])
+    entry = parameters.get(name)
+    default = None if entry is None or entry.default is entry.empty else entry.default
+    return name, section.get(name, default)
+
+
+def _sizes(context: Context) -> Iterator[str]:
+    """The network must enlarge by `scale`, and patches must have whole LR pixels."""
+    scale, network = context.options.get("scale"), context.section("network_g")
+    if scale is None:
+        return
+    if network.get("type") == "DLGSANet":
+        _, upsampler = _argument(network, DLGSANet, "upsampler")
+        upscale = 1 if upsampler == "" else _argument(network, DLGSANet, "upscale")[1]
+        if None not in (upsampler, upscale) and upscale != scale:
+            reason = " (its upscale)" if upsampler else ", as without an upsampler"
+            yield f"scale: is {scale}, but network_g enlarges by {upscale}{reason}; make them equal"
+    for name in ("upscale", "scale") if network.get("type") != "DLGSANet" else ():
+        if network.get(name) not in (None, scale):
+            yield f"network_g:{name}: is {network[name]}, but scale is {scale}; make them equal"
+    gt_size = context.section("datasets:train").get("gt_size")
+    if context.train and gt_size is not None and gt_size % scale:
+        yield (
+            f"datasets:train:gt_size: {gt_size} is not a multiple of scale {scale}; "
+            f"write {max(gt_size // scale, 1) * scale}"
+        )
+
+
+def _channels(context: Context) -> Iterator[str]:
+    """Images have three channels, or one with `color: y`; networks must take and give as many."""
+    for phase, dataset in context.datasets():
+        if known_dataset(context, dataset.get("type")) is None:
+            continue
+        color = dataset.get("color", "")
+        channels = 3 if color in ("", None) else 1
+        why = "without `color: y`" if channels == 3 else "by `color: y`"
+        for key in context.networks():
+            section = context.section(key)
+            thing = context.registered_as("arch", section.get("type"))
+            names = ("in_chans", "num_in_ch", "in_channels"), ("num_out_ch", "out_channels")
+            for alike in names:
+                name, value = _argument(section, thing, *alike)
+                if isinstance(value, int) and value != channels:
+                    yield (
+                        f"{key}:{name}: is {value}, but images of datasets:{phase} have "
+                        f"{channels} channel{'s' * (channels > 1)} ({why}); make them equal"
+                    )
+        for name in ("mean", "std"):
+            if len(dataset.get(name) or [0] * channels) != channels:
+                yield f"datasets:{phase}:{name}: must have a value for each of {channels} channels"
+
+
+def _networks(context: Context) -> Iterator[str]:
+    """Build a DLGSANet of one block without memory, and reckon what all of its blocks take."""
+    for key in context.networks():
+        section = context.section(key)
+        if section.get("type") != "DLGSANet":
+            continue
+        known = parameters_of(DLGSANet)
+        valid = {k: value for k, value in section.items() if k in known and value is not None}
+        depth = [_argument(section, DLGSANet, k)[1] or 1 for k in ("groups", "blocks")]
+        try:
+            with torch.device("meta"):
+                network = DLGSANet(**{**valid, "groups": 1, "blocks": 1})
+        except (TypeError, ValueError, RuntimeError) as error:
+            yield f"{key}: {error}"
+            continue
+        count = math.prod(depth) * sum(each.numel() for each in network.parameters())
+        needed, free = 4 * count * _COPIES[context.train], free_memory(torch.device("cpu"))
+        if needed > free:
+            yield (
+                f"{key}: about {count:,} parameters take {needed / 2**30:,.1f} GiB with what is "
+                f"kept beside them, and {free / 2**30:,.1f} GiB of memory are free; write smaller "
+                "numbers"
+            )
+
+
+def _optimizers(context: Context) -> Iterator[str]:
+    """BasicSR knows Adam and three schedulers, and refuses others after the run began."""
+    model = known_model(context)
+    if model is None or not context.train:
+        return
+    for path, section in context.sections():
+        if matches(path, "train:optim_*") and section.get("type") is not None:
+            kind, known = section["type"], optimizers() if model in OURS else ("Adam",)
+            if kind not in known:
+                hint = suggest_or_list(kind, known)
+                if kind in optimizers():
+                    hint = f" to this model; write Adam, or model_type: {OURS[0]}"
+                yield f"{path}:type: {kind!r} is not known{hint}"
+    kind = context.section("train:scheduler").get("type")
+    if kind is not None and kind not in SCHEDULERS:
+        yield f"train:scheduler:type: {kind!r} is not known{suggest_or_list(kind, SCHEDULERS)}"
+
+
+def _schedule(context: Context) -> Iterator[str]:
+    """BasicSR fails at the step behind the last period, and passes over what does not fit."""
+    train, path = context.section("train"), "train:scheduler"
+    scheduler, total = context.section(path), train.get("total_iter")
+    warm_up = train.get("warmup_iter")
+    if None not in (warm_up, total) and warm_up >= total:
+        yield (
+            f"train:warmup_iter: {warm_up} is not less than train:total_iter {total}: the learning "
+            "rate would never be reached; write -1 for none"
+        )
+    weights, name = scheduler.get("restart_weights", [1]), "restarts"
+    starts = scheduler.get("restarts", [0])
+    if scheduler.get("type") == SCHEDULERS[-1]:
+        name = "periods"
+        starts = scheduler.get(name)
+        if starts is not None and total is not None and sum(starts) < total:
+            yield (
+                f"{path}:periods: their sum, {sum(starts)}, is less than train:total_iter {total}"
+                ", where BasicSR's schedule fails; make the last period longer"
+            )
+    elif scheduler.get("type") not in SCHEDULERS:
+        return
+    for milestone in sorted({*(scheduler.get("milestones") or ())} & {*(starts or ())}):
+        yield (
+            f"{path}:milestones: {milestone} is a restart too, and BasicSR then passes over "
+            "the milestone; remove one of them"
+        )
+    if None not in (starts, weights) and len(starts) != len(weights):
+        yield (
+            f"{path}:restart_weights: there are {len(weights)} for {len(starts)} {name}; "
+            "write one for each"
+        )
+
+
+def _losses(context: Context) -> Iterator[str]:
+    """BasicSR's models refuse to train without a loss after they built everything else."""
+    train = context.section("train")
+    model = known_model(context)
+    if not (context.train and train and model) or model in GAN:
+        return
+    if not (train.get("pixel_opt") or train.get("perceptual_opt")):
+        yield (
+            "train:pixel_opt: missing; write "
+            "`pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}`"
+        )
+
+
+_VGG_LAYERS = {"11": (1, 1, 2, 2, 2), "13": (2,) * 5, "16": (2, 2, 3, 3, 3), "19": (2, 2, 4, 4, 4)}
+
+
+def _perceptual(context: Context) -> Iterator[str]:
+    """BasicSR looks layers of VGG up by name after the run began."""
+    path = "train:perceptual_opt"
+    section = context.section(path)
+    if section.get("type") != "PerceptualLoss":
+        return
+    kind = section.get("vgg_type", "vgg19")
+    depth = str(kind).removeprefix("vgg").removesuffix("_bn")
+    if depth not in _VGG_LAYERS:
+        known = [f"vgg{name}{end}" for name in _VGG_LAYERS for end in ("", "_bn")]
+        if kind is not None:
+            yield f"{path}:vgg_type: {kind!r} is not known{suggest_or_list(kind, known)}"
+        return
+    layers = [f"pool{block}" for block in range(1, 6)]
+    for block, convolutions in enumerate(_VGG_LAYERS[depth], 1):
+        types = ("conv", "bn", "relu") if kind.endswith("_bn") else ("conv", "relu")
+        layers += [f"{t}{block}_{at + 1}" for at in range(convolutions) for t in types]
+    for name, weight in (section.get("layer_weights") or {}).items():
+        if name not in layers:
+            hint = suggest_or_list(name, layers)
+            yield f"{path}:layer_weights:{name}: {kind} has no such layer{hint}"
+        elif not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+            yield f"{path}:layer_weights:{name}: must be a number, 0 or above; got {weight!r}"
+
+
+def _trials(context: Context) -> Iterator[str]:
+    """Build optimizers and BasicSR's losses: their arguments may be wrong in ways of their own."""
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+    known = known_model(context)
+    for path, section in context.sections():
+        arguments = {str(key): value for key, value in section.items() if key != "type"}
+        kind, make = section.get("type"), None
+        if known and matches(path, "train:optim_*") and kind in optimizers():
+            arguments["params"], make = parameter, getattr(torch.optim, kind)
+        elif matches(path, "train:*_opt") and kind != "PerceptualLoss":
+            make = context.registered_as("loss", kind)
+        if make is None or None in section.values() or not comes_from(make, "torch", "basicsr"):
+            continue
+        try:
+            make(**arguments)
+        except Exception as error:  # theirs are of any type
+            yield f"{path}: {kind} cannot be built with these arguments: {error}"
+
+
+def _discriminator(context: Context) -> Iterator[str]:
+    """A discriminator in VGG's style takes images of one size; BasicSR has two of them."""
+    network, model = context.section("network_d"), known_model(context)
+    if not context.train or network.get("type") != "VGGStyleDiscriminator" or model not in GAN:
+        return
+    size = network.get("input_size", 128)
+    top = context.options if _is_synthetic(context) else context.section("datasets:train")
+    gt_size = top.get("gt_size")
+    if size not in (128, 256, None):
+        yield f"network_d:input_size: must be 128 or 256; got {size}"
+    elif None not in (size, gt_size) and size != gt_size:
+        where = "gt_size" if _is_synthetic(context) else "datasets:train:gt_size"
+        yield f"network_d:input_size: is {size}, but {where} is {gt_size}; make them equal"
+
+
+def _is_synthetic(context: Context) -> bool:
+    """Whether a model of Real-ESRGAN makes LR images and cuts the patches itself."""
+    synthetic = context.options.get("high_order_degradation", True) is not False
+    return context.train and known_model(context) in REAL and synthetic
+
+
+def _real(context: Context) -> Iterator[str]:
+    """The models of Real-ESRGAN keep a queue of whole batches; blurs have a probability each."""
+    data = context.section("datasets:train")
+    for end in ("", "2"):
+        shapes, shares = data.get(f"kernel_list{end}"), data.get(f"kernel_prob{end}")
+        if None not in (shapes, shares) and len(shapes) != len(shares):
+            path = f"datasets:train:kernel_prob{end}"
+            yield f"{path}: has {len(shares)} for {len(shapes)} of kernel_list{end}; write as many"
+    if not _is_synthetic(context):
+        return
+    batch, size = data.get("batch_size_per_gpu"), context.options.get("queue_size", 180)
+    if None not in (batch, size) and size % batch:
+        yield (
+            f"queue_size: {size} is not a multiple of batch_size_per_gpu {batch}; "
+            f"write {max(size // batch, 1) * batch}"
+        )
+    gt_size, scale = context.options.get("gt_size"), context.options.get("scale")
+    if gt_size is not None and gt_size > _REAL_ESRGAN_PATCH:
+        yield f"gt_size: is {gt_size}, but BasicSR cuts images to {_REAL_ESRGAN_PATCH}; write less"
+    elif None not in (gt_size, scale) and gt_size % scale:
+        yield f"gt_size: {gt_size} is not a multiple of scale {scale}"
+
+
+def _window(context: Context) -> Iterator[str]:
+    """SwinIRModel pads images to whole windows, whatever the network."""
+    network = context.section("network_g")
+    window = network.get("window_size", "")
+    if known_model(context) == "SwinIRModel" and network.get("type") and window == "":
+        yield "network_g:window_size: missing; SwinIRModel pads images by it; write 8"
+
+
+def _phases(context: Context) -> Iterator[str]:
+    """BasicSR knows a data set's phase by its key up to the underscore; results go by its name."""
+    if not context.train and context.options.get("datasets") == {}:
+        yield "datasets: there is nothing to test on; write a section test_1"
+    names: dict[str, str] = {}
+    for phase, dataset in context.datasets():
+        kind = phase.split("_")[0]
+        known = phase == "train" or kind == "val" if context.train else kind in ("val", "test")
+        if not known:
+            examples = "train, val, val_2" if context.train else "test_1, test_2"
+            yield (
+                f"datasets:{phase}: no name for a data set when "
+                f"{'training' if context.train else 'testing'}; use names such as {examples}"
+            )
+        name = dataset.get("name")
+        if phase != "train" and name is not None and names.setdefault(name, phase) != phase:
+            yield (
+                f"datasets:{phase}:name: datasets:{names[name]} is named {name!r} too, and the "
+                "results of one would be lost; write another name"
+            )
+    validates = context.train and context.section("val") and context.section("datasets")
+    if validates and not any(phase.split("_")[0] == "val" for phase, _ in context.datasets()):
+        yield "val: there is no data set to validate on; add datasets:val, or remove val"
+
+
+def _best(context: Context) -> Iterator[str]:
+    """What `save_best` names must be measured."""
+    best = context.section("logger").get("save_best")
+    if not context.train or best is None:
+        return
+    metrics = list(context.section("val:metrics"))
+    dataset, _, metric = best.rpartition("/")
+    if not metrics:
+        yield "logger:save_best: val:metrics measures nothing; add a metric there, or write ~"
+    elif metric not in metrics:
+        yield f"logger:save_best: val:metrics has no {metric!r}{suggest_or_list(metric, metrics)}"
+    names = [each.get("name") for phase, each in context.datasets() if phase[:3] == "val"]
+    if dataset and None not in names and names and dataset not in names:
+        hint = suggest_or_list(dataset, names)
+        yield f"logger:save_best: no validation set is named {dataset!r}{hint}"
+
+
+def _loaders(context: Context) -> Iterator[str]:
+    """Ways of loading that hang, or that need another key."""
+    for phase, dataset in context.datasets():
+        path = f"datasets:{phase}"
+        mode = dataset.get("prefetch_mode")
+        if mode == "cpu":
+            yield (
+                f"{path}:prefetch_mode: with cpu, one image that cannot be read makes BasicSR "
+                "wait for ever; leave it out: workers read ahead without it"
+            )
+        elif mode == "cuda" and dataset.get("pin_memory") is not True:
+            yield f"{path}:pin_memory: must be true for prefetch_mode: cuda; write true"
+        if dataset.get("num_worker_per_gpu") == 0:
+            for key in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
+                if dataset.get(key):
+                    yield f"{path}:{key}: needs workers; leave it out, or raise num_worker_per_gpu"
+
+
+def _parts(context: Context) -> Iterator[str]:
+    """A batch is divided into parts, an image into tiles."""
+    batch = context.section("datasets:train").get("batch_size_per_gpu")
+    parts = context.section("train").get("accumulation")
+    if None not in (batch, parts) and parts > batch:
+        yield (
+            f"train:accumulation: a batch of {batch} cannot be worked on in {parts} parts; "
+            f"write {batch} or less"
+        )
+    tile, overlap = (context.section("val").get(key) for key in ("tile", "tile_overlap"))
+    if tile and overlap is not None and overlap >= tile:
+        yield f"val:tile_overlap: {overlap} must be less than val:tile {tile}"
+
+
+def _loggers(context: Context) -> Iterator[str]:
+    """Weights & Biases is sent what TensorBoard gets."""
+    project = context.section("logger:wandb").get("project")
+    if context.train and project and not context.section("logger").get("use_tb_logger"):
+        yield "logger:use_tb_logger: must be true for wandb; write true, or ~ for wandb:project"
+
+
+CHECKS = (
+    *(_sizes, _channels, _networks, _optimizers, _schedule, _losses, _perceptual, _trials),
+    *(_discriminator, _real, _window, _phases, _best, _loaders, _parts, _loggers),
+)

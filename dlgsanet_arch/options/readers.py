@@ -1,0 +1,216 @@
+"""Which keys a section of a given option file may have: rows of the table, and signatures."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from dlgsanet_arch.hints import nearest
+from dlgsanet_arch.options import values
+from dlgsanet_arch.options.context import Context, comes_from, is_number, is_whole
+from dlgsanet_arch.options.schema import KEYS, Key, known_dataset, known_model
+
+_MISSPELT = 0.8  # how near a name must be where any name may stand
+# Sections whose keys depend on `model_type`, and those whose keys depend on their own `type`.
+_OF_MODEL = ("", "path", "train", "val")
+_OF_TYPE = ("datasets:*:io_backend", "train:scheduler")
+_GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that are not options
+_LARGER = 100  # times its default: how large an argument of a network may be
+
+
+@dataclass(frozen=True)
+class Known:
+    """The keys of a section.
+
+    Args:
+        keys: Rows of the table, those that apply before others of the name.
+        reader: Who reads them, for messages; "" where it is BasicSR or the pipeline.
+        thing: What they are arguments of, or what may read others where that is known.
+        open: Whether others may be read; only what looks like a misspelling is refused then.
+        given: Arguments that are not options.
+    """
+
+    keys: tuple[Key, ...]
+    reader: str = ""
+    thing: Any = None
+    open: bool = False
+    given: tuple[str, ...] = ()
+
+    def find(self, name: str) -> Key | None:
+        """Return the row of a key."""
+        rows = (key for key in self.keys for each in key.names if fnmatchcase(name, each))
+        return next(rows, None)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of keys, with g for any network."""
+        names = (name.replace("_*", "_g") for key in self.keys for name in key.names)
+        return [name for name in dict.fromkeys(names) if "*" not in name]
+
+    def misspelt(self, name: str) -> str | None:
+        """Return why a key is refused: the nearest name, "" without one; None where it is fine."""
+        if self.find(name):
+            return None
+        if not self.open:
+            return nearest(name, self.names) or ""
+        meant = nearest(name, self.names, _MISSPELT)
+        read = self.thing is not None and _source_names(self.thing, name)
+        return None if meant is None or read else meant
+
+
+@functools.lru_cache(maxsize=65536)
+def matches(path: str, pattern: str) -> bool:
+    """Whether a path is one of a pattern's, where * stands for a part of one name."""
+    return path.count(":") == pattern.count(":") and fnmatchcase(path, pattern)
+
+
+@functools.cache
+def _rows(section: str) -> tuple[Key, ...]:
+    return tuple(key for key in KEYS if matches(section, key.section))
+
+
+def known_in(context: Context, section: str) -> Known | None:
+    """Return the keys that a section may have, None where nothing is known of it."""
+    rows, kind = _rows(section), context.section(section).get("type")
+    if not rows:
+        return None
+    if matches(section, "train:optim_*"):
+        return _in_optimizer(context, rows, kind)
+    named = next((row.kind for row in rows if row.names == ["type"]), None)
+    if isinstance(named, values.Named) and not matches(section, "datasets:*"):
+        thing = context.registered_as(named.registry, kind)
+        known = None if thing is None else _taken_by(thing, str(kind), rows, named.registry)
+        return known or _of_type_alone(rows)
+    if section in _OF_MODEL:
+        reader, known = str(context.options.get("model_type")), known_model(context) is not None
+        thing = context.registered_as("model", reader)
+    elif matches(section, "datasets:*"):
+        reader, known = str(kind), known_dataset(context, kind) is not None
+        thing = context.registered_as("dataset", kind)
+    elif any(matches(section, pattern) for pattern in _OF_TYPE):
+        reader, known, thing = (
+            str(kind),
+            any(kind in row.by for row in rows) or kind == "disk",
+            None,
+        )
+        if not known:
+            return _of_type_alone(rows)
+    else:
+        return Known(rows)
+    if not known:
+        return Known(rows, reader, thing, open=True)
+    return Known(tuple(row for row in rows if not row.by or reader in row.by), reader)
+
+
+def _of_type_alone(rows: tuple[Key, ...]) -> Known:
+    """Return what is known of a section of an unknown type."""
+    return Known(tuple(row for row in rows if row.names == ["type"]), open=True)
+
+
+def _in_optimizer(context: Context, rows: tuple[Key, ...], kind: Any) -> Known | None:
+    if kind not in optimizers():
+        return _of_type_alone(rows)
+    known = _taken_by(getattr(torch.optim, kind), kind, rows, "optimizer")
+    if known is None or known_model(context):
+        return known
+    thing = context.registered_as("model", context.options.get("model_type"))
+    return Known(known.keys, kind, thing, open=True)
+
+
+@functools.cache
+def optimizers() -> tuple[str, ...]:
+    """Return the names of PyTorch's optimizers that step without a closure."""
+    found = {name: getattr(torch.optim, name) for name in dir(torch.optim)}
+    base = torch.optim.Optimizer
+    classes = {n for n, each in found.items() if inspect.isclass(each) and issubclass(each, base)}
+    return tuple(sorted(classes - {"Optimizer", "LBFGS"}))
+
+
+@functools.cache
+def _signature(thing: Any) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(thing).parameters
+    except (TypeError, ValueError):  # some callables written in C tell nothing
+        return None
+
+
+def parameters_of(thing: Any) -> dict[str, inspect.Parameter]:
+    """Return what a class or function takes by name; nothing where its signature is not known."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: entry for name, entry in (_signature(thing) or {}).items() if entry.kind in by_name
+    }
+
+
+def _taken_by(thing: Any, reader: str, rows: tuple[Key, ...], registry: str) -> Known | None:
+    """Return what a callable takes. BasicSR's own that take anything pass nothing on."""
+    if _signature(thing) is None:
+        return None
+    given = _GIVEN.get(registry, ())
+    arguments = {key: each for key, each in parameters_of(thing).items() if key not in given}
+    ours = comes_from(thing, "basicsr", "dlgsanet_arch", "torch")
+    extra = ("type", "better") if registry == "metric" else ("type",)
+    keys = [
+        Key(name, row.kind, empty=row.empty)
+        for row in rows
+        for name in row.names
+        if name in extra or (ours and name in arguments)
+    ]
+    keys += [_of_argument(key, each, registry == "arch") for key, each in arguments.items()]
+    kinds = {entry.kind for entry in (_signature(thing) or {}).values()}
+    is_open = inspect.Parameter.VAR_KEYWORD in kinds and not comes_from(thing, "basicsr")
+    return Known(tuple(keys), reader, thing, is_open, given)
+
+
+def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
+    """Return the row of an argument, as its annotation or its default says."""
+    default, hint = entry.default, entry.annotation
+    kind = values.anything
+    if get_origin(hint) is Literal:
+        kind = values.choice(*get_args(hint))
+    elif hint is bool or isinstance(default, bool):
+        kind = values.yes_no
+    elif hint is int:
+        kind = values.whole("(-inf, inf)")
+    elif hint is float or is_number(default):
+        kind = values.number()
+        if of_network and hint is not float:  # a square may be given by both of its sides
+            kind = values.either(kind, values.listed(kind, "[1, 1]"))
+    elif isinstance(default, tuple) and all(map(is_number, default)):
+        kind = values.either(values.listed(values.number(), str(list(default))), values.number())
+    elif isinstance(default, str):
+        kind = values.text
+    if of_network and (default is entry.empty or is_whole(default)):
+        kind = _bounded(kind, _LARGER * max(10, default if is_whole(default) else 0))
+    return Key(name, kind, empty=default is None or kind in (values.anything, values.text))
+
+
+def _bounded(kind: values.Kind, most: int) -> values.Kind:
+    """Return a kind without numbers of layers or channels that would take memory without end."""
+
+    def fault(value: Any) -> str:
+        too_large = is_number(value) and value > most
+        return kind(value) or (f"must be at most {most:,}; got {value}" if too_large else "")
+
+    return fault
+
+
+def _source_names(thing: Any, name: str) -> bool:
+    """Whether the source of a class, its bases, or a function holds `name` in quotes.
+
+    So a key that someone else's data set or model reads is known by itself.
+    """
+    for owner in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
+        if comes_from(owner, "builtins", "torch"):
+            continue
+        try:
+            source = inspect.getsource(inspect.getmodule(owner))
+        except (OSError, TypeError):  # defined where there is no file
+            continue
+        if f"'{name}'" in source or f'"{name}"' in source:
+            return True
+    return False
