@@ -134,3 +134,30 @@ def write_options(path: Path, options: Mapping[str, Any]) -> Path:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(yaml.safe_dump(dict(options), sort_keys=False))
     return unfinished.replace(path)
+
+
+def decoded(data: bytes) -> np.ndarray:
+    """Decode an image of three channels."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def entries(path: Path) -> dict[str, bytes]:
+    """Read all entries of an LMDB."""
+    import lmdb
+
+    with (
+        lmdb.open(str(path), readonly=True, lock=False) as environment,
+        environment.begin() as read,
+    ):
+        return {key.decode(): data for key, data in read.cursor()}
+
+
+def decoded_entries(path: Path) -> dict[str, np.ndarray]:
+    """Read all images of an LMDB."""
+    return {key: decoded(data) for key, data in entries(path).items()}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Read all files below a folder, by their paths from there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
+from helpers import tree
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark, workers
@@ -56,14 +57,6 @@ def resized(image: np.ndarray, factor: float) -> np.ndarray:
 def cropped(image: np.ndarray, scale: int) -> np.ndarray:
     height, width = image.shape[:2]
     return image[: height // scale * scale, : width // scale * scale]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def source_of(folder: Path, count: int = 2) -> Path:

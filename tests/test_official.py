@@ -4,9 +4,10 @@ import zipfile
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import pytest
+from helpers import decoded
+from helpers import decoded_entries as entries
 from http_server import Served, proxies, serving
 
 from dlgsanet_arch.cli import cmd_data
@@ -84,18 +85,6 @@ def make(verb: str, root: Path, server: Served, *more: object) -> int:
     cutting = ("--scale", 2, "--crop", 96, "--step", 48, "--patch", 24, "--workers", 1)
     arguments = ("--root", root, verb, "--mirror", mirror, *cutting, *more)
     return cmd_data.main([str(argument) for argument in arguments])
-
-
-def entries(path: Path) -> dict[str, np.ndarray]:
-    with (
-        lmdb.open(str(path), readonly=True, lock=False) as environment,
-        environment.begin() as read,
-    ):
-        return {key.decode(): decoded(data) for key, data in read.cursor()}
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
 def check_div2k(folder: Path, names=NAMES) -> None:

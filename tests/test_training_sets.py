@@ -14,6 +14,7 @@ import yaml
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.lmdb_util import LmdbMaker
 from basicsr.utils.matlab_functions import imresize
+from helpers import decoded_entries as entries
 from processes import started
 
 from dlgsanet_arch import files
@@ -58,17 +59,6 @@ def train(hr: Path, out: Path, *more: object) -> int:
     cutting = ("--crop", CROP, "--step", STEP, "--workers", 1)
     arguments = ("train", "--hr", hr, "--out", out, *cutting, *more)
     return cmd_data.main([str(argument) for argument in arguments])
-
-
-def entries(path: Path) -> dict[str, np.ndarray]:
-    with (
-        lmdb.open(str(path), readonly=True, lock=False) as environment,
-        environment.begin() as read,
-    ):
-        return {
-            key.decode(): cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-            for key, data in read.cursor()
-        }
 
 
 def files_below(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import lmdb
 import numpy as np
 import pytest
 import yaml
+from helpers import decoded, entries
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import demo, verify
@@ -64,18 +65,6 @@ class Changed:
     def __exit__(self, *error) -> None:
         self.transaction.commit()
         self.environment.close()
-
-
-def entries(path: Path) -> dict[str, bytes]:
-    with (
-        lmdb.open(str(path), readonly=True, lock=False) as environment,
-        environment.begin() as read,
-    ):
-        return {key.decode(): data for key, data in read.cursor()}
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
 def save_pairs(folder: Path, reduce, names=PHOTOGRAPHS, scale: int = 2) -> None:
