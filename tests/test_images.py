@@ -13,7 +13,7 @@ from PIL import Image
 
 from dlgsanet_arch.data import finding, images
 from dlgsanet_arch.data.finding import ImageEntry, find_images, image_key
-from dlgsanet_arch.data.images import ImageError, read_image
+from dlgsanet_arch.data.images import ImageError, read_image, read_stored
 from dlgsanet_arch.errors import UserError
 
 SIZE = (20, 30)
@@ -663,6 +663,44 @@ def test_samples_of_other_kinds_are_refused(tmp_path, data, reason):
 def test_cmyk_jpeg_is_refused(tmp_path):
     Image.fromarray(made(4), "CMYK").save(tmp_path / "x.jpg")
     refused(tmp_path / "x.jpg", "CMYK colours: convert it to RGB")
+
+
+def stored(path: Path, data: bytes) -> images.StoredImage:
+    return read_stored(written(path, data))
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_jpeg_that_lacks_its_end_alone_is_upscaled_with_a_notice(tmp_path, lost):
+    data = encoded(".jpg", made(3))
+    whole, cut = (stored(tmp_path / "x.jpg", each) for each in (data, data[:-lost]))
+    assert np.array_equal(whole.pixels, cut.pixels)
+    assert (len(whole.notices), len(cut.notices)) == (0, 1)
+    assert "lacks the end of the JPEG file" in cut.notices[0]
+    with pytest.raises(ImageError, match="cut short"):
+        stored(tmp_path / "x.jpg", data[:-20])
+
+
+def test_cmyk_with_an_unusable_profile_is_upscaled_by_a_rule(tmp_path):
+    for profile in (b"not a profile", None):
+        image = Image.fromarray(made(4), "CMYK")
+        image.save(tmp_path / "x.jpg", icc_profile=profile)
+        (notice,) = read_stored(tmp_path / "x.jpg").notices
+        assert "a rule of thumb, without a usable profile" in notice
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_deep_tiff_in_planes_is_read(tmp_path, orientation):
+    tifffile = pytest.importorskip("tifffile")
+    planes = np.moveaxis(made(3, np.uint16), -1, 0)
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        planes,
+        planarconfig="separate",
+        photometric="rgb",
+        extratags=[(274, 3, 1, orientation, True)],
+    )
+    upright = np.rot90(made(3, np.uint16), -1 if orientation == 6 else 0)
+    assert np.array_equal(read_stored(tmp_path / "x.tif").pixels, upright)
 
 
 def test_errors_travel_between_processes(tmp_path):

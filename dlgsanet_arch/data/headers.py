@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image, PpmImagePlugin
 
-from dlgsanet_arch.data.images import EXIF_ORIENTATION, MAX_BYTES, READERS, bits_of
+from dlgsanet_arch.data.images import EXIF_ORIENTATION, MAX_BYTES, READERS
+from dlgsanet_arch.data.samples import bits_of
 
 # OpenCV, which reads for BasicSR, reads these as well.
 FORMATS = READERS | {"PPM": PpmImagePlugin.PpmImageFile}

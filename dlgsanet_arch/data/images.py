@@ -14,11 +14,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
     Image,
-    ImageCms,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -27,6 +25,18 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from dlgsanet_arch.data.finding import SUFFIXES
+from dlgsanet_arch.data.samples import (
+    TIFF_BITS,
+    TIFF_EXTRA_SAMPLES,
+    TIFF_PHOTOMETRIC,
+    TIFF_SAMPLE_FORMAT,
+    Pixels,
+    Refusal,
+    bits_of,
+    on_white,
+    samples,
+    turned,
+)
 from dlgsanet_arch.errors import UserError
 
 # Larger images are refused by their header. The largest cameras make 151 million pixels; above
@@ -44,6 +54,7 @@ TOO_LARGE = (
     f"claims {{}} pixels; at most {MAX_PIXELS:,} are read: if the size is true, cut the image into "
     "parts"
 )
+JPEG_END = b"\xff\xd9"
 PNG_END = b"IEND\xaeB\x60\x82"
 
 READERS = {
@@ -53,17 +64,12 @@ READERS = {
     "WebP": WebPImagePlugin.WebPImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
 }
-TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 EXIF_ORIENTATION = 0x0112
 # What stays true of an image that was turned or resized: description, camera, resolution,
 # software, time, author, rights, then the EXIF and GPS folders, of which offsets and sizes go.
 EXIF_KEPT = (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x8298)
 EXIF_FOLDERS = (0x8769, 0x8825)
 EXIF_STALE = (0x927C, 0xA002, 0xA003, 0xA005)
-# Images are composited in bands of rows, so that wide intermediates stay small.
-BAND = 256
-
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class ImageError(UserError):
@@ -76,10 +82,6 @@ class ImageError(UserError):
 
     def __str__(self) -> str:
         return f"{self.path} {self.reason}"
-
-
-class _Refusal(Exception):
-    """The reason of a ImageError, from where the file's name is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,28 +129,21 @@ def _format_of(data: bytes) -> str:
         accepts = Image.OPEN[name.upper()][1]
         if accepts(data[:16]):
             return name
-    raise _Refusal(f"is not an image: its first bytes are none of {', '.join(READERS)}")
+    raise Refusal(f"is not an image: its first bytes are none of {', '.join(READERS)}")
 
 
 def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _Refusal(TOO_LARGE.format(f"{width} x {height}"))
+        raise Refusal(TOO_LARGE.format(f"{width} x {height}"))
     if min(width, height) < least:
-        raise _Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
+        raise Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
     uncompressed = width * height * len(image.getbands()) * max(1, bits // 8)
     if uncompressed > max(ANY_GROWTH, MAX_GROWTH * file_size):
-        raise _Refusal(
+        raise Refusal(
             f"claims {width} x {height} pixels in {file_size:,} bytes, which is more than images "
             "compress: if the size is true, cut the image into parts"
         )
-
-
-def bits_of(image: ImageFile, name: str, data: bytes) -> int:
-    """The bits of a sample in the file; Pillow's own modes lose it for colour."""
-    if name == "PNG":
-        return data[24]
-    return int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1)))) if name == "TIFF" else 8
 
 
 def _check_tiff(stream: BytesIO) -> None:
@@ -164,11 +159,11 @@ def _check_tiff(stream: BytesIO) -> None:
     numbers = {1: "integer", 2: "signed integer", 3: "floating-point"}
     kind = " and ".join(numbers.get(number, "unknown") for number in sorted(formats))
     if formats != {1} or bits not in (1, 2, 4, 8, 16):
-        raise _Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
+        raise Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
     if bits == 16 and tags.get(TIFF_PHOTOMETRIC, 1) == 0:
-        raise _Refusal("is 16-bit gray with zero for white: save it with zero for black")
+        raise Refusal("is 16-bit gray with zero for white: save it with zero for black")
     if bits == 16 and 1 in np.ravel(tags.get(TIFF_EXTRA_SAMPLES, 0)):
-        raise _Refusal("has 16-bit colours multiplied by alpha: save it with unassociated alpha")
+        raise Refusal("has 16-bit colours multiplied by alpha: save it with unassociated alpha")
 
 
 @contextmanager
@@ -178,15 +173,22 @@ def _decoding() -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (_Refusal, MemoryError):
+        except (Refusal, MemoryError):
             raise
         except Image.DecompressionBombError as error:  # WebP, whose canvas is made on opening
-            raise _Refusal(TOO_LARGE.format("far too many")) from error
+            raise Refusal(TOO_LARGE.format("far too many")) from error
         except Exception as error:  # malformed files make Pillow raise nearly anything
-            raise _Refusal(
+            raise Refusal(
                 "cannot be decoded: damaged, cut short or of an unknown kind "
                 f"({error or type(error).__name__})"
             ) from error
+
+
+def _lacks_end_alone(data: bytes) -> bool:
+    """Whether a JPEG file without its end has all pixels: then other bytes there change none."""
+    ends = (JPEG_END, b"\x55" * 64 + JPEG_END)
+    images = [np.asarray(READERS["JPEG"](BytesIO(data + end))) for end in ends]
+    return np.array_equal(*images)
 
 
 def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile, int | None]:
@@ -206,17 +208,20 @@ def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile
     if name == "PNG":
         # Pillow's decoder reads neither the last chunks nor their checksums; this does.
         if PNG_END not in data:
-            raise _Refusal("is cut short: the end of the PNG file is missing")
+            raise Refusal("is cut short: the end of the PNG file is missing")
         image.verify()
         image = READERS[name](BytesIO(data))
     if name == "JPEG":
         # Pillow stops behind the header of the first scan: images within EXIF lie before it.
-        if data.find(b"\xff\xd9", stream.tell()) < 0:
-            raise _Refusal("is cut short: the end of the JPEG file is missing")
+        if data.find(JPEG_END, stream.tell()) < 0:
+            data = data.removesuffix(JPEG_END[:1])
+            if not (converts and _lacks_end_alone(data)):
+                raise Refusal("is cut short: the end of the JPEG file is missing")
+            image = READERS[name](BytesIO(data + JPEG_END))
         if data.count(b"\xff\xda", stream.tell()) > MAX_SCANS:
-            raise _Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
+            raise Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
     if image.mode in ("CMYK", "LAB") and not converts:
-        raise _Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
+        raise Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
     stated = _orientation(image)
     image.load()
     return image, stated
@@ -229,107 +234,6 @@ def _orientation(image: ImageFile) -> int | None:
     except Exception:  # as in _decoding; the pixels are fine
         return None
     return stated if stated in range(1, 9) else 1
-
-
-def _turned(array: Pixels, orientation: int) -> Pixels:
-    """Turn stored pixels, (H, W) or (H, W, C), as an EXIF orientation from 1 to 8 asks for."""
-    if orientation >= 5:
-        array = array.swapaxes(0, 1)
-    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
-    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
-    return array[rows, columns]
-
-
-def _deep_colour(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> NDArray[np.uint16]:
-    """Read the samples of 16-bit colour by OpenCV, whose versions differ in whether they turn.
-
-    Args:
-        data: The file.
-        coarse: (H, W, C) in RGB or RGBA, the samples' upper bytes by Pillow, which decide.
-        orientation: The file's EXIF orientation.
-
-    Returns:
-        (H, W, C), turned as `coarse` is.
-    """
-    try:
-        import cv2
-    except ImportError as error:
-        raise _Refusal(
-            "holds 16-bit colour, which OpenCV reads: pip install opencv-python-headless"
-        ) from error
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    channels = coarse.shape[2]
-    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
-        raise _Refusal("cannot be decoded: a kind of 16-bit colour that OpenCV does not read")
-    deep = decoded[..., [2, 1, 0, 3][: max(channels, 3)]] if decoded.shape[2] >= channels else None
-    for candidate in () if deep is None else (deep, _turned(deep, orientation)):
-        if candidate.shape == coarse.shape and np.array_equal(candidate >> 8, coarse):
-            return candidate
-    raise _Refusal("cannot be decoded: Pillow and OpenCV read different samples from it")
-
-
-def _in_rgb(image: ImageFile) -> Image.Image:
-    """Convert CMYK or Lab colours to sRGB, by the file's profile where it has one."""
-    profile = image.info.get("icc_profile")
-    if profile is None and image.mode == "LAB":
-        own = ImageCms.createProfile("LAB")
-    elif profile is None:
-        return image.convert("RGB")
-    else:
-        own = ImageCms.ImageCmsProfile(BytesIO(profile))
-    return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-
-
-def _samples(
-    image: ImageFile, data: bytes, name: str, orientation: int
-) -> tuple[Pixels, Pixels | None]:
-    """Separate colour and alpha.
-
-    Returns:
-        (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None where there is none.
-    """
-    transparent = image.info.get("transparency")
-    bits = bits_of(image, name, data)
-    if image.mode in ("P", "PA"):
-        opaque = image.mode == "P" and transparent is None
-        array = np.asarray(image.convert("RGB" if opaque else "RGBA"))
-        transparent = None
-    elif image.mode in ("1", "La", "YCbCr"):
-        array = np.asarray(image.convert({"1": "L", "La": "LA", "YCbCr": "RGB"}[image.mode]))
-    elif image.mode in ("CMYK", "LAB"):
-        array = np.asarray(_in_rgb(image))
-    else:
-        array = np.asarray(image)
-    if array.ndim == 2:
-        array = array[..., None]
-    if bits == 16:
-        # Pillow holds 16-bit gray in types of more than one width and byte order
-        gray = array.shape[2] == 1
-        array = array.astype(np.uint16) if gray else _deep_colour(data, array, orientation)
-        if name == "PNG" and data[25] == 4:  # gray and alpha, for which Pillow has no 16-bit mode
-            array = array[..., 2:]
-    if array.shape[2] in (2, 4):
-        return array[..., :-1], array[..., -1]
-    if transparent is None:
-        return array, None
-    # PNG names one colour as the transparent one, in samples of the file's width.
-    if image.mode == "L" and bits < 8:
-        transparent = transparent * 255 // (2**bits - 1)
-    white = np.iinfo(array.dtype).max
-    return array, np.where((array == transparent).all(2), 0, white).astype(array.dtype)
-
-
-def _on_white(colour: Pixels, alpha: Pixels) -> Pixels:
-    """Composite (H, W, C) on white by (H, W): α·colour + (1 - α)·white, rounded."""
-    result = np.empty(colour.shape, colour.dtype)
-    white = np.uint32(np.iinfo(colour.dtype).max)
-    for start in range(0, len(colour), BAND):
-        rows = slice(start, start + BAND)
-        share = alpha[rows, :, None].astype(np.uint32)
-        # at most white², which 32 bits hold with the half that rounds
-        mixed = colour[rows] * share + white * (white - share)
-        result[rows] = (mixed + white // 2) // white
-    return result
 
 
 def _exif(image: ImageFile) -> bytes | None:
@@ -367,34 +271,38 @@ def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Dec
         name = _format_of(data)
         with _decoding():
             image, stated = _load(data, name, least, converts)
-            colour, alpha = _samples(image, data, name, stated or 1)
+            colour, alpha = samples(image, data, name, stated or 1)
             # asked a second time, Pillow takes EXIF data that it could not read for none
             left = None if stated is None else _orientation(image)
-    except _Refusal as error:
+    except Refusal as error:
         raise ImageError(path, str(error)) from error
     announced = SUFFIXES.get(path.suffix.lower(), name)
     if announced != name:
         notices.append(f"is named as {announced} and holds {name}")
     if getattr(image, "is_animated", False):
         notices.append("holds more than one image; the first was read")
+    if name == "JPEG" and data.rfind(JPEG_END) < data.rfind(b"\xff\xda"):
+        notices.append("lacks the end of the JPEG file, and no pixel; it may be damaged")
     if left is None:
         notices.append("has EXIF data that cannot be read; it was not rotated")
     if image.mode in ("CMYK", "LAB"):
         rule = (
-            "its profile" if "icc_profile" in image.info else "a rule of thumb, without a profile"
+            "its profile"
+            if "icc_profile" in image.info
+            else "a rule of thumb, without a usable profile"
         )
         notices.append(f"holds {image.mode} colours; they were converted to sRGB by {rule}")
     if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
         alpha = None
-    turned = [each if each is None else _turned(each, left or 1) for each in (colour, alpha)]
-    return _Decoded(image, *turned, tuple(notices))
+    upright = [each if each is None else turned(each, left or 1) for each in (colour, alpha)]
+    return _Decoded(image, *upright, tuple(notices))
 
 
 def _for_training(decoded: _Decoded) -> ReadImage:
     """Make three channels in BGR, on white."""
     colour, notices = decoded.colour, decoded.notices
     if decoded.alpha is not None:
-        colour = _on_white(colour, decoded.alpha)
+        colour = on_white(colour, decoded.alpha)
         notices += ("has transparent parts; it was composited on white",)
     if colour.shape[2] == 1:
         return ReadImage(np.repeat(colour, 3, 2), notices)

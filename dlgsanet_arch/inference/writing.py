@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dlgsanet_arch.data.images import Pixels
+from dlgsanet_arch.data.samples import Pixels
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import written_atomically
 
