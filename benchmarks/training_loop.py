@@ -560,7 +560,8 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
     """Return what validates, each with its loader; all return the figures."""
     from basicsr.data import build_dataloader, build_dataset
 
-    from dlgsanet_arch.pipeline import evaluation
+    from dlgsanet_arch.pipeline.adapter import adapt
+    from dlgsanet_arch.pipeline.images import build_loader
     from dlgsanet_arch.pipeline.processes import Processes
 
     options = {
@@ -584,10 +585,10 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
         return run
 
     def ours(workers: int) -> Callable[[], dict[str, float]]:
-        pictures = evaluation.build_loader({**options, "num_worker_per_gpu": workers}, Processes())
+        pictures = build_loader({**options, "num_worker_per_gpu": workers}, Processes())
         return lambda: model.validation(pictures, 0, None, False).means
 
-    evaluation.install(model, Processes())
+    adapt(model, Processes())
     return {
         BASICSR: theirs(0),
         f"{BASICSR}, loaded by 2 workers": theirs(2),
@@ -688,7 +689,7 @@ def validation_section(asked: argparse.Namespace) -> Section:
         ],
         rows=_validation_rows,
         notes=lambda records: [
-            "`SRModel.nondist_validation` against what `evaluation.install` puts on the same",
+            "`SRModel.nondist_validation` against what `adapter.adapt` gives the same",
             f"model: {what} pictures, x{SCALE}, PSNR and SSIM of Y, workers' start included.",
             "BasicSR has no option for workers in a validation; the row that has them tells how",
             "much of the difference is loading.",
@@ -718,9 +719,10 @@ def _files(folder: Path) -> list[Path]:
 
 def checkpoints(cell: Cell, setting: Setting) -> Record:
     """Measure a checkpoint of a network: weights, their average, and the state."""
+    from dlgsanet_arch.pipeline.adapter import adapt
+    from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress
     from dlgsanet_arch.pipeline.processes import Processes
     from dlgsanet_arch.pipeline.sampling import Place
-    from dlgsanet_arch.pipeline.saving import Progress, Saver
 
     load, sizes = os.getloadavg()[0], {}
     with tempfile.TemporaryDirectory() as name, _apart(Path(name)):
@@ -730,11 +732,11 @@ def checkpoints(cell: Cell, setting: Setting) -> Record:
             folder.mkdir()
             models[by] = _model(cell["network"], folder, setting.device, train=True)
             _train_once(models[by])
-        saver = Saver(models[OURS], Processes())
+        adapt(models[OURS], Processes())
         progress = Progress(iteration=SAVE_EVERY, place=Place(), epoch_length=1, seed=0)
         saves = {
             BASICSR: lambda: models[BASICSR].save(0, SAVE_EVERY),
-            OURS: lambda: saver.save(progress),
+            OURS: lambda: Checkpoints(models[OURS], Processes()).save(progress),
         }
 
         def timed(by: str) -> Lap:

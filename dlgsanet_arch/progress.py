@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def progress_bar(
-    what: str, total: int, unit: str, *, done: int = 0, transient: bool = False
+    what: str,
+    total: int,
+    unit: str,
+    *,
+    done: int = 0,
+    transient: bool = False,
+    hidden: bool = False,
 ) -> tqdm:
     """Return a progress bar, to be used in a `with` statement.
 
@@ -24,6 +30,7 @@ def progress_bar(
         unit: What is counted; ``B`` shows bytes as KiB, MiB and so on.
         done: Units that are done already, which do not count as speed.
         transient: Disappears at its end, and shows nothing in a file.
+        hidden: Shows nothing at all.
     """
     from tqdm import tqdm
 
@@ -41,7 +48,7 @@ def progress_bar(
         unit_scale=in_bytes,
         unit_divisor=1024,
         file=sys.stderr,
-        disable=transient and not moving,
+        disable=hidden or (transient and not moving),
         leave=not transient,
         dynamic_ncols=knows_width,
         ncols=80 if moving and not knows_width else None,

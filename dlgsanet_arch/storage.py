@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,12 @@ class CheckpointError(UserError):
     """A file of weights that cannot be used; the message says why and what would help."""
 
 
-def check_complete(path: Path) -> int:
+def check_complete(path: Path, content: IO[bytes] | None = None) -> int:
     """Read all of a file of torch.save's and compare it with the checksums that it holds.
+
+    Args:
+        path: The file.
+        content: What it holds, where that was read already.
 
     Returns:
         A checksum of its content, by which two files can be told apart; 0 for a file in PyTorch's
@@ -37,16 +41,16 @@ def check_complete(path: Path) -> int:
     Raises:
         CheckpointError: It is missing, truncated or damaged.
     """
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(content or path):
         read_pth(path)
         return 0
-    return _check_records(path)
+    return _check_records(path, content)
 
 
-def _check_records(path: Path) -> int:
+def _check_records(path: Path, content: IO[bytes] | None = None) -> int:
     """Compare a zip file with its checksums; what it unpacks to is never more than it holds."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(content or path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise CheckpointError(f"{path} is compressed, which no file of torch.save's is")

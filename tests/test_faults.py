@@ -31,8 +31,8 @@ from training_runs import (
 
 from dlgsanet_arch.checkpoint import check_complete
 from dlgsanet_arch.pipeline import evaluation, loop, runs  # noqa: F401 - for what is forked
+from dlgsanet_arch.pipeline.checkpoints import numbered
 from dlgsanet_arch.pipeline.preparation import registered
-from dlgsanet_arch.pipeline.saving import numbered
 
 pytestmark = pytest.mark.faults
 
@@ -374,7 +374,7 @@ def test_a_damaged_newest_pair_is_passed_over(root, undisturbed, damaged):
     run = Forked(root, options, "--auto_resume")
     assert wait(run) == 0
     said = run.output.read_text()
-    assert f"not whole, and passed over: 10: {file} is truncated" in said
+    assert f"not complete, and passed over: 10: {file} is truncated" in said
     assert "Resuming training from epoch: 2, iter: 9." in said
     assert_equal(weights(root, options["name"]), undisturbed[0])
 

@@ -10,32 +10,43 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.logger import initialized_logger
 
 from dlgsanet_arch.pipeline import logs
-from dlgsanet_arch.pipeline.logs import Pace, progress_bar, run_log, start_trackers, training_line
+from dlgsanet_arch.pipeline.logs import Pace, run_log, start_trackers, training_line
 from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.progress import progress_bar
 
 
 @pytest.fixture
 def log(tmp_path):
-    with run_log(Processes(), tmp_path, "train.log") as log:
+    with run_log(Processes()) as log:
+        log.open(tmp_path, "train.log")
         yield log
 
 
 def test_basicsr_s_logger_writes_to_the_run_s_log_and_is_left_as_it_was(tmp_path, capsys):
     before = logging.getLogger("basicsr").handlers[:], dict(initialized_logger)
-    with run_log(Processes(), tmp_path, "train.log") as log:
+    with run_log(Processes()) as log:
         get_root_logger().info("from a model")
+        get_root_logger().info("long\n" * 20)
+        log.record("early")
+        assert capsys.readouterr().err == ""
+        log.open(tmp_path, "train.log", ["first of all"])
         log.warning("from the loop")
     lines = (tmp_path / "train.log").read_text().splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == [
+    shown = [line for line in lines if " " in line]
+    assert [line.split(" ", 2)[2] for line in shown if "long" not in line] == [
+        "INFO: first of all",
         "INFO: from a model",
         "WARNING: from the loop",
     ]
-    assert capsys.readouterr().err.splitlines() == lines
+    assert lines.count("long") == 19
+    assert capsys.readouterr().err.splitlines() == [line for line in shown if "long" not in line]
+    assert '"event": "early"' in (tmp_path / "log.jsonl").read_text()
     assert (logging.getLogger("basicsr").handlers, initialized_logger) == before
 
 
 def test_another_process_writes_no_file_and_only_errors(tmp_path, capsys):
-    with run_log(Processes(rank=1, world=2), tmp_path, "train.log") as log:
+    with run_log(Processes(rank=1, world=2)) as log:
+        log.open(tmp_path, "train.log")
         log.info("hidden")
         log.record("train", iter=1)
         logging.getLogger("basicsr").error("shown")
@@ -46,7 +57,8 @@ def test_another_process_writes_no_file_and_only_errors(tmp_path, capsys):
 
 def test_json_lines_hold_what_json_cannot_and_are_appended(tmp_path):
     for value in (float("inf"), 1.5):
-        with run_log(Processes(), tmp_path, "train.log") as log:
+        with run_log(Processes()) as log:
+            log.open(tmp_path, "train.log")
             log.record("validation", metrics={"psnr": value}, name="späti")
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["metrics"]["psnr"] for entry in entries] == ["inf", 1.5]
@@ -144,16 +156,16 @@ def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, columns):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        with progress_bar(Processes(), 10, 4, "iter") as bar:
+        with progress_bar("", 10, "iter", done=4, transient=True) as bar:
             bar.update()
             bar.refresh()
         shown = os.read(ours, 10_000).decode()
         assert "5/10" in shown
-        assert progress_bar(Processes(rank=1, world=2), 10, 4, "iter").disable
+        assert progress_bar("", 10, "iter", hidden=True).disable
     os.close(ours)
 
 
 def test_a_file_gets_no_bar(tmp_path, monkeypatch):
     with (tmp_path / "out").open("w") as file:
         monkeypatch.setattr(sys, "stderr", file)
-        assert progress_bar(Processes(), 10, 0, "iter").disable
+        assert progress_bar("", 10, "iter", transient=True).disable

@@ -158,7 +158,7 @@ def test_the_best_weights_are_kept_over_a_resume(root, monkeypatch):
     figures = iter([30.0, 32.0, 31.0, 29.0, 33.0, 28.0])
 
     def evaluated(self):
-        from dlgsanet_arch.pipeline.evaluation import Evaluation
+        from dlgsanet_arch.pipeline.reports import Evaluation
 
         iteration = self._progress.iteration
         return [Evaluation("made_val", iteration, (), {"psnr": next(figures)})]

@@ -244,7 +244,8 @@ def test_auto_resume_never_starts_over_in_silence(root, options, tmp_path, files
     run = root / "experiments" / "small"
     for name in files:
         (run / name).parent.mkdir(parents=True)
-        content = {"epoch": 0, "iter": 2, "params": small_weights(dim=24)}
+        content = {"epoch": 0, "iter": 2, "optimizers": [], "schedulers": []}
+        content["params"] = small_weights(dim=24)
         torch.save(content, run / name)
     file = helpers.write_options(tmp_path / "train.yml", options)
     before = listing(root)

@@ -1,7 +1,6 @@
 """Every data set is checked before a run: what BasicSR would fail on, or read otherwise."""
 
 import json
-import os
 import shutil
 import struct
 import zlib
@@ -18,8 +17,6 @@ from dlgsanet_arch.data import listing
 from dlgsanet_arch.data.check import batch_problems, scan
 from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.headers import read_header
-from dlgsanet_arch.pipeline import disk
-from dlgsanet_arch.pipeline.disk import check_disk
 
 SAMPLES = 3
 DATABASE = {"type": "lmdb"}
@@ -454,56 +451,3 @@ def test_an_epoch_must_have_a_whole_batch(options):
     options["datasets"]["train"]["dataset_enlarge_ratio"] = 3
     assert batch_problems(options, {"train": 4}, 3) == []
     assert batch_problems(options, {}, 3) == []
-
-
-def pair_size(root, options):
-    """What BasicSR's model really writes for a pair."""
-    import torch
-    from basicsr.archs import build_network
-
-    network = build_network(options["network_g"])
-    optimizer = torch.optim.Adam(network.parameters())
-    sum(parameter.sum() for parameter in network.parameters()).backward()
-    optimizer.step()
-    weights = network.state_dict()
-    torch.save({"params": weights, "params_ema": weights | {}}, root / "a.pth")
-    copied = {name: tensor.clone() for name, tensor in weights.items()}
-    torch.save({"params": weights, "params_ema": copied}, root / "a.pth")
-    torch.save(optimizer.state_dict(), root / "a.state")
-    return sum((root / name).stat().st_size for name in ("a.pth", "a.state"))
-
-
-@pytest.mark.parametrize("network", [None, {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}])
-def test_the_room_for_checkpoints_is_estimated(root, options, monkeypatch, network):
-    if network is not None:
-        options["network_g"] = network
-    size = pair_size(root, options)
-    options["train"]["total_iter"], options["logger"]["save_checkpoint_freq"] = 10, 2
-
-    def with_room_for(pairs):
-        usage = shutil._ntuple_diskusage(0, 0, int(pairs * size))
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)
-        return check_disk(options, root, train=True)
-
-    assert with_room_for(6.5) == ([], [])
-    problems, warnings = with_room_for(5)
-    assert problems == []
-    assert "GB for 6; they will not all fit" in only(warnings)
-    problems, warnings = with_room_for(1.5)
-    assert warnings == []
-    assert "make room for at least two" in only(problems)
-    options["logger"]["keep_last"] = 2
-    assert with_room_for(3.3) == ([], [])
-
-
-def test_folders_must_take_what_is_written(root, options, monkeypatch):
-    assert check_disk(options, root, train=True) == ([], [])
-    assert check_disk(options, root, train=False) == ([], [])
-    (root / "results").touch()
-    problem = only(check_disk(options, root, train=False)[0])
-    assert problem.startswith(f"{root / 'results'} is not a folder")
-    (root / "experiments").mkdir(mode=0o500)
-    allowed = os.access
-    closed = root / "experiments"
-    monkeypatch.setattr(disk.os, "access", lambda path, how: path != closed and allowed(path, how))
-    assert f"{closed} cannot be written to" in only(check_disk(options, root, train=True)[0])

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import logging
@@ -19,8 +20,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dlgsanet_arch import training
+from dlgsanet_arch.averaging import FollowsSchedule, average
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.training import DLGSANetModel, FiniteLosses, average, update_learning_rate
+from dlgsanet_arch.pipeline import losses as loss_module
+from dlgsanet_arch.pipeline.adapter import adapt
+from dlgsanet_arch.pipeline.losses import FiniteLosses
+from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.training import DLGSANetModel
+
+update_learning_rate = FollowsSchedule.update_learning_rate
 
 EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1}
 EDSR |= {"upscale": 2}
@@ -175,7 +183,7 @@ def test_an_overflow_passes_the_step_over_and_is_no_bad_loss(tmp_path):
     assert not math.isfinite(log["grad_norm"])
     assert_equal(weights(model.net_g), before)
     assert model.scaler.get_scale() == 2.0**39
-    watch = FiniteLosses(tmp_path)
+    watch = watcher(tmp_path)
     watch.watch(1, ["a"], model.log_dict)
     watch.check()
 
@@ -567,14 +575,10 @@ def test_the_average_holds_what_validation_needs(tmp_path):
     assert_equal(averaged, buffers)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(
     "wrap", [lambda n: n, DataParallel, lambda n: torch.compile(n, backend="eager")]
 )
-def test_the_average_of_a_wrapped_network_is_basicsrs(tmp_path, monkeypatch, wrap, foreach):
-    if not foreach:
-        monkeypatch.delattr(torch, "_foreach_lerp_")
-        monkeypatch.delattr(torch, "_foreach_copy_")
+def test_the_average_of_a_wrapped_network_is_basicsrs(wrap):
     ours, theirs, network = NormedNet(), NormedNet(), NormedNet()
     theirs.load_state_dict(ours.state_dict())
     network.scratch = torch.ones(7)  # is in no checkpoint, and may have any size
@@ -607,13 +611,32 @@ def test_a_shared_parameter_is_averaged_once_and_a_new_one_is_met():
     assert torch.equal(ema[0].weight, tied_to_nine[0].weight)
 
 
-def test_any_model_can_use_the_functions(tmp_path):
+def test_any_model_is_adapted_once_as_a_subclass_of_its_own(tmp_path):
     model = build(tmp_path, {"type": "NormedNet"}, "SRModel", ema_decay=0.9)
+    kind, before = type(model), dict(vars(model))
+    adapt(model, Processes())
+    assert isinstance(model, kind)
+    assert type(model).__name__ == "SRModel"
+    assert vars(model) == before  # nothing is replaced on the instance
     train(model)
-    training.update_average(model, decay=0)
+    model.model_ema(decay=0)
     assert_equal(weights(model.net_g_ema), weights(model.net_g))
-    update_learning_rate(model, 4, 8)
+    model.update_learning_rate(4, 8)
     assert model.get_current_learning_rate() == [5e-4 * 4 / 8]
+
+
+def test_a_class_that_has_its_own_method_keeps_it(tmp_path, messages):
+    model = build(tmp_path, model_type="SRModel")
+
+    class OwnAverage(type(model)):
+        def model_ema(self, decay=0.999):
+            self.averaged = decay
+
+    model.__class__ = OwnAverage
+    adapt(model, Processes())
+    model.model_ema(0.5)
+    assert model.averaged == 0.5
+    assert messages[-1] == "OwnAverage has a method model_ema of its own: which stays"
 
 
 class OnDevice(torch.Tensor):
@@ -635,13 +658,32 @@ def on_device():
     return lambda value: torch.tensor(value).as_subclass(OnDevice)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gathering(Processes):
+    """One of several processes, whose answers are made up."""
+
+    answers: object = None
+    distributed = True
+
+    def gather(self, value):
+        return self.answers(value)
+
+
+def watcher(folder, processes=None):
+    watch = FiniteLosses(processes or Processes())
+    watch.folder = folder
+    if not folder.exists():
+        folder.mkdir()
+    return watch
+
+
 def report(folder, iteration):
     return json.loads((folder / f"non_finite_{iteration}.json").read_text())
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_a_loss_on_the_host_stops_at_once_and_names_the_batch(tmp_path, kind):
-    watch = FiniteLosses(tmp_path / "run")
+    watch = watcher(tmp_path / "run")
     watch.watch(1, ["a.png", "b.png"], {"l_pix": kind(1.0)})
     watch.check()
     message = r"iteration 2 .*\(l_pix 0\.5, l_style nan\).*non_finite_2\.json"
@@ -655,7 +697,7 @@ def test_a_loss_on_the_host_stops_at_once_and_names_the_batch(tmp_path, kind):
 
 
 def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device):
-    watch = FiniteLosses(tmp_path)
+    watch = watcher(tmp_path)
     for iteration in range(1, 6):
         bad = {3: math.inf, 4: math.nan}.get(iteration, 0.1)
         watch.watch(iteration, [f"{iteration}.png"], {"a": on_device(0.2), "b": on_device(bad)})
@@ -668,8 +710,8 @@ def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device):
 
 
 def test_what_is_kept_is_bounded(tmp_path, on_device, monkeypatch):
-    monkeypatch.setattr(training, "_KEPT", 3)
-    watch = FiniteLosses(tmp_path)
+    monkeypatch.setattr(loss_module, "_KEPT", 3)
+    watch = watcher(tmp_path)
     for iteration in range(1, 9):
         watch.watch(iteration, [], {"a": on_device(0.2)})
     assert OnDevice.waits == 2
@@ -684,7 +726,7 @@ def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):
         collected.append(found)
         return [None] * 3 if len(collected) < 4 else collected[:3]
 
-    ranks = [FiniteLosses(tmp_path, gather, writes=rank == 0) for rank in losses]
+    ranks = [watcher(tmp_path, Gathering(rank, 3, answers=gather)) for rank in losses]
     for rank, watch in enumerate(ranks):
         for iteration, value in enumerate(losses[rank], 1):
             watch.watch(iteration, [f"{rank}-{iteration}"], {"l": value})
@@ -704,14 +746,14 @@ def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):
 
 def test_a_folder_that_cannot_be_written_leaves_the_names_in_the_message(tmp_path):
     (tmp_path / "run").write_text("a file")
-    watch = FiniteLosses(tmp_path / "run")
+    watch = watcher(tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot be written .*\['a\.png'\]"):
         watch.watch(1, ["a.png"], {"l_pix": math.nan})
 
 
 @pytest.mark.parametrize("model_type", ["DLGSANetModel", "SRModel"])
 def test_a_bad_sample_is_caught_through_a_models_log(tmp_path, model_type):
-    model, watch = build(tmp_path, model_type=model_type), FiniteLosses(tmp_path)
+    model, watch = build(tmp_path, model_type=model_type), watcher(tmp_path)
     for iteration, data in enumerate(batches(3), 1):
         if iteration == 2:
             data["gt"][1, 0, 0, 0] = math.nan

@@ -1,40 +1,21 @@
-"""Weights that a run starts from: whole, of the network asked for, and the ones that are meant."""
+"""Weights that a run starts from: complete, of the right network, and the ones that are meant."""
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from torch import nn
+from basicsr.archs import build_network
 
 from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.checkpoint import CheckpointError
+from dlgsanet_arch.options import Context
 from dlgsanet_arch.pipeline import weights as module
-from dlgsanet_arch.pipeline.weights import check
+from dlgsanet_arch.pipeline.checkpoints import Start
 
 EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1}
-SWINIR = {
-    "type": "SwinIR", "img_size": 8, "embed_dim": 12, "depths": [2], "num_heads": [2],
-    "window_size": 4, "upscale": 2, "upsampler": "pixelshuffledirect",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def registered():
-    class OnTheCPU(nn.Module):
-        """Computes with values while it is built, as some networks do."""
-
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
-            self.layer = nn.Conv2d(channels, channels, 1)
-
-    class Broken(nn.Module):
-        def __init__(self, channels: int) -> None:
-            raise AssertionError(f"{channels} is too few")
-
-    found = module.registered_networks()
-    return {"arch": dict(found["arch"]) | {"OnTheCPU": OnTheCPU, "Broken": Broken}}
 
 
 @pytest.fixture
@@ -47,8 +28,6 @@ def save(tmp_path):
 
 
 def state(network):
-    from basicsr.archs import build_network
-
     return build_network(network).state_dict()
 
 
@@ -61,26 +40,33 @@ def options_of(network, train=False, **paths):
     return options
 
 
-def load_in_basicsr(options, root, changes):
-    """Load the weights as BasicSR does; returns the values of the first tensor."""
-    from basicsr.models import build_model
-
-    options = copy.deepcopy(options) | {"is_train": False, "num_gpu": 0, "dist": False}
-    options["path"]["pretrain_network_g"] = str(root / options["path"]["pretrain_network_g"])
-    for path, value in changes.items():
-        options["path"][path.removeprefix("path:")] = value
-    return next(build_model(options).net_g.parameters()).flatten()[0].item()
-
-
 @pytest.fixture
-def found(tmp_path, registered):
+def found(tmp_path):
     def found(options, train=False, resumed=None):
+        """Read what a run starts from, and load it into new networks."""
         before = copy.deepcopy(options)
-        result = check(options, tmp_path, train=train, registered=registered, resumed=resumed or {})
+        pair = {key: (path, torch.load(path)) for key, path in (resumed or {}).items()}
+        start = Start(Path("2.state"), {"iter": 2}, pair) if resumed else Start()
+        context = Context(options, train, tmp_path, None)
+        sources, problems, notes = module.sources(context, start)
+        model = SimpleNamespace()
+        for key in sources:
+            setattr(model, key.replace("network", "net"), build_network(options[key]))
+            if train and key == "network_g":
+                model.net_g_ema = build_network(options[key])
+        try:
+            notes += module.load(model, options, sources)
+        except CheckpointError as error:
+            problems.append(str(error))
         assert options == before
-        return result
+        keys = {key: source.key for key, source in sources.items()}
+        return SimpleNamespace(problems=problems, notes=notes, keys=keys, model=model)
 
     return found
+
+
+def first_value(network):
+    return next(network.parameters()).flatten()[0].item()
 
 
 def constant(state_dict, value):
@@ -107,14 +93,14 @@ def test_the_weights_that_are_meant_are_found(save, found, tmp_path, layout, tes
     options = options_of(EDSR, pretrain_network_g=save(content))
     result = found(options)
     assert result.problems == []
-    assert result.changes == {"path:param_key_g": tested}
+    assert result.keys == {"network_g": tested}
     assert result.notes == [f"testing {tested or 'the weights'} of {tmp_path / 'weights.pth'}"]
     value = layout[tested] if tested else layout
-    assert load_in_basicsr(options, tmp_path, result.changes) == value
+    assert first_value(result.model.net_g) == value
     training = options_of(EDSR, train=True, pretrain_network_g="weights.pth")
     training["train"]["ema_decay"] = 0
     result = found(training, train=True)
-    assert result.changes == {"path:param_key_g": trained}
+    assert result.keys == {"network_g": trained}
     assert result.notes[0].startswith(f"network_g starts from {trained or 'the weights'} of ")
 
 
@@ -122,7 +108,7 @@ def test_a_key_that_is_asked_for_is_used(save, found, tmp_path):
     content = {"params": state(EDSR), "params_ema": state(EDSR)}
     options = options_of(EDSR, pretrain_network_g=save(content), param_key_g="params")
     result = found(options)
-    assert (result.problems, result.changes) == ([], {})
+    assert (result.problems, result.keys) == ([], {"network_g": "params"})
     assert result.notes == [f"testing params of {tmp_path / 'weights.pth'}"]
 
 
@@ -177,11 +163,12 @@ def test_weights_that_fit_in_part_are_counted(save, found, tmp_path):
     options = options_of(EDSR, pretrain_network_g=save({"params": part}), strict_load_g=False)
     result = found(options)
     assert result.problems == []
-    assert result.notes[0] == (
+    assert result.notes[1] == (
         f"network_g: loads 3 of {len(weights)} tensors of {tmp_path / 'weights.pth'}, as "
         "path:strict_load_g is false"
     )
-    load_in_basicsr(options, tmp_path, result.changes)
+    loaded = result.model.net_g.state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in list(weights)[:3])
 
 
 def test_a_dlgsanet_of_another_configuration_is_named_by_its_arguments(save, found):
@@ -204,7 +191,7 @@ def test_every_network_of_a_training_is_checked(save, found):
     (problem,) = result.problems
     assert problem.startswith("path:pretrain_network_d: ")
     assert "than this UNetDiscriminatorSN" in problem
-    assert result.changes == {"path:param_key_g": "params"}
+    assert result.keys["network_g"] == "params"
     assert found(options).problems == []  # a test has no use for it
 
 
@@ -216,42 +203,28 @@ def test_averages_must_start_from_something(save, found):
     assert found(options, train=True).problems == []
 
 
-def test_weights_of_a_saved_state_are_checked_instead_of_the_options(save, found, tmp_path):
-    resumed = {
-        "network_g": tmp_path / save({"params": state(EDSR), "params_ema": 1}, "net_g_2.pth")
-    }
+def test_the_average_starts_from_the_averaged_weights_where_there_are_any(save, found):
+    options = options_of(EDSR, train=True, pretrain_network_g="weights.pth")
+    for content, expected in (({"params": 1, "params_ema": 2}, 2), ({"params": 1}, 1)):
+        save({key: constant(state(EDSR), value) for key, value in content.items()})
+        model = found(options, train=True).model
+        assert (first_value(model.net_g), first_value(model.net_g_ema)) == (1, expected)
+
+
+def test_weights_of_a_saved_state_replace_those_of_the_options(save, found, tmp_path):
+    content = {"params": constant(state(EDSR), 3), "params_ema": constant(state(EDSR), 4)}
+    resumed = {"network_g": tmp_path / save(content, "net_g_2.pth")}
     options = options_of(EDSR, train=True, pretrain_network_g=save({"params": {}}))
     result = found(options, train=True, resumed=resumed)
-    assert (result.problems, result.notes, result.changes) == ([], [], {})
+    assert (result.problems, result.notes) == ([], [])
+    assert (first_value(result.model.net_g), first_value(result.model.net_g_ema)) == (3, 4)
     options["network_g"] = EDSR | {"num_block": 2}
     (problem,) = found(options, train=True, resumed=resumed).problems
     assert problem.startswith(f"network_g: {resumed['network_g']}: ")
     assert "absent from the file: body.1" in problem
 
 
-def test_networks_that_compute_while_they_are_built_are_compared(save, found):
-    """SwinIR cannot be built without memory; its real tensors are compared then."""
-    with pytest.raises(RuntimeError), torch.device("meta"):
-        state(SWINIR)
-    assert found(options_of(SWINIR, pretrain_network_g=save(state(SWINIR)))).problems == []
-    other = SWINIR | {"embed_dim": 24}
-    assert len(found(options_of(other, pretrain_network_g="weights.pth")).problems) == 1
-    before = torch.get_rng_state()
-    network = {"type": "OnTheCPU", "channels": 2}
-    (problem,) = found(options_of(network, pretrain_network_g="weights.pth")).problems
-    assert "absent from the file: layer.weight, layer.bias" in problem
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_network_that_cannot_be_built_is_a_problem(found):
-    assert found(options_of({"type": "Broken", "channels": 2})).problems == [
-        "network_g: Broken cannot be built: AssertionError: 2 is too few"
-    ]
-
-
-@pytest.mark.parametrize(
-    "network", [None, 5, {}, {"type": "No"}, {"type": "EDSR"}, {"type": "EDSR", "a": 1}]
-)
+@pytest.mark.parametrize("network", [None, 5, {}])
 def test_what_the_check_of_options_reports_is_passed_over(save, found, network):
     result = found(options_of(network, pretrain_network_g=save({"params": state(EDSR)})))
     assert result.problems == []

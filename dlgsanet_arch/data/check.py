@@ -37,13 +37,14 @@ class Scan:
     """Findings about the data sets of an option file, one a line, and samples by phase.
 
     Problems begin with the option's path; warnings name what BasicSR changes in images without
-    saying so; notes say how much was checked.
+    saying so; notes say how much was checked; `smallest` is height and width of the smallest HR.
     """
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     samples: dict[str, int] = field(default_factory=dict)
+    smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def _check_headers(checked: Checked) -> None:
@@ -64,6 +65,8 @@ def _check_headers(checked: Checked) -> None:
         headers.append({name: header for name, header in found.items() if header is not None})
         _warn_of_changes(checked, side, headers[-1])
     if checked.set.hr is not None:
+        sizes = [header[:2] for header in headers[0].values()]
+        checked.smallest = min(sizes, key=lambda size: (min(size), max(size)), default=None)
         _check_sizes(checked, pairs, headers)
 
 
@@ -213,6 +216,8 @@ def _scan_set(phase: str, context: Context, listing: str | None, found: Scan) ->
     found.notes += [f"{path}: {note}" for note in checked.notes]
     if checked.pairs:
         found.samples[phase] = len(checked.pairs)
+    if checked.smallest:
+        found.smallest[phase] = checked.smallest
 
 
 def batch_problems(

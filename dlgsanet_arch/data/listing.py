@@ -110,6 +110,7 @@ class Checked:
         bad: Why images cannot be used, by HR's name.
         warnings: What BasicSR changes in images without saying so.
         notes: What a user should know without it being wrong.
+        smallest: Height and width of the smallest HR image that was checked.
     """
 
     set: PairSet
@@ -120,6 +121,7 @@ class Checked:
     bad: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    smallest: tuple[int, int] | None = None
     fixable: bool = False
 
     @property

@@ -1,18 +1,14 @@
 """Validation and test of BasicSR's models for single images, of any class.
 
-`install` puts it on the model that `build_model` returned. Images are loaded by workers and
-divided among the processes; PSNR and SSIM are taken where the output is; and all processes get the
-figures of all images, whose means do not depend on how they were divided. File names, the log's
-lines and what the model keeps are BasicSR's.
+Images are loaded by workers and divided among the processes; PSNR and SSIM are taken where the
+output is; and all processes get the figures of all images, whose means do not depend on how they
+were divided. File names, the log's lines and what the model keeps are BasicSR's.
 """
 
-import csv
 import inspect
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +16,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from basicsr.data import build_dataset
 from basicsr.metrics import calculate_metric
 from basicsr.models.base_model import BaseModel
 from basicsr.models.realesrgan_model import RealESRGANModel
@@ -29,19 +24,19 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
 
 from dlgsanet_arch import metrics
-from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_atomically, write_json
-from dlgsanet_arch.pipeline.logs import progress_bar
+from dlgsanet_arch.averaging import bare
+from dlgsanet_arch.files import disk_faults_named, write_atomically
+from dlgsanet_arch.pipeline import randomness, reports
+from dlgsanet_arch.pipeline.images import EvaluationError, Images
 from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.pipeline.samples import Samples, collate, preserved_randomness, start_worker
-from dlgsanet_arch.pipeline.saving import bare
+from dlgsanet_arch.pipeline.reports import Evaluation, Row
+from dlgsanet_arch.progress import progress_bar
 from dlgsanet_arch.tiles import Run, run_in_tiles, self_ensemble
 
 DEFAULT_OVERLAP = 32  # of tiles, in LR pixels; at most half a tile
-REPORT = "evaluation.json"
 
 # What a validation's images are shown as in TensorBoard: few, and their middle.
 _SHOWN_IMAGES, _SHOWN_SIDE = 4, 512
@@ -58,119 +53,6 @@ _REPLACED = {
     "dist_validation": (SRModel.dist_validation,),
     "nondist_validation": (SRModel.nondist_validation, *_WITHOUT_SYNTHESIS),
 }
-
-
-class EvaluationError(UserError):
-    """An image that cannot be read, run, measured or written; the message names it."""
-
-
-class Row(NamedTuple):
-    """One image.
-
-    Args:
-        name: Its file's name without suffix.
-        values: The figure of each metric: inf for the PSNR of identical images, nan where the
-            network's output was not finite.
-    """
-
-    name: str
-    values: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a validation or a test found.
-
-    Args:
-        dataset: Name of the data set.
-        iteration: The iteration validated, or in a test the name of the run.
-        rows: All images in the order of their paths; none where a model has a validation of
-            its own.
-        means: Of each metric, over all images but the identical ones; inf where all are.
-        identical: Number of images that equal the ground truth, so that their PSNR is inf.
-    """
-
-    dataset: str
-    iteration: int | str
-    rows: tuple[Row, ...]
-    means: dict[str, float]
-    identical: int = 0
-
-
-class Images:
-    """A data set's images in the order of their paths, one at a time; made by `build_loader`.
-
-    Iterated over, it gives all of them, as BasicSR's own validations want; `share` gives those of
-    this process.
-
-    Args:
-        dataset: What is read.
-        processes: The processes of the run.
-        workers: Number of processes that read for this one; 0 reads in this one.
-        pin_memory: As for a DataLoader.
-    """
-
-    def __init__(
-        self, dataset: Samples, processes: Processes, *, workers: int, pin_memory: bool
-    ) -> None:
-        self.dataset = dataset
-        self.shared = range(processes.rank, len(dataset), processes.world)
-        self._workers = workers
-        self._pin_memory = pin_memory
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (batch for _, batch in self._read(range(len(self))))
-
-    def share(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Give number and content of each image of this process: every world-th from its rank.
-
-        Raises:
-            EvaluationError: An image cannot be read.
-        """
-        return self._read(self.shared)
-
-    def _read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
-        loader = DataLoader(
-            self.dataset,
-            sampler=numbers,
-            num_workers=min(self._workers, len(numbers)),
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # or starting to read would draw from the global one
-        )
-        for number, (batch, bad) in zip(numbers, loader, strict=True):
-            if batch is None:
-                raise EvaluationError(
-                    f"{bad[0]}; fix the file or take it out (`dlgsanet data verify` names all)"
-                )
-            yield number, batch
-
-
-def build_loader(dataset_opt: Mapping[str, Any], processes: Processes) -> Images:
-    """Build a data set of an option file and what reads its images.
-
-    Args:
-        dataset_opt: A `val` or `test` entry of `datasets`; `num_worker_per_gpu` (default 1) says
-            how many workers read.
-        processes: The processes of the run, among which the images are divided.
-
-    Raises:
-        EvaluationError: The data set has no image.
-    """
-    dataset = build_dataset(dataset_opt)
-    if len(dataset) == 0:
-        raise EvaluationError(f"the data set {dataset_opt['name']} has no image")
-    workers = dataset_opt.get("num_worker_per_gpu")
-    return Images(
-        Samples(dataset),
-        processes,
-        workers=1 if workers is None else int(workers),
-        pin_memory=bool(dataset_opt.get("pin_memory")) and torch.cuda.is_available(),
-    )
 
 
 def _run_otherwise(model: Any) -> None:
@@ -221,39 +103,53 @@ def _forget_image(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def _needs_target(metric: Mapping[str, Any]) -> bool:
+def needs_target(metric: Mapping[str, Any]) -> bool:
+    """Return whether a metric of `val:metrics` compares with a ground truth."""
     if metric["type"] in _ON_DEVICE:
         return True
     parameters = inspect.signature(METRIC_REGISTRY.get(metric["type"])).parameters
     return "img2" in parameters and parameters["img2"].default is inspect.Parameter.empty
 
 
-def _measure(
-    output: Tensor, target: Tensor | None, wanted: Mapping[str, Mapping[str, Any]]
+def measure(
+    output: Tensor, target: Tensor | None, wanted: Mapping[str, Mapping[str, Any]], image: str
 ) -> dict[str, Tensor | float]:
     """Return the figures of one image, PSNR and SSIM as tensors where the output is.
 
+    Args:
+        output: (1, C, H, W), RGB in [0, 1].
+        target: The ground truth, of the same shape, if there is one.
+        wanted: `val:metrics`.
+        image: What is measured, for the message.
+
     Raises:
-        ValueError: The two cannot be compared.
+        EvaluationError: A metric cannot be computed.
     """
     figures: dict[str, Tensor | float] = {}
     compared: dict[tuple[int, bool], metrics.Compared] = {}
     images: dict[str, np.ndarray] = {}
     for name, metric in wanted.items():
-        if metric["type"] in _ON_DEVICE:
-            key = int(metric["crop_border"]), bool(metric.get("test_y_channel", False))
-            if key not in compared:
-                crop_border, y_channel = key
-                compared[key] = metrics.compare(
-                    output, target, crop_border=crop_border, y_channel=y_channel
-                )
-            figures[name] = _ON_DEVICE[metric["type"]](compared[key])[0]
-            continue
-        if not images:
-            images["img"] = tensor2img([output])
-            if target is not None:
-                images["img2"] = tensor2img([target])
-        figures[name] = float(calculate_metric(images, metric))
+        try:
+            if metric["type"] in _ON_DEVICE:
+                key = int(metric["crop_border"]), bool(metric.get("test_y_channel", False))
+                if key not in compared:
+                    compared[key] = metrics.compare(
+                        output, target, crop_border=key[0], y_channel=key[1]
+                    )
+                figures[name] = _ON_DEVICE[metric["type"]](compared[key])[0]
+                continue
+            if not images:
+                images["img"] = tensor2img([output])
+                if target is not None:
+                    images["img2"] = tensor2img([target])
+            figures[name] = float(calculate_metric(images, metric))
+        except Exception as error:  # a metric may raise anything on an image that it cannot take
+            height, width = output.shape[-2:]
+            raise EvaluationError(
+                f"val:metrics:{name}: {image} of {width}x{height} pixels cannot be measured by "
+                f"{metric['type']} ({type(error).__name__}: {error}); take the image out, or leave "
+                "the metric out"
+            ) from error
     return figures
 
 
@@ -281,11 +177,12 @@ def _shown(image: Tensor) -> np.ndarray:
 
 
 class _Measured(NamedTuple):
-    """An image's place in the data set, its row, and what TensorBoard is to show of it."""
+    """An image: its place in the data set, its row, what TensorBoard is to show, and bicubic's."""
 
     number: int
     row: Row
     shown: np.ndarray | None
+    bicubic: dict[str, float]
 
 
 def _fetch(figures: Sequence[dict[str, Tensor | float]]) -> list[dict[str, float]]:
@@ -301,6 +198,20 @@ def _fetch(figures: Sequence[dict[str, Tensor | float]]) -> list[dict[str, float
 _FINITE = "output is finite"  # beside the metrics, until the figures are fetched
 
 
+def _bicubic(
+    lq: Tensor | None, target: Tensor, wanted: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Tensor | float]:
+    """Return PSNR and SSIM of LR enlarged by bicubic interpolation, for comparison."""
+    wanted = {name: metric for name, metric in wanted.items() if metric["type"] in _ON_DEVICE}
+    if lq is None or lq.shape[1] != target.shape[1]:
+        return {}
+    # With antialias PyTorch's kernel is the usual one (a = -0.5); enlarging, nothing is smoothed.
+    enlarged = F.interpolate(
+        lq.float(), size=target.shape[-2:], mode="bicubic", antialias=True, align_corners=False
+    )
+    return measure(enlarged, target, wanted, "the bicubic enlargement")
+
+
 def _measure_share(
     model: Any,
     images: Images,
@@ -309,6 +220,7 @@ def _measure_share(
     *,
     save_img: bool,
     shown: int,
+    first: bool,
 ) -> list[_Measured]:
     """Run, measure and save the images of this process.
 
@@ -319,6 +231,7 @@ def _measure_share(
         processes: The processes of the run.
         save_img: Whether images are saved.
         shown: Number of images of the data set that TensorBoard shows.
+        first: Whether bicubic enlargement is measured as well.
 
     Raises:
         EvaluationError: An image cannot be read or measured.
@@ -326,47 +239,41 @@ def _measure_share(
     """
     opt, dataset = model.opt, images.dataset.opt["name"]
     wanted = dict(opt["val"].get("metrics") or {})
-    numbers, names, figures, thumbnails = [], [], [], []
-    with_bar = opt["val"].get("pbar", True)
-    with (
-        progress_bar(processes, len(images.shared), 0, "image")
-        if with_bar
-        else nullcontext() as bar
-    ):
+    names, figures, bicubic, thumbnails = [], [], [], []
+    hidden = not opt["val"].get("pbar", True) or not processes.is_main
+    with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
         for number, batch in images.share():
             name = Path(batch["lq_path"][0]).stem
             _forget_image(model)
             model.feed_data(batch)
             _run_otherwise(model)
             output, target = _result(model)
+            lq = getattr(model, "lq", None)
             _forget_image(model)
             if target is None:
                 wanted = _without_target(wanted, dataset)
             finite = output.isfinite().all()  # before tensor2img, which clamps in place on a CPU
-            try:
-                found = _measure(output, target, wanted)
-            except ValueError as error:
-                raise EvaluationError(f"{name} of the data set {dataset}: {error}") from error
-            figures.append({_FINITE: finite, **found})
-            numbers.append(number)
+            what = f"{name} of the data set {dataset}"
+            figures.append({_FINITE: finite, **measure(output, target, wanted, what)})
+            compares = first and target is not None
+            bicubic.append(_bicubic(lq, target, wanted) if compares else {})
             names.append(name)
             thumbnails.append(_shown(output) if number < shown else None)
             if save_img:
                 _save(output, _file(opt, dataset, name, iteration))
-            if bar is not None:
-                bar.set_postfix_str(name)
-                bar.update()
-    rows = [
-        _row(name, values, dataset) for name, values in zip(names, _fetch(figures), strict=True)
-    ]
-    return [_Measured(*each) for each in zip(numbers, rows, thumbnails, strict=True)]
+            bar.set_postfix_str(name)
+            bar.update()
+    found = _fetch(figures)
+    rows = [_row(name, values, dataset) for name, values in zip(names, found, strict=True)]
+    parts = zip(images.shared, rows, thumbnails, _fetch(bicubic), strict=True)
+    return [_Measured(*each) for each in parts]
 
 
 def _without_target(
     wanted: dict[str, Mapping[str, Any]], dataset: str
 ) -> dict[str, Mapping[str, Any]]:
     """Leave out the metrics that compare, with a warning the first time."""
-    possible = {name: metric for name, metric in wanted.items() if not _needs_target(metric)}
+    possible = {name: metric for name, metric in wanted.items() if not needs_target(metric)}
     if left_out := [name for name in wanted if name not in possible]:
         get_root_logger().warning(
             f"the data set {dataset} has no ground truth: {', '.join(left_out)} of val:metrics "
@@ -390,7 +297,8 @@ def _undisturbed(model: Any) -> Iterator[None]:
     """Leave a model's networks and this process's random numbers as they are.
 
     In the block, networks are without DistributedDataParallel: it sends buffers in each forward,
-    and processes with one image less would be waited for.
+    and processes with one image less would be waited for. The Real-ESRGAN models take images as
+    they are.
     """
     networks = {
         name: value
@@ -398,119 +306,48 @@ def _undisturbed(model: Any) -> Iterator[None]:
         if name.startswith("net_") and isinstance(value, nn.Module)
     }
     modes = [(each, each.training) for net in networks.values() for each in net.modules()]
-    on_cuda = torch.device(model.device).type == "cuda"
-    devices = [torch.cuda.current_device()] if on_cuda else []
+    is_train = model.is_train
+    if type(model).nondist_validation in _WITHOUT_SYNTHESIS:
+        model.is_train = False
     vars(model).update({name: bare(network) for name, network in networks.items()})
     try:
-        with preserved_randomness(), torch.random.fork_rng(devices=devices), torch.no_grad():
+        with randomness.preserved(), torch.no_grad():
             yield
     finally:
+        model.is_train = is_train
         vars(model).update(networks)
         for module, mode in modes:
             module.training = mode
 
 
-@contextmanager
-def _without_synthesis(model: Any) -> Iterator[None]:
-    """Let the Real-ESRGAN models take images as they are."""
-    if type(model).nondist_validation not in _WITHOUT_SYNTHESIS:
-        yield
-        return
-    before, model.is_train = model.is_train, False
-    try:
-        yield
-    finally:
-        model.is_train = before
-
-
-def _mean(values: Sequence[float], *, higher_is_better: bool) -> float:
-    """Return the mean of all but the identical images' figures, the same in whatever order."""
-    counted = [value for value in values if not (higher_is_better and value == math.inf)]
-    return math.fsum(counted) / len(counted) if counted else math.inf
-
-
-def _higher_is_better(metric: Mapping[str, Any]) -> bool:
-    return metric.get("better", "higher") == "higher"
-
-
-def _summary(
-    dataset: str,
-    iteration: int | str,
-    rows: Sequence[Row],
-    wanted: Mapping[str, Mapping[str, Any]],
-) -> Evaluation:
-    means = {
-        name: _mean([row.values[name] for row in rows], higher_is_better=_higher_is_better(metric))
-        for name, metric in wanted.items()
-        if all(name in row.values for row in rows)
-    }
-    identical = [
-        sum(row.values[name] == math.inf for row in rows)
-        for name in means
-        if _higher_is_better(wanted[name])
-    ]
-    return Evaluation(dataset, iteration, tuple(rows), means, max(identical, default=0))
-
-
-def _keep(model: Any, found: Evaluation) -> None:
-    """Note means and bests on the model, as BasicSR does."""
-    model.metric_results = dict(found.means)
-    if not hasattr(model, "best_metric_results"):
-        model.best_metric_results = {}
-    record = model.best_metric_results.setdefault(found.dataset, {})
-    for name, metric in (model.opt["val"].get("metrics") or {}).items():
-        rises = _higher_is_better(metric)
-        worst = -math.inf if rises else math.inf
-        best = record.setdefault(
-            name, {"better": metric.get("better", "higher"), "val": worst, "iter": -1}
-        )
-        value = found.means.get(name, math.nan)
-        if value >= best["val"] if rises else value <= best["val"]:
-            best["val"], best["iter"] = value, found.iteration
-
-
-def _report(model: Any, found: Evaluation, tb_logger: Any) -> None:
-    """Write BasicSR's lines to the log and its scalars to TensorBoard."""
-    if not found.means:
-        return
-    lines = [f"Validation {found.dataset}\n"]
-    for name, value in found.means.items():
-        best = model.best_metric_results[found.dataset][name]
-        line = f"\t # {name}: {value:.4f}\tBest: {best['val']:.4f} @ {best['iter']} iter"
-        if found.identical and any(row.values[name] == math.inf for row in found.rows):
-            line += f"\tidentical (inf, not in the mean): {found.identical} of {len(found.rows)}"
-        lines.append(f"{line}\n")
-        if tb_logger is not None:
-            tb_logger.add_scalar(f"metrics/{found.dataset}/{name}", value, found.iteration)
-    get_root_logger().info("".join(lines))
-
-
-def _validate(
+def validate(
     model: Any,
     processes: Processes,
-    dataloader: Images,
-    current_iter: int | str,
+    images: Images,
+    iteration: int | str,
     tb_logger: Any,
-    save_img: bool = False,
+    save_img: bool,
 ) -> Evaluation:
-    """Stand in for a model's `validation`; every process calls, and each gets the whole result.
+    """Validate a model; every process calls, and each gets the complete result.
 
     Raises:
         UserError: An image cannot be read, measured or written.
     """
-    dataset = dataloader.dataset.opt["name"]
+    dataset = images.dataset.opt["name"]
     shows = processes.share(tb_logger is not None and model.opt["is_train"])
+    first = model.opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
     measured: list[_Measured] = []
     error: Exception | None = None
     try:
-        with _undisturbed(model), _without_synthesis(model):
+        with _undisturbed(model):
             measured = _measure_share(
                 model,
-                dataloader,
-                current_iter,
+                images,
+                iteration,
                 processes,
                 save_img=save_img,
                 shown=_SHOWN_IMAGES if shows else 0,
+                first=first,
             )
     except Exception as caught:  # the others wait for this process, and are to learn of it
         error = caught
@@ -518,97 +355,43 @@ def _validate(
     everything = [each for share in processes.gather(measured) for each in share]
     everything.sort(key=lambda each: each.number)
     wanted = model.opt["val"].get("metrics") or {}
-    found = _summary(dataset, current_iter, [each.row for each in everything], wanted)
+    bicubic = [each.bicubic for each in everything]
+    rows = [each.row for each in everything]
+    found = reports.summarise(dataset, iteration, rows, wanted, bicubic)
     if wanted:
-        _keep(model, found)
+        reports.keep(model, found)
     if processes.is_main:
-        _report(model, found, tb_logger)
-        for _, row, shown in everything:
-            if shown is not None:
-                tb_logger.add_image(f"validation/{dataset}/{row.name}", shown, current_iter)
+        reports.log(model, found, tb_logger)
+        for each in everything:
+            if each.shown is not None:
+                tag = f"validation/{dataset}/{each.row.name}"
+                tb_logger.add_image(tag, each.shown, iteration)
     return found
 
 
-def _validate_by_its_own(
+def validate_by(
+    own: Callable[..., None],
     model: Any,
     processes: Processes,
-    validation: Callable[..., None],
-    dataloader: Images,
-    current_iter: int | str,
+    images: Images,
+    iteration: int | str,
     tb_logger: Any,
-    save_img: bool = False,
+    save_img: bool,
 ) -> Evaluation:
     """Call the validation that a model's class brings, which works on the main process alone."""
     error: Exception | None = None
     try:
         with _undisturbed(model):
-            validation(dataloader, current_iter, tb_logger, save_img)
-    except Exception as caught:  # as in _validate
+            own(images, iteration, tb_logger, save_img)
+    except Exception as caught:  # as in validate
         error = caught
     processes.agree(error)
     results = getattr(model, "metric_results", None) or {}
     means = processes.share({name: float(value) for name, value in results.items()})
-    return Evaluation(dataloader.dataset.opt["name"], current_iter, (), means)
+    return Evaluation(images.dataset.opt["name"], iteration, (), means)
 
 
-def install(model: Any, processes: Processes) -> None:
-    """Make `model.validation` this module's, for a loader that `build_loader` made.
-
-    It returns an `Evaluation` on every process, all of which call it. A model whose class brings a
-    validation of its own keeps it, for the whole set on the main process, and the log says so; its
-    `Evaluation` has no rows.
-
-    Args:
-        model: Of BasicSR's or a third party's, as `build_model` returned it.
-        processes: The processes of the run.
-    """
-    for name, known in _REPLACED.items():
-        if getattr(type(model), name, None) not in known:
-            get_root_logger().info(
-                f"{type(model).__name__} has a method {name} of its own: it validates and tests as "
-                "that says, on the main process"
-            )
-            model.validation = partial(_validate_by_its_own, model, processes, model.validation)
-            return
-    model.validation = partial(_validate, model, processes)
-
-
-def _readable(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Return figures for JSON, which has no inf and nan, as numbers or words."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
-def write_reports(evaluations: Sequence[Evaluation], folder: Path) -> None:
-    """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
-
-    Infinite figures are written as ``inf``, and undefined ones as ``nan``.
-
-    Args:
-        evaluations: Of different data sets.
-        folder: Is made where it is missing; earlier reports are replaced.
-
-    Raises:
-        UserError: A file cannot be written.
-    """
-    with disk_faults_named(f"the reports in {folder} cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for each in evaluations:
-            text = io.StringIO()
-            table = csv.writer(text, lineterminator="\n")
-            table.writerow(["image", *each.means])
-            table.writerows(
-                [row.name, *(row.values[name] for name in each.means)] for row in each.rows
-            )
-            write_atomically(folder / f"{each.dataset}.csv", text.getvalue().encode())
-        write_json(
-            folder / REPORT,
-            {
-                each.dataset: {
-                    "iteration": each.iteration,
-                    "means": _readable(each.means),
-                    "identical": each.identical,
-                    "images": [{"image": row.name, **_readable(row.values)} for row in each.rows],
-                }
-                for each in evaluations
-            },
-        )
+def foreign_method(kind: type) -> str | None:
+    """Name the method by which a class of models validates in its own way, if it has one."""
+    replaced = (name for name, known in _REPLACED.items() if getattr(kind, name, None) not in known)
+    return next(replaced, None)

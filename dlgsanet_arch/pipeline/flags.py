@@ -42,6 +42,11 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         help="when resuming, take optimizer, schedule and seed from the option file as it is now",
     )
     parser.add_argument(
+        "--no_trial",
+        action="store_true",
+        help="do not try a sample, a step and the metrics before the run is created",
+    )
+    parser.add_argument(
         "--import",
         dest="packages",
         nargs="+",

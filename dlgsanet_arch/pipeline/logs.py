@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,27 @@ from dlgsanet_arch.pipeline.processes import Processes
 _FORMAT = "%(asctime)s %(levelname)s: %(message)s"
 _NAME = "basicsr"
 LOG = "log.jsonl"  # of each run, in its folder
+_LONG = 10  # lines of a message, such as a network's modules or all options
 
 
 class _Console(logging.Handler):
-    """Writes lines to stderr, above a progress bar where there is one."""
+    """Writes lines to stderr, above a progress bar; what is long goes into the file alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        text = self.format(record)
+        if record.levelno > logging.INFO or text.count("\n") < _LONG:
+            tqdm.write(text, file=sys.stderr)
+
+
+class _Kept(logging.Handler):
+    """Keeps lines until there is a folder for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class _File(logging.FileHandler):
@@ -56,18 +70,47 @@ def _readable(value: Any) -> Any:
 class RunLog:
     """The logs of a run; on a process that is not the main one it only prints errors.
 
+    What is said before `open` is kept, and shown then: a run that cannot start says why, and
+    nothing else.
+
     Args:
         processes: The processes of the run.
-        json_lines: File to append to.
 
     Attributes:
         tensorboard: TensorBoard's writer, None where it is not used.
     """
 
-    def __init__(self, processes: Processes, json_lines: Path) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.tensorboard: Any = None
+        self.handlers: list[logging.Handler] = [_Kept()]
         self._logger = logging.getLogger(_NAME)
-        self._json_lines = json_lines if processes.is_main else None
+        self._is_main = processes.is_main
+        self._json_lines: Path | None = None
+        self._events: list[str] = []
+
+    def open(self, folder: Path, text_log: str, first: Sequence[str] = ()) -> None:
+        """Write to the run's folder and the console from here on.
+
+        Args:
+            folder: The run's folder.
+            text_log: Name of the text log in it, as BasicSR names it.
+            first: Lines that come before what was kept.
+        """
+        (kept,) = self.handlers
+        self.handlers = [_Console()]
+        if self._is_main:
+            self.handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
+            self._json_lines = folder / LOG
+        for handler in self.handlers:
+            handler.setFormatter(logging.Formatter(_FORMAT))
+        self._logger.handlers[:] = self.handlers
+        for line in first:
+            self.info(line)
+        for record in kept.records:
+            self._logger.handle(record)
+        events, self._events = self._events, []
+        for line in events:
+            self._append(line)
 
     def info(self, text: str) -> None:
         """Write a line."""
@@ -79,10 +122,17 @@ class RunLog:
 
     def record(self, event: str, **values: Any) -> None:  # free-form by nature
         """Append a JSON line: time, event and values."""
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"time": now, "event": event, **_readable(values)}
+        line = json.dumps(content, ensure_ascii=False)
+        if self._json_lines is not None:
+            self._append(line)
+        elif self._is_main:
+            self._events.append(line)
+
+    def _append(self, line: str) -> None:
         if self._json_lines is None:
             return
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        line = json.dumps({"time": now, "event": event, **_readable(values)}, ensure_ascii=False)
         try:
             with self._json_lines.open("ab+") as file:
                 if file.seek(0, os.SEEK_END):
@@ -95,34 +145,23 @@ class RunLog:
 
 
 @contextmanager
-def run_log(processes: Processes, folder: Path, text_log: str) -> Iterator[RunLog]:
-    """Open the logs of a run in its folder; at the end BasicSR's logger is as it was.
-
-    Args:
-        processes: The processes of the run.
-        folder: The run's folder.
-        text_log: Name of the text log in it, as BasicSR names it.
-    """
+def run_log(processes: Processes) -> Iterator[RunLog]:
+    """Take BasicSR's logger for the logs of a run; at the end it is as it was."""
     from basicsr.utils.logger import initialized_logger
 
     logger = logging.getLogger(_NAME)
     before = logger.handlers[:], logger.level, logger.propagate, _NAME in initialized_logger
-    handlers: list[logging.Handler] = [_Console()]
-    if processes.is_main:
-        handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
-    logger.handlers[:] = handlers
+    log = RunLog(processes)
+    logger.handlers[:] = log.handlers
     logger.setLevel(logging.INFO if processes.is_main else logging.ERROR)
     logger.propagate = False
     initialized_logger[_NAME] = True
-    log = RunLog(processes, folder / LOG)
     try:
         yield log
     finally:
         if log.tensorboard is not None:
             log.tensorboard.close()
-        for handler in handlers:
+        for handler in log.handlers:
             handler.close()
         logger.handlers[:], logger.level, logger.propagate = before[:3]
         if not before[3]:
@@ -226,22 +265,4 @@ def training_line(
         f"[eta: {eta}, time (data): {pace['time']:.3f} ({pace['data_time']:.3f}), "
         f"{pace['samples_per_second']:.1f} samples/s{memory}] "
         + "".join(f"{key}: {value:.4e} " for key, value in losses.items())
-    )
-
-
-def progress_bar(processes: Processes, total: int, done: int, unit: str) -> tqdm:
-    """Return a bar on a terminal; one that shows nothing in a file or on another process."""
-    hidden = not processes.is_main or not sys.stderr.isatty()
-    # Terminals of containers and notebooks may not tell their width, and tqdm then shows nothing.
-    knows_width = False
-    with suppress(OSError):
-        knows_width = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return tqdm(
-        total=total,
-        initial=done,
-        unit=unit,
-        disable=hidden,
-        dynamic_ncols=knows_width,
-        ncols=None if knows_width else 80,
-        leave=False,
     )

@@ -7,34 +7,35 @@ A state that is saved before its iteration's validation says so, and a resumed r
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from dlgsanet_arch._basicsr import read_state
+from dlgsanet_arch.averaging import bare
 from dlgsanet_arch.errors import Interrupted, UserError
-from dlgsanet_arch.pipeline import evaluation, models, resume
-from dlgsanet_arch.pipeline.logs import Pace, RunLog, progress_bar, training_line
-from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.pipeline.samples import BadSample, Samples, collate, start_worker
-from dlgsanet_arch.pipeline.sampling import Batches, Sampling
-from dlgsanet_arch.pipeline.saving import (
-    Progress,
-    Saver,
-    progress_of,
-    restore,
-    restore_randomness,
+from dlgsanet_arch.pipeline import checkpoints, trial
+from dlgsanet_arch.pipeline.adapter import networks_of
+from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
+from dlgsanet_arch.pipeline.images import build_loader
+from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
+from dlgsanet_arch.pipeline.losses import FiniteLosses
+from dlgsanet_arch.pipeline.processes import LostProcessError, Processes, answered
+from dlgsanet_arch.pipeline.reports import Evaluation
+from dlgsanet_arch.pipeline.samples import (
+    BadSample,
+    ReadingError,
+    Samples,
+    batches,
+    collate,
+    start_worker,
 )
+from dlgsanet_arch.pipeline.sampling import Batches, Sampling
 from dlgsanet_arch.pipeline.signals import stop_on_signals
-from dlgsanet_arch.training import FiniteLosses
-
-
-class ReadingError(UserError):
-    """The training set cannot be read on; the iterations so far are not touched by it."""
+from dlgsanet_arch.progress import progress_bar
 
 
 class _BadSamples:
@@ -58,6 +59,9 @@ class _BadSamples:
             ReadingError: There are too many, or nothing could take the place of one.
         """
         new = [each for each in dict.fromkeys(bad) if each not in self.found]
+        for each in new:
+            if not each.sample:  # no sample is at fault
+                raise ReadingError(f"{each.reason}; then resume with --auto_resume")
         found = [*self.found, *new]
         if not replaced or len(found) > self._tolerated:
             why = f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
@@ -77,19 +81,6 @@ class _BadSamples:
             self._log.record("bad_sample", sample=each.sample, reason=each.reason)
 
 
-def _names(batch: Mapping[str, Any]) -> list[str]:
-    """Return what a batch says of where its samples come from."""
-    names = batch.get("lq_path", batch.get("gt_path", ()))
-    return [str(name) for name in names]
-
-
-def _numbers(log: Mapping[str, Any]) -> dict[str, float | torch.Tensor]:
-    """Return what of a model's log is a number, on whatever device."""
-    return {
-        name: value for name, value in log.items() if isinstance(value, int | float | torch.Tensor)
-    }
-
-
 def _is_due(iteration: int, every: Any) -> bool:
     return every is not None and iteration % int(every) == 0
 
@@ -97,13 +88,20 @@ def _is_due(iteration: int, every: Any) -> bool:
 class Training:
     """A training run from its start, or where an earlier process left it, to `total_iter`.
 
+    Nothing is written before `run`.
+
     Args:
-        opt: The run's options, complete; its folders exist.
+        opt: The run's options, complete.
         processes: The processes of the run.
         log: Its logs.
         start: What it resumes from.
+        build: Builds the model, its networks with their weights.
         apply_edits: Whether optimizer, schedule and seed are those of the options, where the run
             so far had others.
+
+    Attributes:
+        model: The model.
+        validations: The validation sets.
     """
 
     def __init__(
@@ -111,72 +109,50 @@ class Training:
         opt: dict[str, Any],
         processes: Processes,
         log: RunLog,
-        start: resume.Start,
+        start: Start,
+        build: Callable[[], Any],
         *,
         apply_edits: bool = False,
     ) -> None:
         self._opt, self._processes, self._log = opt, processes, log
         self._total = int(opt["train"]["total_iter"])
-        self._validation_opt = opt.get("val") if opt.get("val") is not None else {}
-        state = None
-        if start.state is not None:
-            state = read_state(start.state)
-            resume.use(start, opt)
-        said = progress_of(state) if state is not None else None
+        self._val = opt.get("val") if opt.get("val") is not None else {}
+        said = Progress.from_state(start.state)
         if said is not None:
             self._report_edits(said, applied=apply_edits)
             if not apply_edits:
                 opt["manual_seed"] = said.seed
         self._build_data(opt["datasets"]["train"])
-        place = self._sampling.place_of(start.iteration)
-        if said is not None:
-            place = said.place
-            if said.epoch_length != self._sampling.epoch_length:
-                log.warning(
-                    f"an epoch of the training set has {self._sampling.epoch_length} positions and "
-                    f"had {said.epoch_length}: the run continues with the next epoch"
-                )
-                place = place._replace(position=self._sampling.epoch_length)
-        self._progress = Progress(
-            iteration=start.iteration,
-            place=place,
-            epoch_length=self._sampling.epoch_length,
-            seed=opt["manual_seed"],
-            validate=said.validate if said is not None else False,
-            bad_samples=said.bad_samples if said is not None else (),
-            options=opt["as_given"],
-        )
-        self._model = models.build(opt, log)
-        self._saver = Saver(self._model, processes, opt["logger"].get("keep_last"))
-        evaluation.install(self._model, processes)
-        if state is not None:
-            self._restore(state, start.iteration, apply_edits=apply_edits)
+        self._progress = self._progress_at(start.iteration, said)
+        self.model = build()
+        self._checkpoints = Checkpoints(self.model, processes, opt["logger"].get("keep_last"))
+        self._saved_at: int | None = None
+        if start.path is not None:
+            self._saved_at = start.iteration
+            warning = checkpoints.restore(
+                self.model, self._checkpoints, start, processes, apply_edits=apply_edits
+            )
+            if warning:
+                log.warning(warning)
         self._bad = _BadSamples(
             self._progress.bad_samples,
             int(opt["datasets"]["train"].get("skip_bad_samples") or 0),
             log,
         )
-        self._losses = FiniteLosses(
-            opt["path"]["experiments_root"],
-            processes.gather if processes.distributed else None,
-            processes.is_main,
-        )
-        self._saved_at = start.iteration if state is not None else None
-        self._log.info(f"Start training from epoch: {place.epoch}, iter: {start.iteration}")
+        self._losses = FiniteLosses(processes)
+        self._begin: Callable[[], None] | None = None
+        at = f"from epoch: {self._progress.place.epoch}, iter: {start.iteration}"
+        log.info(f"Resuming training {at}." if start.path else f"Start training {at}")
 
     def _build_data(self, train_opt: Mapping[str, Any]) -> None:
-        from basicsr.data import build_dataset
-
         opt, processes = self._opt, self._processes
         copies = 1 if processes.distributed else max(1, opt["num_gpu"])
-        dataset = build_dataset(train_opt)
+        with trial.explained("opening the data set", opt["as_given"], option="datasets:train"):
+            dataset = build_dataset(train_opt)
         self._workers = int(train_opt["num_worker_per_gpu"]) * copies
-        self._samples = Samples(
-            dataset,
-            opt["manual_seed"],
-            replace_bad=int(train_opt.get("skip_bad_samples") or 0) > 0,
-        )
-        self._sampling = Sampling(
+        replace_bad = int(train_opt.get("skip_bad_samples") or 0) > 0
+        self._samples = Samples(dataset, opt["manual_seed"], replace_bad=replace_bad)
+        self._sampling = sampling = Sampling(
             samples=len(dataset),
             ratio=train_opt.get("dataset_enlarge_ratio", 1),
             batch=int(train_opt["batch_size_per_gpu"]) * copies,
@@ -184,94 +160,97 @@ class Training:
             rank=processes.rank,
             seed=opt["manual_seed"],
         )
-        if self._sampling.batches_an_epoch == 0:  # a third party's set, which is not scanned
+        if sampling.batches_an_epoch == 0:  # a third party's set, which is not scanned
             raise UserError(
                 f"datasets:train has {len(dataset)} samples x dataset_enlarge_ratio "
-                f"{self._sampling.ratio}, less than one batch of {self._sampling.taken} (all "
-                "processes together): raise dataset_enlarge_ratio or take smaller batches"
+                f"{sampling.ratio}, less than one batch of {sampling.taken} (all processes "
+                "together): raise dataset_enlarge_ratio or take smaller batches"
             )
         self._log.info(
-            "Training statistics:"
-            f"\n\tNumber of train images: {len(dataset)}"
-            f"\n\tDataset enlarge ratio: {self._sampling.ratio}"
-            f"\n\tBatch size per process: {self._sampling.batch}"
-            f"\n\tProcesses: {processes.world}; batch of an iteration: {self._sampling.taken}"
-            f"\n\tIterations of an epoch: {self._sampling.batches_an_epoch}"
-            f"\n\tTotal iters: {self._total}"
+            f"Training statistics: {len(dataset)} images x {sampling.ratio}; batch "
+            f"{sampling.batch} x {processes.world} processes = {sampling.taken}; "
+            f"{sampling.batches_an_epoch} iterations an epoch; {self._total} in all"
         )
-        self._validations = [
-            evaluation.build_loader(dataset_opt, processes)
+        self.validations = [
+            build_loader(dataset_opt, processes)
             for phase, dataset_opt in opt["datasets"].items()
             if phase.split("_")[0] == "val" and opt.get("val") is not None
         ]
 
-    def _restore(self, state: dict[str, Any], iteration: int, *, apply_edits: bool) -> None:
-        model = self._model
-        as_edited = resume.AsEdited(model) if apply_edits else None
-        model.resume_training(state)
-        if as_edited is not None:
-            as_edited.apply(model, iteration)
-        restore(model, self._saver, state)
-        generators = state.get("randomness", ())
-        if len(generators) == self._processes.world:
-            restore_randomness(generators[self._processes.rank])
-        elif generators:
-            self._log.warning(
-                f"the run continues with {self._processes.world} processes and had "
-                f"{len(generators)}: what the network itself draws at random is drawn anew"
-            )
-        self._log.info(
-            f"Resuming training from epoch: {self._progress.place.epoch}, iter: {iteration}."
+    def _progress_at(self, iteration: int, said: Progress | None) -> Progress:
+        """Return where a run continues: as its state says, or else as its iterations do."""
+        length = self._sampling.epoch_length
+        progress = Progress(
+            iteration=iteration,
+            place=self._sampling.place_of(iteration),
+            epoch_length=length,
+            seed=self._opt["manual_seed"],
+            options=self._opt["as_given"],
         )
+        if said is None:
+            return progress
+        progress.place = said.place
+        progress.validate = said.validate
+        progress.bad_samples = said.bad_samples
+        if said.epoch_length != length:
+            self._log.warning(
+                f"an epoch of the training set has {length} positions and had "
+                f"{said.epoch_length}: the run continues with the next epoch"
+            )
+            progress.place = said.place._replace(position=length)
+        return progress
 
     def _report_edits(self, said: Progress, *, applied: bool) -> None:
         """Name the options that were edited since, and which of them a resume leaves out."""
-        for path, (before, now) in resume.edits(self._opt["as_given"], said.options).items():
+        edits = checkpoints.edits(self._opt["as_given"], said.options)
+        for path, (before, now) in edits.items():
             change = f"{path}: was {before!r}, is {now!r} in the option file"
-            if not resume.is_kept_by_state(path):
+            if not checkpoints.is_kept_by_state(path):
                 self._log.info(f"edited since the run began: {change}")
             elif applied:
                 self._log.info(f"edited since the run began, and applied: {change}")
             else:
                 self._log.warning(
                     f"edited since the run began, and NOT used: {change}; the run continues with "
-                    "what its state holds; --apply_edits puts the option file's in force"
+                    "what its state holds; --apply_edits applies the option file's"
                 )
 
-    def _loader(self, count: int) -> DataLoader:
-        train_opt = self._opt["datasets"]["train"]
-        with_workers = {}
-        if self._workers:
-            with_workers = {
-                "multiprocessing_context": train_opt.get("multiprocessing_context"),
-                "prefetch_factor": train_opt.get("prefetch_factor") or 2,
-            }
-        return DataLoader(
-            self._samples,
-            batch_sampler=Batches(self._sampling, self._progress.place, count),
-            num_workers=self._workers,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            pin_memory=train_opt.get("pin_memory", self._model.device.type == "cuda"),
-            generator=torch.Generator(),  # or starting to read would draw from the global one
-            **with_workers,
-        )
+    def try_step(self) -> None:
+        """Take one step on the first samples to come, and put everything back.
 
-    def run(self) -> None:
+        Raises:
+            TrialError: It cannot be taken.
+        """
+        draws = next(iter(Batches(self._sampling, self._progress.place, 1)))
+        trial.step(self.model, self._samples, draws, self._opt["as_given"])
+
+    # ---- the loop
+
+    def run(self, begin: Callable[[], None]) -> None:
         """Train.
+
+        Args:
+            begin: Makes the run's folders and opens its logs; in a new run it is called when the
+                first iteration has worked, so that a run that fails there replaces nothing.
 
         Raises:
             Interrupted: A signal asked for the end; everything is saved.
             UserError: A sample, a loss or a file is bad; the message names it.
         """
+        self._begin = begin
         done = self._progress.iteration
+        if self._saved_at is not None:
+            self._begun()
         if done >= self._total and not self._progress.validate:
             self._finish_again()
             return
+        hidden = not self._processes.is_main
         with (
             warnings.catch_warnings(),
             stop_on_signals() as self._stop,
-            progress_bar(self._processes, self._total, done, "iter") as self._bar,
+            progress_bar(
+                "", self._total, "iter", done=done, transient=True, hidden=hidden
+            ) as self._bar,
         ):
             # BasicSR steps the schedule before the optimizer, in a resumed run before any step
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -283,57 +262,39 @@ class Training:
                 self._finish()
             except Interrupted as request:
                 self._stopped(request)
-            except ReadingError:
-                if not self._processes.distributed:  # else the others are in their next iteration
-                    self._save_unsaved()
-                raise
-
-    def _batches(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield the batches of the iterations to come, and note how long each was waited for."""
-        since = time.perf_counter()
-        loader = iter(self._loader(count))
-        while True:
-            try:
-                batch, bad = next(loader)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "exited" not in str(error):
+            except ReadingError as error:
+                if self._processes.distributed:  # the others are in their next iteration
                     raise
-                raise ReadingError(
-                    f"a worker that reads the training set died ({error}); where memory ran out, "
-                    "lower datasets:train:num_worker_per_gpu; resume with --auto_resume"
-                ) from error
-            if bad or batch is None:
-                self._bad.add(bad, replaced=batch is not None)
-            self._pace.waited(time.perf_counter() - since)
-            yield batch
-            since = time.perf_counter()
+                self._save_unsaved()
+                raise ReadingError(f"{error}{self._saved_note()}") from error
+            except LostProcessError as error:
+                self._save_alone()
+                raise LostProcessError(f"{error}{self._saved_note()}") from error
+
+    def _begun(self) -> None:
+        """Make the run's folders, once."""
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
+            self._losses.folder = Path(self._opt["path"]["experiments_root"])
 
     def _iterate(self, count: int) -> None:
-        model, opt = self._model, self._opt
-        warmup = int(opt["train"].get("warmup_iter") or -1)
+        warmup = int(self._opt["train"].get("warmup_iter") or -1)
         stop_flag = self._processes.flag()
         for iteration, batch in enumerate(self._batches(count), self._progress.iteration + 1):
-            model.update_learning_rate(iteration, warmup_iter=warmup)
-            model.feed_data(batch)
-            model.optimize_parameters(iteration)
-            self._losses.watch(iteration, _names(batch), _numbers(getattr(model, "log_dict", {})))
-            validate = bool(self._validations) and _is_due(
-                iteration, self._validation_opt.get("val_freq")
-            )
-            self._progress = replace(
-                self._progress,
-                iteration=iteration,
-                place=self._sampling.after(self._progress.place),
-                validate=validate,
+            self._step(iteration, batch, warmup)
+            progress, logger = self._progress, self._opt["logger"]
+            progress.iteration = iteration
+            progress.place = self._sampling.after(progress.place)
+            progress.validate = bool(self.validations) and _is_due(
+                iteration, self._val.get("val_freq")
             )
             self._bar.update()
-            if _is_due(iteration, opt["logger"]["print_freq"]):
+            if _is_due(iteration, logger["print_freq"]):
                 self._print()
-            if _is_due(iteration, opt["logger"]["save_checkpoint_freq"]):
+            if _is_due(iteration, logger["save_checkpoint_freq"]):
                 self._save()
-            if validate:
+            if progress.validate:
                 self._validate()
             signalled = stop_flag.exchange(self._stop.signal)
             if signalled:
@@ -342,9 +303,51 @@ class Training:
                 raise self._stop.interrupted()
         stop_flag.settle()
 
+    def _batches(self, count: int) -> Iterator[dict[str, Any]]:
+        """Yield the batches of the iterations to come, and note how long each was waited for."""
+        train_opt = self._opt["datasets"]["train"]
+        with_workers = {}
+        if self._workers:
+            with_workers = {
+                "multiprocessing_context": train_opt.get("multiprocessing_context"),
+                "prefetch_factor": train_opt.get("prefetch_factor") or 2,
+            }
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=Batches(self._sampling, self._progress.place, count),
+            num_workers=self._workers,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            pin_memory=train_opt.get("pin_memory", self.model.device.type == "cuda"),
+            generator=torch.Generator(),  # or starting to read would draw from the global one
+            **with_workers,
+        )
+        since = time.perf_counter()
+        for batch, bad in batches(loader):
+            if bad or batch is None:
+                self._bad.add(bad, replaced=batch is not None)
+            self._pace.waited(time.perf_counter() - since)
+            yield batch
+            since = time.perf_counter()
+
+    def _step(self, iteration: int, batch: Mapping[str, Any], warmup: int) -> None:
+        model = self.model
+        model.update_learning_rate(iteration, warmup_iter=warmup)
+        with answered(self._processes.control):
+            model.feed_data(batch)
+            model.optimize_parameters(iteration)
+        losses = {
+            name: value
+            for name, value in getattr(model, "log_dict", {}).items()
+            if isinstance(value, int | float | torch.Tensor)
+        }
+        names = [str(name) for name in batch.get("lq_path", batch.get("gt_path", ()))]
+        self._losses.watch(iteration, names, losses)
+        self._begun()
+
     def _print(self) -> None:
         self._losses.check()
-        iteration, model = self._progress.iteration, self._model
+        iteration, model = self._progress.iteration, self.model
         losses = {name: float(value) for name, value in model.get_current_log().items()}
         rates = model.get_current_learning_rate()
         pace = self._pace.take(iteration)
@@ -362,6 +365,8 @@ class Training:
         writer.add_scalar("lr", rates[0], iteration)
         writer.add_scalar("samples_per_second", pace["samples_per_second"], iteration)
 
+    # ---- saving
+
     def _save(self) -> None:
         self._losses.check()
         since = time.perf_counter()
@@ -369,9 +374,9 @@ class Training:
             each for found in self._processes.gather(list(self._bad.found)) for each in found
         )
         self._bad.add(list(bad))
-        self._progress = replace(self._progress, bad_samples=tuple(bad))
+        self._progress.bad_samples = tuple(bad)
         self._log.info("Saving models and training states.")
-        self._saver.save(self._progress)
+        self._checkpoints.save(self._progress)
         self._saved_at = self._progress.iteration
         self._log.record("save", iter=self._saved_at)
         self._pace.paused(time.perf_counter() - since)
@@ -380,6 +385,28 @@ class Training:
         """Save where the last checkpoint is older than the last iteration."""
         if self._progress.iteration not in (0, self._saved_at):
             self._save()
+
+    def _save_alone(self) -> None:
+        """Save what this process has, where that is the last iteration exactly.
+
+        A step that failed in its backward pass has changed no weights; statistics that a forward
+        pass keeps, and a second optimizer's step, it may have changed.
+        """
+        buffers = any(
+            True for each in networks_of(self.model).values() for _ in bare(each).buffers()
+        )
+        if self._progress.iteration in (0, self._saved_at) or buffers:
+            return
+        if len(self.model.optimizers) == 1 and self._processes.is_main:
+            self._checkpoints.save_alone(self._progress)
+            self._saved_at = self._progress.iteration
+            self._log.record("save", iter=self._saved_at)
+
+    def _saved_note(self) -> str:
+        at = self._saved_at
+        return f"; iteration {at} is saved, resume with --auto_resume" if at else ""
+
+    # ---- validation
 
     def _validate(self) -> None:
         """Validate on every set, and keep the weights if they are the best so far."""
@@ -390,57 +417,57 @@ class Training:
         else:
             with self._stop.at_once():
                 results = self._evaluated()
-        self._progress = replace(self._progress, validate=False)
+        self._progress.validate = False
         for result in results:
+            bicubic = {"bicubic": result.bicubic} if result.bicubic else {}
             self._log.record(
-                "validation", iter=iteration, dataset=result.dataset, metrics=result.means
+                "validation",
+                iter=iteration,
+                dataset=result.dataset,
+                metrics=result.means,
+                **bicubic,
             )
         self._keep_best(results)
         self._pace.paused(time.perf_counter() - since)
 
-    def _evaluated(self) -> list[evaluation.Evaluation]:
-        results = [
-            self._model.validation(
-                loader,
-                self._progress.iteration,
-                self._log.tensorboard,
-                self._validation_opt["save_img"],
-            )
-            for loader in self._validations
+    def _evaluated(self) -> list[Evaluation]:
+        iteration, writer = self._progress.iteration, self._log.tensorboard
+        return [
+            self.model.validation(images, iteration, writer, self._val["save_img"])
+            for images in self.validations
         ]
-        return [result for result in results if isinstance(result, evaluation.Evaluation)]
 
-    def _keep_best(self, results: Sequence[evaluation.Evaluation]) -> None:
-        wanted = self._opt["logger"].get("save_best")
-        if not wanted or not results:
+    def _keep_best(self, results: Sequence[Evaluation]) -> None:
+        dataset, _, metric = str(self._opt["logger"].get("save_best") or "").rpartition("/")
+        found = [
+            result
+            for result in results
+            if metric in result.means and dataset in ("", result.dataset)
+        ]
+        if not metric or not found or math.isnan(found[0].means[metric]):
             return
-        dataset, _, metric = str(wanted).rpartition("/")
-        for result in results:
-            if (not dataset or result.dataset == dataset) and metric in result.means:
-                break
-        else:
-            return
-        value, best = result.means[metric], self._saver.best.get("value")
-        if math.isnan(value):
-            return
-        lower = self._validation_opt["metrics"][metric].get("better", "higher") == "lower"
+        value, best = found[0].means[metric], self._checkpoints.best.get("value")
+        lower = self._val["metrics"][metric].get("better", "higher") == "lower"
         if best is None or (value < best if lower else value > best):
-            self._saver.save_best(float(value), self._progress.iteration)
+            self._checkpoints.save_best(float(value), self._progress.iteration)
             self._log.info(
                 f"net_g_best.pth has the weights of iteration {self._progress.iteration}: "
-                f"{result.dataset} {metric} {value:.4f}"
+                f"{found[0].dataset} {metric} {value:.4f}"
             )
 
+    # ---- the end
+
     def _finish(self) -> None:
-        self._log.info(f"End of training at iteration {self._progress.iteration}.")
-        validated = _is_due(self._progress.iteration, self._validation_opt.get("val_freq"))
-        if self._validations and not validated:
-            self._progress = replace(self._progress, validate=True)
+        progress = self._progress
+        self._log.info(f"End of training at iteration {progress.iteration}.")
+        if self.validations and not _is_due(progress.iteration, self._val.get("val_freq")):
+            progress.validate = True
             self._validate()
-        self._save()
+        if self.validations or self._saved_at != progress.iteration:
+            self._save()
         self._log.info("Save the latest model.")
-        self._saver.save_latest()
-        self._log.record("end", iter=self._progress.iteration)
+        self._checkpoints.save_latest()
+        self._log.record("end", iter=progress.iteration)
 
     def _finish_again(self) -> None:
         """A run that is complete is left as it is; only a missing last file is written."""
@@ -450,7 +477,7 @@ class Training:
         )
         models_folder = Path(self._opt["path"]["models"])
         if self._processes.share(not (models_folder / "net_g_latest.pth").is_file()):
-            self._saver.save_latest()
+            self._checkpoints.save_latest()
 
     def _stopped(self, request: Interrupted) -> None:
         iteration = self._progress.iteration

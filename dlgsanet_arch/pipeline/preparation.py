@@ -1,4 +1,7 @@
-"""From a command line to the complete options of a run that can start: nothing is created here."""
+"""From a command line to complete options, and the files that a run starts from, read.
+
+Nothing is created here.
+"""
 
 import argparse
 import copy
@@ -6,7 +9,6 @@ import importlib
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,11 @@ from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.data import check
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.options import shipped
+from dlgsanet_arch.options import Context, shipped
 from dlgsanet_arch.options.context import is_whole
-from dlgsanet_arch.pipeline import disk, weights
+from dlgsanet_arch.pipeline import checkpoints, weights
+from dlgsanet_arch.pipeline.checkpoints import Start
 from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.pipeline.resume import Start, find_start
 
 _REGISTRIES = ("arch", "model", "dataset", "metric", "loss")
 
@@ -48,37 +50,32 @@ def registered() -> dict[str, dict[str, Any]]:
     return {kind: dict(iter(registry)) for kind, registry in found.items()}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that can start.
+class Prepared(NamedTuple):
+    """A run whose options, data and files are right.
 
     Args:
         opt: Its options as BasicSR's parts take them, with `root_path`, `as_given` and paths.
-        option_file: The file they are from.
+        arguments: The command line's; `opt` is the option file.
         start: What a training resumes from.
+        weights: What the networks start from, by option key.
+        smallest: Height and width of the smallest HR image of each data set, by its name.
         notes: What the log should say, as (is a warning, line).
-        arguments: The command line's.
     """
 
     opt: dict[str, Any]
-    option_file: Path
+    arguments: argparse.Namespace
     start: Start
-    notes: tuple[tuple[bool, str], ...] = ()
-    arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
-
-
-class _Checked(NamedTuple):
-    """What was found out before a run; start and notes as in Prepared.
-
-    Args:
-        start: What a training resumes from.
-        notes: What the log should say.
-        changes: Values of options by path that follow from the weights.
-    """
-
-    start: Start
+    weights: dict[str, weights.Source]
+    smallest: dict[str, tuple[int, int]]
     notes: tuple[tuple[bool, str], ...]
-    changes: dict[str, Any]
+
+
+class _Found(NamedTuple):
+    """What the main process found and the others need: see Prepared."""
+
+    state: Path | None
+    smallest: dict[str, tuple[int, int]]
+    notes: tuple[tuple[bool, str], ...]
 
 
 def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
@@ -172,42 +169,50 @@ def prepare(
     *,
     train: bool,
 ) -> Prepared:
-    """Check all that a run needs, and complete its options.
+    """Check options, data and files, read what the run starts from, and complete its options.
 
     Raises:
-        UserError: Lists every problem, of options, data, weights and disk together.
+        UserError: Lists every problem together.
     """
-    root = arguments.root
-    _import_packages(arguments.packages, root)
+    _import_packages(arguments.packages, arguments.root)
+    context = Context(options, train, arguments.root, registered())
+    found = start = sources = None
     error: Exception | None = None
-    checked: _Checked | None = None
-    if processes.is_main:
-        try:
-            checked = _check(arguments, options, processes, train=train)
-        except UserError as caught:
-            error = caught
+    try:
+        if processes.is_main:
+            found, start, sources = _check(context, arguments, processes)
+    except UserError as caught:
+        error = caught
     processes.agree(error)
-    checked = processes.share(checked)
-    for path, value in checked.changes.items():
-        section, _, key = path.rpartition(":")
-        (options[section] if section else options)[key] = value
-    opt = _for_parts(options, root, processes, train=train)
+    found = processes.share(found)
+    try:
+        if not processes.is_main:  # each process reads for itself
+            read = checkpoints.read_pair(found.state, options) if found.state else Start()
+            start = read
+            sources, problems, _ = weights.sources(context, read)
+            option_files.refuse(problems)
+    except UserError as caught:
+        error = caught
+    processes.agree(error)
+    opt = _for_parts(options, arguments.root, processes, train=train)
     opt["auto_resume"] = train and arguments.auto_resume
-    return Prepared(opt, arguments.opt, checked.start, checked.notes, arguments)
+    if start.path is not None:
+        opt["path"]["resume_state"] = str(start.path)
+    for key, (path, _) in start.networks.items():  # for a class that loads by itself
+        label = key.removeprefix("network_")
+        opt["path"] |= {f"pretrain_{key}": str(path), f"strict_load_{label}": True}
+        opt["path"][f"param_key_{label}"] = "params"
+    return Prepared(opt, arguments, start, sources, found.smallest, found.notes)
 
 
 def _check(
-    arguments: argparse.Namespace,
-    options: dict[str, Any],
-    processes: Processes,
-    *,
-    train: bool,
-) -> _Checked:
-    """Look at options, data, weights and disk; raise one error for all problems."""
-    root = arguments.root
-    known = registered()
+    context: Context, arguments: argparse.Namespace, processes: Processes
+) -> tuple[_Found, Start, dict[str, weights.Source]]:
+    """Check options, data and files; raise one error for all problems."""
     from dlgsanet_arch import training  # imports BasicSR's models
 
+    options, root, train = context.options, context.root, context.train
+    known = context.registered
     problems = option_files.problems(options, train=train, root=root, registered=known)
     problems += _gpu_problem(options)
     problems += training.problems(
@@ -216,25 +221,21 @@ def _check(
     scanned = check.scan(options, root, train=train, registered=known)
     problems += scanned.problems
     notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
-    start, changes = Start(), {}
+    start, sources = Start(), {}
     if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
         if train:
             try:
-                start = find_start(options, root, auto_resume=arguments.auto_resume)
+                start = checkpoints.find_start(options, root, auto_resume=arguments.auto_resume)
             except ResumeError as error:
                 problems.append(str(error))
-        if not any(line.startswith("network_") for line in problems):  # else it cannot be built
-            found = weights.check(
-                options, root, train=train, registered=known, resumed=dict(start.networks)
-            )
-            problems += found.problems
-            notes += [(False, line) for line in found.notes]
-            changes = dict(found.changes)
-    notes += [(True, f"not whole, and passed over: {line}") for line in start.passed_over]
+        sources, wrong, lines = weights.sources(context, start)
+        problems += wrong
+        notes += [(False, line) for line in lines]
+    notes += [(True, f"not complete, and passed over: {line}") for line in start.passed_over]
     if train:
         problems += check.batch_problems(options, scanned.samples, _copies(options, processes))
     option_files.refuse(problems)
-    problems, warnings = disk.check_disk(options, root, train=train, registered=known)
-    option_files.refuse(problems)
-    notes += [(True, line) for line in warnings]
-    return _Checked(start, tuple(notes), changes)
+    smallest = {
+        options["datasets"][phase]["name"]: size for phase, size in scanned.smallest.items()
+    }
+    return _Found(start.path, smallest, tuple(notes)), start, sources

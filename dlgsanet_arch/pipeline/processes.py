@@ -23,6 +23,32 @@ class RemoteRankError(UserError):
     """Another process of the run has an error, which it reports itself."""
 
 
+class LostProcessError(UserError):
+    """Another process of the run does not answer any longer."""
+
+
+@contextmanager
+def answered(group: Any) -> Iterator[None]:
+    """Turn the failure of a collective into a message.
+
+    Args:
+        group: None for a single process, whose errors are others.
+
+    Raises:
+        LostProcessError: Another process has ended, or waits for something else.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's have no class of their own everywhere
+        said = str(error)
+        if group is None or not any(each in said for each in ("onnection", "imed out", "NCCL")):
+            raise
+        raise LostProcessError(
+            f"another process of the run has ended ({said.strip().splitlines()[0]}); its own "
+            "output says why"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
@@ -54,7 +80,8 @@ class Processes:
         if self.control is None:
             return [value]
         values = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        with answered(self.control):
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def share(self, value: Any) -> Any:
@@ -103,7 +130,8 @@ class Flag:
             return value
         largest = 0
         if self._pending is not None:
-            self._pending.wait()
+            with answered(self._group):
+                self._pending.wait()
             largest = int(self._sent)
         self._sent = torch.tensor(value)
         self._pending = dist.all_reduce(
@@ -114,7 +142,8 @@ class Flag:
     def settle(self) -> None:
         """Wait for what is still being spread; every process calls it at the same iteration."""
         if self._pending is not None:
-            self._pending.wait()
+            with answered(self._group):
+                self._pending.wait()
             self._pending = None
 
 

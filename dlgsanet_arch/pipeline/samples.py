@@ -6,18 +6,31 @@ cannot be read comes back as a `BadSample` instead of an error: a worker's trace
 line that failed, and never the file.
 """
 
+import errno
 import random
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline import randomness
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
+
+
+class ReadingError(UserError):
+    """A data set cannot be read further; the iterations so far are not touched by it."""
 
 
 class Draw(NamedTuple):
@@ -39,7 +52,7 @@ class BadSample(NamedTuple):
 
     Args:
         dataset: Name of the data set in the option file.
-        sample: Its file, or its LMDB and key.
+        sample: Its file, or its LMDB and key; "" where a limit of the system is at fault.
         reason: What is wrong with it.
     """
 
@@ -48,6 +61,8 @@ class BadSample(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
+        if not self.sample:
+            return self.reason
         return f"{self.sample} of the data set {self.dataset}: {self.reason}"
 
 
@@ -63,16 +78,22 @@ class Sample(NamedTuple):
     bad: tuple[BadSample, ...] = ()
 
 
-@contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Put Python's, NumPy's and PyTorch's generators of the CPU back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+def system_limit(error: BaseException) -> str:
+    """Name the limit of the system that an error comes from, and the fix; "" for other errors."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
+        most = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} " if resource else ""
+        return (
+            f"the limit of {most}open files is reached: raise it (ulimit -n 4096), or lower "
+            "num_worker_per_gpu of the data sets"
+        )
+    if any(part in text for part in ("/torch_", "shared memory", "Bus error")):
+        return (
+            "the shared memory in which workers hand samples over is full: make /dev/shm larger "
+            "(in a container by --shm-size), or lower num_worker_per_gpu and prefetch_factor of "
+            "the data sets"
+        )
+    return ""
 
 
 def _seed_all(*numbers: int) -> None:
@@ -100,9 +121,11 @@ def _fault(client: Any, place: str, key: str) -> str:
 
 
 def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
-    """Name the sample whose reading failed, and the file at fault where it can be told."""
+    """Name the sample whose reading failed, and the file at fault where it can be found."""
     options = getattr(dataset, "opt", None) or {}
     name = str(options.get("name", type(dataset).__name__))
+    if limit := system_limit(error):
+        return BadSample(name, "", limit)
     client = getattr(dataset, "file_client", None)
     in_lmdb = getattr(client, "backend", None) == "lmdb"
     paths = getattr(dataset, "paths", None)
@@ -167,7 +190,7 @@ class Samples(Dataset):
 
     def __getitem__(self, draw: Draw | int) -> Sample:
         if isinstance(draw, Draw):
-            with preserved_randomness():
+            with randomness.preserved(cuda=False):
                 return self._read(draw.index, draw)
         return self._read(draw, None)
 
@@ -203,8 +226,32 @@ def collate(samples: Sequence[Sample]) -> tuple[dict[str, Any] | None, list[BadS
             }
             for content in contents
         }
-        reason = str(error).splitlines()[0]
-        return None, [*bad, BadSample("training", f"the batch {sizes}", reason)]
+        limit = system_limit(error)
+        reason = limit or str(error).splitlines()[0]
+        return None, [*bad, BadSample("training", "" if limit else f"the batch {sizes}", reason)]
+
+
+def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[BadSample]]]:
+    """Yield what a loader whose `collate_fn` is `collate` gives.
+
+    Raises:
+        ReadingError: A worker died, or a limit of the system is reached.
+    """
+    try:
+        reader = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise in the middle of a step; `next` finds out as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from reader
+    except (OSError, RuntimeError) as error:
+        limit = system_limit(error)
+        if not limit and "DataLoader worker" not in str(error):
+            raise
+        raise ReadingError(
+            limit
+            or f"a worker that reads samples died ({str(error).splitlines()[0]}); if memory or "
+            "/dev/shm was full, lower num_worker_per_gpu of the data sets"
+        ) from error
 
 
 def start_worker(worker: int) -> None:

@@ -1,0 +1,175 @@
+"""The average of weights and the learning rate, for any model of BasicSR's.
+
+`AveragesWeights` and `FollowsSchedule` are classes to derive a model from: DLGSANetModel does, and
+`pipeline.adapter` adds them to the others.
+"""
+
+import copy
+import math
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# Where a module keeps a tensor: the dict that holds it, and its name there.
+_Place = tuple[dict[str, Tensor | None], str]
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """Return the network inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(network, (DataParallel, DistributedDataParallel)):
+            network = network.module
+        elif hasattr(network, "_orig_mod"):
+            network = network._orig_mod
+        else:
+            return network
+
+
+def _places(network: nn.Module) -> dict[str, _Place]:
+    """Return where every parameter and every buffer that a checkpoint holds is, by its name."""
+    places: dict[str, _Place] = {}
+    for prefix, module in network.named_modules():
+        saved = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        for kept, names in (
+            (module._parameters, list(module._parameters)),
+            (module._buffers, saved),
+        ):
+            for name in names:
+                if kept[name] is not None:
+                    places[f"{prefix}.{name}" if prefix else name] = (kept, name)
+    return places
+
+
+class _Pairs:
+    """The tensors of an averaged network beside those of the trained one.
+
+    Walking through the modules of a large network takes longer than averaging it, so the places
+    are found once. The tensors are looked up each time: a parameter may be replaced by another.
+    """
+
+    def __init__(self, ema: nn.Module, network: nn.Module) -> None:
+        self.network = weakref.ref(network)
+        theirs = _places(network)
+        self.averaged: list[tuple[_Place, _Place]] = []
+        self.copied: dict[torch.dtype, list[tuple[_Place, _Place]]] = {}
+        seen = set()  # a tensor that two modules share is averaged once
+        for name, (kept, key) in _places(ema).items():
+            tensor = kept[key]
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            pair = (kept, key), theirs[name]
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                self.averaged.append(pair)
+            else:
+                self.copied.setdefault(tensor.dtype, []).append(pair)
+
+
+_pairs: weakref.WeakKeyDictionary[nn.Module, _Pairs] = weakref.WeakKeyDictionary()
+
+
+def _tensors(pairs: list[tuple[_Place, _Place]]) -> tuple[list[Tensor], list[Tensor]]:
+    ours = [kept[name] for (kept, name), _ in pairs]
+    theirs = [kept[name] for _, (kept, name) in pairs]
+    return ours, theirs
+
+
+@torch.no_grad()
+def average(ema: nn.Module, network: nn.Module, decay: float) -> None:
+    """Take one step of the exponential moving average of a network's weights, in place.
+
+    Parameters p become decay · p + (1 - decay) · q, with q the network's. Buffers that a checkpoint
+    holds are copied, as the running statistics of a BatchNorm are averages already.
+
+    Args:
+        ema: The averaged network, of the same modules as `network`; these may not change later.
+        network: The trained network; it may be in DataParallel, DistributedDataParallel or
+            torch.compile.
+        decay: From 0, which copies, to 1, which leaves the parameters as they are.
+
+    Raises:
+        KeyError: `network` lacks a tensor that `ema` has.
+    """
+    ema, network = bare(ema), bare(network)
+    pairs = _pairs.get(ema)
+    if pairs is None or pairs.network() is not network:
+        pairs = _pairs[ema] = _Pairs(ema, network)
+    if pairs.averaged:
+        torch._foreach_lerp_(*_tensors(pairs.averaged), 1 - decay)
+    for copied in pairs.copied.values():  # tensors of one type are copied together
+        torch._foreach_copy_(*_tensors(copied))
+
+
+class AveragesWeights:
+    """`model_ema` of a model with `net_g` and `net_g_ema`: buffers are averaged as well."""
+
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Take one step of the weights' average."""
+        average(self.net_g_ema, self.net_g, decay)
+
+
+def _factor(iteration: int, warmup_iter: int) -> float:
+    return min(1.0, iteration / warmup_iter) if warmup_iter > 0 else 1.0
+
+
+def _replayed(scheduler: Any) -> list[float]:
+    """Return the rates of the scheduler's present step, found from the initial ones."""
+    groups = [
+        {"lr": group["initial_lr"], "initial_lr": group["initial_lr"]}
+        for group in scheduler.optimizer.param_groups
+    ]
+    twin = copy.copy(scheduler)
+    twin.optimizer = SimpleNamespace(param_groups=groups)
+    for step in range(scheduler.last_epoch + 1):
+        twin.last_epoch = step
+        for group, rate in zip(groups, twin.get_lr(), strict=True):
+            group["lr"] = rate
+    return [group["lr"] for group in groups]
+
+
+def _scheduled(scheduler: Any, factor: float) -> list[float]:
+    """Return the scheduler's present rates without the warm-up's factor.
+
+    The scheduler keeps them. Only a state that BasicSR's own loop saved during a warm-up holds
+    others, as its warm-up feeds back into the schedule.
+    """
+    rates = scheduler.get_last_lr()
+    groups = scheduler.optimizer.param_groups
+    if factor < 1 and any(
+        not math.isclose(group["lr"], rate * factor)
+        for group, rate in zip(groups, rates, strict=True)
+    ):
+        return _replayed(scheduler)
+    return rates
+
+
+class FollowsSchedule:
+    """`update_learning_rate` of a model with `schedulers`, whose warm-up reaches the full rate.
+
+    BasicSR's leaves MultiStepLR at (warmup_iter - 1) / warmup_iter of the rate for good.
+    """
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """Set the learning rate of an iteration: schedule(it) · min(1, it / warmup_iter).
+
+        The state of optimizer and scheduler resumes it at any iteration.
+
+        Args:
+            current_iter: The iteration about to be trained, from 1.
+            warmup_iter: Iterations until the full rate; 0 or less for no warm-up.
+        """
+        for scheduler in self.schedulers:
+            groups = scheduler.optimizer.param_groups
+            if current_iter > 1:
+                # A schedule may work on the rate of the step before: it must see it as scheduled.
+                rates = _scheduled(scheduler, _factor(current_iter - 1, warmup_iter))
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+                scheduler.step()
+            factor = _factor(current_iter, warmup_iter)
+            for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate * factor

@@ -1,0 +1,186 @@
+"""Models of BasicSR and third parties, made to keep what a run relies on.
+
+`adapt` gives a built model a subclass of its own class: that is where saving, averages, learning
+rate and validation come from, whichever class it is.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from basicsr.models import build_model
+from basicsr.models.base_model import BaseModel
+from basicsr.utils import get_root_logger
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule, bare
+from dlgsanet_arch.checkpoint import save_whole
+from dlgsanet_arch.pipeline import evaluation
+from dlgsanet_arch.pipeline.processes import Processes
+
+_MOST_TENSORS = 100_000  # of a network: more is a slip of the pen, and takes minutes to build
+# What BasicSR's models load while they are built, which `weights.load` does instead.
+_LOADED_LATER = ("pretrain_network_g", "pretrain_network_d")
+
+
+@contextmanager
+def _bounded_size() -> Iterator[None]:
+    """Stop the building of a network that no machine like this one can hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
+    tensors = size = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, size
+        if parameter is None:
+            return
+        tensors += 1
+        size += parameter.numel() * parameter.element_size()
+        if tensors > _MOST_TENSORS or 0 < memory < size:
+            raise ValueError(
+                f"it has more than {tensors - 1:,} tensors, of {size / 1e9:.3g} GB; this machine "
+                f"has {memory / 1e9:.3g} GB of memory"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def build(opt: dict[str, Any], processes: Processes) -> Any:
+    """Build the model that the options name, its networks with weights as initialised.
+
+    Args:
+        opt: The run's options, complete.
+        processes: The processes of the run.
+    """
+    paths = opt["path"]
+    later = {key: paths[key] for key in _LOADED_LATER if key in paths}
+    paths |= dict.fromkeys(later)
+    try:
+        with _bounded_size():
+            model = build_model(opt)
+    finally:
+        paths |= later
+    adapt(model, processes)
+    return model
+
+
+class _GathersNetworks:
+    """Saving: what a model's `save` would write is gathered, and `checkpoints` writes it."""
+
+    run_processes: Processes
+    gathered: dict[str, Any] | None = None
+
+    def gathered_networks(self) -> dict[str, Any]:
+        """Return what the files of all networks hold, by BasicSR's label ("net_g").
+
+        Every process calls; it is empty on all but the main one.
+        """
+        self.gathered = {}
+        try:
+            self.save(0, 0)
+            return self.gathered
+        finally:
+            del self.gathered
+
+    def save_network(
+        self,
+        net: nn.Module | list[nn.Module],
+        net_label: str,
+        current_iter: int | str,
+        param_key: str | list[str] = "params",
+    ) -> None:
+        """Gather a network, or write it where a third party saves in its own time."""
+        if not self.run_processes.is_main:
+            return
+        networks = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        content = {}
+        for network, key in zip(networks, keys, strict=True):
+            weights = bare(network).state_dict()
+            content[key] = {
+                name.removeprefix("module."): tensor.detach().cpu()
+                for name, tensor in weights.items()
+            }
+        if self.gathered is not None:
+            self.gathered[net_label] = content
+            return
+        label = "latest" if current_iter == -1 else current_iter
+        save_whole(content, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Do nothing: states hold more than a model knows, and `checkpoints` writes them."""
+
+
+class _Validates:
+    run_processes: Processes
+
+    def validation(
+        self,
+        dataloader: evaluation.Images,
+        current_iter: int | str,
+        tb_logger: Any,
+        save_img: bool = False,
+    ) -> evaluation.Evaluation:
+        """Validate on all processes, each of which calls; see `evaluation.validate`."""
+        return evaluation.validate(
+            self, self.run_processes, dataloader, current_iter, tb_logger, save_img
+        )
+
+
+class _ValidatesItsOwnWay:
+    run_processes: Processes
+
+    def validation(
+        self,
+        dataloader: evaluation.Images,
+        current_iter: int | str,
+        tb_logger: Any,
+        save_img: bool = False,
+    ) -> evaluation.Evaluation:
+        """Validate as the class does, on the main process; every process calls."""
+        own = super().validation
+        return evaluation.validate_by(
+            own, self, self.run_processes, dataloader, current_iter, tb_logger, save_img
+        )
+
+
+def adapt(model: Any, processes: Processes) -> None:
+    """Give a model of BasicSR's or a third party's the methods that a run relies on.
+
+    A class that has its own method for averages, learning rate or validation keeps it, and the log
+    says so.
+
+    Args:
+        model: As `build_model` returned it.
+        processes: The processes of the run.
+    """
+    own = type(model)
+    classes: list[type] = [_GathersNetworks]
+    kept: dict[str, str] = {}
+    for ours, name in ((AveragesWeights, "model_ema"), (FollowsSchedule, "update_learning_rate")):
+        if getattr(own, name, None) is getattr(BaseModel, name):
+            classes.append(ours)
+        elif not issubclass(own, ours):
+            kept[name] = "which stays"
+    if foreign := evaluation.foreign_method(own):
+        kept[foreign] = "it validates and tests as that says, on the main process"
+    classes.append(_ValidatesItsOwnWay if foreign else _Validates)
+    contents = {"run_processes": processes, "__module__": own.__module__}
+    model.__class__ = type(own.__name__, (*classes, own), contents)
+    for name, effect in kept.items():
+        get_root_logger().warning(f"{own.__name__} has a method {name} of its own: {effect}")
+
+
+def networks_of(model: Any) -> Mapping[str, nn.Module]:
+    """Return a model's networks by the names of their attributes ("net_g", "net_g_ema", …)."""
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if name.startswith("net_") and isinstance(value, nn.Module)
+    }

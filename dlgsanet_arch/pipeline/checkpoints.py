@@ -1,0 +1,468 @@
+"""Checkpoints of a run: gathered, written complete, found again, read once, restored.
+
+A pair is the state `<iteration>.state` and the networks `net_*_<iteration>.pth` that it names with
+their checksums; the state is written last. What BasicSR's state lacks for an exact resume is added
+to it, in types that `torch.load(weights_only=True)` takes.
+"""
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dlgsanet_arch.checkpoint import CheckpointError, check_complete, save_whole
+from dlgsanet_arch.errors import ResumeError
+from dlgsanet_arch.pipeline import randomness
+from dlgsanet_arch.pipeline.logs import LOG
+from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.pipeline.samples import BadSample
+from dlgsanet_arch.pipeline.sampling import Place
+
+# RealESRNetModel and RealESRGANModel draw their batches from a pool that they fill themselves.
+_POOL = ("queue_lr", "queue_gt", "queue_ptr")
+_NUMBERED = re.compile(r"(?:net_.+_)?(\d+)\.(?:pth|state)")
+# What a state holds and the option file says too; the state's is what a resumed run uses.
+_KEPT_BY_STATE = ("train:optim_", "train:scheduler", "manual_seed")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a state says of it beyond networks and optimizers.
+
+    Args:
+        iteration: Iterations done.
+        place: How far the run has come in its samples.
+        epoch_length: Positions of an epoch.
+        seed: `manual_seed` of the run.
+        validate: Whether this iteration's validation is still to come.
+        bad_samples: Bad samples that were replaced, of all processes.
+        options: The options of the run.
+    """
+
+    iteration: int
+    place: Place
+    epoch_length: int
+    seed: int
+    validate: bool = False
+    bad_samples: Sequence[BadSample] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_state(self) -> dict[str, Any]:
+        """Return it in types that any reader of states takes."""
+        return {
+            "place": list(self.place),
+            "epoch_length": self.epoch_length,
+            "seed": self.seed,
+            "validate": self.validate,
+            "bad_samples": [list(each) for each in self.bad_samples],
+            "options": json.dumps(self.options, default=str),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Progress | None":
+        """Return what a state says; None for one of BasicSR's own."""
+        if "progress" not in state:
+            return None
+        said = dict(state["progress"])
+        said["place"] = Place(*map(int, said["place"]))
+        said |= {name: int(said[name]) for name in ("epoch_length", "seed")}
+        said["bad_samples"] = [BadSample(*each) for each in said["bad_samples"]]
+        said["options"] = dict(json.loads(said["options"]))
+        return cls(iteration=state["iter"], **said)
+
+
+def numbered(run: Path) -> dict[int, list[Path]]:
+    """Return the files of each saved iteration of a run's folder."""
+    found: dict[int, list[Path]] = {}
+    for path in [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]:
+        if match := _NUMBERED.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
+    return found
+
+
+# ---- written
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy's, which third parties' metrics give, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _state_of(model: Any) -> dict[str, Any]:
+    """Return what a model holds beside networks, in a state's words."""
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
+        "scalers": {
+            name: value.state_dict()
+            for name, value in vars(model).items()
+            if isinstance(value, torch.amp.GradScaler)
+        },
+        "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
+        "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
+    }
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run.
+
+    Args:
+        model: A model that was adapted, see `adapter`.
+        processes: The processes of the run.
+        keep_last: Number of pairs to keep, None for all.
+
+    Attributes:
+        best: Figure and iteration of the best weights, empty before there are any.
+    """
+
+    def __init__(self, model: Any, processes: Processes, keep_last: int | None = None) -> None:
+        self.best: dict[str, Any] = {}
+        self._model = model
+        self._processes = processes
+        self._keep_last = keep_last
+        self._run = Path(model.opt["path"]["experiments_root"])
+        self._written: tuple[int, dict[str, int]] | None = None  # iteration, networks' checksums
+
+    def save(self, progress: Progress) -> None:
+        """Write a pair; every process calls.
+
+        A second call for an iteration writes the state alone: the networks are the same.
+
+        Raises:
+            CheckpointError: A file cannot be written; what was there before is untouched.
+        """
+        generators = self._processes.gather(randomness.state())
+        self._agreed(lambda networks: self._write(progress, generators, networks))
+
+    def save_alone(self, progress: Progress) -> None:
+        """Write a pair without the other processes, which no longer answer: on the main one."""
+        self._write(progress, [randomness.state()], self._model.gathered_networks())
+
+    def save_latest(self) -> None:
+        """Write `net_*_latest.pth`; every process calls."""
+        self._agreed(lambda networks: self._write_networks(networks, "latest"))
+
+    def save_best(self, value: float, iteration: int) -> None:
+        """Write `net_g_best.pth`; every process calls."""
+        self._agreed(lambda all_of: self._write_networks({"net_g": all_of["net_g"]}, "best"))
+        self.best = {"value": value, "iter": iteration}
+
+    def _agreed(self, write: Callable[[Mapping[str, Any]], object]) -> None:
+        """Gather the networks and write them; an error on the main process is one on all."""
+        error: Exception | None = None
+        try:
+            networks = self._model.gathered_networks()
+            if self._processes.is_main:
+                write(networks)
+        except Exception as caught:  # a third party's save may raise anything
+            error = caught
+        self._processes.agree(error)
+
+    def _write_networks(self, networks: Mapping[str, Any], label: object) -> dict[str, int]:
+        folder = self._run / "models"
+        files = {f"{name}_{label}.pth": content for name, content in networks.items()}
+        return {name: save_whole(content, folder / name) for name, content in files.items()}
+
+    def _write(
+        self, progress: Progress, generators: Sequence[Any], networks: Mapping[str, Any]
+    ) -> None:
+        iteration = progress.iteration
+        if self._written is None or self._written[0] != iteration:
+            self._written = iteration, self._write_networks(networks, iteration)
+        state = {
+            "epoch": progress.place.epoch,
+            "iter": iteration,
+            "networks": self._written[1],
+            **_state_of(self._model),
+            "best": self.best,
+            "progress": progress.as_state(),
+            "randomness": list(generators),
+        }
+        save_whole(state, self._run / "training_states" / f"{iteration}.state")
+        self._remove_old(iteration)
+
+    def _remove_old(self, iteration: int) -> None:
+        """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
+
+        What a kill or a fault left of later iterations is not a pair to resume from, and does not
+        count; the run writes it anew when it comes there.
+        """
+        if self._keep_last is None:
+            return
+        files = numbered(self._run)
+        pairs = [
+            number
+            for number, paths in files.items()
+            if number <= iteration and any(path.suffix == ".state" for path in paths)
+        ]
+        oldest = sorted(pairs)[-self._keep_last :][0]
+        for number in sorted(files):
+            if number >= oldest:
+                break
+            # the state first: a pair without one is never resumed from
+            for path in sorted(files[number], key=lambda path: path.suffix != ".state"):
+                path.unlink(missing_ok=True)
+
+
+# ---- found and read
+
+
+class Start(NamedTuple):
+    """Where a run starts.
+
+    Args:
+        path: The state's file, None for a new run.
+        state: What it holds.
+        networks: Content of the networks' files, by option key ("network_g").
+        passed_over: Pairs that are newer and not complete, with the reason, one a line.
+    """
+
+    path: Path | None = None
+    state: Mapping[str, Any] = {}
+    networks: Mapping[str, tuple[Path, Any]] = {}
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return self.state["iter"] if self.path else 0
+
+
+def _read(path: Path) -> tuple[Any, int]:
+    """Read a file of torch.save's once; return its content, and the checksum of `save_whole`.
+
+    Raises:
+        ResumeError: It is missing, damaged, or holds more than data.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise ResumeError(f"{path} is not there")
+    try:
+        data = path.read_bytes()
+        checksum = check_complete(path, io.BytesIO(data))
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), checksum
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
+    except Exception as error:  # torch.load has half a dozen ways to fail
+        raise ResumeError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read a state, and check that what a run takes from it is of the right types."""
+    state, _ = _read(path)
+    try:
+        for name in ("epoch", "iter"):
+            if type(state[name]) is not int:
+                raise TypeError(f"{name} is {state[name]!r}")
+        [each["param_groups"] for each in state["optimizers"]]
+        [each["last_epoch"] for each in state["schedulers"]]
+        dict(state.get("networks", {})), dict(state.get("best", {}))
+        Progress.from_state(state)
+    except Exception as error:  # a file that somebody edited may hold anything
+        raise ResumeError(
+            f"{path} is not a training state ({type(error).__name__}: {error}); delete it to "
+            "resume from the state before it"
+        ) from error
+    return state
+
+
+def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
+    """Read a state and its networks to the end, each file once.
+
+    Args:
+        path: The state.
+        options: Of the run: its networks, and `path:ignore_resume_networks`.
+
+    Raises:
+        ResumeError: The pair is not complete; the message names the file.
+    """
+    state = _read_state(path)
+    folder, iteration = path.parent.parent / "models", state["iter"]
+    ignored = options["path"].get("ignore_resume_networks") or ()
+    keys = {
+        f"net_{key.removeprefix('network_')}_{iteration}.pth": key
+        for key in options
+        if "network_" in key and key not in ignored
+    }
+    checksums = state.get("networks", {})
+    networks = {}
+    for name in dict.fromkeys([*keys, *checksums]):
+        if checksums and name not in checksums:
+            continue  # a network that this model does not save, such as a fixed teacher
+        if not (folder / name).is_file():
+            raise ResumeError(f"{path} belongs to the weights {folder / name}, which are not there")
+        content, found = _read(folder / name)
+        if checksums and found != checksums[name]:
+            raise ResumeError(f"{folder / name} is not the file that was saved with {path.name}")
+        if name in keys:
+            networks[keys[name]] = folder / name, content
+    return Start(path, state, networks)
+
+
+def _never_saved(run: Path) -> bool:
+    """Whether a run of ours ended before its first pair was complete: nothing of it is lost."""
+    try:
+        log = (run / LOG).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return '"event": "save"' not in log
+
+
+def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
+    """Find where a run starts, and read it.
+
+    Args:
+        options: The run's options, `name` as the run will use it.
+        root: Folder that holds ``experiments/`` and that relative paths are below.
+        auto_resume: Whether to resume from the newest complete pair of the run's own folder; a run
+            that ended within its first save starts anew. Else ``path:resume_state`` names a
+            state, if anything does. Its networks are beside it.
+
+    Raises:
+        ResumeError: There is something to resume from, but no complete pair.
+    """
+    run = root / "experiments" / options["name"]
+    named = options["path"].get("resume_state")
+    if not auto_resume:
+        return read_pair(root / Path(named).expanduser(), options) if named else Start()
+    passed_over = []
+    for iteration in sorted(numbered(run), reverse=True):
+        try:
+            start = read_pair(run / "training_states" / f"{iteration}.state", options)
+        except ResumeError as error:
+            passed_over.append(f"{iteration}: {error}")
+        else:
+            return start._replace(passed_over=tuple(passed_over))
+    if _never_saved(run):
+        return Start(passed_over=tuple(passed_over))
+    if passed_over or [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]:
+        raise ResumeError(
+            "\n  ".join(
+                [
+                    f"--auto_resume finds no complete pair of state and weights in {run}, which "
+                    "holds saved models; drop the flag to start anew (that run is renamed), or set "
+                    "path:pretrain_network_g to start from its weights",
+                    *passed_over,
+                ]
+            )
+        )
+    if named:
+        raise ResumeError(
+            f"--auto_resume finds no run {run} and ignores path:resume_state {named}; drop the "
+            "flag to resume from that state"
+        )
+    return Start()
+
+
+# ---- restored
+
+
+def restore(
+    model: Any, checkpoints: Checkpoints, start: Start, processes: Processes, *, apply_edits: bool
+) -> str:
+    """Give a model, and this process's generators, what a state holds beside networks.
+
+    Args:
+        model: As built, with the networks that belong to the state.
+        checkpoints: Gets the best figure so far.
+        start: Of which the state may be BasicSR's own.
+        processes: The processes of the run.
+        apply_edits: Whether optimizer settings and schedule are those that the model was built
+            with, as if they had been so from the start; what the optimizers have learned stays.
+
+    Returns:
+        A warning, or "".
+
+    Raises:
+        ResumeError: The state is of another kind of model.
+    """
+    state, kind = start.state, type(model).__name__
+    for part in ("optimizers", "schedulers"):
+        here, there = len(getattr(model, part)), len(state[part])
+        if here != there:
+            raise ResumeError(
+                f"{start.path} has {there} {part} and this {kind} has {here}: resume with the "
+                "model_type of that run, or start a new run from its weights by "
+                "path:pretrain_network_g"
+            )
+    built = _settings(model)
+    generators = state.get("randomness", ())
+    try:
+        model.resume_training(state)
+        for name, content in state.get("scalers", {}).items():
+            if isinstance(getattr(model, name, None), torch.amp.GradScaler):
+                getattr(model, name).load_state_dict(content)
+        for name, value in state.get("pool", {}).items():
+            setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
+        if len(generators) == processes.world:
+            randomness.restore(generators[processes.rank])
+    except Exception as error:  # whatever a state of other types makes of it
+        raise ResumeError(
+            f"{start.path} does not fit this {kind} ({type(error).__name__}: {error}); resume with "
+            "the options of that run"
+        ) from error
+    if apply_edits:
+        _apply(model, *built, start.iteration)
+    if state.get("best_metric_results"):
+        model.best_metric_results = state["best_metric_results"]
+    checkpoints.best = dict(state.get("best", {}))
+    if generators and len(generators) != processes.world:
+        return (
+            f"the run continues with {processes.world} processes and had {len(generators)}: what "
+            "the network itself draws at random is drawn anew"
+        )
+    return ""
+
+
+def _settings(model: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return settings of all optimizers' groups, and states of all schedulers."""
+    groups = [
+        [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        for groups in (optimizer.param_groups for optimizer in model.optimizers)
+    ]
+    return groups, [scheduler.state_dict() for scheduler in model.schedulers]
+
+
+def _apply(model: Any, groups: Sequence, schedules: Sequence, iteration: int) -> None:
+    """Set a restored model's optimizers and schedules as they were built."""
+    for optimizer, settings in zip(model.optimizers, groups, strict=True):
+        for group, each in zip(optimizer.param_groups, settings, strict=True):
+            group.update(each)
+    for scheduler, built in zip(model.schedulers, schedules, strict=True):
+        scheduler.load_state_dict(built)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer did not step in between
+            for _ in range(iteration - 1):  # BasicSR steps before every iteration but the first
+                scheduler.step()
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}:{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def edits(options: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return path, value of the run so far and value now of each option that was edited."""
+    now = dict(_flat(json.loads(json.dumps(options, default=str))))
+    before = dict(_flat(saved))
+    return {
+        path: (before.get(path), now.get(path))
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    }
+
+
+def is_kept_by_state(path: str) -> bool:
+    """Whether a resumed run takes this option from its state."""
+    return path.startswith(_KEPT_BY_STATE)

@@ -1,0 +1,185 @@
+"""What a validation or a test found: rows, means, BasicSR's lines and records, files."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from basicsr.utils import get_root_logger
+
+from dlgsanet_arch.files import disk_faults_named, write_atomically, write_json
+
+REPORT = "evaluation.json"
+_SETTLED = 0.01  # part of the first weights in their average that no longer shows
+
+
+class Row(NamedTuple):
+    """One image.
+
+    Args:
+        name: Its file's name without suffix.
+        values: The figure of each metric: inf for the PSNR of identical images, nan where the
+            network's output was not finite.
+    """
+
+    name: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validation or a test found.
+
+    Args:
+        dataset: Name of the data set.
+        iteration: The iteration validated, or in a test the name of the run.
+        rows: All images in the order of their paths; none where a model has a validation of
+            its own.
+        means: Of each metric, over all images but the identical ones; inf where all are.
+        identical: Number of images that equal the ground truth, so that their PSNR is inf.
+        bicubic: Means of bicubic enlargement, of a run's first validation.
+    """
+
+    dataset: str
+    iteration: int | str
+    rows: tuple[Row, ...]
+    means: dict[str, float]
+    identical: int = 0
+    bicubic: dict[str, float] = field(default_factory=dict)
+
+
+def _mean(values: Sequence[float], *, rises: bool = True) -> float:
+    """Return the mean of all but the identical images' figures, the same in whatever order."""
+    counted = [value for value in values if not (rises and value == math.inf)]
+    return math.fsum(counted) / len(counted) if counted else math.inf
+
+
+def _rises(metric: Mapping[str, Any]) -> bool:
+    return metric.get("better", "higher") == "higher"
+
+
+def summarise(
+    dataset: str,
+    iteration: int | str,
+    rows: Sequence[Row],
+    wanted: Mapping[str, Mapping[str, Any]],
+    bicubic: Sequence[Mapping[str, float]] = (),
+) -> Evaluation:
+    """Return the means of rows.
+
+    Args:
+        dataset: As Evaluation has it.
+        iteration: As Evaluation has it.
+        rows: Of all images.
+        wanted: `val:metrics`.
+        bicubic: Figures of bicubic enlargement for each image, if they were measured.
+    """
+    means = {
+        name: _mean([row.values[name] for row in rows], rises=_rises(metric))
+        for name, metric in wanted.items()
+        if all(name in row.values for row in rows)
+    }
+    identical = [
+        sum(row.values[name] == math.inf for row in rows) for name in means if _rises(wanted[name])
+    ]
+    found = {name: _mean([each[name] for each in bicubic]) for name in (bicubic or [{}])[0]}
+    return Evaluation(dataset, iteration, tuple(rows), means, max(identical, default=0), found)
+
+
+def keep(model: Any, found: Evaluation) -> None:
+    """Note means and bests on the model, as BasicSR does."""
+    model.metric_results = dict(found.means)
+    if not hasattr(model, "best_metric_results"):
+        model.best_metric_results = {}
+    record = model.best_metric_results.setdefault(found.dataset, {})
+    for name, metric in (model.opt["val"].get("metrics") or {}).items():
+        rises = _rises(metric)
+        worst = -math.inf if rises else math.inf
+        best = record.setdefault(
+            name, {"better": metric.get("better", "higher"), "val": worst, "iter": -1}
+        )
+        value = found.means.get(name, math.nan)
+        if value >= best["val"] if rises else value <= best["val"]:
+            best["val"], best["iter"] = value, found.iteration
+
+
+def log(model: Any, found: Evaluation, tb_logger: Any) -> None:
+    """Write BasicSR's lines to the log and its scalars to TensorBoard."""
+    if not found.means:
+        return
+    lines = [f"Validation {found.dataset}\n"]
+    for name, value in found.means.items():
+        line = f"\t # {name}: {value:.4f}"
+        if model.opt["is_train"]:
+            best = model.best_metric_results[found.dataset][name]
+            line += f"\tBest: {best['val']:.4f} @ {best['iter']} iter"
+        if name in found.bicubic:
+            line += f"\tbicubic: {found.bicubic[name]:.4f}"
+        if found.identical and any(row.values[name] == math.inf for row in found.rows):
+            line += f"\tidentical (inf, not in the mean): {found.identical} of {len(found.rows)}"
+        lines.append(f"{line}\n")
+        if tb_logger is not None:
+            tb_logger.add_scalar(f"metrics/{found.dataset}/{name}", value, found.iteration)
+    get_root_logger().info("".join(lines))
+    if note := _averages_note(model, found):
+        get_root_logger().info(note)
+
+
+def _averages_note(model: Any, found: Evaluation) -> str:
+    """Say that averaged weights are young, where a run validates them for the first time."""
+    decay = getattr(model, "ema_decay", 0)
+    paths = model.opt["path"]
+    starts = paths.get("pretrain_network_g") or paths.get("resume_state")
+    if not found.bicubic or starts or not 0 < decay < 1:
+        return ""
+    left = decay ** int(found.iteration)
+    if left < _SETTLED:
+        return ""
+    ready = math.ceil(math.log(_SETTLED) / math.log(decay))
+    return (
+        f"what is validated is the average of the weights (train:ema_decay {decay}), of which "
+        f"{left:.0%} are still the random weights of the start; figures are low until about "
+        f"iteration {ready:,}"
+    )
+
+
+def _for_json(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Return figures for JSON, which has no inf and nan, as numbers or words."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+def write(evaluations: Sequence[Evaluation], folder: Path) -> None:
+    """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
+
+    Infinite figures are written as ``inf``, and undefined ones as ``nan``.
+
+    Args:
+        evaluations: Of different data sets.
+        folder: Is made where it is missing; earlier reports are replaced.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    with disk_faults_named(f"the reports in {folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in evaluations:
+            text = io.StringIO()
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(["image", *each.means])
+            table.writerows(
+                [row.name, *(row.values[name] for name in each.means)] for row in each.rows
+            )
+            write_atomically(folder / f"{each.dataset}.csv", text.getvalue().encode())
+        content = {
+            each.dataset: {
+                "iteration": each.iteration,
+                "means": _for_json(each.means),
+                "identical": each.identical,
+                "images": [{"image": row.name, **_for_json(row.values)} for row in each.rows],
+            }
+            for each in evaluations
+        }
+        write_json(folder / REPORT, content)

@@ -1,0 +1,556 @@
+"""Pairs of state and weights: written complete, found again, read once, restored."""
+
+import errno
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from basicsr.archs.edsr_arch import EDSR
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
+from basicsr.models.sr_model import SRModel
+from torch import nn
+
+from dlgsanet_arch import files
+from dlgsanet_arch.errors import ResumeError, UserError
+from dlgsanet_arch.pipeline import adapter, disk, randomness
+from dlgsanet_arch.pipeline.checkpoints import (
+    Checkpoints,
+    Progress,
+    Start,
+    edits,
+    find_start,
+    is_kept_by_state,
+    numbered,
+    restore,
+)
+from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.pipeline.samples import BadSample
+from dlgsanet_arch.pipeline.sampling import Place
+from dlgsanet_arch.storage import CheckpointError, check_complete, save_whole
+
+NETWORK = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
+TRAIN = {
+    "ema_decay": 0.9,
+    "total_iter": 10,
+    "optim_g": {"type": "Adam", "lr": 1e-3},
+    "scheduler": {"type": "MultiStepLR", "milestones": [2, 2, 5], "gamma": 0.5},
+    "pixel_opt": {"type": "L1Loss"},
+}
+
+
+def write(path: Path, size: int = 1000) -> dict:
+    content = {"params": {"weight": torch.rand(size)}}
+    save_whole(content, path)
+    return content
+
+
+def test_what_is_saved_is_what_torch_loads(tmp_path):
+    path = tmp_path / "net_g_1.pth"
+    content = {"params": {"weight": torch.rand(3, 4)}, "iter": 7, "names": ["a", "b"]}
+    checksum = save_whole(content, path)
+    loaded = torch.load(path, weights_only=True)
+    assert torch.equal(loaded["params"]["weight"], content["params"]["weight"])
+    assert (loaded["iter"], loaded["names"]) == (7, ["a", "b"])
+    assert check_complete(path) == checksum
+    assert save_whole({"params": {"weight": torch.rand(3, 4)}}, path) != checksum
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net_g_1.pth"]
+
+
+@pytest.mark.parametrize("cut", ["half", "directory", "record", "flipped", "nothing"])
+def test_a_damaged_file_is_found_by_reading_all_of_it(tmp_path, cut):
+    path = tmp_path / "net_g_1.pth"
+    write(path)
+    data = bytearray(path.read_bytes())
+    if cut == "half":
+        data = data[: len(data) // 2]
+    elif cut == "directory":
+        data = data[:-20]
+    elif cut == "nothing":
+        data = bytearray()
+    elif cut == "record":  # what an interrupted save of BasicSR's leaves: fault 21
+        start = data.index(b"archive/data/0")
+        data[start + 64 : start + 264] = bytes(200)
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=str(path)):
+        check_complete(path)
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk with room for `space` bytes."""
+
+    def __init__(self, path, space):
+        self.file, self.space = open(path, "wb"), space  # noqa: SIM115 - closed in close()
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        data = bytes(data)
+        if len(data) > self.space:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.space -= len(data)
+        return self.file.write(data)
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+@pytest.mark.parametrize("space", [0, 100, 2000])
+def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path, monkeypatch, space):
+    path = tmp_path / "net_g_latest.pth"
+    content = write(path)
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": FullDisk(self, space))
+    with pytest.raises(CheckpointError, match=r"net_g_latest.pth cannot be written .*disk is full"):
+        save_whole({"params": {"weight": torch.rand(5000)}}, path)
+    monkeypatch.undo()
+    kept = torch.load(path, weights_only=True)["params"]["weight"]
+    assert torch.equal(kept, content["params"]["weight"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net_g_latest.pth"]
+
+
+def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
+    real, faults = os.fsync, iter([OSError(errno.EIO, "gone"), OSError(errno.ESTALE, "stale")])
+
+    def fsync(file):
+        if (fault := next(faults, None)) is not None:
+            raise fault
+        real(file)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write(tmp_path / "a.pth")
+    check_complete(tmp_path / "a.pth")
+
+
+def test_what_was_written_is_read_again_before_it_takes_the_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
+    path = tmp_path / "net_g_latest.pth"
+    content = write(path)
+    real = os.fsync
+
+    def lose_bytes(file):  # a disk that says it wrote
+        os.ftruncate(file, 300)
+        real(file)
+
+    monkeypatch.setattr(files.os, "fsync", lose_bytes)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_whole({"params": {"weight": torch.rand(5000)}}, path)
+    kept = torch.load(path, weights_only=True)["params"]["weight"]
+    assert torch.equal(kept, content["params"]["weight"])
+
+
+def test_the_generators_go_on_from_a_state_that_weights_only_loads(tmp_path):
+    random.random(), np.random.randn(), torch.rand(2)
+    save_whole({"randomness": randomness.state()}, tmp_path / "1.state")
+    drawn = [random.gauss(0, 1), np.random.randn(), torch.rand(()).item()]
+    state = torch.load(tmp_path / "1.state", weights_only=True)
+    randomness.restore(state["randomness"])
+    assert [random.gauss(0, 1), np.random.randn(), torch.rand(()).item()] == drawn
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    folder = tmp_path / "experiments" / "small"
+    for name in ("models", "training_states"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+def built(run: Path, **network) -> SRModel:
+    """Build a real SRModel of another network, adapted, with everything a state holds."""
+    opt = {
+        "num_gpu": 0,
+        "is_train": True,
+        "dist": False,
+        "network_g": {"type": "EDSR", **NETWORK, **network},
+        "path": {"experiments_root": str(run), "models": str(run / "models")},
+        "train": {key: dict(v) if isinstance(v, dict) else v for key, v in TRAIN.items()},
+        "logger": {"save_checkpoint_freq": 2},
+    }
+    opt["path"]["training_states"] = str(run / "training_states")
+    model = SRModel(opt)
+    model.basicsr_save = model.save_network
+    adapter.adapt(model, Processes())
+    return model
+
+
+@pytest.fixture
+def model(run) -> SRModel:
+    return built(run)
+
+
+def saver(model: SRModel, keep_last: int | None = None) -> Checkpoints:
+    return Checkpoints(model, Processes(), keep_last)
+
+
+def progress(iteration: int, **changes) -> Progress:
+    values = {"place": Place(1, 4), "epoch_length": 9, "seed": 3, "options": {"name": "small"}}
+    return Progress(iteration, **{**values, **changes})
+
+
+def test_a_pair_holds_all_that_a_run_is(model, run):
+    checkpoints = saver(model)
+    model.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    model.queue_lr, model.queue_ptr = torch.rand(2, 3), 5
+    # metrics of third parties may be numpy's: torch.load(weights_only=True) must still take them
+    model.best_metric_results = {"Set5": {"psnr": {"val": np.float64(30.5), "iter": 4}}}
+    checkpoints.best = {"value": 30.5, "iter": 4}
+    said = progress(7, validate=True, bad_samples=[BadSample("made", "a.png", "is empty")])
+    checkpoints.save(said)
+    drawn = torch.rand(3)
+    start = find_start(options(), run.parent.parent, auto_resume=True)
+    assert (start.state["epoch"], start.iteration) == (1, 7)
+    assert Progress.from_state(start.state) == said
+    assert start.state["networks"] == {"net_g_7.pth": check_complete(run / "models/net_g_7.pth")}
+    other = built(run)
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    others = saver(other)
+    assert restore(other, others, start, Processes(), apply_edits=False) == ""
+    assert torch.equal(torch.rand(3), drawn)
+    assert other.scaler.get_scale() == 128.0
+    assert torch.equal(other.queue_lr, model.queue_lr)
+    assert other.queue_ptr == 5
+    assert other.best_metric_results == {"Set5": {"psnr": {"val": 30.5, "iter": 4}}}
+    assert others.best == {"value": 30.5, "iter": 4}
+    other.optimizers.append(other.optimizers[0])
+    with pytest.raises(ResumeError, match="has 1 optimizers and this SRModel has 2"):
+        restore(other, others, start, Processes(), apply_edits=False)
+
+
+def test_networks_are_saved_as_basicsr_saves_them(model, run):
+    networks = [model.net_g, model.net_g_ema]
+    model.basicsr_save(networks, "net_g", 3, param_key=["params", "params_ema"])
+    saver(model).save(progress(4))
+    theirs, ours = (torch.load(run / f"models/net_g_{n}.pth", weights_only=True) for n in (3, 4))
+    assert theirs.keys() == ours.keys() == {"params", "params_ema"}
+    for key, weights in theirs.items():
+        assert weights.keys() == ours[key].keys()
+        assert all(torch.equal(value, ours[key][name]) for name, value in weights.items())
+    EDSR(**NETWORK).load_state_dict(ours["params"], strict=True)
+
+
+def test_names_of_parallel_networks_are_bare(model, run):
+    model.net_g = nn.DataParallel(model.net_g)
+    saver(model).save(progress(4))
+    weights = torch.load(run / "models/net_g_4.pth", weights_only=True)
+    EDSR(**NETWORK).load_state_dict(weights["params"], strict=True)
+
+
+class WithDiscriminator(SRModel):
+    """A third party's, which also saves when it likes."""
+
+    def save(self, epoch, current_iter):
+        super().save(epoch, current_iter)
+        self.save_network(self.net_g, "net_d", current_iter)
+
+
+def test_latest_and_best_are_no_pairs(run):
+    model = built(run)
+    model.__class__ = WithDiscriminator
+    adapter.adapt(model, Processes())
+    checkpoints = saver(model)
+    checkpoints.save_latest()
+    checkpoints.save_best(31.25, 9)
+    found = sorted(path.name for path in run.rglob("*.*"))
+    assert found == ["net_d_latest.pth", "net_g_best.pth", "net_g_latest.pth"]
+    assert checkpoints.best == {"value": 31.25, "iter": 9}
+    assert numbered(run) == {}
+    model.save(0, 5)  # by itself
+    assert {path.name for path in numbered(run)[5]} == {"net_d_5.pth", "net_g_5.pth"}
+
+
+def test_only_the_last_pairs_are_kept(model, run):
+    checkpoints = saver(model, keep_last=2)
+    checkpoints.save_best(1.0, 1)
+    for iteration in (5, 10, 15, 100):
+        checkpoints.save(progress(iteration))
+    assert sorted(numbered(run)) == [15, 100]
+    assert all(len(paths) == 2 for paths in numbered(run).values())
+    assert (run / "models/net_g_best.pth").is_file()
+
+
+def test_a_second_save_of_an_iteration_writes_the_state_alone(model, run):
+    checkpoints = saver(model)
+    checkpoints.save(progress(5, validate=True))
+    written = (run / "models/net_g_5.pth").stat().st_ino
+    checkpoints.save(progress(5))
+    assert (run / "models/net_g_5.pth").stat().st_ino == written
+    start = find_start(options(), run.parent.parent, auto_resume=True)
+    assert Progress.from_state(start.state).validate is False
+
+
+def test_a_failed_save_names_the_file_and_leaves_the_pairs(model, run, monkeypatch):
+    checkpoints = saver(model, keep_last=1)
+    checkpoints.save(progress(5))
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": FullDisk(self, 500))
+    with pytest.raises(CheckpointError, match=r"net_g_10\.pth cannot be written"):
+        checkpoints.save(progress(10))
+    monkeypatch.undo()
+    assert sorted(numbered(run)) == [5]
+
+
+def test_a_full_disk_for_real(tmp_path):
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        path = tmp_path / "net_g_latest.pth"
+        content = write(path, 10_000)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            write(path, 100_000)
+        kept = torch.load(path, weights_only=True)["params"]["weight"]
+        assert torch.equal(kept, content["params"]["weight"])
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def save_pair(run: Path, iteration: int, *, labels=("net_g",), checksums=True) -> None:
+    networks = {}
+    for label in labels:
+        path = run / "models" / f"{label}_{iteration}.pth"
+        networks[path.name] = save_whole({"params": {"weight": torch.rand(50)}}, path)
+    state = {"epoch": 0, "iter": iteration, "optimizers": [], "schedulers": []}
+    if checksums:
+        state["networks"] = networks
+    save_whole(state, run / "training_states" / f"{iteration}.state")
+
+
+def options(**path) -> dict:
+    return {"name": "small", "network_g": {}, "path": {"resume_state": None, **path}}
+
+
+def files_of(start: Start) -> dict:
+    return {key: path for key, (path, _) in start.networks.items()}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_the_newest_pair_is_taken_by_number(run, tmp_path):
+    for iteration in (5, 20, 100):
+        save_pair(run, iteration)
+    (run / "training_states/latest.state").write_bytes(b"stray")  # fault 22
+    (run / "models/net_g_latest.pth").write_bytes(b"stray")
+    start = find_start(options(), tmp_path, auto_resume=True)
+    assert (start.path, start.iteration) == (run / "training_states/100.state", 100)
+    assert files_of(start) == {"network_g": run / "models/net_g_100.pth"}
+
+
+def edit_state(path: Path, **changes) -> None:
+    save_whole({**torch.load(path, weights_only=True), **changes}, path)
+
+
+DAMAGE = {
+    "truncated state": ("training_states/20.state", truncate, "20.state is truncated"),
+    "truncated weights": ("models/net_g_20.pth", truncate, "net_g_20.pth is truncated"),
+    "no weights": ("models/net_g_20.pth", Path.unlink, "net_g_20.pth, which are not there"),
+    "no state": ("training_states/20.state", Path.unlink, "20.state is not there"),
+    "empty state": ("training_states/20.state", lambda p: p.write_bytes(b""), "is empty"),
+    "edited state": (
+        "training_states/20.state",
+        lambda path: save_whole({"epoch": 0, "iter": "20", "optimizers": 3}, path),
+        "is not a training state",
+    ),
+    "edited progress": (
+        "training_states/20.state",
+        lambda path: edit_state(path, progress={"place": "far", "seed": []}),
+        "is not a training state",
+    ),
+    "list": ("training_states/20.state", lambda path: save_whole([1], path), "not a training"),
+    "pipe": ("training_states/20.state", lambda p: (p.unlink(), os.mkfifo(p)), "is not there"),
+    "pipe for weights": (
+        "models/net_g_20.pth",
+        lambda p: (p.unlink(), os.mkfifo(p)),
+        "net_g_20.pth, which are not there",
+    ),
+    "other weights": (
+        "models/net_g_20.pth",
+        lambda path: save_whole({"params": {"weight": torch.rand(50)}}, path),
+        "is not the file that was saved with 20.state",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_pair_that_is_not_whole_is_passed_over_and_named(run, tmp_path, damage):
+    for iteration in (10, 20):
+        save_pair(run, iteration)
+    name, spoil, reason = DAMAGE[damage]
+    spoil(run / name)
+    start = find_start(options(), tmp_path, auto_resume=True)
+    assert start.iteration == 10
+    (line,) = start.passed_over
+    assert line.startswith("20: ")
+    assert reason in line
+
+
+def test_every_network_of_a_pair_counts(run, tmp_path):
+    for iteration in (10, 20):
+        save_pair(run, iteration, labels=("net_g", "net_d"))
+    truncate(run / "models/net_d_20.pth")
+    wanted = {**options(), "network_d": {}}
+    start = find_start(wanted, tmp_path, auto_resume=True)
+    assert start.iteration == 10
+    assert files_of(start) == {f"network_{x}": run / f"models/net_{x}_10.pth" for x in "gd"}
+    ignoring = {**wanted, "path": {"ignore_resume_networks": ["network_d"]}}
+    assert files_of(find_start(ignoring, tmp_path, auto_resume=True)) == {
+        "network_g": run / "models/net_g_10.pth"
+    }
+
+
+def test_no_whole_pair_is_an_error_and_no_new_start(run, tmp_path):
+    save_pair(run, 10)
+    truncate(run / "training_states/10.state")
+    with pytest.raises(
+        ResumeError, match=r"(?s)no complete pair.*drop the flag.*10.state is trunc"
+    ):
+        find_start(options(), tmp_path, auto_resume=True)
+
+
+def test_a_run_that_has_nothing_starts_at_0(tmp_path):
+    for auto_resume in (True, False):
+        assert find_start(options(), tmp_path, auto_resume=auto_resume) == Start()
+    assert Start().iteration == 0
+
+
+def test_a_named_state_finds_its_weights_beside_it_in_any_run(run, tmp_path):
+    save_pair(run, 10, checksums=False)  # as BasicSR saves it
+    named = {**options(resume_state="experiments/small/training_states/10.state"), "name": "new"}
+    start = find_start(named, tmp_path, auto_resume=False)
+    assert files_of(start) == {"network_g": run / "models/net_g_10.pth"}
+    truncate(run / "models/net_g_10.pth")
+    with pytest.raises(ResumeError, match=r"net_g_10\.pth is truncated"):
+        find_start(named, tmp_path, auto_resume=False)
+
+
+READS = """
+import sys
+from pathlib import Path
+from dlgsanet_arch.pipeline.checkpoints import find_start
+opened = []
+sys.addaudithook(lambda event, arguments: event == "open" and opened.append(str(arguments[0])))
+options = {"name": "small", "network_g": {}, "network_d": {}, "path": {}}
+find_start(options, Path(sys.argv[1]), auto_resume=True)
+print(sorted(Path(name).name for name in opened if name.endswith((".pth", ".state"))))
+"""
+
+
+def test_each_file_of_a_pair_is_read_once(run, tmp_path):
+    for iteration in (10, 20):
+        save_pair(run, iteration, labels=("net_g", "net_d"))
+    found = subprocess.run(
+        [sys.executable, "-c", READS, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(["20.state", "net_d_20.pth", "net_g_20.pth"])
+
+
+def test_edits_are_found_wherever_they_are():
+    before = {"train": {"optim_g": {"lr": 1e-3}, "total_iter": 10}, "scale": 2, "gone": 1}
+    now = {"train": {"optim_g": {"lr": 1e-2}, "total_iter": 20}, "scale": 2, "new": [1, 2]}
+    found = edits(now, before)
+    assert found == {
+        "train:optim_g:lr": (1e-3, 1e-2),
+        "train:total_iter": (10, 20),
+        "gone": (1, None),
+        "new": (None, [1, 2]),
+    }
+    assert [path for path in found if is_kept_by_state(path)] == ["train:optim_g:lr"]
+
+
+class Model:
+    """As much of a model as has optimizers and schedulers."""
+
+    def __init__(self, lr, make):
+        weight = torch.nn.Parameter(torch.ones(2))
+        self.optimizers = [torch.optim.Adam([weight], lr, betas=(0.9, 0.99 if lr < 1 else 0.5))]
+        self.schedulers = [make(self.optimizers[0])]
+
+    def resume_training(self, state):
+        self.optimizers[0].load_state_dict(state["optimizers"][0])
+        self.schedulers[0].load_state_dict(state["schedulers"][0])
+
+    def step(self, iteration):
+        if iteration > 1:
+            self.schedulers[0].step()
+        self.optimizers[0].param_groups[0]["params"][0].grad = torch.ones(2)
+        self.optimizers[0].step()
+        return self.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("iteration", [1, 3, 4, 7])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: MultiStepRestartLR(optimizer, milestones=[4, 6], gamma=0.5),
+        lambda optimizer: CosineAnnealingRestartLR(
+            optimizer, periods=[5, 10], restart_weights=[1, 0.5]
+        ),
+    ],
+    ids=["steps", "cosine"],
+)
+def test_applied_edits_hold_as_if_they_had_always_done(make, iteration):
+    old = Model(0.5, lambda optimizer: MultiStepRestartLR(optimizer, milestones=[2], gamma=0.1))
+    for at in range(1, iteration + 1):
+        old.step(at)
+    always, resumed = Model(2.0, make), Model(2.0, make)
+    expected = [always.step(at) for at in range(1, 13)]
+    state = {"iter": iteration, "epoch": 0}
+    for part in ("optimizers", "schedulers"):
+        state[part] = [each.state_dict() for each in getattr(old, part)]
+    start = Start(Path("old.state"), state)
+    restore(resumed, SimpleNamespace(), start, Processes(), apply_edits=True)
+    found = [resumed.step(at) for at in range(iteration + 1, 13)]
+    assert found == pytest.approx(expected[iteration:], rel=1e-12)
+    assert resumed.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)
+    moments = resumed.optimizers[0].state_dict()["state"][0]["step"]
+    assert moments == 12  # what the optimizer has learned stays
+
+
+def test_the_room_for_checkpoints_is_estimated(run, monkeypatch):
+    model = built(run, num_feat=64)
+    model.net_g(torch.rand(1, 3, 8, 8)).mean().backward()
+    model.optimizer_g.step()
+    saver(model).save(progress(5))
+    size = sum(path.stat().st_size for path in numbered(run)[5])
+
+    def with_room_for(pairs):
+        usage = shutil._ntuple_diskusage(0, 0, int(pairs * size))
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)
+        return disk.room_warning(model, model.opt)
+
+    assert with_room_for(6.5) == ""
+    assert "GB for 6; they will not all fit" in with_room_for(5)
+    with pytest.raises(UserError, match="make room for at least two"):
+        with_room_for(1.5)
+    model.opt["logger"]["keep_last"] = 2
+    assert with_room_for(3.4) == ""
+
+
+def test_folders_must_take_what_is_written(tmp_path, monkeypatch):
+    disk.check_folder(tmp_path / "experiments/a")
+    (tmp_path / "results").touch()
+    with pytest.raises(UserError, match="results is not a folder"):
+        disk.check_folder(tmp_path / "results/a")
+    closed, allowed = tmp_path, os.access
+    monkeypatch.setattr(disk.os, "access", lambda path, how: path != closed and allowed(path, how))
+    with pytest.raises(UserError, match=f"{closed} cannot be written to"):
+        disk.check_folder(tmp_path / "experiments/a")
