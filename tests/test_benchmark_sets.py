@@ -1,6 +1,5 @@
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -583,17 +582,3 @@ def test_equal_notices_are_told_once(tmp_path):
     (notice,) = build("made", tmp_path / "in", tmp_path / "out", [2]).notices
     assert notice.startswith("7 x holds 16 bits")
     assert notice.endswith(": p0.png, p1.png, p2.png, p3.png, p4.png, and 2 more")
-
-
-def test_the_recipe_holds_sizes_and_sums_of_the_sources(tmp_path):
-    source = source_of(tmp_path / "in")
-    build("made", source, tmp_path / "out", [2])
-    recipe = json.loads((tmp_path / "out" / "X2" / "recipe.json").read_text())
-    expected = {
-        f"p{number}": {
-            "size": list(SIZE),
-            "sha256": hashlib.sha256((source / "HR" / f"p{number}.png").read_bytes()).hexdigest(),
-        }
-        for number in range(2)
-    }
-    assert recipe["sources"] == expected

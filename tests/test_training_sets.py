@@ -274,25 +274,6 @@ def test_worker_processes_make_the_same(hr, out, tmp_path, monkeypatch):
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_photographs_become_the_parts_that_basicsr_would_make(shared_data, out, tmp_path):
-    photographs = sorted((shared_data / "data" / "BSDS400").glob("*.jpg"))[:3]
-    if not photographs:
-        pytest.skip(f"no images at {shared_data / 'data/BSDS400'} (set DLGSANET_SHARED)")
-    for path in photographs:
-        save(tmp_path / "HR" / f"{path.stem}.png", cv2.imread(str(path)))
-    assert train(tmp_path / "HR", out, "--crop", 480, "--step", 240) == 0
-    for scale, name in ((1, HR), (2, X2), (3, X3), (4, X4)):
-        found = entries(out / name)
-        assert list(found) == [f"{path.stem}_s001" for path in photographs]
-        for path in photographs:
-            pixels = cv2.imread(str(path))
-            height, width = (side - side % 12 for side in pixels.shape[:2])
-            expected = pixels[:height, :width]
-            if scale > 1:
-                expected = lr_by_basicsr(expected, scale)
-            assert_equal_but_for_ties(found[f"{path.stem}_s001"], expected)
-
-
 def broken(kind: str, path: Path) -> str:
     """Write an image with a fault; what the message has to say of it."""
     whole = path.with_name("whole.png")

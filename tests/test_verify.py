@@ -1,5 +1,8 @@
 import os
+import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -51,20 +54,21 @@ def training(made, tmp_path) -> Path:
     return target
 
 
-class Changed:
-    """An LMDB opened to be changed."""
+@contextmanager
+def changed(path: Path) -> Iterator[lmdb.Transaction]:
+    """Open an LMDB to change it."""
+    with (
+        lmdb.open(str(path), map_size=2**26) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        yield transaction
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self):
-        self.environment = lmdb.open(str(self.path), map_size=2**26)
-        self.transaction = self.environment.begin(write=True)
-        return self.transaction
-
-    def __exit__(self, *error) -> None:
-        self.transaction.commit()
-        self.environment.close()
+def replace(database: Path, make: Callable[[bytes], bytes | None], key: bytes = b"coffee_s003"):
+    """Change an entry; None deletes it."""
+    with changed(database) as write:
+        data = make(write.get(key))
+        write.delete(key) if data is None else write.put(key, data)
 
 
 def save_pairs(folder: Path, reduce, names=PHOTOGRAPHS, scale: int = 2) -> None:
@@ -91,8 +95,7 @@ def test_a_good_set_is_good(training, capsys):
 
 
 def test_worker_processes_find_the_same(training, capsys):
-    with Changed(training / X2) as write:
-        write.put(b"coffee_s002", b"no image")
+    replace(training / X2, lambda _: b"no image", b"coffee_s002")
     said = []
     for workers in (1, 2):
         assert prepare("verify", training / HR, training / X2, "--workers", workers) == 1
@@ -101,95 +104,91 @@ def test_worker_processes_find_the_same(training, capsys):
     assert "coffee_s002: LR is not an image" in said[0]
 
 
-def truncated(training: Path) -> None:
-    with Changed(training / X3) as write:
-        data = write.get(b"coffee_s003")
-        write.put(b"coffee_s003", data[: len(data) // 2])
+def without_line(database: Path) -> None:
+    meta = database / "meta_info.txt"
+    meta.write_text(re.sub("coffee_s003.*\n", "", meta.read_text()))
 
 
-def empty(training: Path) -> None:
-    with Changed(training / HR) as write:
-        write.put(b"coffee_s003", b"")
+def with_line(database: Path, line: str) -> None:
+    with (database / "meta_info.txt").open("a") as file:
+        file.write(f"{line}\n")
 
 
-def of_another_size(training: Path) -> None:
-    with Changed(training / X2) as write:
-        lr = decoded(write.get(b"coffee_s003"))
-        write.put(b"coffee_s003", encode_png(lr[:-1]))
+def without_partner(training: Path) -> None:
+    replace(training / X3, lambda _: None)
+    without_line(training / X3)
 
 
-def of_another_image(training: Path) -> None:
-    with Changed(training / X2) as write:
-        write.put(b"coffee_s003", write.get(b"chelsea_s003"))
-
-
-def displaced_alone(training: Path) -> None:
-    with Changed(training / X2) as write:
-        lr = decoded(write.get(b"coffee_s003"))
-        write.put(b"coffee_s003", encode_png(np.roll(lr, (1, 2), (0, 1))))
+def copied(database: Path, key: str) -> None:
+    data = entries(database)[key]
+    replace(database, lambda _: data)
 
 
 def twice(training: Path) -> None:
     for name in (HR, X2, X3):
-        with Changed(training / name) as write:
-            write.put(b"coffee_s003", write.get(b"chelsea_s001"))
+        copied(training / name, "chelsea_s001")
 
 
-def without_partner(training: Path) -> None:
-    with Changed(training / X3) as write:
-        write.delete(b"coffee_s003")
-    remove_line(training / X3, "coffee_s003")
-
-
-def remove_line(database: Path, key: str) -> None:
-    meta = database / "meta_info.txt"
-    lines = meta.read_text().splitlines(keepends=True)
-    meta.write_text("".join(line for line in lines if not line.startswith(f"{key}.")))
-
-
-def ghost(training: Path) -> None:
-    with Changed(training / X2) as write:
-        write.delete(b"coffee_s003")
-
-
-def silent(training: Path) -> None:
-    remove_line(training / X2, "coffee_s003")
-
-
-def listed_twice(training: Path) -> None:
-    meta = training / X2 / "meta_info.txt"
-    meta.write_text(meta.read_text() + "coffee_s003.png (120,120,3) 1\n")
-
-
-def blank_line(training: Path) -> None:
-    meta = training / X2 / "meta_info.txt"
-    meta.write_text(meta.read_text() + "\n")
-
-
+NOT_BICUBIC = "coffee_s003: LR is not the bicubic of its HR image: PSNR "
 # What breaks a set, what is said of it, and how many of the 12 pairs stay after --fix.
 FAULTS = {
-    truncated: ("coffee_s003: LR is cut short", 11),
-    empty: ("coffee_s003: HR is empty", 11),
-    of_another_size: ("coffee_s003: HR has 240 x 240 pixels, and LR's 119 x 120 times 2", 11),
-    of_another_image: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
-    displaced_alone: ("coffee_s003: LR is not the bicubic of its HR image: PSNR ", 11),
-    twice: ("coffee_s003: has the same pixels as chelsea_s001", 11),
-    without_partner: ("1 of 12 images in {hr} have no partner in {lr}: 'coffee_s003'", 11),
-    ghost: ("lists keys that it does not hold: 'coffee_s003'", 11),
-    silent: (
+    "truncated": (
+        lambda training: replace(training / X3, lambda data: data[: len(data) // 2]),
+        "coffee_s003: LR is cut short",
+        11,
+    ),
+    "empty": (
+        lambda training: replace(training / HR, lambda _: b""),
+        "coffee_s003: HR is empty",
+        11,
+    ),
+    "of another size": (
+        lambda training: replace(training / X2, lambda data: encode_png(decoded(data)[:-1])),
+        "coffee_s003: HR has 240 x 240 pixels, and LR's 119 x 120 times 2",
+        11,
+    ),
+    "of another image": (
+        lambda training: copied(training / X2, "chelsea_s003"),
+        NOT_BICUBIC,
+        11,
+    ),
+    "displaced": (
+        lambda training: replace(
+            training / X2, lambda data: encode_png(np.roll(decoded(data), (1, 2), (0, 1)))
+        ),
+        NOT_BICUBIC,
+        11,
+    ),
+    "twice": (twice, "coffee_s003: has the same pixels as chelsea_s001", 11),
+    "without partner": (
+        without_partner,
+        "1 of 12 images in {hr} have no partner in {lr}: 'coffee_s003'",
+        11,
+    ),
+    "missing": (
+        lambda training: replace(training / X2, lambda _: None),
+        "lists keys that it does not hold: 'coffee_s003'",
+        11,
+    ),
+    "unlisted": (
+        lambda training: without_line(training / X2),
         "1 images that meta_info.txt does not list and that are never read: 'coffee_s003'",
         11,
     ),
-    listed_twice: ("lists keys more than once", 12),
-    blank_line: ("has 1 blank lines", 12),
+    "listed twice": (
+        lambda training: with_line(training / X2, "coffee_s003.png (120,120,3) 1"),
+        "lists keys more than once",
+        12,
+    ),
+    "blank line": (lambda training: with_line(training / X2, ""), "has 1 blank lines", 12),
 }
 
 
-@pytest.mark.parametrize("break_it", FAULTS, ids=lambda fault: fault.__name__)
-def test_what_is_wrong_is_said_and_left_out_by_fix(training, break_it, capsys):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_said_and_left_out_by_fix(training, fault, capsys):
+    break_it, said, left = FAULTS[fault]
     break_it(training)
     before = {path: path.read_bytes() for path in training.rglob("data.mdb")}
-    said, left = FAULTS[break_it]
     said = said.format(hr=training / HR, lr=training / X3)
     assert prepare("verify", training) == 1
     assert said in capsys.readouterr().out
@@ -488,11 +487,8 @@ def test_a_missing_list_of_keys_is_named(training, capsys):
 
 def test_entries_of_other_formats_are_fixed_into_png(training):
     for name in (HR, X2):
-        with Changed(training / name) as write:
-            jpeg = cv2.imencode(".jpg", decoded(write.get(b"coffee_s003")))[1].tobytes()
-            write.put(b"coffee_s003", jpeg)
-    with Changed(training / X2) as write:
-        write.delete(b"chelsea_s001")
+        replace(training / name, lambda data: cv2.imencode(".jpg", decoded(data))[1].tobytes())
+    replace(training / X2, lambda _: None, b"chelsea_s001")
     assert prepare("verify", training / HR, training / X2, "--fix") == 1
     fixed = entries(training / "train_LR_bicubic_X2_sub_fixed.lmdb")
     assert all(data.startswith(b"\x89PNG") for data in fixed.values())
