@@ -303,6 +303,14 @@ def test_an_image_larger_than_pillow_opens_is_checked(root, options, tmp_path):
     assert "1 of 4 checked have wrong sizes: 'image9.png'" in problems[0]
 
 
+def test_sets_to_test_on_need_names_of_their_own(root, options):
+    options["datasets"]["val_2"] = dict(options["datasets"]["val"])
+    problem = only(scan(options, root, train=True).problems)
+    assert problem.startswith("datasets:val_2:name: 'made_val' is the name of datasets:val too")
+    options["datasets"]["val_2"]["name"] = options["datasets"]["train"]["name"]
+    assert scan(options, root, train=True).problems == []
+
+
 def test_results_need_names_of_their_own(root, options):
     for part in ("HR", "LR"):
         path = root / "data" / part / "image1.png"

@@ -129,6 +129,11 @@ def _border(options: Mapping[str, Any]) -> int:
     return max((each for each in borders if is_whole(each)), default=0)
 
 
+def _is_training(phase: str) -> bool:
+    """Whether a data set is to train on by its phase, as BasicSR reads it."""
+    return phase.split("_")[0] == "train"
+
+
 def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
     dataset, scale = options["datasets"][phase], options.get("scale")
     if not isinstance(dataset, Mapping):
@@ -141,7 +146,7 @@ def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
     hr, lr = path("dataroot_gt"), path("dataroot_lq")
     if hr is None and lr is None:
         raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
-    training = phase.split("_")[0] == "train"
+    training = _is_training(phase)
     border = _border(options)
     least, why = 2 * border + 1, f"of which crop_border {border} leaves nothing"
     if training:
@@ -182,7 +187,14 @@ def scan(
     """
     context = Context(options, train, root, registered)
     found = Scan()
+    phases: dict[str, str] = {}
     for phase, dataset in context.datasets():
+        name = str(dataset.get("name"))
+        if not _is_training(phase) and phases.setdefault(name, phase) != phase:
+            found.problems.append(
+                f"datasets:{phase}:name: {name!r} is the name of datasets:{phases[name]} too, and "
+                "the results of one would replace the other's; rename one"
+            )
         reads = known_dataset(context, dataset.get("type"))
         backend = context.section(f"datasets:{phase}:io_backend").get("type")
         known = reads is not None and backend in ("disk", "lmdb")
