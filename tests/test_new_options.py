@@ -14,6 +14,7 @@ from dlgsanet_arch import DLGSANet, cli
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import load, shipped
+from dlgsanet_arch.tools import new_options as new_options_tool
 from dlgsanet_arch.tools.new_options import fit, schedule, step_bytes
 
 TINY = {"dim": 48, "groups": 3, "blocks": 3}
@@ -53,6 +54,7 @@ def checked(file: Path, root: Path) -> dict:
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(new_options_tool, "iteration_seconds", lambda *_: 1.0)
     return tmp_path
 
 
@@ -144,6 +146,22 @@ def test_the_schedule_follows_the_number_of_pixels(count, fine_tuning, given, it
     assert values["period"] == max(1, iterations // 100)
     # one epoch has all iterations, and not much more
     assert 0 <= values["enlarge_ratio"] * count - 16 * iterations < count
+
+
+def test_a_training_takes_a_day_at_most_and_says_how_long(here, monkeypatch, capsys):
+    monkeypatch.setattr(new_options_tool, "iteration_seconds", lambda *_: 10.0)
+    write_images(here / "own", 2)
+    assert new_options("--hr", "own", "--scale", 2) == 0
+    assert load(here / "options/train/tiny_x2_own.yml")["train"]["total_iter"] == 8000
+    assert "all of them 22.2 hours" in capsys.readouterr().out
+    given = ("--iterations", 9000, "--overwrite")
+    assert new_options("--hr", "own", "--scale", 2, *given) == 0
+    assert "all of them 25.0 hours" in capsys.readouterr().out
+
+
+def test_an_iteration_is_timed():
+    network = load(shipped.path_of("tiny_x4", train=True))["network_g"]
+    assert 0 < new_options_tool.iteration_seconds(network, 8, torch.device("cpu")) < 600
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

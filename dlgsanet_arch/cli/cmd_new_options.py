@@ -44,8 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="of the run and files (default: VARIANT_xSCALE_FOLDER)")
     add("-m", "--weights", type=Path, metavar="FILE", help="a .pth to fine-tune from")
     add("--patch", type=int, metavar="N", help="side of patches in LR pixels (default: 48)")
-    add("--iterations", type=int, metavar="N", help="default: by the number of images")
-    add("--memory", type=float, metavar="GIB", help="of the training (default: what is free)")
+    add(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="default: by the number of images, a day at most",
+    )
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="of the machine that trains, if another (default: what is free here)",
+    )
     add(
         "--root",
         type=Path,

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -25,6 +26,7 @@ from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import memory
+from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options import shipped
 
 # The published recipe: patches an iteration, their side in LR pixels, and iterations; number and
@@ -38,6 +40,7 @@ SUB_IMAGES, SUB_IMAGE_SIDE = 32_592, 480
 _MAPS, _FIXED = 54, 16 << 20
 _SHARE = 0.5  # of the free memory is used
 _GIB = 2**30
+_DAY = 86_400  # seconds: no training is longer by itself
 _TEMPLATES = Path(__file__).with_name("templates")
 HELD_OUT = "held_out"  # folder of images that a test set is made from
 
@@ -72,23 +75,44 @@ def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> tupl
     )
 
 
+def iteration_seconds(network: Mapping[str, Any], patch: int, device: torch.device) -> float:
+    """Measure how long an iteration takes here: the fastest of four on one patch of its batch."""
+    model = DLGSANet(**{key: value for key, value in network.items() if key != "type"}).to(device)
+    image = torch.rand(1, 3, patch, patch, device=device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        model(image).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return BATCH * min(seconds)
+
+
 def schedule(
-    sizes: Sequence[tuple[int, int]], fine_tuning: bool, iterations: int | None
+    sizes: Sequence[tuple[int, int]],
+    fine_tuning: bool,
+    iterations: int | None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Return the values of the template that depend on the length of the training.
 
     Unless `iterations` are given, a pixel is seen as often as one of DIV2K in the published 500,000
-    iterations, in 50,000 to 500,000 iterations; starting from trained weights, in a fifth of that.
+    iterations, in 50,000 to 500,000 iterations; starting from trained weights, in a fifth of that;
+    and in as many as take a day, 1,000 at least.
 
     Args:
         sizes: Heights and widths of the HR sub-images.
         fine_tuning: Whether the training starts from trained weights.
         iterations: Their number, or None.
+        seconds: How long an iteration takes, None where that is not known.
     """
     if iterations is None:
         div2k_sets = sum(map(math.prod, sizes)) / SUB_IMAGE_SIDE**2 / SUB_IMAGES
         iterations = min(ITERATIONS, max(50_000, int(round(ITERATIONS * div2k_sets, -3))))
         iterations //= 5 if fine_tuning else 1
+        if seconds is not None:
+            iterations = min(iterations, max(1000, int(_DAY / seconds) // 1000 * 1000))
     period = max(1, iterations // 100)
     return {
         "iterations": iterations,
@@ -134,7 +158,7 @@ def _hold_out(sources: Sequence[Source], folder: Path) -> list[Source]:
             if path.is_symlink():  # made before
                 path.unlink()
         for source in held_out:
-            for side, path in zip(("HR", "LR"), source.files, strict=False):
+            for side, path in zip(("HR", "LR"), (source.hr, *source.lr.values()), strict=False):
                 link = folder / side / f"{source.key}{source.hr.suffix.lower()}"
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path.absolute())
@@ -240,7 +264,8 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
 
     sets, notes = _find_or_make_sets(asked, hr, data_name, patch)
     sizes = _sub_image_sizes(sets["hr"])
-    plan = schedule(sizes, asked.weights is not None, asked.iterations)
+    seconds = None if asked.memory else iteration_seconds(network, patch, device)
+    plan = schedule(sizes, asked.weights is not None, asked.iterations, seconds)
     values = {
         **plan,
         **{key: network[key] for key in ("dim", "groups", "blocks", "tlc_kernel")},
@@ -266,6 +291,10 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
         f"{BATCH // parts} of {BATCH} patches of {patch}x{patch} at once take about {step:.1f} GiB "
         f"of {free / _GIB:.1f} GiB",
     ]
-    if device.type == "cpu" and not asked.memory:
-        notes.append("no GPU is found: on a CPU an iteration takes seconds; see --iterations")
+    if seconds is not None:
+        hours = plan["iterations"] * seconds / 3600
+        notes.append(
+            f"an iteration takes about {seconds:.2g} s on this {device.type}, all of them "
+            f"{hours:,.1f} hours; --iterations changes that"
+        )
     return files, notes
