@@ -23,17 +23,6 @@ from dlgsanet_arch.pipeline.adapter import networks_of
 from dlgsanet_arch.pipeline.images import Images
 from dlgsanet_arch.pipeline.samples import Draw, Sample, Samples, collate
 
-_FIXES = {
-    "network": "correct its arguments, or give it the data that it is made for",
-    "train:scheduler": "correct its arguments",
-    "train:optim": "correct its arguments",
-    "train:perceptual": (
-        "correct its arguments; without a network connection put vgg19-dcbb9e9d.pth (PyTorch's "
-        "VGG19) into experiments/pretrained_models/ below the root folder"
-    ),
-    "train": "correct its arguments",
-}
-
 
 class TrialError(UserError):
     """What a run would fail at in its first iteration or validation."""
@@ -105,10 +94,10 @@ def explained(
         raise
     except Exception as error:  # BasicSR and third parties may raise anything
         fault = option or _option_at_fault(error, options, model)
-        fix = next((fix for start, fix in _FIXES.items() if fault.startswith(start)), "correct it")
         said = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise TrialError(
-            f"{fault}: {doing} fails ({type(error).__name__}: {said}); {fix}"
+            f"{fault}: {doing} fails ({type(error).__name__}: {said}); correct it, or the data "
+            "that it is given"
         ) from error
 
 

@@ -1,0 +1,255 @@
+"""Runs are tried before anything is created, and a trial changes nothing; older runs resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+import training_runs
+from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
+from test_gan import options_of, root, small_sharpener  # noqa: F401 - fixtures
+from torch import nn
+from training_runs import events, small_options, train
+
+from dlgsanet_arch import cli
+from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.pipeline import adapter
+
+STEPS = 10
+
+
+class NormedDrop(nn.Module):
+    """Draws at random, and has statistics of its own."""
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        body = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.3)
+        self.body = nn.Sequential(*body)
+        self.up = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x):
+        return self.up(self.body(x))
+
+
+class Fragile(nn.Sequential):
+    """Cannot take a batch of two, where a trial takes one."""
+
+    def __init__(self, raises: bool = True):
+        super().__init__(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2))
+        self.raises = raises
+
+    def forward(self, x):
+        if self.training and len(x) > 1:
+            if self.raises:
+                raise RuntimeError("out of luck")
+            x = x * float("nan")
+        return super().forward(x)
+
+
+class Demanding(nn.Conv2d):
+    """A discriminator of images of one size."""
+
+    def __init__(self):
+        super().__init__(3, 1, 3)
+
+    def forward(self, x):
+        assert x.shape[-1] == 64, "images of 64x64"
+        return super().forward(x)
+
+
+for each in (NormedDrop, Fragile, Demanding):
+    if each.__name__ not in ARCH_REGISTRY:
+        ARCH_REGISTRY.register(each)
+
+
+@METRIC_REGISTRY.register()
+def needs_much(img, **settings):
+    assert img.shape[0] >= 96, "too small"
+    return 1.0
+
+
+def plain(node):
+    """Return a state without tensors, so that it can be compared."""
+    if torch.is_tensor(node):
+        return node.dtype, node.tolist()
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items() if key not in ("name", "options")}
+    return [plain(each) for each in node] if isinstance(node, list | tuple) else node
+
+
+def left(folder: Path, name: str, iteration: int) -> list:
+    """Return all that a run's last pair holds."""
+    run = folder / "experiments" / name
+    files = [*run.glob(f"models/net_*_{iteration}.pth"), run / f"training_states/{iteration}.state"]
+    contents = {path.name: torch.load(path, weights_only=True) for path in files}
+    contents[f"{iteration}.state"].pop("networks")  # a checksum names the folder's pair
+    return plain(contents)
+
+
+KINDS = ("SRModel", "dropout", "fp16", "ESRGANModel", "RealESRNetModel", "RealESRGANModel")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trial_changes_nothing_of_a_run(root, repository, kind):  # noqa: F811
+    found = []
+    for name, flags in (("tried", []), ("untried", ["--no_trial"])):
+        if kind in KINDS[3:]:
+            options = options_of(kind, repository, f"{name}_{kind}")
+        else:
+            options = small_options(f"{name}_{kind}", num_worker_per_gpu=0)
+        if kind != "SRModel" and kind in KINDS[:3]:
+            options["network_g"] = {"type": "NormedDrop"}
+        if kind == "fp16":
+            options["model_type"], options["train"]["amp"] = "DLGSANetModel", "fp16"
+        options["train"]["total_iter"] = STEPS
+        options["logger"]["save_checkpoint_freq"] = STEPS
+        train(root, options, *flags)
+        found.append(left(root, options["name"], STEPS))
+    assert found[0] == found[1]
+
+
+def with_discriminator(options):
+    options["model_type"] = "ESRGANModel"
+    options["network_d"] = {"type": "Demanding"}
+    options["train"]["optim_d"] = dict(options["train"]["optim_g"])
+    options["train"]["gan_opt"] = {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1}
+    options["train"]["gan_opt"] |= {"real_label_val": 1.0, "fake_label_val": 0.0}
+
+
+def with_metric(options):
+    options["val"]["metrics"]["much"] = {"type": "needs_much"}
+
+
+def with_network(**network):
+    return lambda options: options.update(network_g=network)
+
+
+FAULTS = {
+    "discriminator": (with_discriminator, r"network_d: a step .*images of 64x64"),
+    "metric": (with_metric, r"metrics:much: the smallest image of .*made_val, of 64x48 .*too sm"),
+    "channels": (with_network(type="NormedDrop", channels=1), r"network_g: a step .*1 channels"),
+    "building": (with_network(type="NormedDrop", channels=-1), r"network_g: building the model"),
+    "size": (with_network(type="SwinIR"), r"network_g: building .*more than 20 tensors"),
+    "optimizer": (
+        lambda options: options["train"]["optim_g"].update(betas=[0.9, 1.5]),
+        r"(?s)optim_g.*beta",
+    ),
+}
+
+
+def listing(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_work_is_named_before_anything_is_created(root, monkeypatch, capsys, fault):  # noqa: F811
+    change, message = FAULTS[fault]
+    options = small_options("earlier", num_worker_per_gpu=0)
+    options["train"]["total_iter"] = 2
+    if not (root / "experiments/earlier").exists():
+        train(root, options)
+    change(options)
+
+    if fault == "size":
+        monkeypatch.setattr(adapter, "_MOST_TENSORS", 20)
+    file = helpers.write_options(root / "earlier.yml", options)
+    before = listing(root)
+    with pytest.raises(UserError, match=message):
+        train(root, options)
+    assert cli.main(["train", "-opt", str(file), "--root", str(root)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert listing(root) == before
+
+
+def test_a_damaged_first_sample_is_named_before_anything_is_created(tmp_path):
+    made = training_runs.make_root(tmp_path)
+    for image in (made / "data/LR").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    options = small_options("damaged")
+    del options["val"], options["datasets"]["val"]
+    with pytest.raises(UserError, match=r"image\d\.png of the data set made: cannot be decoded"):
+        train(made, options)
+    assert not (made / "experiments").exists()
+
+
+def test_a_run_that_fails_in_its_first_iteration_replaces_nothing(root):  # noqa: F811
+    options = small_options("first", num_worker_per_gpu=0)
+    options["train"]["total_iter"] = 2
+    train(root, options)
+    before = listing(root / "experiments")
+    options["network_g"] = {"type": "Fragile"}
+    del options["val"], options["datasets"]["val"]
+    for flags in ([], ["--no_trial"]):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            train(root, options, *flags)
+    options["network_g"] = {"type": "Fragile", "raises": False}
+    with pytest.raises(UserError, match=r"iteration 1 .*not finite.*the batch's samples: data"):
+        train(root, options)
+    left_over = [path for path in listing(root / "experiments") if path.name != ".first.lock"]
+    assert left_over == [path for path in before if path.name != ".first.lock"]
+
+
+def test_another_kind_of_model_is_not_resumed(root, repository):  # noqa: F811
+    options = options_of("RealESRNetModel", repository, "kind")
+    options["train"]["total_iter"] = 3
+    train(root, options)
+    with pytest.raises(UserError, match=r"has 1 optimizers and this RealESRGANModel has 2"):
+        train(root, options_of("RealESRGANModel", repository, "kind"), "--auto_resume")
+
+
+def test_a_network_is_built_once_and_once_for_its_average(root, monkeypatch):  # noqa: F811
+    options = small_options("counted", num_worker_per_gpu=0)
+    options["train"]["total_iter"] = 2
+    train(root, options)
+    built, real = [], DLGSANet.__init__
+
+    def counted(self, *arguments, **named):
+        built.append(torch.get_default_device())
+        real(self, *arguments, **named)
+
+    monkeypatch.setattr(DLGSANet, "__init__", counted)
+    options["train"]["total_iter"] = 3
+    train(root, options, "--auto_resume")
+    # "meta" is without memory: the check of the options
+    assert [device.type for device in built if device.type != "meta"] == ["cpu", "cpu"]
+
+
+OLD = Path(__file__).parent / "data/run_5cbbcc6"
+
+
+def test_a_run_of_an_earlier_version_continues_as_it_would_have_there(tmp_path):
+    """Commit 5cbbcc6 trained 4 iterations, and from there to 8; its kernels rounded otherwise."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    assert (
+        cli.main(
+            ["train", "-opt", str(tmp_path / "old.yml"), "--root", str(tmp_path), "--auto_resume"]
+        )
+        == 0
+    )
+    expected = json.loads((OLD / "expected/8.json").read_text())
+    lines = events(tmp_path, "old", "train")
+    assert [line["iter"] for line in lines] == [5, 6, 7, 8]
+    assert [line["lr"] for line in lines] == expected["lr"]
+    losses = [line["losses"]["l_pix"] for line in lines]
+    assert losses == pytest.approx(expected["l_pix"], rel=1e-5)
+    state = torch.load(tmp_path / "experiments/old/training_states/8.state", weights_only=True)
+    progress = {key: value for key, value in state["progress"].items() if key != "options"}
+    assert progress == expected["progress"]
+    schedule, adam = state["schedulers"][0], state["optimizers"][0]
+    assert [schedule["last_epoch"], schedule["_last_lr"]] == [
+        expected["last_epoch"],
+        expected["last_lr"],
+    ]
+    assert adam["state"][0]["step"].item() == expected["adam_step"]
+    assert adam["param_groups"][0]["lr"] == expected["param_lr"]
+    found = torch.load(tmp_path / "experiments/old/models/net_g_8.pth", weights_only=True)
+    theirs = torch.load(OLD / "expected/net_g_8.pth", weights_only=True)
+    for key, weights in theirs.items():
+        for name, tensor in weights.items():
+            # Adam divides by the gradient's own size: where that is rounding, so is the step
+            torch.testing.assert_close(found[key][name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    (validation,) = events(tmp_path, "old", "validation")
+    assert validation["metrics"]["psnr"] == pytest.approx(expected["psnr"], abs=1e-3)
