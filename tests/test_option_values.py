@@ -1,13 +1,11 @@
 """Wrong values and values that do not fit together, of every kind and for every model."""
 
 import math
-import time
 
 import pytest
 from option_cases import ESRGAN, GAN, REAL, SWINIR, SYNTHETIC, changed, train_options
 
 from dlgsanet_arch import options as option_files
-from dlgsanet_arch.options import OptionsError, load
 
 pytestmark = pytest.mark.usefixtures("vgg")
 OURS = {"model_type": "DLGSANetModel"}
@@ -169,50 +167,3 @@ def test_weights_of_vgg_that_cannot_be_had_are_asked_for(problems, monkeypatch, 
     own.parent.mkdir(parents=True)
     own.touch()
     assert problems(train_options(ESRGAN)) == []
-
-
-def nested(levels: int, width: int) -> str:
-    """Anchors that refer to the one before, which expand to width^levels values."""
-    lines = ["x_0: &a0 {k: 1}"]
-    for level in range(1, levels):
-        keys = ", ".join(f"k{at}: *a{level - 1}" for at in range(width))
-        lines.append(f"x_{level}: &a{level} {{{keys}}}")
-    return "\n".join(lines)
-
-
-def merged(levels: int) -> str:
-    lines = ["x_0: &a0 {k: 1}"]
-    lines += [f"x_{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, levels)]
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (nested(10, 10), "expand to more than"), (merged(10), "expand to more than"),
-        ("a: " + "[" * 900 + "]" * 900, ":1:53: this is not YAML: it is nested too deeply"),
-        ("\n".join(" " * n + f"k{n}:" for n in range(300)), "nested too deeply"),
-        ('a: 1\nb: !!int ""', ":2:4: this is not YAML: '' is not of the type int"),
-        ("a: !!float ''", ":1:4:"), ("a: !!bool x", ":1:4:"), ("a: !!timestamp x", ":1:4:"),
-        ("a: !!binary é", ":1:"), ("a: !!null x", None), ("a: !!set {b: 1}", None),
-        ("a: " + "9" * 5000, ":1:4:"),
-        ("a: 0x" + "9" * 5000, ":1:4:"), ("a: 2001-13-45", ":1:4:"), ("a: 1:99:99", None),
-        ("&z {a: *z}", ":1:1: this is not YAML: an anchor refers to itself"),
-        ("a: &z [*z]", ":1:4:"), ("? [a]\n: b", ":1:3:"), ("a: *b", ":1:4:"),
-        ("a: 1\n---\nb: 1", ":2:1:"), ("a: " + "x" * 300_000, "larger than"),
-        ("a: &b {<<: *b}", ":1:"), ("a: {<<: 3}", ":1:"),
-    ],
-    ids=lambda each: str(each)[:30],
-)  # fmt: skip
-def test_yaml_is_read_or_refused_by_file_and_line(tmp_path, text, said):
-    file = tmp_path / "a.yml"
-    file.write_text(text)
-    start = time.monotonic()
-    if said is None:
-        load(file)
-    else:
-        with pytest.raises(OptionsError) as caught:
-            load(file)
-        assert str(file) in str(caught.value)
-        assert said in str(caught.value)
-    assert time.monotonic() - start < 10

@@ -13,7 +13,7 @@ import torch
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.inference.memory import free_memory
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.context import Context, comes_from
+from dlgsanet_arch.options.context import Context, comes_from, is_number
 from dlgsanet_arch.options.readers import matches, optimizers, parameters_of
 from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_dataset, known_model
 
@@ -95,10 +95,12 @@ def _networks(context: Context) -> Iterator[str]:
         count = math.prod(depth) * sum(each.numel() for each in network.parameters())
         needed, free = 4 * count * _COPIES[context.train], free_memory(torch.device("cpu"))
         if needed > free:
+            numbers = [name for name in valid if is_number(valid[name])]
+            largest = max(numbers, key=lambda k: valid[k] / known[k].default, default="dim")
             yield (
                 f"{key}: about {count:,} parameters take {needed / 2**30:,.1f} GiB with what is "
                 f"kept beside them, and {free / 2**30:,.1f} GiB of memory are free; write smaller "
-                "numbers"
+                f"numbers, first of {largest}"
             )
 
 

@@ -1,0 +1,178 @@
+"""Option files read: numbers, bounds of YAML, errors by file and line, keys set beside the file."""
+
+import time
+
+import pytest
+import yaml
+from option_cases import train_options
+
+from dlgsanet_arch.options import OptionsError, load, override, parse_value
+
+
+def test_load_returns_what_the_file_says(tmp_path):
+    file = tmp_path / "a.yml"
+    file.write_text("name: a\ntrain: {lr: 5e-4, text: '5e-4'}\nlist: [1, ~]\n")
+    expected = {"name": "a", "train": {"lr": 5e-4, "text": "5e-4"}, "list": [1, None]}
+    assert load(file) == expected
+
+
+NUMBERS = ["5e-4", "1E-4", "1.e-4", "+1e3", "-2.5e+3", ".5e2", "1e5", "0.5", "-1", "7", "-.5", "3."]
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_numbers_are_numbers_wherever_they_stand(tmp_path, text):
+    file = tmp_path / "a.yml"
+    file.write_text(f"lr: {text}\nlist: [{text}, a{text}, {text}x, '{text}', !!float {text}]\n")
+    number = float(text)
+    assert load(file) == {"lr": number, "list": [number, f"a{text}", f"{text}x", text, number]}
+    assert parse_value(text) == number
+    assert isinstance(load(file)["lr"], int) == (text in ("-1", "7"))
+
+
+def test_numbers_in_exponent_form_train_in_basicsr_only_when_marked(tmp_path):
+    """Why the shipped files say !!float: BasicSR's own reader takes 5e-4 for text."""
+    from basicsr.utils.options import ordered_yaml
+
+    content = yaml.load("a: 5e-4\nb: !!float 5e-4\n", Loader=ordered_yaml()[0])
+    assert dict(content) == {"a": "5e-4", "b": 5e-4}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[1, 2e-3, a]", [1, 2e-3, "a"]), ("~", None), ("None", None), ("true", True),
+        ("'1'", "1"), ("{}x4", "{}x4"), ("a=b", "a=b"), ("", None), ("[1, 2", "[1, 2"),
+        ("!!float 5e-4", 5e-4), ("datasets/a b", "datasets/a b"), ("!!float a", "!!float a"),
+    ],
+)  # fmt: skip
+def test_values_given_beside_the_file_are_read_like_the_files(text, value):
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: a\ntrain:\n  lr: [1, 2\nval: 3\n", "bad.yml:4:4: this is not YAML"),
+        (b"name: a\n\tscale: 4\n", "bad.yml:2:1: this is not YAML"),
+        (b"name: a: b\n", "bad.yml:1:8: this is not YAML"),
+        (b"lr: !!float five\n", "bad.yml:1:5: this is not YAML"),
+        (b"name: \x01\n", "bad.yml: this is not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"", "bad.yml holds nothing"),
+        (b"- a\n- b\n", "bad.yml holds a list"),
+        (b"just text\n", "bad.yml holds a str"),
+        (b"a: !!python/object:os.system x\n", "bad.yml:1:4: this is not YAML"),
+        (b"a: 1\nb: {c: 1,\n c: 2}\n", "bad.yml:3:2: this is not YAML: the key 'c' is written twi"),
+    ],
+)
+def test_what_is_no_option_file_is_refused_with_its_place(tmp_path, content, said):
+    file = tmp_path / "bad.yml"
+    file.write_bytes(content)
+    with pytest.raises(OptionsError) as caught:
+        load(file)
+    assert said in str(caught.value)
+
+
+def test_a_missing_option_file_is_named_with_a_near_one(tmp_path):
+    (tmp_path / "tiny_x4.yml").touch()
+    with pytest.raises(
+        OptionsError, match=r"tiny_4x\.yml does not exist; did you mean 'tiny_x4\.yml'"
+    ):
+        load(tmp_path / "tiny_4x.yml")
+    with pytest.raises(OptionsError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+
+
+def test_override_sets_existing_keys():
+    options = train_options()
+    override(options, ["train:total_iter=8", "name = b=c", "path:resume_state=~"])
+    assert options["train"]["total_iter"] == 8
+    assert options["name"] == "b=c"
+    assert options["path"]["resume_state"] is None
+
+
+def test_override_adds_keys_that_are_known():
+    options = train_options()
+    entries = ["logger:keep_last=2", "train:amp=bf16", "dist_params:timeout=5", "train:lr_mul=1"]
+    entries += ["datasets:val:num_worker_per_gpu=1", "logger:wandb:project=x", "scale=4"]
+    with pytest.raises(OptionsError, match="'train:lr_mul=1': train has no key 'lr_mul', and not"):
+        override(options, entries)
+    assert options == train_options()
+    entries.remove("train:lr_mul=1")
+    options["logger"]["wandb"] = None
+    override(options, entries)
+    expected = train_options() | {"scale": 4, "dist_params": {"timeout": 5}}
+    expected["logger"] |= {"keep_last": 2, "wandb": {"project": "x"}}
+    expected["train"]["amp"] = "bf16"
+    expected["datasets"]["val"]["num_worker_per_gpu"] = 1
+    assert options == expected
+
+
+def test_override_refuses_all_unknown_keys_and_changes_nothing():
+    options = train_options()
+    entries = ["train:total_iters=8", "trian:total_iter=8", "name:a=1", "=3", "name", "name=b"]
+    entries += ["datasets:vall:name=a", "val:metrics:psn:crop_border=1", "network_g:windwsize=3"]
+    with pytest.raises(OptionsError) as caught:
+        override(options, entries)
+    expected = [
+        "train has no key 'total_iters'; did you mean 'total_iter'?",
+        "the option file has no key 'trian'; did you mean 'train'?",
+        "name is not a section of keys; it is 'small'",
+        "write KEY=VALUE",
+        "write KEY=VALUE",
+        "datasets has no key 'vall'; did you mean 'val'?",
+        "val:metrics has no key 'psn'; did you mean 'psnr'?",
+        "network_g has no key 'windwsize'; did you mean 'window_size'?",
+    ]
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
+    assert options == train_options()
+
+
+def nested(levels: int, width: int) -> str:
+    """Anchors that refer to the one before, which expand to width^levels values."""
+    lines = ["x_0: &a0 {k: 1}"]
+    for level in range(1, levels):
+        keys = ", ".join(f"k{at}: *a{level - 1}" for at in range(width))
+        lines.append(f"x_{level}: &a{level} {{{keys}}}")
+    return "\n".join(lines)
+
+
+def merged(levels: int) -> str:
+    lines = ["x_0: &a0 {k: 1}"]
+    lines += [f"x_{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (nested(10, 10), "expand to more than"), (merged(10), "expand to more than"),
+        ("a: " + "[" * 900 + "]" * 900, ":1:53: this is not YAML: it is nested too deeply"),
+        ("\n".join(" " * n + f"k{n}:" for n in range(300)), "nested too deeply"),
+        ('a: 1\nb: !!int ""', ":2:4: this is not YAML: '' is not of the type int"),
+        ("a: !!float ''", ":1:4:"), ("a: !!bool x", ":1:4:"), ("a: !!timestamp x", ":1:4:"),
+        ("a: !!binary é", ":1:"), ("a: !!null x", None), ("a: !!set {b: 1}", None),
+        ("a: " + "9" * 5000, ":1:4:"),
+        ("a: 0x" + "9" * 5000, ":1:4:"), ("a: 2001-13-45", ":1:4:"), ("a: 1:99:99", None),
+        ("&z {a: *z}", ":1:1: this is not YAML: an anchor refers to itself"),
+        ("a: &z [*z]", ":1:4:"), ("? [a]\n: b", ":1:3:"), ("a: *b", ":1:4:"),
+        ("a: 1\n---\nb: 1", ":2:1:"), ("a: " + "x" * 300_000, "larger than"),
+        ("a: &b {<<: *b}", ":1:"), ("a: {<<: 3}", ":1:"),
+    ],
+    ids=lambda each: str(each)[:30],
+)  # fmt: skip
+def test_yaml_is_read_or_refused_by_file_and_line(tmp_path, text, said):
+    file = tmp_path / "a.yml"
+    file.write_text(text)
+    start = time.monotonic()
+    if said is None:
+        load(file)
+    else:
+        with pytest.raises(OptionsError) as caught:
+            load(file)
+        assert str(file) in str(caught.value)
+        assert said in str(caught.value)
+    assert time.monotonic() - start < 10
