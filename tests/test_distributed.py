@@ -167,15 +167,26 @@ def test_a_validation_may_take_longer_than_a_collective_waits(root):
     assert statuses(runs) == [0, 0], said(runs)
 
 
-def test_a_process_that_dies_does_not_leave_the_other_waiting_for_ever(root):
+def test_a_process_that_dies_ends_the_other_with_the_last_iteration_saved(root):
     options = small_options("dying")
     options["train"]["total_iter"] = 100_000
+    options["train"]["scheduler"]["milestones"] = [50_000]
+    options["logger"]["save_checkpoint_freq"] = 90_000
     options["dist_params"] = {"timeout": 0.1}
+    del options["val"], options["datasets"]["val"]
     runs = together(root, options)
     runs[0].reaches(2)
     runs[1].signal(signal.SIGKILL)
     assert runs[1].wait() == -signal.SIGKILL
-    assert runs[0].wait(60) != 0  # torchrun would end it at once
+    assert runs[0].wait(60) == 1, said(runs)  # torchrun would end it at once
+    assert "another process of the run has ended" in said(runs)
+    assert "Traceback" not in said(runs)
+    at = events(root, "dying", "save")[-1]["iter"]
+    assert at == events(root, "dying", "train")[-1]["iter"]
+    assert f"iteration {at} is saved" in said(runs)
+    options["train"]["total_iter"] = at + 2
+    train(root, options, "--auto_resume")
+    assert events(root, "dying", "train")[-1]["iter"] == at + 2
 
 
 def test_a_bad_sample_of_one_process_is_named_and_ends_both(root):

@@ -551,6 +551,29 @@ def test_images_that_cannot_be_compared_are_named(data, tmp_path):
         evaluate(built(SRModel, opt), opt)
 
 
+def test_a_metric_that_raises_anything_is_named_with_its_image(data, tmp_path):
+    opt = complete(tmp_path, data)
+    opt["val"]["metrics"]["niqe"] = {"type": "calculate_niqe", "crop_border": 0}
+    with pytest.raises(EvaluationError, match=r"metrics:niqe: image0 of .* made_val of 64x48"):
+        evaluate(built(SRModel, opt), opt)
+
+
+def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages(
+    data, tmp_path, logged
+):
+    opt = complete(tmp_path, data)
+    model = built(SRModel, opt)
+    found = evaluate(model, opt)
+    assert found.bicubic.keys() == found.means.keys()
+    assert f"bicubic: {found.bicubic['psnr']:.4f}" in said(logged)
+    assert 15 < found.bicubic["psnr"] < 60
+    assert "99% are still the random weights of the start" in logged[-1]
+    images_again = build_loader(opt["datasets"]["val"], Processes())
+    again = model.validation(images_again, 8, None)
+    assert (again.bicubic, again.means) == ({}, found.means)
+    assert "bicubic" not in said(logged)
+
+
 def test_a_model_without_lq_and_output_has_no_tiles(data, tmp_path):
     class Other(SRModel):
         def feed_data(self, data):

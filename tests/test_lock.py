@@ -52,6 +52,13 @@ def test_a_holder_on_another_host_that_did_not_end_properly_is_warned_of(tmp_pat
     assert not warning
 
 
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
+    path = tmp_path / ".small.lock"
+    path.mkdir()
+    with pytest.raises(LockedError, match=r"small\.lock cannot be opened"), one_run(path, "a run"):
+        pass
+
+
 def test_where_files_cannot_be_locked_a_named_holder_counts_until_the_file_is_deleted(
     tmp_path, monkeypatch
 ):

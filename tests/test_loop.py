@@ -1,9 +1,11 @@
 """Whole trainings: their length, their resumes, their ends, and what they leave behind."""
 
 import json
+import resource
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -231,6 +233,41 @@ def test_a_signal_in_a_validation_does_not_wait_for_it(root, undisturbed):
     train(root, options, "--auto_resume")
     assert [entry["iter"] for entry in events(root, "in_validation", "validation")] == [4, 8, 12]
     assert_equal(weights(root, "in_validation"), undisturbed("SRModel"))
+
+
+def test_a_killed_worker_ends_the_run_with_its_last_iteration_saved(root, undisturbed):
+    options = options_of("SRModel", "orphaned")
+    options["logger"]["save_checkpoint_freq"] = 1000
+    options["train"]["total_iter"] = 300
+    options["val"]["val_freq"] = 1000  # its workers are not meant
+    run = Forked(root, options)
+    run.reaches(2)
+    (worker,) = psutil.Process(run.pid).children()
+    worker.kill()
+    assert run.wait() == 1
+    said = run.output.read_text()
+    assert "Traceback" not in said
+    at = events(root, "orphaned", "save")[-1]["iter"]
+    assert at == events(root, "orphaned", "train")[-1]["iter"]
+    assert "a worker that reads samples died" in said
+    assert f"iteration {at} is saved, resume with --auto_resume" in said
+    options = options_of("SRModel", "orphaned")
+    train(root, options, "--auto_resume")
+    assert_equal(weights(root, "orphaned"), undisturbed("SRModel"))
+
+
+def test_the_limit_of_open_files_is_named_and_no_image(root):
+    def limit():
+        most = len(list(Path("/proc/self/fd").iterdir())) + 12
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    options = small_options("limited", num_worker_per_gpu=8)
+    run = Forked(root, options, before=limit)
+    assert run.wait() == 1
+    said = run.output.read_text()
+    assert "open files is reached: raise it (ulimit -n" in said
+    assert "Traceback" not in said
+    assert "bad sample" not in said
 
 
 def kill_and_resume(root: Path, kind: str, name: str, kills: list[int]) -> None:

@@ -56,7 +56,14 @@ def one_run(path: Path, what: str) -> Iterator[str]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    with path.open("a+b", buffering=0) as file:
+    try:
+        opened = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise LockedError(
+            f"the lock {path} cannot be opened ({error.strerror}); remove it, or choose another "
+            "`name`"
+        ) from error
+    with opened as file:
         failure = None
         try:
             _lock(file)

@@ -392,10 +392,11 @@ class Training:
         A step that failed in its backward pass has changed no weights; statistics that a forward
         pass keeps, and a second optimizer's step, it may have changed.
         """
-        buffers = any(
-            True for each in networks_of(self.model).values() for _ in bare(each).buffers()
+        networks = map(bare, networks_of(self.model).values())
+        has_statistics = any(
+            len(each.state_dict()) > len([*each.parameters()]) for each in networks
         )
-        if self._progress.iteration in (0, self._saved_at) or buffers:
+        if self._progress.iteration in (0, self._saved_at) or has_statistics:
             return
         if len(self.model.optimizers) == 1 and self._processes.is_main:
             self._checkpoints.save_alone(self._progress)

@@ -23,6 +23,7 @@ from dlgsanet_arch.pipeline.logs import RunLog, run_log, start_trackers
 from dlgsanet_arch.pipeline.loop import Training
 from dlgsanet_arch.pipeline.preparation import Prepared
 from dlgsanet_arch.pipeline.processes import Processes, started
+from dlgsanet_arch.pipeline.samples import system_limit
 
 
 @contextmanager
@@ -163,8 +164,13 @@ def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iter
         _current_folder(arguments.root),
         run_log(processes) as log,
     ):
-        prepared = preparation.prepare(arguments, options, processes, train=train)
-        yield _Run(prepared, processes, log)
+        try:
+            prepared = preparation.prepare(arguments, options, processes, train=train)
+            yield _Run(prepared, processes, log)
+        except (OSError, RuntimeError) as error:
+            if limit := system_limit(error):
+                raise UserError(limit) from error
+            raise
 
 
 def _training(run: _Run) -> Training:
