@@ -20,14 +20,12 @@ from torch import nn
 
 from dlgsanet_arch import files
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.pipeline import adapter, disk, randomness
+from dlgsanet_arch.pipeline import adapter, disk, edits, randomness
 from dlgsanet_arch.pipeline.checkpoints import (
     Checkpoints,
     Progress,
     Start,
-    edits,
     find_start,
-    is_kept_by_state,
     numbered,
     restore,
 )
@@ -466,14 +464,14 @@ def test_each_file_of_a_pair_is_read_once(run, tmp_path):
 def test_edits_are_found_wherever_they_are():
     before = {"train": {"optim_g": {"lr": 1e-3}, "total_iter": 10}, "scale": 2, "gone": 1}
     now = {"train": {"optim_g": {"lr": 1e-2}, "total_iter": 20}, "scale": 2, "new": [1, 2]}
-    found = edits(now, before)
+    found = edits.find(now, before)
     assert found == {
         "train:optim_g:lr": (1e-3, 1e-2),
         "train:total_iter": (10, 20),
         "gone": (1, None),
         "new": (None, [1, 2]),
     }
-    assert [path for path in found if is_kept_by_state(path)] == ["train:optim_g:lr"]
+    assert [path for path in found if edits.is_kept_by_state(path)] == ["train:optim_g:lr"]
 
 
 class Model:

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +28,6 @@ from dlgsanet_arch.pipeline.sampling import Place
 # RealESRNetModel and RealESRGANModel draw their batches from a pool that they fill themselves.
 _POOL = ("queue_lr", "queue_gt", "queue_ptr")
 _NUMBERED = re.compile(r"(?:net_.+_)?(\d+)\.(?:pth|state)")
-# What a state holds and the option file says too; the state's is what a resumed run uses.
-_KEPT_BY_STATE = ("train:optim_", "train:scheduler", "manual_seed")
 
 
 @dataclass
@@ -442,27 +440,3 @@ def _apply(model: Any, groups: Sequence, schedules: Sequence, iteration: int) ->
             warnings.simplefilter("ignore")  # that the optimizer did not step in between
             for _ in range(iteration - 1):  # BasicSR steps before every iteration but the first
                 scheduler.step()
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _flat(value, f"{prefix}:{key}" if prefix else str(key))
-    else:
-        yield prefix, node
-
-
-def edits(options: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return path, value of the run so far and value now of each option that was edited."""
-    now = dict(_flat(json.loads(json.dumps(options, default=str))))
-    before = dict(_flat(saved))
-    return {
-        path: (before.get(path), now.get(path))
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path)
-    }
-
-
-def is_kept_by_state(path: str) -> bool:
-    """Whether a resumed run takes this option from its state."""
-    return path.startswith(_KEPT_BY_STATE)

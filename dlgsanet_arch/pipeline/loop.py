@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from dlgsanet_arch.averaging import bare
 from dlgsanet_arch.errors import Interrupted, UserError
-from dlgsanet_arch.pipeline import checkpoints, trial
+from dlgsanet_arch.pipeline import checkpoints, edits, trial
 from dlgsanet_arch.pipeline.adapter import networks_of
 from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
 from dlgsanet_arch.pipeline.images import build_loader
@@ -26,7 +26,7 @@ from dlgsanet_arch.pipeline.losses import FiniteLosses
 from dlgsanet_arch.pipeline.processes import LostProcessError, Processes, answered
 from dlgsanet_arch.pipeline.reports import Evaluation
 from dlgsanet_arch.pipeline.samples import (
-    BadSample,
+    BadSamples,
     ReadingError,
     Samples,
     batches,
@@ -36,49 +36,6 @@ from dlgsanet_arch.pipeline.samples import (
 from dlgsanet_arch.pipeline.sampling import Batches, Sampling
 from dlgsanet_arch.pipeline.signals import stop_on_signals
 from dlgsanet_arch.progress import progress_bar
-
-
-class _BadSamples:
-    """Counts the different bad samples of a run, and refuses one too many.
-
-    Args:
-        known: Those of the run so far.
-        tolerated: `skip_bad_samples`.
-        log: Where each is named once.
-    """
-
-    def __init__(self, known: Sequence[BadSample], tolerated: int, log: RunLog) -> None:
-        self.found = dict.fromkeys(known)
-        self._tolerated = tolerated
-        self._log = log
-
-    def add(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
-        """Take in the bad samples of a batch.
-
-        Raises:
-            ReadingError: There are too many, or nothing could take the place of one.
-        """
-        new = [each for each in dict.fromkeys(bad) if each not in self.found]
-        for each in new:
-            if not each.sample:  # no sample is at fault
-                raise ReadingError(f"{each.reason}; then resume with --auto_resume")
-        found = [*self.found, *new]
-        if not replaced or len(found) > self._tolerated:
-            why = f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
-            if len(found) <= self._tolerated:
-                why = "no good sample could be found in their place"
-            lines = "\n  ".join(map(str, found))
-            raise ReadingError(
-                f"bad samples in the training set ({why}; fix them, see `dlgsanet data verify`, "
-                f"and resume with --auto_resume):\n  {lines}"
-            )
-        self.found = dict.fromkeys(found)
-        for number, each in enumerate(new, len(found) - len(new) + 1):
-            self._log.warning(
-                f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
-                f"{each}"
-            )
-            self._log.record("bad_sample", sample=each.sample, reason=each.reason)
 
 
 def _is_due(iteration: int, every: Any) -> bool:
@@ -134,7 +91,7 @@ class Training:
             )
             if warning:
                 log.warning(warning)
-        self._bad = _BadSamples(
+        self._bad = BadSamples(
             self._progress.bad_samples,
             int(opt["datasets"]["train"].get("skip_bad_samples") or 0),
             log,
@@ -202,10 +159,10 @@ class Training:
 
     def _report_edits(self, said: Progress, *, applied: bool) -> None:
         """Name the options that were edited since, and which of them a resume leaves out."""
-        edits = checkpoints.edits(self._opt["as_given"], said.options)
-        for path, (before, now) in edits.items():
+        changed = edits.find(self._opt["as_given"], said.options)
+        for path, (before, now) in changed.items():
             change = f"{path}: was {before!r}, is {now!r} in the option file"
-            if not checkpoints.is_kept_by_state(path):
+            if not edits.is_kept_by_state(path):
                 self._log.info(f"edited since the run began: {change}")
             elif applied:
                 self._log.info(f"edited since the run began, and applied: {change}")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import randomness
+from dlgsanet_arch.pipeline.logs import RunLog
 
 try:
     import resource
@@ -229,6 +230,49 @@ def collate(samples: Sequence[Sample]) -> tuple[dict[str, Any] | None, list[BadS
         limit = system_limit(error)
         reason = limit or str(error).splitlines()[0]
         return None, [*bad, BadSample("training", "" if limit else f"the batch {sizes}", reason)]
+
+
+class BadSamples:
+    """Counts the different bad samples of a run, and refuses one too many.
+
+    Args:
+        known: Those of the run so far.
+        tolerated: `skip_bad_samples`.
+        log: Where each is named once.
+    """
+
+    def __init__(self, known: Sequence[BadSample], tolerated: int, log: RunLog) -> None:
+        self.found = dict.fromkeys(known)
+        self._tolerated = tolerated
+        self._log = log
+
+    def add(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
+        """Take in the bad samples of a batch.
+
+        Raises:
+            ReadingError: There are too many, or nothing could take the place of one.
+        """
+        new = [each for each in dict.fromkeys(bad) if each not in self.found]
+        for each in new:
+            if not each.sample:  # no sample is at fault
+                raise ReadingError(f"{each.reason}; then resume with --auto_resume")
+        found = [*self.found, *new]
+        if not replaced or len(found) > self._tolerated:
+            why = f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
+            if len(found) <= self._tolerated:
+                why = "no good sample could be found in their place"
+            lines = "\n  ".join(map(str, found))
+            raise ReadingError(
+                f"bad samples in the training set ({why}; fix them, see `dlgsanet data verify`, "
+                f"and resume with --auto_resume):\n  {lines}"
+            )
+        self.found = dict.fromkeys(found)
+        for number, each in enumerate(new, len(found) - len(new) + 1):
+            self._log.warning(
+                f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
+                f"{each}"
+            )
+            self._log.record("bad_sample", sample=each.sample, reason=each.reason)
 
 
 def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[BadSample]]]:
