@@ -1,6 +1,7 @@
 """Weights that a run starts from: complete, of the right network, and the ones that are meant."""
 
 import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from basicsr.archs import build_network
 
 from dlgsanet_arch import DLGSANet
-from dlgsanet_arch.checkpoint import CheckpointError
+from dlgsanet_arch.checkpoint import CheckpointError, find_weights, read_checkpoint
 from dlgsanet_arch.options import Context
 from dlgsanet_arch.pipeline import weights as module
 from dlgsanet_arch.pipeline.checkpoints import Start
@@ -148,6 +149,18 @@ def test_a_cut_file_is_named(save, found, tmp_path, share):
     file.write_bytes(whole[: int(len(whole) * share)])
     (problem,) = found(options_of(EDSR, pretrain_network_g=file.name)).problems
     assert "is truncated or damaged" in problem or "is empty" in problem
+
+
+def test_bundled_weights_go_by_name_and_safetensors_are_read(found, tmp_path):
+    network = {"type": "DLGSANet", **read_checkpoint("tiny_x4").config}
+    shutil.copy(find_weights("tiny_x4"), tmp_path / "mine.safetensors")
+    for name in ("tiny_x4", "mine.safetensors"):
+        for train in (False, True):
+            result = found(options_of(network, train, pretrain_network_g=name), train)
+            assert result.problems == []
+            assert len(result.notes) == 1
+    (problem,) = found(options_of(EDSR, pretrain_network_g="tiny_x4")).problems
+    assert "of another network than this EDSR" in problem
 
 
 def test_files_of_old_pytorch_are_read(found, tmp_path):

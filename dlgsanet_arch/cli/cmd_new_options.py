@@ -42,7 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     variants = ("tiny", "light", "large")
     add("--variant", choices=variants, default="tiny", help="of the network (default: tiny)")
     add("--name", help="of the run and files (default: VARIANT_xSCALE_FOLDER)")
-    add("-m", "--weights", type=Path, metavar="FILE", help="a .pth to fine-tune from")
+    add(
+        "-m",
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights to fine-tune from: a file, or tiny_x4",
+    )
     add("--patch", type=int, metavar="N", help="side of patches in LR pixels (default: 48)")
     add(
         "--iterations",

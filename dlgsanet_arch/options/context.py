@@ -1,6 +1,7 @@
 """Options to be checked, and ways through them."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,15 @@ class Context:
     def resolve(self, path: object) -> Path:
         """Return `path` of an option file as BasicSR will find it."""
         return self.root / os.path.expanduser(str(path))
+
+    def weights(self, given: object) -> Path:
+        """Return the file of weights that a path or the name of bundled weights means."""
+        path, name = self.resolve(given), str(given)
+        if re.fullmatch(r"\w{1,64}", name) and not path.exists():
+            from dlgsanet_arch.checkpoint import bundled_weights  # imports torch
+
+            return bundled_weights().get(name, path)
+        return path
 
     def registered_as(self, registry: str, name: object) -> Any:
         """Return what "arch", "model", … has under `name`, None where that is not known."""

@@ -114,7 +114,8 @@ def _weights(context: Context) -> Iterator[str]:
     resumed = context.train and paths.get("resume_state")
     keys = ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in key]
     for key in keys:
-        if paths[key] and not _is_file(file := context.resolve(paths[key])):
+        find = context.resolve if key == "resume_state" else context.weights
+        if paths[key] and not _is_file(file := find(paths[key])):
             fix = "correct the path"
             if not context.train:
                 fix += " (training writes weights to experiments/<name>/models)"

@@ -95,9 +95,8 @@ def _named(context: Context, key: str) -> Source | None:
     """
     paths, label = context.section("path"), key.removeprefix("network_")
     given = paths.get(f"pretrain_{key}")
-    if not isinstance(given, str) or not context.resolve(given).is_file():
+    if not isinstance(given, str) or not (file := context.weights(given)).is_file():
         return None  # whether it is there is a question to the options
-    file = context.resolve(given)
     used = _key_of(context, file, label)
     weights = averaged = read_weights(file, used)
     decay = context.section("train").get("ema_decay", 0)

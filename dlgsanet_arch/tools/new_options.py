@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dlgsanet_arch import options
-from dlgsanet_arch.checkpoint import check_compatible, read_weights
+from dlgsanet_arch.checkpoint import bundled_weights, check_compatible, read_weights
 from dlgsanet_arch.data import benchmark, training_sets
 from dlgsanet_arch.data.benchmarks import set_name
 from dlgsanet_arch.data.databases import META_INFO
@@ -219,6 +219,13 @@ def _quoted(path: Path, root: Path) -> str:
     return json.dumps(str(path) if text.startswith("~") else text, ensure_ascii=False)
 
 
+def _weights(path: Path | None, root: Path) -> str:
+    """Return the weights to start from as an option file has them."""
+    if path is None:
+        return "~"
+    return str(path) if str(path) in bundled_weights() else _quoted(path, root)
+
+
 def _write(files: Sequence[Path], values: Mapping[str, Any], root: Path) -> None:
     """Fill the templates train.yml and test.yml, check the result and write it."""
     templates = [Template((_TEMPLATES / f"{file.parent.name}.yml").read_text()) for file in files]
@@ -282,7 +289,7 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
         "gt_size": patch * asked.scale,
         "accumulation": parts,
         "workers": min(6, usable_cores() // 2),
-        "weights": _quoted(asked.weights, asked.root) if asked.weights else "~",
+        "weights": _weights(asked.weights, asked.root),
     }
     _write(files, values, asked.root)
     step = step_bytes(network, BATCH // parts * patch**2) / _GIB
