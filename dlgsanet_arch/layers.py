@@ -10,6 +10,7 @@ from dlgsanet_arch import fused
 from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
 from dlgsanet_arch.ops import depthwise, normed_pointwise, pointwise
 from dlgsanet_arch.ops.convolutions import NORM_EPS
+from dlgsanet_arch.precision import cast
 
 
 def _has_settings(conv: nn.Conv2d, groups: int, kernel: int) -> bool:
@@ -77,7 +78,7 @@ class Conv3x3(nn.Conv2d):
         # Unchanged, for what counts operators by global hooks, as FlopCounterMode, sees PyTorch's.
         if is_unchanged(self) and fused.can_convolve(x, self.weight, self.bias):
             return fused.convolve3x3(x, self.weight, self.bias)
-        return super().forward(x)
+        return self._conv_forward(x, cast(self.weight), cast(self.bias))
 
 
 @register

@@ -20,7 +20,7 @@ Letters: B batch, C channels, H height, W width, G filter groups, K filter side,
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -39,7 +39,7 @@ from dlgsanet_arch.ops import (
     gdfn_gate,
     projected_dwconv,
 )
-from dlgsanet_arch.precision import full_precision
+from dlgsanet_arch.precision import cast, cast_together, full_precision
 from dlgsanet_arch.tlc import windowed_attention
 
 BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
@@ -175,7 +175,7 @@ class FilterGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(x)
         if has_layers(self.conv2, (Conv1x1, 1, True)) and is_as_built(self.conv2):
-            weight, bias = self.conv2[0].weight.flatten(1), self.conv2[0].bias
+            weight, bias = cast(self.conv2[0].weight).flatten(1), cast(self.conv2[0].bias)
             return projected_dwconv(x, hidden, weight, bias, self.kernel)
         filters = self.conv2(hidden)
         return dynamic_dwconv(x, filters.unflatten(1, (-1, self.kernel, self.kernel)))
@@ -545,8 +545,15 @@ class DLGSANet(HubMixin, nn.Module):
         if not cpu.can_run(x):
             # Norms and 1x1 convolutions then find a pixel's channels side by side.
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.overlap_embed(x)
-        x = self.deep_feature_extraction(x) + x
-        for stage in self.reconstruction:
-            x = getattr(self, stage)(x)
+        with cast_together(self._weights(), x.device.type):
+            x = self.overlap_embed(x)
+            x = self.deep_feature_extraction(x) + x
+            for stage in self.reconstruction:
+                x = getattr(self, stage)(x)
         return (x / self.img_range + self.mean).contiguous()
+
+    def _weights(self) -> Iterator[Tensor]:
+        kinds = (Conv1x1, Conv3x3, DepthwiseConv, nn.LayerNorm)
+        for module in self.modules():
+            if type(module) in kinds:
+                yield from module.parameters(recurse=False)

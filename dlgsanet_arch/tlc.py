@@ -4,15 +4,15 @@ A map is cut into windows of a fixed side, each is attended over by itself, and 
 are averaged. Along an axis of length L with k = min(L, side): n = ceil(L / k) windows would do;
 they start at 0, step, 2·step, … with step = ceil((L - k) / (n - 1)), the last at exactly L - k.
 
-A window's attention is one matrix a head, made from sums over the window's pixels, and acts on each
-pixel alone. So a pixel under several windows meets the mean of their matrices, and no window is
-ever cut out: `membership` says over which positions a window's sums go, `shares` which mean acts
-where. Both need only the cells between all cuts, in which the windows are the same.
+A window's attention is one matrix for each head, made from sums over the window's pixels, and acts
+on each pixel alone. So no window is cut out along the columns: `membership` says over which columns
+a window's sums go, and `shares` which mean of matrices acts where.
 
 Source: Chu et al., "Improving Image Restoration by Revisiting Global Information Aggregation",
 ECCV 2022, in the variant of the published DLGSANet.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.ops import attention_weights
+from dlgsanet_arch.precision import widened
 
 
 class Axis(NamedTuple):
@@ -69,6 +70,63 @@ class Axis(NamedTuple):
         return membership / membership.sum(0)
 
 
+class _Cut(NamedTuple):
+    """A map cut into m windows of k rows and n windows of columns, as tensors.
+
+    Attributes:
+        rows: The rows under each window, one window after the other, (m·k,).
+        windows: The windows over each row, (J, H), where J is the most over any row.
+        offsets: Where each of these windows has that row, (J, H).
+        weights: Of each in the mean over the row, (J, H, 1, 1, 1, 1).
+        members: Which window lies over which column, (n, W).
+        shares: The weight of each window in the mean over a column, (W, n).
+    """
+
+    rows: Tensor
+    windows: Tensor
+    offsets: Tensor
+    weights: Tensor
+    members: Tensor
+    shares: Tensor
+
+
+def _cut(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> _Cut:
+    slices = rows.windows()
+    over: list[list[tuple[int, int]]] = [[] for _ in range(rows.length)]
+    for number, each in enumerate(slices):
+        for offset, row in enumerate(range(each.start, each.stop)):
+            over[row].append((number, offset))
+    most = max(map(len, over))
+    # A row under fewer windows than J has one of them again, with a weight of zero.
+    slots = [[(each + each[:1] * most)[j] for each in over] for j in range(most)]
+    weights = [[(j < len(each)) / len(each) for each in over] for j in range(most)]
+    across = torch.arange(columns.length, device=device)
+
+    def made(values: list[object], like: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=like, device=device)
+
+    return _Cut(
+        rows=made([row for each in slices for row in range(each.start, each.stop)]),
+        windows=made([[number for number, _ in slot] for slot in slots]),
+        offsets=made([[offset for _, offset in slot] for slot in slots]),
+        weights=made(weights, dtype)[:, :, None, None, None, None],
+        members=columns.membership(across).to(widened(dtype)),
+        shares=columns.shares(across).to(widened(dtype)).T.contiguous(),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_cut(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> _Cut:
+    with torch.inference_mode(False):  # what is made in it could not be used in training
+        return _cut(rows, columns, dtype, device)
+
+
+def _is_cached(qkv: Tensor) -> bool:
+    """Return whether tensors may be kept: not for tracers, nor in the memory of a CUDA graph."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor
+    return not traced and not (qkv.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def windowed_attention(
     qkv: Tensor, temperature: Tensor, heads: int, activation: str, window: int
 ) -> Tensor:
@@ -85,23 +143,27 @@ def windowed_attention(
         (B, C, H, W) in the dtype of `qkv`.
     """
     rows, columns = (Axis.plan(length, window) for length in qkv.shape[2:])
-    down, across = (torch.arange(axis.length, device=qkv.device) for axis in (rows, columns))
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    # (B, 3, h, c, H, W), and below m for windows of rows, n for windows of columns, w for columns.
-    qkv = qkv.unflatten(1, (3, heads, -1))
-    members = columns.membership(across).to(wide)
-    weights = []
-    for seen in rows.windows():
-        qk = qkv[:, :2, ..., seen, :].permute(1, 0, 5, 2, 3, 4).to(wide)  # (2, B, W, h, c, rows)
-        product = torch.einsum("nw,bwhcd->bnhcd", members, qk[0] @ qk[1].mT)
-        squares = torch.einsum("nw,kbwhc->bnkhc", members, qk.square().sum(-1))
-        weights.append(attention_weights(product, squares, temperature, activation))
-    weights = torch.einsum(
-        "nw,bmnhcd->mbwhcd", columns.shares(across).to(wide), torch.stack(weights, 1)
-    )
-    bands = []
-    for cell in rows.cells():
-        share = rows.shares(down[cell.start : cell.start + 1]).to(wide)[:, 0]
-        acting = torch.einsum("m,mbwhcd->bwhcd", share, weights).to(qkv.dtype)
-        bands.append(acting @ qkv[:, 2, ..., cell, :].permute(0, 4, 1, 2, 3))
-    return torch.cat(bands, -1).permute(0, 2, 3, 4, 1).flatten(1, 2)
+    make_cut = _cached_cut if _is_cached(qkv) else _cut
+    cut = make_cut(rows, columns, qkv.dtype, qkv.device)
+    batch, share = qkv.shape[0], qkv.shape[1] // (3 * heads)
+    qkv = qkv.unflatten(1, (3, heads, share))
+
+    # q and k of each window of rows and each column: (B, m, W, h, 2c, k).
+    qk = qkv[:, :2].index_select(4, cut.rows).unflatten(4, (rows.count, rows.side))
+    qk = qk.permute(0, 4, 6, 2, 1, 3, 5)
+    qk = qk.to(widened(qk.dtype), memory_format=torch.contiguous_format).flatten(4, 5)
+    # Σ q kᵀ beside Σ q² and Σ k², on the diagonal: (B, m, n, h, 2c, 2c).
+    sums = (qk @ qk.mT).flatten(3).flatten(0, 1)
+    sums = torch.bmm(cut.members.expand(sums.shape[0], -1, -1), sums)
+    sums = sums.view(batch, rows.count, columns.count, heads, 2 * share, 2 * share)
+    squares = sums.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, share)).transpose(-3, -2)
+    weights = attention_weights(sums[..., :share, share:], squares, temperature, activation)
+    weights = weights.flatten(3).flatten(0, 1)
+    acting = torch.bmm(cut.shares.expand(weights.shape[0], -1, -1), weights).to(qkv.dtype)
+    acting = acting.view(batch, rows.count, columns.length, heads, share, share)
+
+    v = qkv[:, 2].index_select(3, cut.rows).unflatten(3, (rows.count, rows.side))
+    out = acting @ v.permute(0, 3, 5, 1, 2, 4)  # (B, m, W, h, c, k)
+    out = out[:, cut.windows, :, :, :, cut.offsets]  # (J, H, B, W, h, c)
+    out = (out * cut.weights).sum(0) if len(cut.windows) > 1 else out[0]
+    return out.permute(1, 3, 4, 0, 2).flatten(1, 2)

@@ -17,6 +17,7 @@ from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.precision import widened
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -62,8 +63,7 @@ def channel_attention(qkv: Tensor, temperature: Tensor, heads: int, activation: 
     if qkv.numel() > 0 and temperature.numel() == heads and cpu.can_run(qkv, temperature):
         return _attention(qkv, temperature, heads, activation)[0]
     q, k, v = qkv.flatten(2).unflatten(1, (3, heads, -1)).unbind(1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(wide), k.to(wide)
+    q, k = q.to(widened(q.dtype)), k.to(widened(k.dtype))
     squares = torch.stack([each.square().sum(-1) for each in (q, k)], 1)
     weights = attention_weights(q @ k.mT, squares, temperature, activation)
     return (weights.to(v.dtype) @ v).flatten(1, 2).unflatten(2, qkv.shape[2:])

@@ -16,6 +16,7 @@ from dlgsanet_arch.cpu.library import LARGEST_KERNEL
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.precision import cast, full_precision
 
 NORM_EPS = 1e-5  # of the paper's norms; of no other eps is there a kernel
 
@@ -32,7 +33,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _can_run(x, weight, bias) and weight.shape[2:] == (1, 1):
         return _pointwise(x, weight, bias, False)
-    return F.conv2d(x, weight, bias)
+    return F.conv2d(x, cast(weight), cast(bias))
 
 
 def normed_pointwise(
@@ -55,15 +56,21 @@ def normed_pointwise(
     """
     if _can_run(x, norm_weight, norm_bias, weight, bias) and weight.shape[2:] == (1, 1):
         return _pointwise(x, *_folded(norm_weight, norm_bias, weight, bias), True)
-    return F.conv2d(layer_norm(x, norm_weight, norm_bias), weight, bias)
+    return F.conv2d(layer_norm(x, norm_weight, norm_bias), cast(weight), cast(bias))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise each pixel of x (B, C, H, W) over its channels, then scale and shift by (C,).
 
-    Biased variance, eps 1e-5; half precision is normalised in float32.
+    Biased variance, eps 1e-5. Half precision is normalised in float32, within one kernel: autocast
+    would cast the map to float32 before and its result back.
+
+    Returns:
+        (B, C, H, W) in the dtype of `x`.
     """
-    pixels = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, NORM_EPS)
+    weight, bias = (cast(each).to(x.dtype) for each in (weight, bias))
+    with full_precision(x.device.type):
+        pixels = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, NORM_EPS)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -77,7 +84,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _can_run(x, weight, bias) and weight.shape[-1] <= LARGEST_KERNEL:
         return _depthwise(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    padding, groups = weight.shape[-1] // 2, len(weight)
+    return F.conv2d(x, cast(weight), cast(bias), padding=padding, groups=groups)
 
 
 def gdfn_gate(

@@ -12,7 +12,7 @@ from dlgsanet_arch.ops import backends, pytorch_backend
 from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 from dlgsanet_arch.ops.shapes import PROJECTED, parse, sizes
-from dlgsanet_arch.precision import AUTOCAST_DEVICES, full_precision
+from dlgsanet_arch.precision import full_precision, is_autocast
 
 
 # Autocast is kept out of the backends: it would round the filters, which are float32 there.
@@ -132,7 +132,7 @@ def projected_dwconv(
         ValueError: For shapes, dtypes or devices that do not fit together.
     """
     device = x.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if is_autocast(device):
         dtype = torch.get_autocast_dtype(device)
         x, hidden, weight, bias = (
             each.to(dtype) if each.dtype != torch.float64 else each

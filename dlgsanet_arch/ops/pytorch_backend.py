@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlgsanet_arch.precision import widened
+
 # Elements of a strip, at most: of its output on a CPU (in cache with what it is made of), of its
 # filters on a GPU (256 MiB in float32), where strips bound memory alone.
 _CPU_ELEMENTS = 1 << 18
@@ -20,7 +22,7 @@ _GPU_FILTER_ELEMENTS = 1 << 26
 
 def _wide(values: Tensor) -> Tensor:
     """Return `values` in the dtype that sums are kept in."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(widened(values.dtype))
 
 
 def _strips(x: Tensor, taps: int) -> Iterator[slice]:

@@ -1,0 +1,98 @@
+"""How many operators a GPU would be given: each is a kernel or more, and microseconds of host time.
+
+Counted without a GPU: on the meta device, which takes a GPU's path, and for autocast on a CPU, made
+to normalise in float32 as CUDA's autocast does. Views cost no kernel and are not counted.
+"""
+
+import collections
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import SMALL_NETWORK
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlgsanet_arch import DLGSANet, network
+
+TINY = {
+    **{key: value for key, value in SMALL_NETWORK.items() if key != "type"},
+    **{"dim": 48, "groups": 3, "blocks": 3, "window_size": 7, "tlc_kernel": 48, "upscale": 4},
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        arguments = function._schema.arguments
+        is_view = any(each.alias_info and not each.alias_info.is_write for each in arguments)
+        if not is_view and function.name() != "aten::_unsafe_view":
+            self.calls[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _autocast_as_on_cuda():
+    """Let autocast on a CPU cast to float32 for a LayerNorm."""
+
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5, _=False):
+        x, weight, bias = (None if each is None else each.float() for each in (x, weight, bias))
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("layer_norm", layer_norm, "AutocastCPU")
+        yield
+
+
+def test_forward_of_tiny():
+    with torch.device("meta"):
+        net = DLGSANet(**TINY).eval().bfloat16()
+        x = torch.empty(1, 3, 180, 320, dtype=torch.bfloat16)
+    with torch.no_grad():
+        net(x)  # makes the tables of windows, which are kept
+        with Operators() as counted:
+            net(x)
+    assert counted.calls.total() <= 450, counted.calls.most_common()
+
+
+def trained(net, x):
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x)
+    out.float().abs().mean().backward()
+    return out.detach(), [each.grad for each in net.parameters()]
+
+
+@pytest.mark.usefixtures("_autocast_as_on_cuda")
+def test_training_step_of_tiny_in_half_precision():
+    net, x = DLGSANet(**TINY).train(), torch.rand(1, 3, 3, 3)
+    with Operators() as counted:
+        trained(net, x)
+    assert counted.calls["aten::_to_copy"] <= 150
+    assert counted.calls.total() <= 1100, counted.calls.most_common()
+
+
+def test_weights_cast_together_are_those_of_autocast(monkeypatch):
+    net, x = DLGSANet(**{**TINY, "groups": 1, "blocks": 1}).train(), torch.rand(2, 3, 9, 7)
+    out, gradients = trained(net, x)
+    monkeypatch.setattr(network, "cast_together", lambda *_: nullcontext())
+    plain, expected = trained(net, x)
+    assert torch.equal(out, plain)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, wanted)
+
+
+def test_gradients_in_half_precision_are_near_those_of_float32():
+    net, x = DLGSANet(**{**TINY, "groups": 1, "blocks": 1}).train(), torch.rand(2, 3, 9, 7)
+    _, gradients = trained(net, x)
+    net.zero_grad(set_to_none=True)
+    net(x).abs().mean().backward()
+    for actual, (name, parameter) in zip(gradients, net.named_parameters(), strict=True):
+        error = (actual - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.1, name
