@@ -214,6 +214,10 @@ def test_what_is_printed_trains_and_tests(here, capsys):
     assert fine["datasets"] | {"train": 0} == options["datasets"] | {"train": 0}
     assert fine["path"]["pretrain_network_g"] == weights
     assert (fine["train"]["total_iter"], fine["train"]["optim_g"]["lr"]) == (10_000, 1e-4)
+    bundled = (*prepared[:2], "--weights", "tiny_x4", "--name", "bundled", *few[:2])
+    assert new_options(*bundled, "--scale", 4) == 0
+    named = checked(here / "options/train/bundled.yml", here)
+    assert named["path"]["pretrain_network_g"] == "tiny_x4"
     capsys.readouterr()
     assert new_options(*prepared[:2], "--val", hr, "--scale", 2) == 1
     assert "train_LR_bicubic_X2_sub.lmdb does not exist" in capsys.readouterr().err
