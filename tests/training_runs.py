@@ -111,7 +111,7 @@ class Forked:
                     before()
                 status = cli.main([verb, "-opt", str(file), "--root", str(root), *flags])
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())  # sys.stderr is closed by now
         finally:
             os._exit(status)
 

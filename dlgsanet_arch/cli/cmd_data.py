@@ -282,7 +282,8 @@ def build_parser() -> argparse.ArgumentParser:
         workers = f"processes (default: one a core, {cores} here)"
         added.add_argument("--workers", **NUMBER, default=cores, help=workers)
         for name, settings in arguments.items():
-            added.add_argument(name, **settings)
+            short = ["-o"] if name == "--output" else []
+            added.add_argument(*short, name, **settings)
     return parser
 
 

@@ -287,13 +287,16 @@ def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[Ba
             # PyTorch's handler would raise in the middle of a step; `next` finds out as well.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from reader
-    except (OSError, RuntimeError) as error:
+    except (EOFError, OSError, RuntimeError) as error:
         limit = system_limit(error)
-        if not limit and "DataLoader worker" not in str(error):
+        # A batch may be half-way through a socket when its worker dies.
+        cut = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+        if not limit and not (cut and loader.num_workers) and "DataLoader worker" not in str(error):
             raise
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise ReadingError(
             limit
-            or f"a worker that reads samples died ({str(error).splitlines()[0]}); if memory or "
+            or f"a worker that reads samples died ({said}); if memory or "
             "/dev/shm was full, lower num_worker_per_gpu of the data sets"
         ) from error
 
