@@ -83,7 +83,7 @@ def shared_folder() -> Path:
 def gate_fault(device: str, results: Path) -> str | None:
     """Return what is wrong with the stored outcome of the GPU tests of `GATE`.
 
-    Empty if they passed; None if there is no outcome of this code on this GPU.
+    Empty if they passed; None if this code has no outcome on this GPU yet.
     """
     stored = read(results / f"{TESTS}_{label(device)}.json")
     if not is_current(stored, device):

@@ -1,7 +1,7 @@
 """Files of weights: found by path or name, read, checked, written, averaged.
 
-`.pth` and `.safetensors` are told apart by their content. Code in a file is never run, and what a
-file claims to hold is compared with its size before anything is built from it.
+`.pth` and `.safetensors` are distinguished by their content. Code in a file is never run, and what
+a file claims to hold is compared with its size before anything is built from it.
 """
 
 import json

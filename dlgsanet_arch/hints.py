@@ -41,7 +41,7 @@ def quoted(names: Iterable[str], most: int = 5) -> str:
 
 
 def printable(text: str) -> str:
-    """Write what would move a terminal's cursor or colour, or is no character, as an escape."""
+    """Escape control sequences and invalid characters, so that a terminal shows them as text."""
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
         for each in text

@@ -111,7 +111,7 @@ class HubMixin:
         Args:
             folder: Made where it does not exist.
             notes: Facts for the card and the file's metadata, such as `trained_on` and `licence`.
-            name: What the card tells users to load; the folder's name by default.
+            name: What users load according to the card; the folder's name by default.
 
         Raises:
             UserError: A file cannot be written.

@@ -57,7 +57,7 @@ class DLGSANetArch(Architecture[DLGSANet]):
         )
 
     def load(self, state_dict: dict[str, Tensor]) -> ImageModelDescriptor[DLGSANet]:
-        """Build the network that `infer_config` tells, in eval mode, with these weights.
+        """Build the network that `infer_config` detects, in eval mode, with these weights.
 
         It takes images of any size from 1x1 up. Half precision is summed in float32 where
         sums are long, so that float16 and bfloat16 both serve. Attention looks at windows of the

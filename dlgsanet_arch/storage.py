@@ -35,7 +35,7 @@ def check_complete(path: Path, content: IO[bytes] | None = None) -> int:
         content: What it holds, where that was read already.
 
     Returns:
-        A checksum of its content, by which two files can be told apart; 0 for a file in PyTorch's
+        A checksum of its content, which differs between two files; 0 for a file in PyTorch's
         old format, which has no checksums and is loaded instead.
 
     Raises:

@@ -209,7 +209,7 @@ TRAIN_FAULTS = [
      "train:scheduler:milestones: 3 is a restart too"),
     ({"train:scheduler:milestones": ABSENT}, "train:scheduler:milestones: missing"),
     ({"train:warmup_iter": 4}, "train:warmup_iter: 4 is not less than train:total_iter 4"),
-    ({"datasets:val": ABSENT}, "val: there is no data set to validate on; add datasets:val"),
+    ({"datasets:val": ABSENT}, "val: the file names no validation set; add datasets:val"),
     ({"logger:save_best": "ssim"}, "logger:save_best: val:metrics has no 'ssim'"),
     ({"logger:save_best": "Set5/psnr"}, "logger:save_best: no validation set is named 'Set5'",
      "'made_val'"),

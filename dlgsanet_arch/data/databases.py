@@ -62,7 +62,7 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
     """Open a finished database for reading, or take the environment that a data set holds open.
 
     Raises:
-        UserError: There is no database, or it is damaged, also as found within the block.
+        UserError: The database is missing or damaged; errors inside the block count too.
     """
     if not (path / DATA).is_file():
         raise UserError(f"{path} is not an LMDB: it holds no data.mdb")

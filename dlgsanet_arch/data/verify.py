@@ -81,7 +81,7 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     """The data sets below folders, HR and LR put together by the names of the data tree.
 
     Raises:
-        UserError: There is no such folder, or nothing in it.
+        UserError: The folder does not exist or is empty.
     """
     found: list[Path] = []
     seen: set[Path] = set()
@@ -226,14 +226,14 @@ def verify_set(each: PairSet, workers: int, sizes: frozenset[tuple[int, int]]) -
 
 
 def _find_in_training(
-    training: Mapping[Path, tuple[Verified, TrainingImages]], tested: Verified, told: set
+    training: Mapping[Path, tuple[Verified, TrainingImages]], tested: Verified, reported: set
 ) -> None:
     """Search the training sets for the HR images of a test set; what is found is bad there."""
     for path, (trained, images) in training.items():
         for name, one in tested.found.items() if path != tested.set.hr else ():
             for copy in images.find(one.corners):
-                if (path, copy, name) not in told:  # test sets of several scales hold the same
-                    told.add((path, copy, name))
+                if (path, copy, name) not in reported:  # test sets of several scales hold the same
+                    reported.add((path, copy, name))
                     text = f"shows the same as the test image {tested.sides[0].path / name}"
                     trained.bad.setdefault(copy, []).append(text)
 
@@ -242,13 +242,13 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Verified]:
     """Check every image of some sets, and the sets against each other."""
     verified: dict[PairSet, Verified] = {}
     training: dict[Path, tuple[Verified, TrainingImages]] = {}
-    told: set[tuple[Path, str, str]] = set()
+    reported: set[tuple[Path, str, str]] = set()
     for each in sorted(sets, key=lambda each: each.role == "test"):
         sizes = frozenset[tuple[int, int]]().union(*(found.sizes for _, found in training.values()))
         one = verified[each] = verify_set(each, workers, sizes)
         small = {name: found.thumbnail for name, found in one.found.items() if found.thumbnail}
         if each.role == "test":
-            _find_in_training(training, one, told)
+            _find_in_training(training, one, reported)
         elif small:  # HR of several scales is one database
             training[each.hr] = one, TrainingImages(small)
     return [verified[each] for each in sets]

@@ -1,7 +1,8 @@
 """The network in use: images in, larger images out.
 
-An image goes one way: `files` decodes it, `upscaler` splits it into colour and alpha (`arrays`) and
-into tiles that fit the memory (`tiles`, `memory`), and `forward` runs the network on each tile.
+An image passes through the modules in one direction: `files` decodes it, `upscaler` splits it into
+colour and alpha (`arrays`) and into tiles that fit the memory (`tiles`, `memory`), and `forward`
+runs the network on each tile.
 """
 
 from dlgsanet_arch.inference.upscaler import Upscaler, upscale

@@ -290,7 +290,7 @@ def _phases(context: Context) -> Iterator[str]:
             )
     validates = context.train and context.section("val") and context.section("datasets")
     if validates and not any(phase.split("_")[0] == "val" for phase, _ in context.datasets()):
-        yield "val: there is no data set to validate on; add datasets:val, or remove val"
+        yield "val: the file names no validation set; add datasets:val, or remove val"
 
 
 def _best(context: Context) -> Iterator[str]:

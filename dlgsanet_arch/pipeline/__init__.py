@@ -1,7 +1,7 @@
 """Training and testing by option file, built from BasicSR's parts.
 
 `preparation` checks all that a run needs before anything is created; `loop` trains, `evaluation`
-validates and tests, `saving` and `resume` keep and find checkpoints. They run any option file of
+validates and tests, `checkpoints` writes, finds and restores them. They run any option file of
 BasicSR's for a network of single images.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["test", "train"]
 
 
 def _runs() -> ModuleType:
-    """Import what runs are made of: it needs all that BasicSR does, whose absence is told first."""
+    """Import the runs, which need all of BasicSR; its absence is reported first."""
     _basicsr.import_basicsr("basicsr")
     from dlgsanet_arch.pipeline import runs
 

@@ -51,7 +51,7 @@ def room_warning(model: Any, opt: Mapping[str, Any]) -> str:
     """Return a warning where a run's checkpoints will not all fit on the disk, or "".
 
     Raises:
-        UserError: There is no room for two.
+        UserError: The disk cannot hold two.
     """
     run, logger = Path(opt["path"]["experiments_root"]), opt["logger"]
     size = _pair_size(model)

@@ -282,7 +282,7 @@ def report() -> list[Problem]:
     for label, value in _rows(packages, basicsr).items():
         print(f"{label:<12} {value}")
     repairs = [f"{each.name}: {each.reason}" for each in _basicsr.REPAIRS if each.is_active]
-    _section("repairs in force", repairs)
+    _section("active repairs", repairs)
     states = []
     for device in devices():
         problem = device_problem(device)
