@@ -13,10 +13,11 @@ from PIL import Image
 from scipy import ndimage
 
 import dlgsanet_arch
+from dlgsanet_arch import memory
 from dlgsanet_arch.checkpoint import Checkpoint, CheckpointError, infer_config, save_checkpoint
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.inference import Upscaler, arrays, memory, upscale
-from dlgsanet_arch.inference.memory import UpscaleError
+from dlgsanet_arch.inference import Upscaler, arrays, upscale
+from dlgsanet_arch.memory import UpscaleError
 from dlgsanet_arch.network import DLGSANet
 
 SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlgsanet_arch.inference.memory import UpscaleError
+from dlgsanet_arch.memory import UpscaleError
 
 Depth = TypeVar("Depth", np.uint8, np.uint16)
 DEEP = np.iinfo(np.uint16).max

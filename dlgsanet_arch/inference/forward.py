@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.checkpoint import Checkpoint
-from dlgsanet_arch.inference.memory import UpscaleError
+from dlgsanet_arch.memory import UpscaleError
 from dlgsanet_arch.tiles import self_ensemble
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlgsanet_arch import cpu
+from dlgsanet_arch import cpu, memory
 from dlgsanet_arch.checkpoint import Checkpoint, bundled_weights, read_checkpoint
-from dlgsanet_arch.inference import arrays, memory
+from dlgsanet_arch.inference import arrays
 from dlgsanet_arch.inference.arrays import DEEP, Depth
 from dlgsanet_arch.inference.forward import Forward, Precision, find_device
-from dlgsanet_arch.inference.memory import LEAST_TILE, UpscaleError
+from dlgsanet_arch.memory import LEAST_TILE, UpscaleError
 from dlgsanet_arch.tiles import rows_in_tiles
 
 Progress = Callable[[int, int], None]

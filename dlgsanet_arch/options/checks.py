@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlgsanet_arch.hints import suggest_or_list
-from dlgsanet_arch.inference.memory import free_memory
+from dlgsanet_arch.memory import free_memory
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options.context import Context, comes_from, is_number
 from dlgsanet_arch.options.readers import matches, optimizers, parameters_of

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from dlgsanet_arch import options
+from dlgsanet_arch import memory, options
 from dlgsanet_arch.checkpoint import bundled_weights, check_compatible, read_weights
 from dlgsanet_arch.data import benchmark, training_sets
 from dlgsanet_arch.data.benchmarks import set_name
@@ -25,7 +25,6 @@ from dlgsanet_arch.data.training_sets import Source, database_name
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
-from dlgsanet_arch.inference import memory
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options import shipped
 
