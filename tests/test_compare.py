@@ -160,11 +160,12 @@ def test_long_names_wrap_and_are_no_formulas(hr):
     name = "a_method_with_a_name_that_has_no_end_and no spaces $x^2$ for " + 40 * "W"
     panels = [Panel(name, hr, 30.0, 0.9), Panel("HR", hr)]
     drawn = figure.draw([Comparison(3 * name, 2, panels, Box(0, 0, 26))])
-    texts = [text.get_text() for text in drawn.texts]
+    captions = [text for axes in drawn.axes for text in axes.texts]
+    texts = [line for text in captions for line in text.get_text().splitlines()]
     assert max(map(len, texts)) < 100
     assert "a_method_with_a_name_that_" in texts
     assert "".join(texts).replace(" ", "").count("nospaces$x^2$for") == 4
-    assert not any(text.get_parse_math() for text in drawn.texts)
+    assert not any(text.get_parse_math() for text in captions)
 
 
 def test_results_are_found_by_name(tmp_path):

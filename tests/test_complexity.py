@@ -101,7 +101,7 @@ def test_a_network_that_runs_out_of_memory_is_said(monkeypatch):
 def test_the_table(capsys):
     assert main(["complexity", "--no-time", "--network", "tiny", "baseline", "--scale", "4"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "1/1 counting DLGSANet Tiny x4\n"
+    assert captured.err == "DLGSANet Tiny x4\nEDSR-baseline x4\n"
     lines = captured.out.splitlines()
     assert len(lines) == 3
     tiny = lines[1].split("  ")

@@ -61,7 +61,6 @@ def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeyp
         (top / "train").mkdir(parents=True)
         (top / "train" / f"{name}.yml").write_text("name: x")
     monkeypatch.setattr(shipped, "_PACKAGE", package)
-    monkeypatch.setattr(shipped, "_INSTALLED", inside)
     assert shipped.names(train=True) == ["right"]
     with pytest.raises(OptionsError, match="the installation is not complete"):
         shipped.path_of("tiny_x4", train=False)

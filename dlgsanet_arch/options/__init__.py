@@ -1,8 +1,8 @@
 """What an option file may say: load, check, done, before anything is created.
 
 `load` reads the file. `problems` compares it with the table of `schema` in one pass (`walk`) and
-runs the checks of what must fit together (`checks`) and of the files that are named (`paths`); they
-see only values that passed. A key that is new is a row of the table; a rule that spans keys is a
+runs the checks of what must fit together (`checks`) and of the files that are named (`paths`),
+which see only values that passed. A new key is a row of the table; a rule that spans keys is a
 generator in `checks.CHECKS`. What images and weights hold is checked by the pipeline.
 """
 

@@ -4,21 +4,18 @@ Checks see options in which every value has passed the table; a wrong one is Non
 is absent. Each yields one line a problem: "path: what is wrong; the fix".
 """
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from dlgsanet_arch.hints import suggest_or_list
-from dlgsanet_arch.memory import free_memory
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.context import Context, comes_from, is_number
-from dlgsanet_arch.options.readers import matches, optimizers, parameters_of
+from dlgsanet_arch.options.context import Context, comes_from, optimizers
+from dlgsanet_arch.options.readers import matches, parameters_of
 from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_dataset, known_model
 
-# Copies of the parameters that a training holds: the network, its average, gradients, Adam's two.
-_COPIES = {True: 5, False: 1}
 _REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
 
 
@@ -45,7 +42,7 @@ def _sizes(context: Context) -> Iterator[str]:
     for name in ("upscale", "scale") if network.get("type") != "DLGSANet" else ():
         if network.get(name) not in (None, scale):
             yield f"network_g:{name}: is {network[name]}, but scale is {scale}; make them equal"
-    gt_size = context.section("datasets:train").get("gt_size")
+    gt_size = context.value("datasets:train:gt_size")
     if context.train and gt_size is not None and gt_size % scale:
         yield (
             f"datasets:train:gt_size: {gt_size} is not a multiple of scale {scale}; "
@@ -58,14 +55,12 @@ def _channels(context: Context) -> Iterator[str]:
     for phase, dataset in context.datasets():
         if known_dataset(context, dataset.get("type")) is None:
             continue
-        color = dataset.get("color", "")
-        channels = 3 if color in ("", None) else 1
-        why = "without `color: y`" if channels == 3 else "by `color: y`"
+        gray = dataset.get("color", "") not in ("", None)
+        channels, why = (1, "by `color: y`") if gray else (3, "without `color: y`")
         for key in context.networks():
             section = context.section(key)
             thing = context.registered_as("arch", section.get("type"))
-            names = ("in_chans", "num_in_ch", "in_channels"), ("num_out_ch", "out_channels")
-            for alike in names:
+            for alike in ("in_chans", "num_in_ch", "in_channels"), ("num_out_ch", "out_channels"):
                 name, value = _argument(section, thing, *alike)
                 if isinstance(value, int) and value != channels:
                     yield (
@@ -78,30 +73,17 @@ def _channels(context: Context) -> Iterator[str]:
 
 
 def _networks(context: Context) -> Iterator[str]:
-    """Build a DLGSANet of one block without memory, and reckon what all of its blocks take."""
+    """A DLGSANet must build; one block without memory shows it."""
     for key in context.networks():
-        section = context.section(key)
+        section, known = context.section(key), parameters_of(DLGSANet)
         if section.get("type") != "DLGSANet":
             continue
-        known = parameters_of(DLGSANet)
-        valid = {k: value for k, value in section.items() if k in known and value is not None}
-        depth = [_argument(section, DLGSANet, k)[1] or 1 for k in ("groups", "blocks")]
+        given = {k: value for k, value in section.items() if k in known and value is not None}
         try:
             with torch.device("meta"):
-                network = DLGSANet(**{**valid, "groups": 1, "blocks": 1})
+                DLGSANet(**{**given, "groups": 1, "blocks": 1})
         except (TypeError, ValueError, RuntimeError) as error:
             yield f"{key}: {error}"
-            continue
-        count = math.prod(depth) * sum(each.numel() for each in network.parameters())
-        needed, free = 4 * count * _COPIES[context.train], free_memory(torch.device("cpu"))
-        if needed > free:
-            numbers = [name for name in valid if is_number(valid[name])]
-            largest = max(numbers, key=lambda k: valid[k] / known[k].default, default="dim")
-            yield (
-                f"{key}: about {count:,} parameters take {needed / 2**30:,.1f} GiB with what is "
-                f"kept beside them, and {free / 2**30:,.1f} GiB of memory are free; write smaller "
-                f"numbers, first of {largest}"
-            )
 
 
 def _optimizers(context: Context) -> Iterator[str]:
@@ -117,16 +99,15 @@ def _optimizers(context: Context) -> Iterator[str]:
                 if kind in optimizers():
                     hint = f" to this model; write Adam, or model_type: {OURS[0]}"
                 yield f"{path}:type: {kind!r} is not known{hint}"
-    kind = context.section("train:scheduler").get("type")
+    kind = context.value("train:scheduler:type")
     if kind is not None and kind not in SCHEDULERS:
         yield f"train:scheduler:type: {kind!r} is not known{suggest_or_list(kind, SCHEDULERS)}"
 
 
 def _schedule(context: Context) -> Iterator[str]:
     """BasicSR fails at the step behind the last period, and passes over what does not fit."""
-    train, path = context.section("train"), "train:scheduler"
-    scheduler, total = context.section(path), train.get("total_iter")
-    warm_up = train.get("warmup_iter")
+    path, total = "train:scheduler", context.value("train:total_iter")
+    scheduler, warm_up = context.section(path), context.value("train:warmup_iter")
     if None not in (warm_up, total) and warm_up >= total:
         yield (
             f"train:warmup_iter: {warm_up} is not less than train:total_iter {total}: the learning "
@@ -158,40 +139,29 @@ def _schedule(context: Context) -> Iterator[str]:
 
 def _losses(context: Context) -> Iterator[str]:
     """BasicSR's models refuse to train without a loss after they built everything else."""
-    train = context.section("train")
-    model = known_model(context)
-    if not (context.train and train and model) or model in GAN:
-        return
-    if not (train.get("pixel_opt") or train.get("perceptual_opt")):
+    train, model = context.section("train"), known_model(context)
+    losses = train.get("pixel_opt") or train.get("perceptual_opt")
+    if context.train and train and model and model not in GAN and not losses:
         yield (
             "train:pixel_opt: missing; write "
             "`pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}`"
         )
 
 
-_VGG_LAYERS = {"11": (1, 1, 2, 2, 2), "13": (2,) * 5, "16": (2, 2, 3, 3, 3), "19": (2, 2, 4, 4, 4)}
-
-
 def _perceptual(context: Context) -> Iterator[str]:
     """BasicSR looks layers of VGG up by name after the run began."""
     path = "train:perceptual_opt"
-    section = context.section(path)
-    if section.get("type") != "PerceptualLoss":
-        return
+    section, vgg = context.section(path), sys.modules.get("basicsr.archs.vgg_arch")
     kind = section.get("vgg_type", "vgg19")
-    depth = str(kind).removeprefix("vgg").removesuffix("_bn")
-    if depth not in _VGG_LAYERS:
-        known = [f"vgg{name}{end}" for name in _VGG_LAYERS for end in ("", "_bn")]
-        if kind is not None:
-            yield f"{path}:vgg_type: {kind!r} is not known{suggest_or_list(kind, known)}"
+    if section.get("type") != "PerceptualLoss" or vgg is None or kind is None:
         return
-    layers = [f"pool{block}" for block in range(1, 6)]
-    for block, convolutions in enumerate(_VGG_LAYERS[depth], 1):
-        types = ("conv", "bn", "relu") if kind.endswith("_bn") else ("conv", "relu")
-        layers += [f"{t}{block}_{at + 1}" for at in range(convolutions) for t in types]
+    layers = {**vgg.NAMES, **{f"{k}_bn": vgg.insert_bn(names) for k, names in vgg.NAMES.items()}}
+    if kind not in layers:
+        yield f"{path}:vgg_type: {kind!r} is not known{suggest_or_list(kind, layers)}"
+        return
     for name, weight in (section.get("layer_weights") or {}).items():
-        if name not in layers:
-            hint = suggest_or_list(name, layers)
+        if name not in layers[kind]:
+            hint = suggest_or_list(name, layers[kind])
             yield f"{path}:layer_weights:{name}: {kind} has no such layer{hint}"
         elif not isinstance(weight, int | float) or not 0 <= weight < 1e6:
             yield f"{path}:layer_weights:{name}: must be a number, 0 or above; got {weight!r}"
@@ -199,13 +169,12 @@ def _perceptual(context: Context) -> Iterator[str]:
 
 def _trials(context: Context) -> Iterator[str]:
     """Build optimizers and BasicSR's losses: their arguments may be wrong in ways of their own."""
-    parameter = [torch.nn.Parameter(torch.zeros(1))]
-    known = known_model(context)
     for path, section in context.sections():
         arguments = {str(key): value for key, value in section.items() if key != "type"}
         kind, make = section.get("type"), None
-        if known and matches(path, "train:optim_*") and kind in optimizers():
-            arguments["params"], make = parameter, getattr(torch.optim, kind)
+        if known_model(context) and matches(path, "train:optim_*"):
+            make = context.registered_as("optimizer", kind)
+            arguments["params"] = [torch.nn.Parameter(torch.zeros(1))]
         elif matches(path, "train:*_opt") and kind != "PerceptualLoss":
             make = context.registered_as("loss", kind)
         if make is None or None in section.values() or not comes_from(make, "torch", "basicsr"):
@@ -216,25 +185,24 @@ def _trials(context: Context) -> Iterator[str]:
             yield f"{path}: {kind} cannot be built with these arguments: {error}"
 
 
+def _is_synthetic(context: Context) -> bool:
+    """Whether a model of Real-ESRGAN makes LR images and cuts the patches itself."""
+    synthetic = context.options.get("high_order_degradation", True) is not False
+    return context.train and known_model(context) in REAL and synthetic
+
+
 def _discriminator(context: Context) -> Iterator[str]:
     """A discriminator in VGG's style takes images of one size; BasicSR has two of them."""
     network, model = context.section("network_d"), known_model(context)
     if not context.train or network.get("type") != "VGGStyleDiscriminator" or model not in GAN:
         return
     size = network.get("input_size", 128)
-    top = context.options if _is_synthetic(context) else context.section("datasets:train")
-    gt_size = top.get("gt_size")
+    where = "gt_size" if _is_synthetic(context) else "datasets:train:gt_size"
+    gt_size = context.value(where)
     if size not in (128, 256, None):
         yield f"network_d:input_size: must be 128 or 256; got {size}"
     elif None not in (size, gt_size) and size != gt_size:
-        where = "gt_size" if _is_synthetic(context) else "datasets:train:gt_size"
         yield f"network_d:input_size: is {size}, but {where} is {gt_size}; make them equal"
-
-
-def _is_synthetic(context: Context) -> bool:
-    """Whether a model of Real-ESRGAN makes LR images and cuts the patches itself."""
-    synthetic = context.options.get("high_order_degradation", True) is not False
-    return context.train and known_model(context) in REAL and synthetic
 
 
 def _real(context: Context) -> Iterator[str]:
@@ -263,8 +231,8 @@ def _real(context: Context) -> Iterator[str]:
 def _window(context: Context) -> Iterator[str]:
     """SwinIRModel pads images to whole windows, whatever the network."""
     network = context.section("network_g")
-    window = network.get("window_size", "")
-    if known_model(context) == "SwinIRModel" and network.get("type") and window == "":
+    swinir = known_model(context) == "SwinIRModel"
+    if swinir and network.get("type") and "window_size" not in network:
         yield "network_g:window_size: missing; SwinIRModel pads images by it; write 8"
 
 
@@ -277,11 +245,10 @@ def _phases(context: Context) -> Iterator[str]:
         kind = phase.split("_")[0]
         known = phase == "train" or kind == "val" if context.train else kind in ("val", "test")
         if not known:
+            what = "training" if context.train else "testing"
             examples = "train, val, val_2" if context.train else "test_1, test_2"
-            yield (
-                f"datasets:{phase}: no name for a data set when "
-                f"{'training' if context.train else 'testing'}; use names such as {examples}"
-            )
+            fault = f"no name for a data set when {what}; use names such as {examples}"
+            yield f"datasets:{phase}: {fault}"
         name = dataset.get("name")
         if phase != "train" and name is not None and names.setdefault(name, phase) != phase:
             yield (
@@ -295,7 +262,7 @@ def _phases(context: Context) -> Iterator[str]:
 
 def _best(context: Context) -> Iterator[str]:
     """What `save_best` names must be measured."""
-    best = context.section("logger").get("save_best")
+    best = context.value("logger:save_best")
     if not context.train or best is None:
         return
     metrics = list(context.section("val:metrics"))
@@ -329,27 +296,23 @@ def _loaders(context: Context) -> Iterator[str]:
 
 
 def _parts(context: Context) -> Iterator[str]:
-    """A batch is divided into parts, an image into tiles."""
-    batch = context.section("datasets:train").get("batch_size_per_gpu")
-    parts = context.section("train").get("accumulation")
+    """A batch is divided into parts, an image into tiles; wandb gets what TensorBoard gets."""
+    batch = context.value("datasets:train:batch_size_per_gpu")
+    parts = context.value("train:accumulation")
     if None not in (batch, parts) and parts > batch:
         yield (
             f"train:accumulation: a batch of {batch} cannot be worked on in {parts} parts; "
             f"write {batch} or less"
         )
-    tile, overlap = (context.section("val").get(key) for key in ("tile", "tile_overlap"))
+    tile, overlap = context.value("val:tile"), context.value("val:tile_overlap")
     if tile and overlap is not None and overlap >= tile:
         yield f"val:tile_overlap: {overlap} must be less than val:tile {tile}"
-
-
-def _loggers(context: Context) -> Iterator[str]:
-    """Weights & Biases is sent what TensorBoard gets."""
-    project = context.section("logger:wandb").get("project")
-    if context.train and project and not context.section("logger").get("use_tb_logger"):
+    tensorboard = context.value("logger:use_tb_logger")
+    if context.train and context.value("logger:wandb:project") and not tensorboard:
         yield "logger:use_tb_logger: must be true for wandb; write true, or ~ for wandb:project"
 
 
 CHECKS = (
     *(_sizes, _channels, _networks, _optimizers, _schedule, _losses, _perceptual, _trials),
-    *(_discriminator, _real, _window, _phases, _best, _loaders, _parts, _loggers),
+    *(_discriminator, _real, _window, _phases, _best, _loaders, _parts),
 )

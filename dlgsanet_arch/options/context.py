@@ -1,11 +1,15 @@
 """Options to be checked, and ways through them."""
 
+import functools
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
@@ -63,11 +67,8 @@ class Context:
         waiting: list[tuple[str, Mapping[str, Any]]] = [("", self.options)]
         for path, content in waiting:
             yield path, content
-            waiting += [
-                (join(path, key), value)
-                for key, value in content.items()
-                if isinstance(value, Mapping)
-            ]
+            inner = [(join(path, key), value) for key, value in content.items()]
+            waiting += [(path, value) for path, value in inner if isinstance(value, Mapping)]
 
     def datasets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the phase ("train", "val", "test_1", …) and the options of each data set."""
@@ -88,13 +89,15 @@ class Context:
         """Return the file of weights that a path or the name of bundled weights means."""
         path, name = self.resolve(given), str(given)
         if re.fullmatch(r"\w{1,64}", name) and not path.exists():
-            from dlgsanet_arch.checkpoint import bundled_weights  # imports torch
+            from dlgsanet_arch.checkpoint import bundled_weights
 
             return bundled_weights().get(name, path)
         return path
 
     def registered_as(self, registry: str, name: object) -> Any:
         """Return what "arch", "model", … has under `name`, None where that is not known."""
+        if registry == "optimizer":
+            return getattr(torch.optim, str(name)) if name in optimizers() else None
         entries = (self.registered or {}).get(registry, {})
         for candidate in (name, f"{name}{_BASICSR_SUFFIX}"):
             if isinstance(candidate, str) and entries.get(candidate) is not None:
@@ -107,6 +110,15 @@ class Context:
         if entries is None:
             return None
         return list(dict.fromkeys([*entries, *(n.removesuffix(_BASICSR_SUFFIX) for n in entries)]))
+
+
+@functools.cache
+def optimizers() -> tuple[str, ...]:
+    """Return the names of PyTorch's optimizers that step without a closure."""
+    base = torch.optim.Optimizer
+    classes = inspect.getmembers(torch.optim, inspect.isclass)
+    found = {name for name, each in classes if issubclass(each, base)}
+    return tuple(sorted(found - {"Optimizer", "LBFGS"}))
 
 
 def join(section: str, key: object) -> str:

@@ -1,6 +1,6 @@
 """The folders, LMDBs, lists and weights that an option file names must be there."""
 
-import functools
+import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +17,9 @@ _IMAGE_SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 _VGG_OF_BASICSR = Path("experiments/pretrained_models/vgg19-dcbb9e9d.pth")  # of the current folder
-_HOW_TO_GET_DATA = "correct the path, or get the data as datasets/README.md says"
 
 
-def _folder_fault(folder: Path) -> str:
+def _folder_fault(folder: Path, listed: bool) -> str:
     """Say what keeps `folder` from being a folder of images, or return nothing."""
     if not folder.exists():
         return "does not exist"
@@ -28,7 +27,7 @@ def _folder_fault(folder: Path) -> str:
         return "is not a folder"
     if (folder / "data.mdb").exists():
         return "is an LMDB: write `io_backend: {type: lmdb}`"
-    if not any(entry.suffix.lower() in _IMAGE_SUFFIXES for entry in folder.iterdir()):
+    if not listed and not any(each.suffix.lower() in _IMAGE_SUFFIXES for each in folder.iterdir()):
         return "holds no images (sub-folders are not searched)"
     return ""
 
@@ -40,10 +39,8 @@ def _lmdb_fault(folder: Path) -> str:
     if not folder.exists():
         return "does not exist"
     for name in ("data.mdb", "meta_info.txt"):
-        if not (folder / name).is_file():
-            return f"has no {name}"
-        if not (folder / name).stat().st_size:
-            return f"is empty: its {name} has no content"
+        if not _has_content(folder / name):
+            return f"has no {name}, or an empty one"
     return ""
 
 
@@ -54,11 +51,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _list_fault(listing: Path) -> str:
-    """Say what keeps `listing` from being a list of images' names, or return nothing."""
-    if not _is_file(listing):
-        return "does not exist"
-    return "" if listing.stat().st_size else "is empty"
+def _has_content(path: Path) -> bool:
+    return _is_file(path) and path.stat().st_size > 0
 
 
 def owner(phase: str, dataset: Mapping[str, Any]) -> str:
@@ -67,39 +61,29 @@ def owner(phase: str, dataset: Mapping[str, Any]) -> str:
 
 
 def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the places that a data set's images are read from.
-
-    Args:
-        context: The options.
-        phase: Of the data set.
-        dataset: Its section.
-    """
+    """Yield what is wrong with the places that the images of a data set are read from."""
     reads = known_dataset(context, dataset.get("type"))
-    backend = context.section(f"datasets:{phase}:io_backend").get("type")
+    backend = context.value(f"datasets:{phase}:io_backend:type")
     if reads is None or backend not in ("disk", "lmdb"):
         return
-    listed = backend == "disk" and reads.listing and dataset.get(reads.listing) is not None
-    if listed:
-        listing = context.resolve(dataset[reads.listing])
-        if fault := _list_fault(listing):
-            what = f"datasets:{phase}:{reads.listing}: the list of {owner(phase, dataset)}"
-            yield f"{what}: {listing} {fault}; correct the path"
+    listing = dataset.get(reads.listing) if backend == "disk" and reads.listing else None
+    if listing is not None and not _has_content(file := context.resolve(listing)):
+        what = f"datasets:{phase}:{reads.listing}: the list of {owner(phase, dataset)}"
+        yield f"{what}: {file} does not exist or is empty; correct the path"
     for key in reads.folders:
         if dataset.get(key) is None:
             continue
         folder = context.resolve(dataset[key])
         try:
-            if backend == "lmdb":
-                fault = _lmdb_fault(folder)
-            elif listed:
-                fault = "" if folder.is_dir() else "is not a folder"
-            else:
-                fault = _folder_fault(folder)
+            in_lmdb = backend == "lmdb"
+            fault = _lmdb_fault(folder) if in_lmdb else _folder_fault(folder, listing is not None)
         except (OSError, ValueError) as error:  # ValueError: NUL within
             fault = f"cannot be read ({getattr(error, 'strerror', error)})"
         if fault:
-            what = f"the {_CONTENTS[key]} images of {owner(phase, dataset)}"
-            yield f"datasets:{phase}:{key}: {what}: {folder} {fault}; {_HOW_TO_GET_DATA}"
+            yield (
+                f"datasets:{phase}:{key}: the {_CONTENTS[key]} images of {owner(phase, dataset)}: "
+                f"{folder} {fault}; correct the path, or get the data as datasets/README.md says"
+            )
 
 
 def _images(context: Context) -> Iterator[str]:
@@ -124,18 +108,13 @@ def _weights(context: Context) -> Iterator[str]:
 
 def _vgg(context: Context) -> Iterator[str]:
     """BasicSR downloads the weights of VGG where they are not on the disk."""
-    section = context.section("train:perceptual_opt")
-    loss = context.registered_as("loss", section.get("type"))
-    if not context.train or section.get("type") != "PerceptualLoss" or loss is None:
+    section, torchvision = context.section("train:perceptual_opt"), sys.modules.get("torchvision")
+    kind = str(section.get("vgg_type", "vgg19"))
+    if not context.train or section.get("type") != "PerceptualLoss" or torchvision is None:
         return
-    import torchvision  # BasicSR imported it
-
-    try:
-        url = torchvision.models.get_model_weights(section.get("vgg_type", "vgg19"))[
-            "IMAGENET1K_V1"
-        ].url
-    except (ValueError, LookupError, AttributeError, TypeError):
+    if kind not in torchvision.models.list_models():
         return  # a wrong type, which is reported
+    url = torchvision.models.get_model_weights(kind)["IMAGENET1K_V1"].url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not (_is_file(_VGG_OF_BASICSR) or _is_file(cached) or _answers(url)):
         yield (
@@ -144,7 +123,6 @@ def _vgg(context: Context) -> Iterator[str]:
         )
 
 
-@functools.cache
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args, get_origin
 
-import torch
-
 from dlgsanet_arch.hints import nearest
 from dlgsanet_arch.options import values
 from dlgsanet_arch.options.context import Context, comes_from, is_number, is_whole
 from dlgsanet_arch.options.schema import KEYS, Key, known_dataset, known_model
 
 _MISSPELT = 0.8  # how near a name must be where any name may stand
-# Sections whose keys depend on `model_type`, and those whose keys depend on their own `type`.
-_OF_MODEL = ("", "path", "train", "val")
-_OF_TYPE = ("datasets:*:io_backend", "train:scheduler")
 _GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that are not options
 _LARGER = 100  # times its default: how large an argument of a network may be
 
@@ -29,27 +24,26 @@ class Known:
     Args:
         keys: Rows of the table, those that apply before others of the name.
         reader: Who reads them, for messages; "" where it is BasicSR or the pipeline.
-        thing: What they are arguments of, or what may read others where that is known.
+        thing: What may read others, where that is known.
         open: Whether others may be read; only what looks like a misspelling is refused then.
-        given: Arguments that are not options.
+        is_call: Whether they are arguments of the reader.
     """
 
     keys: tuple[Key, ...]
     reader: str = ""
     thing: Any = None
     open: bool = False
-    given: tuple[str, ...] = ()
+    is_call: bool = False
 
     def find(self, name: str) -> Key | None:
         """Return the row of a key."""
-        rows = (key for key in self.keys for each in key.names if fnmatchcase(name, each))
-        return next(rows, None)
+        return next((key for key in self.keys if fnmatchcase(name, key.name)), None)
 
     @property
     def names(self) -> list[str]:
         """The names of keys, with g for any network."""
-        names = (name.replace("_*", "_g") for key in self.keys for name in key.names)
-        return [name for name in dict.fromkeys(names) if "*" not in name]
+        names = dict.fromkeys(key.name.replace("_*", "_g") for key in self.keys)
+        return [name for name in names if "*" not in name]
 
     def misspelt(self, name: str) -> str | None:
         """Return why a key is refused: the nearest name, "" without one; None where it is fine."""
@@ -69,72 +63,49 @@ def matches(path: str, pattern: str) -> bool:
 
 
 @functools.cache
-def _rows(section: str) -> tuple[Key, ...]:
+def rows_of(section: str) -> tuple[Key, ...]:
+    """Return all rows of the table for a section."""
     return tuple(key for key in KEYS if matches(section, key.section))
 
 
 def known_in(context: Context, section: str) -> Known | None:
     """Return the keys that a section may have, None where nothing is known of it."""
-    rows, kind = _rows(section), context.section(section).get("type")
+    rows, kind = rows_of(section), context.section(section).get("type")
     if not rows:
         return None
-    if matches(section, "train:optim_*"):
-        return _in_optimizer(context, rows, kind)
-    named = next((row.kind for row in rows if row.names == ["type"]), None)
-    if isinstance(named, values.Named) and not matches(section, "datasets:*"):
-        thing = context.registered_as(named.registry, kind)
-        known = None if thing is None else _taken_by(thing, str(kind), rows, named.registry)
-        return known or _of_type_alone(rows)
-    if section in _OF_MODEL:
-        reader, known = str(context.options.get("model_type")), known_model(context) is not None
-        thing = context.registered_as("model", reader)
-    elif matches(section, "datasets:*"):
-        reader, known = str(kind), known_dataset(context, kind) is not None
-        thing = context.registered_as("dataset", kind)
-    elif any(matches(section, pattern) for pattern in _OF_TYPE):
-        reader, known, thing = (
-            str(kind),
-            any(kind in row.by for row in rows) or kind == "disk",
-            None,
-        )
-        if not known:
-            return _of_type_alone(rows)
+    kinds = [row.kind for row in rows if row.name == "type"]
+    registry = kinds[0].registry if kinds and isinstance(kinds[0], values.Named) else ""
+    of_type_alone = Known(tuple(row for row in rows if row.name == "type"), open=True)
+    if section in ("", "path", "train", "val"):
+        registry, reader = "model", str(context.options.get("model_type"))
+        is_known = known_model(context) is not None
+    elif registry == "dataset":
+        reader, is_known = str(kind), known_dataset(context, kind) is not None
+    elif registry:
+        thing = context.registered_as(registry, kind)
+        known = None if thing is None else _taken_by(thing, str(kind), rows, registry)
+        if registry == "optimizer" and known and not known_model(context):
+            model = context.registered_as("model", context.options.get("model_type"))
+            return Known(known.keys, known.reader, model, open=True, is_call=True)
+        return known or of_type_alone
+    elif kinds or section == "train:scheduler":
+        reader = str(kind)
+        if kind != "disk" and not any(kind in row.by for row in rows):
+            return of_type_alone
+        is_known = True
     else:
         return Known(rows)
-    if not known:
-        return Known(rows, reader, thing, open=True)
-    return Known(tuple(row for row in rows if not row.by or reader in row.by), reader)
-
-
-def _of_type_alone(rows: tuple[Key, ...]) -> Known:
-    """Return what is known of a section of an unknown type."""
-    return Known(tuple(row for row in rows if row.names == ["type"]), open=True)
-
-
-def _in_optimizer(context: Context, rows: tuple[Key, ...], kind: Any) -> Known | None:
-    if kind not in optimizers():
-        return _of_type_alone(rows)
-    known = _taken_by(getattr(torch.optim, kind), kind, rows, "optimizer")
-    if known is None or known_model(context):
-        return known
-    thing = context.registered_as("model", context.options.get("model_type"))
-    return Known(known.keys, kind, thing, open=True)
-
-
-@functools.cache
-def optimizers() -> tuple[str, ...]:
-    """Return the names of PyTorch's optimizers that step without a closure."""
-    found = {name: getattr(torch.optim, name) for name in dir(torch.optim)}
-    base = torch.optim.Optimizer
-    classes = {n for n, each in found.items() if inspect.isclass(each) and issubclass(each, base)}
-    return tuple(sorted(classes - {"Optimizer", "LBFGS"}))
+    if not is_known:
+        return Known(rows, reader, context.registered_as(registry, reader), open=True)
+    rows = tuple(row for row in rows if not row.by or reader in row.by)
+    return Known(rows, reader, is_call=section == "train:scheduler")
 
 
 @functools.cache
 def _signature(thing: Any) -> Mapping[str, inspect.Parameter] | None:
     try:
         return inspect.signature(thing).parameters
-    except (TypeError, ValueError):  # some callables written in C tell nothing
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return None
 
 
@@ -154,16 +125,11 @@ def _taken_by(thing: Any, reader: str, rows: tuple[Key, ...], registry: str) -> 
     arguments = {key: each for key, each in parameters_of(thing).items() if key not in given}
     ours = comes_from(thing, "basicsr", "dlgsanet_arch", "torch")
     extra = ("type", "better") if registry == "metric" else ("type",)
-    keys = [
-        Key(name, row.kind, empty=row.empty)
-        for row in rows
-        for name in row.names
-        if name in extra or (ours and name in arguments)
-    ]
+    keys = [row for row in rows if row.name in extra or (ours and row.name in arguments)]
     keys += [_of_argument(key, each, registry == "arch") for key, each in arguments.items()]
     kinds = {entry.kind for entry in (_signature(thing) or {}).values()}
     is_open = inspect.Parameter.VAR_KEYWORD in kinds and not comes_from(thing, "basicsr")
-    return Known(tuple(keys), reader, thing, is_open, given)
+    return Known(tuple(keys), reader, thing, is_open, is_call=True)
 
 
 def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
@@ -186,7 +152,9 @@ def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
         kind = values.text
     if of_network and (default is entry.empty or is_whole(default)):
         kind = _bounded(kind, _LARGER * max(10, default if is_whole(default) else 0))
-    return Key(name, kind, empty=default is None or kind in (values.anything, values.text))
+    needed = "always" if default is entry.empty else ""
+    empty = default is None or kind in (values.anything, values.text)
+    return Key(name, kind, needed=needed, empty=empty)
 
 
 def _bounded(kind: values.Kind, most: int) -> values.Kind:

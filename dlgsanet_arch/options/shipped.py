@@ -10,59 +10,44 @@ from dlgsanet_arch.hints import suggest
 from dlgsanet_arch.options.context import OptionsError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_INSTALLED = _PACKAGE / "option_files"
-_SUFFIX = ".yml"
 
 
 def folder(*, train: bool) -> Path:
     """Return the folder that the shipped option files of training, or of testing, are in."""
-    top = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "options"
+    installed = _PACKAGE / "option_files"
+    top = installed if installed.is_dir() else _PACKAGE.parent / "options"
     return top / ("train" if train else "test")
 
 
 def names(*, train: bool) -> list[str]:
     """Return the names of the shipped option files, such as "tiny_x4", sorted."""
-    return sorted(path.stem for path in folder(train=train).glob(f"*{_SUFFIX}"))
+    return sorted(path.stem for path in folder(train=train).glob("*.yml"))
 
 
 def path_of(name: str, *, train: bool) -> Path:
-    """Return the path of a shipped option file.
-
-    Args:
-        name: Such as "tiny_x4".
-        train: Whether it is to train, else to test.
+    """Return the path of a shipped option file such as "tiny_x4" to train, or else to test.
 
     Raises:
-        OptionsError: There is none of that name; those that there are are listed.
+        OptionsError: The name is not known; the message lists those that are.
     """
     known = names(train=train)
     if name not in known:
-        verb = "train" if train else "test"
-        listed = (
-            f"shipped to {verb}: {', '.join(known) or 'none, the installation is not complete'}"
-        )
+        listed = ", ".join(known) or "none, the installation is not complete"
         raise OptionsError(
             f"there is no file {name!r}, and no shipped option file of that name"
-            f"{suggest(name, known)}; {listed}"
+            f"{suggest(name, known)}; shipped to {'train' if train else 'test'}: {listed}"
         )
-    return folder(train=train) / f"{name}{_SUFFIX}"
+    return folder(train=train) / f"{name}.yml"
 
 
 def find(given: Path, *, train: bool) -> Path:
-    """Return the option file that a path or a name stands for.
+    """Return the option file that a path or a name such as ``tiny_x4`` stands for.
 
-    A file that is there is taken as it is. What else has neither folder nor suffix is the name of
-    a shipped one.
-
-    Args:
-        given: Such as ``options/train/tiny_x4.yml`` or ``tiny_x4``.
-        train: Whether to look among those to train, else among those to test.
-
-    Returns:
-        A path; there may be no file where `given` has a folder or a suffix.
+    A file that exists is taken as it is; so is what has a folder or a suffix, whether it exists or
+    not. Anything else is the name of a shipped file to train, or else to test.
 
     Raises:
-        OptionsError: No shipped one has the name.
+        OptionsError: No shipped file has the name.
     """
     if given.is_file() or given.suffix or given.name != str(given):
         return given

@@ -3,6 +3,7 @@
 Every kind takes any YAML: text, numbers, NaN, infinities, true and false, lists, mappings, dates.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -64,14 +65,8 @@ def number(interval: str = "(-inf, inf)", kind: str = "number") -> Kind:
     return fault
 
 
-def whole(interval: str) -> Kind:
-    """Return the kind of integers in an interval."""
-    return number(interval, "whole number")
-
-
-def count(interval: str) -> Kind:
-    """Return the kind of integers in an interval that may be written as 5e3."""
-    return number(interval, "count")
+whole = functools.partial(number, kind="whole number")
+count = functools.partial(number, kind="count")
 
 
 def listed(kind: Kind, example: str, length: int | None = None) -> Kind:
@@ -129,7 +124,6 @@ def section(value: Any) -> str:
 
 def anything(value: Any) -> str:
     """Accept everything."""
-    del value
     return ""
 
 
@@ -139,7 +133,7 @@ def part_of_name(value: Any) -> str:
         return fault
     if "/" in value or os.sep in value or not value.isprintable():
         return f"must have no / and no control characters; got {shown(value)}"
-    size = len(os.fsencode(value)) if value.isprintable() else 0
+    size = len(os.fsencode(value))
     return f"must have {_LONGEST_NAME} bytes at most; it has {size}" if size > _LONGEST_NAME else ""
 
 
@@ -157,9 +151,7 @@ def path(value: Any) -> str:
     if not value or "\0" in value:
         return f"must be a path; got {shown(value)}"
     if os.path.expanduser(value).startswith("~"):
-        return (
-            f"there is no such user as in {shown(value)}; for a file of that name write ./{value}"
-        )
+        return f"names an unknown user: {shown(value)}; for a file of that name write ./{value}"
     return ""
 
 
@@ -176,7 +168,7 @@ def template(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """The kind of names in one of BasicSR's registries: "arch", "model", "dataset" and so on."""
+    """The kind of names in a registry: "optimizer", or BasicSR's "arch", "model" and so on."""
 
     registry: str
 

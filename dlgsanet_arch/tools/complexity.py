@@ -9,8 +9,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, Network
 OUTPUT = (720, 1280)  # height and width, as papers have it
 _WARM_UP = 48  # pixels
 _RUNS = {"cpu": 1, "cuda": 10}
-# Told apart by people who do not see all colours, and in print: Okabe and Ito's, without yellow.
+# Okabe and Ito's, without yellow: distinct to people who do not see all colours, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 
 Record = dict[str, Any]
@@ -61,18 +60,11 @@ class _Activations(TorchDispatchMode):
 
 
 class Counts(NamedTuple):
-    """What a forward of one image does.
+    """What a forward of one image does."""
 
-    Attributes:
-        parameters: The network's.
-        macs: Multiply-adds of products and convolutions; norms, activation functions, gates and
-            additions are not counted.
-        activations: Elements of the outputs of convolutions and linear layers.
-    """
-
-    parameters: int
-    macs: int
-    activations: int
+    parameters: int | None = None
+    macs: int | None = None  # multiply-adds of products and convolutions, not of norms and gates
+    activations: int | None = None  # elements of the outputs of convolutions and linear layers
 
 
 def count(net: nn.Module, height: int, width: int) -> Counts:
@@ -92,31 +84,18 @@ def _of_process(name: str) -> int:
 
 
 def _start_peak(device: str) -> int | None:
-    """Start the peak of memory anew; return what is in use, None where that is not known."""
+    """Reset the peak of memory; return what is in use, None where that is not known."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        # What the C library keeps of freed memory would hide later use.
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide use
         Path("/proc/self/clear_refs").write_text("5")
         return _of_process("VmRSS")
     except (OSError, TypeError, AttributeError):  # not Linux and glibc, or not allowed
         return None
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Keep TF32 out of float32 products, and let cuDNN choose by trying."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def measure(
@@ -140,7 +119,7 @@ def measure(
     # cuDNN tries its algorithms for each size.
     warm_up = x if device == "cuda" else x[..., :_WARM_UP, :_WARM_UP]
     seconds = []
-    with torch.no_grad(), _exact_float32():
+    with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
         net(warm_up)
         before = _start_peak(device)
         for _ in range(runs or _RUNS[device]):
@@ -149,9 +128,10 @@ def measure(
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    on_gpu = device == "cuda"
-    peak = torch.cuda.max_memory_allocated if on_gpu else lambda: _of_process("VmHWM")
-    return statistics.median(seconds), None if before is None else peak() - before
+    if before is None:
+        return statistics.median(seconds), None
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _of_process("VmHWM")
+    return statistics.median(seconds), peak - before
 
 
 def evaluate(
@@ -176,14 +156,14 @@ def evaluate(
     name, scale = network
     height, width = (side // scale for side in output)
     config = published_configs().get(f"{name} x{scale}")
-    counts, seconds, memory, fault = None, None, None, ""
+    counts, seconds, memory, fault = Counts(), None, None, ""
     if config is not None:
         with torch.device("meta"):
             net = DLGSANet(**config)
         counts = count(net, height, width)
-    if config is not None and device is not None:
         try:
-            seconds, memory = measure(DLGSANet(**config), height, width, device, runs)
+            if device is not None:
+                seconds, memory = measure(DLGSANet(**config), height, width, device, runs)
         except torch.OutOfMemoryError:
             fault = "out of memory"
     published = PUBLISHED[network]
@@ -192,13 +172,12 @@ def evaluate(
         "scale": scale,
         "input_height": height,
         "input_width": width,
-        **(counts or Counts(None, None, None))._asdict(),
+        **counts._asdict(),
         "seconds": seconds,
         "peak_memory_bytes": memory,
         "fault": fault,
         "published_parameters": published.parameters,
-        # What papers print is of their size alone.
-        "published_gmacs": published.gmacs if output == OUTPUT else None,
+        "published_gmacs": published.gmacs if output == OUTPUT else None,  # of that size alone
         **{f"published_psnr_{each}": published.scores.get(each, [None])[0] for each in DATASETS},
     }
 
@@ -239,7 +218,7 @@ Measured = Mapping[Network, float]
 
 
 def draw(records: Sequence[Record], dataset: str, measured: Measured | None = None) -> Any:
-    """Draw PSNR against multiply-adds; areas are proportional to parameters.
+    """Draw PSNR against multiply-adds, a panel a scale; areas are proportional to parameters.
 
     Args:
         records: As `evaluate` returns them; those without a PSNR on the data set, or without
@@ -248,7 +227,7 @@ def draw(records: Sequence[Record], dataset: str, measured: Measured | None = No
         measured: PSNR in dB by network and scale, drawn as rings beside the published discs.
 
     Returns:
-        A figure of matplotlib's, a panel a scale.
+        A figure of matplotlib's.
 
     Raises:
         UserError: matplotlib is absent, or no network has such a PSNR.
@@ -257,15 +236,17 @@ def draw(records: Sequence[Record], dataset: str, measured: Measured | None = No
     for record in records:
         network = record["network"], record["scale"]
         ours, theirs = (measured or {}).get(network), record[f"published_psnr_{dataset}"]
-        macs = record["macs"] or (record["published_gmacs"] or 0) * 1e9
-        parameters = record["parameters"] or record["published_parameters"]
-        if macs and not ours is theirs is None:
-            points.append((*network, macs / 1e9, parameters, theirs, ours))
+        gmacs = record["macs"] / 1e9 if record["macs"] else record["published_gmacs"]
+        if gmacs and not ours is theirs is None:
+            parameters = record["parameters"] or record["published_parameters"]
+            points.append((*network, gmacs, parameters, theirs, ours))
     if not points:
         raise UserError(f"no network of these has a published PSNR on {dataset}: nothing to draw")
     names = list(dict.fromkeys(name for name, *_ in points))
     scales = sorted({scale for _, scale, *_ in points})
     drawn = figure.new_figure(5.5 * len(scales), 5.8)
+    drawn.set_layout_engine("constrained")
+    how = "as published; rings: measured" if measured else "as published"
     for axes, scale in zip(drawn.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
         for name, at, gmacs, parameters, theirs, ours in points:
             if at != scale:
@@ -274,27 +255,14 @@ def draw(records: Sequence[Record], dataset: str, measured: Measured | None = No
             if theirs is not None:
                 axes.scatter(gmacs, theirs, s=area, color=colour, alpha=0.65, linewidths=0)
             if ours is not None:
-                rings = {"facecolors": "none", "edgecolors": colour, "linewidths": 2}
-                axes.scatter(gmacs, ours, s=area, **rings)
+                axes.scatter(gmacs, ours, s=area, facecolors="none", edgecolors=colour)
             axes.scatter([], [], s=50, color=colour, label=f"{name}, {parameters / 1e6:.3g} M")
-        how = "as published; rings: measured" if measured else "as published"
-        axes.set(title=f"x{scale}", ylabel=f"PSNR on {dataset}, dB, {how}")
-        _finish(axes)
+        axes.set(title=f"x{scale}", ylabel=f"PSNR on {dataset}, dB, {how}", xscale="log")
+        axes.set(xlabel="GMACs of a forward; of DLGSANet as counted, else as published")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.margins(0.18)
+        axes.grid(alpha=0.3)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        axes.legend(**place, frameon=False, fontsize="small", title="area: parameters")
     return drawn
-
-
-def _finish(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    axes.margins(0.18)
-    low, high = axes.get_xlim()
-    few = high < 20 * low  # or within a decade there is one number on the axis
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("GMACs of a forward; of DLGSANet as counted, else as published")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-    axes.legend(**place, frameon=False, fontsize="small", title="area: parameters")

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,26 +27,15 @@ TESTED_BASICSR = installing.BASICSR.partition("==")[2]
 
 # What training and the data verbs import, and what pip calls it.
 REQUIREMENTS = {
-    "numpy": "numpy",
-    "cv2": "opencv-python-headless",
-    "PIL": "pillow",
-    "lmdb": "lmdb",
-    "scipy": "scipy",
-    "yaml": "pyyaml",
-    "requests": "requests",
-    "safetensors": "safetensors",
-    "tqdm": "tqdm",
+    **{name: name for name in ("numpy", "lmdb", "scipy", "requests", "safetensors", "tqdm")},
+    **{"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml"},
     "torchvision": "torchvision",
 }
 # The same for what may turn out to be missing when BasicSR or one of those is imported.
 PIP_NAMES = {**REQUIREMENTS, "distutils": "setuptools"}
+FORCE = "--force-reinstall"
 
 Command = tuple[str, ...]  # arguments of pip
-REINSTALL_BASICSR = (
-    *installing.INSTALL_BASICSR[:-1],
-    ("install", "--force-reinstall", *installing.INSTALL_BASICSR[-1][1:]),
-)
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 class Problem(NamedTuple):
@@ -77,26 +66,24 @@ class Package(NamedTuple):
 
 def _describe(error: Exception) -> str:
     """Return the type and the first line of an error."""
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-
-
-def _installed_version(name: str) -> str:
-    """Return the version that pip knows of a module that was found."""
-    distributions = importlib.metadata.packages_distributions().get(name)
-    return importlib.metadata.version(distributions[0]) if distributions else "of unknown version"
+    return ": ".join(filter(None, [type(error).__name__, str(error).strip().partition("\n")[0]]))
 
 
 def look_for(name: str) -> Package:
     """Import a package and return what was found; whatever the import raises is caught."""
+    module, error = None, None
     try:
         if importlib.util.find_spec(name) is None:
             return Package(name, None)
         module = importlib.import_module(name)
-    except Exception as error:
-        return Package(name, _installed_version(name), error)
+    except Exception as raised:
+        error = raised
     version = getattr(module, "__version__", None)
-    return Package(name, str(version) if version else _installed_version(name))
+    if not version:
+        distributions = importlib.metadata.packages_distributions().get(name)
+        known = importlib.metadata.version(distributions[0]) if distributions else None
+        version = known or "of unknown version"
+    return Package(name, str(version), error)
 
 
 def _short(version: str) -> str:
@@ -118,34 +105,32 @@ def _missing_package(package: Package) -> str | None:
     return PIP_NAMES.get(needed, needed) if importlib.util.find_spec(needed) is None else None
 
 
-def _repair(package: Package) -> Sequence[Command]:
-    """Return the commands that install or fix a requirement."""
-    missing = _missing_package(package)
+def requirement_problem(package: Package) -> Problem | None:
+    """Return a problem where a package that training imports is absent or broken."""
+    name, missing = package.name, _missing_package(package)
+    if package.version is None:
+        again, cause = (), f"{name} is not installed; training needs it"
+    elif package.error is not None:
+        again = (FORCE,)
+        cause = f"{name} is installed, but its import fails: {_describe(package.error)}"
+    else:
+        return None
     if missing is not None:
-        return [("install", missing)]
-    if package.name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
+        commands = [("install", missing)]
+    elif name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
         # Its windows need a desktop's libraries; the headless build has no windows.
-        return [("uninstall", "-y", "opencv-python"), ("install", "opencv-python-headless")]
-    again = () if package.version is None else ("--force-reinstall",)
-    if package.name == "torchvision":
-        return [("install", *again, "--no-deps", _matching_torchvision())]
-    return [("install", *again, PIP_NAMES[package.name])]
-
-
-def requirement_problems(packages: Sequence[Package]) -> Iterator[Problem]:
-    """Yield a problem for each package that training imports and that is absent or broken."""
-    for package in packages:
-        if package.version is None:
-            cause = f"{package.name} is not installed; training needs it"
-        elif package.error is not None:
-            cause = f"{package.name} is installed, but its import fails: {_describe(package.error)}"
-        else:
-            continue
-        yield Problem(cause, _repair(package))
+        commands = [("uninstall", "-y", "opencv-python"), ("install", "opencv-python-headless")]
+    elif name == "torchvision":
+        commands = [("install", *again, "--no-deps", _matching_torchvision())]
+    else:
+        commands = [("install", *again, PIP_NAMES[name])]
+    return Problem(cause, commands)
 
 
 def basicsr_problem(basicsr: Package) -> Problem | None:
     """Return a problem of BasicSR itself, or of the name DLGSANet in its registry; else None."""
+    *first, install = installing.INSTALL_BASICSR
+    reinstall = (*first, ("install", FORCE, *install[1:]))
     if basicsr.version is None:
         python = f"on Python {platform.python_version()} BasicSR builds only with a repair"
         advice = f"dlgsanet doctor --fix  ({python})" if installing.build_paths() else ""
@@ -159,13 +144,13 @@ def basicsr_problem(basicsr: Package) -> Problem | None:
             # A checkout has no version.py until its setup.py ran.
             checkout = shlex.join(["pip", "install", *installing.BUILD_OPTIONS, "-e", "."])
             return Problem(cause, advice=f"in the BasicSR checkout: {checkout}")
-        return Problem(cause, REINSTALL_BASICSR)
+        return Problem(cause, reinstall)
     try:
         _basicsr.register()
         found = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY.get("DLGSANet")
     except Exception as failure:
         cause = f"DLGSANet cannot be registered in BasicSR: {_describe(failure)}"
-        return Problem(cause, REINSTALL_BASICSR)
+        return Problem(cause, reinstall)
     if (found.__module__, found.__qualname__) == (DLGSANet.__module__, DLGSANet.__qualname__):
         return None
     place = getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
@@ -175,37 +160,20 @@ def basicsr_problem(basicsr: Package) -> Problem | None:
     )
 
 
-def devices() -> list[str]:
-    """Return the devices that torch can see, the CPU first."""
-    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return [*found, "mps"] if torch.backends.mps.is_available() else found
-
-
-def _train_and_evaluate(device: str) -> None:
-    """Build a small DLGSANet, train and evaluate it once; raise an error where that fails."""
-    network = DLGSANet(
-        dim=12,
-        groups=1,
-        blocks=1,
-        buildblock_type="sparseedge",
-        window_size=3,
-        tlc_kernel=8,
-        upscale=2,
-        upsampler="pixelshuffledirect",
-    ).to(device)
-    images = torch.rand(2, 3, 12, 17, device=device)
-    network(images).mean().backward()
-    results = [parameter.grad for parameter in network.parameters()]
-    with torch.no_grad():
-        results.append(network.eval()(images))
-    if not all(torch.isfinite(result).all() for result in results):
-        raise ArithmeticError("an output or a gradient is not finite")
-
-
 def device_problem(device: str) -> Problem | None:
-    """Try DLGSANet on a device; return the problem, or None if it runs."""
+    """Train and evaluate a small DLGSANet on a device; return the problem, or None if it runs."""
+    small = {"dim": 12, "groups": 1, "blocks": 1, "window_size": 3, "tlc_kernel": 8, "upscale": 2}
     try:
-        _train_and_evaluate(device)
+        network = DLGSANet(
+            **small, buildblock_type="sparseedge", upsampler="pixelshuffledirect"
+        ).to(device)
+        images = torch.rand(2, 3, 12, 17, device=device)
+        network(images).mean().backward()
+        results = [parameter.grad for parameter in network.parameters()]
+        with torch.no_grad():
+            results.append(network.eval()(images))
+        if not all(torch.isfinite(result).all() for result in results):
+            raise ArithmeticError("an output or a gradient is not finite")
     except Exception as error:
         fix = f"pip install --force-reinstall torch=={TESTED_TORCH[-1]}.*"
         if device != "cpu":
@@ -216,25 +184,30 @@ def device_problem(device: str) -> Problem | None:
 
 def warnings(torchvision: Package, basicsr: Package) -> list[str]:
     """Return untested or unsuitable versions, which may work all the same."""
-    found = []
-    if not installing.TESTED_PYTHON[0] <= sys.version_info[:2] <= installing.TESTED_PYTHON[1]:
-        found.append(
-            f"Python {platform.python_version()} is untested (tested: {installing.TESTED})"
-        )
-    if _short(torch.__version__) not in TESTED_TORCH:
-        tested = " and ".join(TESTED_TORCH)
-        install = f"pip install 'torch=={TESTED_TORCH[-1]}.*' torchvision"
-        found.append(f"torch {torch.__version__} is untested (tested: {tested}): {install}")
-    if torchvision.version and _short(torchvision.version) not in _matching_torchvision():
-        install = f"pip install --no-deps '{_matching_torchvision()}'"
-        made = f"torchvision {torchvision.version} was made for another torch than"
-        found.append(f"{made} {torch.__version__}: {install}")
-    if basicsr.version not in (None, TESTED_BASICSR):
-        found.append(f"BasicSR {basicsr.version} is untested (tested: {TESTED_BASICSR})")
-    if torch.version.cuda and not torch.cuda.is_available() and not shutil.which("nvidia-smi"):
-        install = f"pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
-        found.append(f"torch has gigabytes of CUDA libraries and no GPU here: {install}")
-    return found
+    python, tested = platform.python_version(), " and ".join(TESTED_TORCH)
+    low, high = installing.TESTED_PYTHON
+    matching = _matching_torchvision()
+    checks = {
+        f"Python {python} is untested (tested: {installing.TESTED})": not (
+            low <= sys.version_info[:2] <= high
+        ),
+        f"torch {torch.__version__} is untested (tested: {tested}): "
+        f"pip install 'torch=={TESTED_TORCH[-1]}.*' torchvision": (
+            _short(torch.__version__) not in TESTED_TORCH
+        ),
+        f"torchvision {torchvision.version} was made for another torch than {torch.__version__}: "
+        f"pip install --no-deps '{matching}'": (
+            torchvision.version and _short(torchvision.version) not in matching
+        ),
+        f"BasicSR {basicsr.version} is untested (tested: {TESTED_BASICSR})": (
+            basicsr.version not in (None, TESTED_BASICSR)
+        ),
+        "torch has gigabytes of CUDA libraries and no GPU here: pip install --force-reinstall "
+        "torch torchvision --index-url https://download.pytorch.org/whl/cpu": (
+            torch.version.cuda and not torch.cuda.is_available() and not shutil.which("nvidia-smi")
+        ),
+    }
+    return [line for line, holds in checks.items() if holds]
 
 
 def _cuda() -> str:
@@ -247,25 +220,7 @@ def _cuda() -> str:
     return f"{torch.version.cuda} on {', '.join(names)}"
 
 
-def _rows(packages: dict[str, Package], basicsr: Package) -> dict[str, str]:
-    fault, tensorboard = library.why_not(), look_for("tensorboard")
-    hint = " (needed where use_tb_logger is true: pip install tensorboard)"
-    return {
-        "dlgsanet": __version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__} (tested: {' and '.join(TESTED_TORCH)})",
-        "CUDA": _cuda(),
-        "CPU kernels": f"none, inference on a CPU is slower: {fault}"
-        if fault
-        else library.variant(),
-        "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
-        "Triton": str(look_for("triton")),
-        **{{"cv2": "OpenCV"}.get(name, name): str(found) for name, found in packages.items()},
-        "tensorboard": f"{tensorboard}{hint if tensorboard.version is None else ''}",
-    }
-
-
-def _section(title: str, lines: Sequence[str]) -> None:
+def _print_section(title: str, lines: Sequence[str]) -> None:
     print(f"\n{title}")
     for line in lines or ["none"]:
         print(f"  {line}")
@@ -274,32 +229,43 @@ def _section(title: str, lines: Sequence[str]) -> None:
 def report() -> list[Problem]:
     """Print versions, repairs, devices, warnings and problems; return the problems."""
     packages = {name: look_for(name) for name in REQUIREMENTS}
-    basicsr = look_for("basicsr")
-    problems = list(requirement_problems(list(packages.values())))
+    basicsr, tensorboard = look_for("basicsr"), look_for("tensorboard")
+    problems = list(filter(None, map(requirement_problem, packages.values())))
     # Where a requirement fails, BasicSR fails for the same cause, which is listed already.
     if not problems or basicsr.version is None:
         problems += filter(None, [basicsr_problem(basicsr)])
-    for label, value in _rows(packages, basicsr).items():
+    fault = library.why_not()
+    hint = " (needed where use_tb_logger is true: pip install tensorboard)"
+    rows = {
+        "dlgsanet": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__} (tested: {' and '.join(TESTED_TORCH)})",
+        "CUDA": _cuda(),
+        "CPU kernels": f"none, inference on a CPU is slower: {fault}"
+        if fault
+        else library.variant(),
+        "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
+        "Triton": look_for("triton"),
+        **{{"cv2": "OpenCV"}.get(name, name): found for name, found in packages.items()},
+        "tensorboard": f"{tensorboard}{hint if tensorboard.version is None else ''}",
+    }
+    for label, value in rows.items():
         print(f"{label:<12} {value}")
     repairs = [f"{each.name}: {each.reason}" for each in _basicsr.REPAIRS if each.is_active]
-    _section("active repairs", repairs)
-    states = []
-    for device in devices():
-        problem = device_problem(device)
-        problems += filter(None, [problem])
-        states.append(f"{device}: {'fails' if problem else 'builds, trains and evaluates'}")
-    _section("DLGSANet on each device", states)
-    _section("warnings", warnings(packages["torchvision"], basicsr))
-    _section("problems", [f"{problem.cause}\n    fix: {problem.fix}" for problem in problems])
+    _print_section("active repairs", repairs)
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    failed = {device: device_problem(device) for device in devices}
+    problems += filter(None, failed.values())
+    states = [f"{d}: {'fails' if p else 'builds, trains and evaluates'}" for d, p in failed.items()]
+    _print_section("DLGSANet on each device", states)
+    _print_section("warnings", warnings(packages["torchvision"], basicsr))
+    _print_section("problems", [f"{each.cause}\n    fix: {each.fix}" for each in problems])
     return problems
 
 
 def fix(problems: Sequence[Problem], *, yes: bool) -> int:
-    """Show the pip commands that fix problems, ask, run them, and report again.
-
-    Args:
-        problems: What `report` returned.
-        yes: Do not ask.
+    """Show the pip commands that fix problems, ask unless `yes`, run them, and report again.
 
     Returns:
         0 where no problem is left, else 1.
@@ -313,7 +279,8 @@ def fix(problems: Sequence[Problem], *, yes: bool) -> int:
         return int(bool(problems))
     if importlib.util.find_spec("pip") is None:
         raise UserError(f"this Python has no pip: run {sys.executable} -m ensurepip")
-    _section(f"to run with {sys.executable}", [f"-m pip {shlex.join(each)}" for each in commands])
+    lines = [f"-m pip {shlex.join(each)}" for each in commands]
+    _print_section(f"to run with {sys.executable}", lines)
     if not yes:
         try:
             answer = input("run this? [y/N] ")

@@ -1,7 +1,7 @@
 """Figures of crops as papers show them: one detail by several methods, beside the whole image.
 
-PSNR and SSIM under a crop are of the whole image, as papers have them: the Y channel (BT.601), a
-border of `scale` pixels cut off. Crops are magnified by a whole factor, each pixel a square.
+PSNR and SSIM under a crop are of the whole image, as in papers: the Y channel (BT.601), a border
+of `scale` pixels cut off. Crops are magnified by a whole factor, each pixel a square.
 """
 
 import re
@@ -29,9 +29,7 @@ _PANEL = 260
 _GAP = 14
 _LINE = 24
 _LETTER = 9.5  # mean width of a letter of a caption
-_POINTS = 7.5
-_WIDEST = 1.6  # sides of the whole image: wider ones are drawn smaller
-_MARK = "#E3242B"
+_WIDEST = 1.6  # panels: a wider whole image is drawn smaller
 
 
 class Box(NamedTuple):
@@ -43,7 +41,7 @@ class Box(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A result and its scores; HR itself has none."""
+    """A result and its scores; HR itself has no scores."""
 
     label: str
     image: ImageArray
@@ -76,6 +74,7 @@ def compare_images(image: ImageArray, hr: ImageArray, scale: int) -> metrics.Com
 
 
 def _panel(label: str, image: ImageArray, hr: ImageArray, scale: int) -> Panel:
+    """Cut a result to HR's size and measure it."""
     height, width = hr.shape[:2]
     if not all(0 <= image.shape[axis] - hr.shape[axis] < scale for axis in (0, 1)):
         raise UserError(
@@ -90,8 +89,7 @@ def _panel(label: str, image: ImageArray, hr: ImageArray, scale: int) -> Panel:
         raise UserError(f"{label} cannot be measured: {error}") from error
 
 
-def check_box(box: Box, hr: ImageArray) -> None:
-    """Raise a UserError where a box does not lie within HR."""
+def _check_box(box: Box, hr: ImageArray) -> None:
     height, width = hr.shape[:2]
     if box.side < _LEAST_BOX:
         raise UserError(f"a box has sides of {_LEAST_BOX} pixels or more; got {box.side}")
@@ -102,22 +100,14 @@ def check_box(box: Box, hr: ImageArray) -> None:
         )
 
 
-def most_different_crop(panels: Sequence[Panel], side: int) -> Box:
-    """Find the square where methods differ most; which of them is better does not matter.
+def _most_different_crop(panels: Sequence[Panel], side: int) -> Box:
+    """Find the square where the variance of Y over the methods is largest; of equals the topmost.
 
-    Args:
-        panels: Bicubic's first and HR last. Bicubic is left out beside two other methods: it
-            differs from all, wherever there is detail. A single method is compared with HR.
-        side: Of the square, in pixels.
-
-    Returns:
-        Where the variance of Y over the methods has its largest sum; of equals the topmost.
-
-    Raises:
-        UserError: The square is larger than the image.
+    Bicubic, the first, is left out beside two other methods: it differs from all wherever there is
+    detail. A single method is compared with HR, the last.
     """
     *results, hr = panels
-    check_box(Box(0, 0, side), hr.image)
+    _check_box(Box(0, 0, side), hr.image)
     compared = results[1:] if len(results) > 2 else results if len(results) == 2 else panels
     luma = np.stack([each.image @ np.array([0.299, 0.587, 0.114]) for each in compared])
     sums = np.pad(luma.var(0).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -154,8 +144,8 @@ def compare(
     if not isinstance(box, Box):
         shorter = min(hr.shape[:2])
         usual = min(shorter, max(32, shorter // 5))
-        box = most_different_crop(panels, usual if box is None else box)
-    check_box(box, hr)
+        box = _most_different_crop(panels, usual if box is None else box)
+    _check_box(box, hr)
     return Comparison(name, scale, panels, box)
 
 
@@ -175,15 +165,6 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-class _Layout(NamedTuple):
-    """A comparison by pixels, counted from its top left corner."""
-
-    width: int
-    height: int
-    images: Sequence[tuple[ImageArray, int, int, int, int]]  # left, top, width, height; whole first
-    texts: Sequence[tuple[Sequence[str], float, int, str]]  # lines, x, top, alignment
-
-
 def _wrapped(text: str, width: int) -> list[str]:
     """Break text into lines of `width` pixels: at spaces, after hyphens and underscores."""
     wrapper = textwrap.TextWrapper(max(8, int(width / _LETTER)))
@@ -191,39 +172,38 @@ def _wrapped(text: str, width: int) -> list[str]:
     return wrapper.wrap(text) or [""]
 
 
-def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> _Layout:
+class _Placed(NamedTuple):
+    """An image of a figure with the lines below it, in pixels from the top left corner."""
+
+    image: ImageArray
+    caption: Sequence[str]
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> list[_Placed]:
+    """Place the whole image on the left, and the crops in one row or two."""
     rows = 1 if len(panels) <= 3 else 2
     columns = -(-len(panels) // rows)
     zoom = max(1, round(_PANEL / box.side))
     side = zoom * box.side
     labels = [_wrapped(panel.label, side) for panel in panels]
-    captions = (max(map(len, labels)) + 1) * _LINE
-    row_height = side + captions + _GAP
+    row_height = side + (max(map(len, labels)) + 1) * _LINE + _GAP
 
     hr = panels[-1].image
-    bottom = rows * row_height - _GAP - captions  # of the last row's crops
+    bottom = (rows - 1) * row_height + side  # of the last row's crops
     ratio = min(bottom / hr.shape[0], max(_WIDEST * _PANEL * rows, bottom) / hr.shape[1])
     width, height = (max(1, round(hr.shape[axis] * ratio)) for axis in (1, 0))
-    title = _wrapped(f"{name} (x{scale})", width)
-    images = [(hr, _GAP, _GAP, width, height)]
-    texts = [(title, _GAP + width / 2, _GAP + height, "center")]
-
-    left = width + 2 * _GAP
+    placed = [_Placed(hr, _wrapped(f"{name} (x{scale})", width), _GAP, _GAP, width, height)]
     for number, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         row, column = divmod(number, columns)
-        x, y = left + column * (side + _GAP), _GAP + row * row_height
+        left, top = width + 2 * _GAP + column * (side + _GAP), _GAP + row * row_height
         crop = panel.image[box.top : box.top + box.side, box.left : box.left + box.side]
-        images.append((crop.repeat(zoom, 0).repeat(zoom, 1), x, y, side, side))
-        texts.append(([*label, panel.scores], x + side / 2, y + side, "center"))
-    total = left + columns * (side + _GAP)
-    below = max(rows * row_height, height + (len(title) + 1) * _LINE) + _GAP
-    note = (
-        f"PSNR in dB / SSIM of the whole image: Y channel, {scale} pixels at each side left "
-        f"out. Crops: {box.side}x{box.side} pixels at {box.left}, {box.top}, magnified {zoom}x."
-    )
-    lines = _wrapped(note, total - 2 * _GAP)
-    texts.append((lines, _GAP, below, "left"))
-    return _Layout(total, below + len(lines) * _LINE + _GAP, images, texts)
+        crop = crop.repeat(zoom, 0).repeat(zoom, 1)
+        placed.append(_Placed(crop, [*label, panel.scores], left, top, side, side))
+    return placed
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -239,7 +219,7 @@ def new_figure(width: float, height: float) -> Any:
             "figures need matplotlib, which is not installed; run: pip install "
             "'dlgsanet-arch[tools]' (or pip install matplotlib)"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), facecolor="white")
 
 
 def draw(comparisons: Sequence[Comparison]) -> Any:
@@ -251,25 +231,28 @@ def draw(comparisons: Sequence[Comparison]) -> Any:
     Raises:
         UserError: matplotlib is not installed.
     """
-    layouts = [_lay_out(*each) for each in comparisons]
-    width, height = max(each.width for each in layouts), sum(each.height for each in layouts)
+    blocks = [_lay_out(*each) for each in comparisons]
+    width = _GAP + max(each.left + each.width for block in blocks for each in block)
+    heights = [
+        2 * _GAP + max(each.top + each.height + len(each.caption) * _LINE for each in block)
+        for block in blocks
+    ]
+    height = sum(heights)
     figure = new_figure(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
-    figure.set_layout_engine("none")
     start = 0
-    for layout, comparison in zip(layouts, comparisons, strict=True):
-        for number, (image, left, top, wide, tall) in enumerate(layout.images):
-            bottom = height - start - top - tall
-            axes = figure.add_axes((left / width, bottom / height, wide / width, tall / height))
-            axes.imshow(image, interpolation="none" if number else "antialiased", aspect="auto")
+    for block, comparison, tall in zip(blocks, comparisons, heights, strict=True):
+        for each in block:
+            below = height - start - each.top - each.height
+            corner = each.left / width, below / height
+            axes = figure.add_axes((*corner, each.width / width, each.height / height))
+            whole = each is block[0]
+            axes.imshow(each.image, interpolation="antialiased" if whole else "none", aspect="auto")
             axes.set_axis_off()
-            if not number:
+            if whole:
                 _mark(axes, comparison.box)
-        for lines, x, top, align in layout.texts:
-            for number, line in enumerate(lines):
-                y = height - start - top - (number + 0.5) * _LINE
-                text = figure.text(x / width, y / height, line, ha=align, va="center")
-                text.set(fontsize=_POINTS, parse_math=False)  # names may hold dollar signs
-        start += layout.height
+            text = axes.text(0.5, -4 / each.height, "\n".join(each.caption), ha="center", va="top")
+            text.set(transform=axes.transAxes, fontsize=7.5, parse_math=False)  # names may hold $
+        start += tall
     return figure
 
 
@@ -277,10 +260,8 @@ def _mark(axes: Any, box: Box) -> None:
     from matplotlib.patches import Rectangle
 
     corner = (box.left - 0.5, box.top - 0.5)
-    for colour, thick in (("white", 3.0), (_MARK, 1.4)):
-        axes.add_patch(
-            Rectangle(corner, box.side, box.side, fill=False, edgecolor=colour, linewidth=thick)
-        )
+    for colour, thick in (("white", 3.0), ("#E3242B", 1.4)):
+        axes.add_patch(Rectangle(corner, box.side, box.side, fill=False, ec=colour, lw=thick))
 
 
 def check_path(path: Path) -> None:
