@@ -1,9 +1,10 @@
-"""How much memory is free, how much a tile takes, and smaller tiles where it does not suffice."""
+"""How much memory is free, and how much a forward takes."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,11 +22,19 @@ _UNKNOWN = 2 << 30  # where the system does not say
 LEAST_TILE = 16  # below it, memory is not what is lacking
 
 _GROUPS = Path("/sys/fs/cgroup")
+# Limit, use and statistics of a Linux control group, and what is there of cached files.
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 _SAID = re.compile(
     r"out of memory|can't allocate memory|not enough memory|failed to allocate|ALLOC_FAILED", re.I
 )
-
-T = TypeVar("T")
 
 
 class UpscaleError(UserError, ValueError):
@@ -47,61 +56,15 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def retry_on_oom(
-    work: Callable[[int], T],
-    tile: int,
-    side: int,
-    device: torch.device,
-    notice: Callable[[str], None],
-) -> tuple[T, int]:
-    """Return work(tile) and the tile, halved as long as memory does not suffice.
-
-    Args:
-        work: Takes the side of tiles, 0 for the whole image.
-        tile: The side to begin with.
-        side: The longer side of the image.
-        device: Where memory is freed before the next attempt.
-        notice: Is called with a sentence for each attempt that failed.
-
-    Raises:
-        UpscaleError: Memory does not suffice for the smallest tiles.
-    """
-    while True:
-        try:
-            return work(tile), tile
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-        # Out of the handler: the error held the frames that held the memory.
-        empty_cache(device)
-        tried = tile or side
-        if tried <= LEAST_TILE:
-            raise UpscaleError(
-                f"memory on {device} does not suffice even for tiles of {tried} pixels "
-                f"({reason}): close other programs, or use --device cpu"
-            )
-        tile = max(LEAST_TILE, tried // 2)
-        what = f"tiles of {tried}" if tried < side else "the whole image"
-        notice(f"out of memory on {device} with {what}; again with tiles of {tile}")
-
-
 def _of_group() -> int | None:
     """Free memory of the Linux control group, as containers have it; None for no limit."""
-    for most, used, cached in (
-        ("memory.max", "memory.current", ("memory.stat", "inactive_file")),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            ("memory/memory.stat", "total_inactive_file"),
-        ),
-    ):
+    for limit, used, statistics, cached in _LIMITS:
         try:
-            limit, now = (int((_GROUPS / name).read_text()) for name in (most, used))
-            facts = dict(line.split() for line in (_GROUPS / cached[0]).read_text().splitlines())
+            most, now = (int((_GROUPS / name).read_text()) for name in (limit, used))
+            facts = dict(line.split() for line in (_GROUPS / statistics).read_text().splitlines())
         except (OSError, ValueError):  # absent, or "max"
             continue
-        return limit - now + int(facts.get(cached[1], 0))  # cached files make room when asked
+        return most - now + int(facts.get(cached, 0))  # cached files make room when asked
     return None
 
 
@@ -112,11 +75,10 @@ def _of_machine() -> int | None:
         pass
     else:
         return psutil.virtual_memory().available
-    try:
+    with suppress(OSError):
         found = re.search(r"MemAvailable:\s+([0-9]+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) << 10 if found else None
+        return int(found[1]) << 10 if found else None
+    return None
 
 
 def free_memory(device: torch.device) -> int:

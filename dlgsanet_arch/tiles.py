@@ -1,10 +1,11 @@
 """A function of images run another way: on tiles of a large image, or on its eight symmetries.
 
-Both take the network as a function of images (B, C, H, W), so that a bare network, one prepared
-by `repeat` and one of BasicSR's models do alike, and one can be given to the other.
+Both take the network as a function of images (B, C, H, W), so that a bare network and one of
+BasicSR's models do alike, and one can be given to the other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -21,26 +22,23 @@ _SYMMETRIES: tuple[Run, ...] = (
 )
 
 
-def self_ensemble(run: Run, image: Tensor) -> Tensor:
+def self_ensemble(run: Run, image: Tensor, symmetries: Sequence[Run] = _SYMMETRIES) -> Tensor:
     """Return the mean of `run` over the eight flips and rotations of an image, each turned back.
 
     Args:
         run: Maps (B, C, H, W) to (B, C', s·H, s·W), for images on their side too.
         image: (B, C, H, W).
+        symmetries: Those to take together.
 
     Returns:
         (B, C', s·H, s·W). A `run` that turns with the image is unchanged, to the bit: means are
         taken of two at a time.
     """
-    return _ensemble(run, image, _SYMMETRIES)
-
-
-def _ensemble(run: Run, image: Tensor, symmetries: Sequence[Run]) -> Tensor:
     if not symmetries:
         return run(image)
     turn, *others = symmetries
-    plain = _ensemble(run, image, others)
-    turned = turn(_ensemble(run, turn(image), others))
+    plain = self_ensemble(run, image, others)
+    turned = turn(self_ensemble(run, turn(image), others))
     return (plain + turned) / 2
 
 
@@ -52,67 +50,51 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return [i * (length - tile) // steps for i in range(steps + 1)]
 
 
-def _join(whole: Tensor, piece: Tensor, start: int, end: int, margin: int, axis: int) -> None:
-    """Lay a piece into the whole along an axis, blended with what is there up to `end`.
+def _blend(held: Tensor, piece: Tensor, margin: int, axis: int) -> Tensor:
+    """Blend the start of a piece with what is held of the one before.
 
-    In the overlap, `margin` values at the edge of each side have no weight, and the weights rise
-    between. Equal values stay what they are, to the bit.
-
-    Args:
-        whole: Is written to.
-        piece: Has the whole's size but along `axis`.
-        start: Where the piece begins.
-        end: Where what is there ends; 0 for nothing.
-        margin: Values at the edge of a tile that the other tile gives.
-        axis: 2 or 3, of (B, C, H, W).
+    `margin` values at the edge of each have no weight, and the weights rise between. Equal values
+    stay what they are, to the bit.
     """
-    if end:
-        first, last = start + margin, end - margin
-        shape = [-1 if axis == each else 1 for each in range(4)]
-        steps = torch.arange(1, last - first + 1, device=piece.device, dtype=piece.dtype)
-        weights = (steps / (last - first + 1)).view(shape)
-        there = whole.narrow(axis, first, last - first)
-        there += (piece.narrow(axis, margin, last - first) - there) * weights
-    else:
-        last = start
-    rest = start + piece.shape[axis] - last
-    whole.narrow(axis, last, rest).copy_(piece.narrow(axis, last - start, rest))
+    mixed = held.shape[axis] - 2 * margin
+    steps = torch.arange(1, mixed + 1, device=piece.device, dtype=piece.dtype)
+    weights = (steps / (mixed + 1)).view([-1 if axis == each else 1 for each in range(4)])
+    old, new = (each.narrow(axis, margin, mixed) for each in (held, piece))
+    last = margin + mixed
+    rest = piece.narrow(axis, last, piece.shape[axis] - last)
+    return torch.cat([held.narrow(axis, 0, margin), old + (new - old) * weights, rest], axis)
 
 
-def _row_of_tiles(
-    run: Run,
-    strip: Tensor,
-    scale: int,
-    lefts: Sequence[int],
-    wide: int,
-    margin: int,
-    batch: int,
-    on_tiles: Callable[[int], None],
-) -> Tensor:
-    """Return `run` of a strip (B, C, h, W) as high as a tile, its tiles blended."""
-    count, _, tall, width = strip.shape
-    row: Tensor | None = None
-    right = 0  # where what is done ends
-    for first in range(0, len(lefts), batch):
-        together = lefts[first : first + batch]
-        tiles = [strip[..., left : left + wide] for left in together]
-        pieces = run(torch.cat(tiles) if len(tiles) > 1 else tiles[0].contiguous())
-        if pieces.shape[0] != count * len(tiles) or pieces.shape[2:] != (
-            scale * tall,
-            scale * wide,
-        ):
-            raise ValueError(
-                f"at {scale=} a tile of {wide}x{tall} pixels becomes one of "
-                f"{scale * wide}x{scale * tall}; the network gave the shape "
-                f"{tuple(pieces.shape)}"
-            )
-        if row is None:
-            row = pieces.new_empty(count, *pieces.shape[1:3], scale * width)
-        for left, piece in zip(together, pieces.split(count), strict=True):
-            _join(row, piece, scale * left, right, margin, 3)
-            right = scale * (left + wide)
-        on_tiles(len(tiles))
-    return row
+def _blended(
+    pieces: Iterator[Tensor], starts: Sequence[int], end: int, margin: int, axis: int
+) -> Iterator[Tensor]:
+    """Yield pieces (B, C, H, W) that overlap along an axis as parts that do not, in order.
+
+    `starts` has where each piece begins, and `end` where the last ends; see `_blend`.
+    """
+    held: Tensor | None = None  # what the next piece shares
+    for start, following in pairwise([*starts, end]):
+        piece = next(pieces)
+        if held is not None:
+            piece = _blend(held, piece, margin, axis)
+        finished = following - start
+        yield piece.narrow(axis, 0, finished)
+        held = piece.narrow(axis, finished, piece.shape[axis] - finished).clone()
+        del piece  # before the next one is computed
+
+
+def _joined(parts: Iterator[Tensor], length: int, axis: int) -> Tensor:
+    """Join parts along an axis as they are made, which takes less memory than torch.cat."""
+    whole: Tensor | None = None
+    done = 0
+    for part in parts:
+        if whole is None:
+            shape = list(part.shape)
+            shape[axis] = length
+            whole = part.new_empty(shape)
+        whole.narrow(axis, done, part.shape[axis]).copy_(part)
+        done += part.shape[axis]
+    return whole
 
 
 def rows_in_tiles(
@@ -124,24 +106,14 @@ def rows_in_tiles(
     on_tile: Callable[[int, int], None] | None = None,
     batch: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield the rows of what `run_in_tiles` returns, from the top, as they are finished.
+    """Return the rows of what `run_in_tiles` returns, from the top, as they are finished.
 
-    Memory holds the tiles that are computed together and at most two rows of tiles.
+    Memory holds the tiles that are computed together and at most three rows of tiles. `batch`
+    neighbouring tiles are given to `run` at once, as (batch·B, C, h, w); `on_tile` is called with
+    the number of tiles done and of all.
 
-    Args:
-        run: As in `run_in_tiles`.
-        image: (B, C, H, W), of any dtype and place that `run` takes.
-        scale: As in `run_in_tiles`.
-        tile: As in `run_in_tiles`.
-        overlap: As in `run_in_tiles`.
-        on_tile: As in `run_in_tiles`.
-        batch: How many neighbouring tiles are given to `run` at once: (batch·B, C, h, w).
-
-    Yields:
-        (B, C', n, scale·W); the n sum to scale·H. Not to be written to.
-
-    Raises:
-        ValueError: As `run_in_tiles`.
+    Returns:
+        Tensors (B, C', n, scale·W); the n sum to scale·H. Not to be written to.
     """
     if tile < 1 or not 0 <= overlap < tile or batch < 1:
         raise ValueError(
@@ -154,40 +126,37 @@ def rows_in_tiles(
     margin = overlap // 4 * scale
     done = 0
 
-    def count(tiles: int) -> None:
+    def enlarged(strip: Tensor) -> Iterator[Tensor]:
         nonlocal done
-        done += tiles
-        if on_tile is not None:
-            on_tile(done, len(tops) * len(lefts))
+        for first in range(0, len(lefts), batch):
+            tiles = [strip[..., left : left + wide] for left in lefts[first : first + batch]]
+            made = run(torch.cat(tiles))
+            expected = (len(tiles) * len(image), scale * tall, scale * wide)
+            if (made.shape[0], *made.shape[2:]) != expected:
+                raise ValueError(
+                    f"at {scale=} a tile of {wide}x{tall} pixels becomes one of "
+                    f"{scale * wide}x{scale * tall}; the network gave the shape {tuple(made.shape)}"
+                )
+            done += len(tiles)
+            if on_tile is not None:
+                on_tile(done, len(tops) * len(lefts))
+            yield from made.split(len(image))
 
-    held: Tensor | None = None  # rows that the next tiles still have a say in
-    for top, following in zip(tops, [*tops[1:], height], strict=True):
-        strip = image[:, :, top : top + tall]
-        row = _row_of_tiles(run, strip, scale, lefts, wide, margin, batch, count)
-        if held is not None:
-            joined = torch.empty_like(row)
-            joined[:, :, : held.shape[2]] = held
-            _join(joined, row, 0, held.shape[2], margin, 2)
-            row = joined
-        finished = scale * (following - top)
-        yield row[:, :, :finished]
-        held = row[:, :, finished:].clone()
-        del row  # before the next one is computed
+    def rows() -> Iterator[Tensor]:
+        starts = [scale * left for left in lefts]
+        for top in tops:
+            tiles = enlarged(image[:, :, top : top + tall])
+            parts = _blended(tiles, starts, scale * width, margin, 3)
+            yield _joined(parts, scale * width, 3)
+
+    return _blended(rows(), [scale * top for top in tops], scale * height, margin, 2)
 
 
-def run_in_tiles(
-    run: Run,
-    image: Tensor,
-    scale: int,
-    tile: int,
-    overlap: int,
-    on_tile: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Return `run` of an image, computed on overlapping squares that are blended.
+def run_in_tiles(run: Run, image: Tensor, scale: int, tile: int, overlap: int) -> Tensor:
+    """Return `run` of an image, computed on overlapping squares of one size that are blended.
 
-    Besides the result, memory holds one tile and at most two rows of them. All tiles have one
-    size. In an overlap, the outer quarter at the edge of a tile has no weight, and between the
-    weights of the two tiles rise and fall and sum to 1: where pixels depend on neighbours at most
+    In an overlap, the outer quarter at the edge of a tile has no weight, and between the weights of
+    the two tiles rise and fall and sum to 1: where pixels depend on neighbours at most
     `overlap // 4` away, the result is that of the whole image.
 
     Args:
@@ -196,7 +165,6 @@ def run_in_tiles(
         scale: How much larger the result is.
         tile: Side of a tile, in pixels of `image`.
         overlap: What neighbouring tiles share at least, in pixels of `image`.
-        on_tile: Called after each tile with the number of tiles done and of all.
 
     Returns:
         (B, C', scale·H, scale·W), where `run` leaves it and in its dtype.
@@ -204,11 +172,5 @@ def run_in_tiles(
     Raises:
         ValueError: An argument is out of range, or `run` gives another size than `scale` says.
     """
-    whole: Tensor | None = None
-    done = 0
-    for rows in rows_in_tiles(run, image, scale, tile, overlap, on_tile):
-        if whole is None:
-            whole = rows.new_empty(*rows.shape[:2], scale * image.shape[2], rows.shape[3])
-        whole[:, :, done : done + rows.shape[2]] = rows
-        done += rows.shape[2]
-    return whole
+    rows = rows_in_tiles(run, image, scale, tile, overlap)
+    return _joined(rows, scale * image.shape[2], 2)

@@ -27,6 +27,19 @@ SMALL_NETWORK = {
 }
 
 
+SMALL_ARGUMENTS = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
+
+
+def small_checkpoint(iteration: int | None = None, **changes: Any) -> Any:
+    """A Checkpoint of the small network with random weights, its arguments changed."""
+    from dlgsanet_arch.checkpoint import Checkpoint, infer_config
+    from dlgsanet_arch.network import DLGSANet
+
+    config = {**SMALL_ARGUMENTS, **changes}
+    weights = DLGSANet(**config).state_dict()
+    return Checkpoint(weights, {**infer_config(weights), **config}, True, iteration)
+
+
 def run(
     arguments: Sequence[object],
     cwd: Path,

@@ -6,10 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import printable
+
+# Options of `Upscaler` by the same names.
+_OPTIONS = ("device", "dtype", "tile", "overlap", "ensemble", "batch", "scale")
 
 
 def _tile(text: str) -> int | str:
@@ -33,95 +37,12 @@ def _shard(text: str) -> tuple[int, int]:
 def _device(text: str) -> str:
     names = text.split(",")
     if len(names) > 1:
-        each = "; ".join(
-            f"dlgsanet upscale … --device {name} --shard {index}/{len(names)}"
-            for index, name in enumerate(names, 1)
-        )
+        commands = [f"--device {name} --shard {i}/{len(names)}" for i, name in enumerate(names, 1)]
         raise argparse.ArgumentTypeError(
-            f"{text!r} names several devices: start one process for each of them, here {each}"
+            f"{text!r} names several devices: start one process for each of them, here with "
+            + "; ".join(commands)
         )
     return text
-
-
-def _add_results(add) -> None:
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a folder, which gets the tree of the input; or a file, for an image",
-    )
-    add("--suffix", default="", metavar="TEXT", help="put behind the names, such as _x4")
-    add(
-        "--format",
-        choices=("png", "jpeg", "webp", "tiff"),
-        help="of results (default: the image's, or PNG where that cannot hold the result)",
-    )
-    add(
-        "--quality",
-        type=_quality,
-        default=95,
-        metavar="N",
-        help="of JPEG and WebP (default: 95); WebP without loss stays so",
-    )
-    add("--skip-existing", action="store_true", help="skip images whose results are there")
-
-
-def _add_tiles(add) -> None:
-    add(
-        "--tile",
-        type=_tile,
-        default="auto",
-        metavar="auto|N|0",
-        help="side of the tiles, in pixels of the input; 0: none; auto: by the free memory",
-    )
-    add(
-        "--overlap",
-        type=int,
-        default=32,
-        metavar="N",
-        help="what neighbouring tiles share, in pixels of the input (default: 32)",
-    )
-    add(
-        "--check-tiles",
-        action="store_true",
-        help="print how far tiles are from the whole image; computes both, writes nothing",
-    )
-
-
-def _add_computation(add) -> None:
-    add(
-        "-m",
-        "--weights",
-        metavar="WEIGHTS",
-        help=".pth or .safetensors, or the name of bundled weights; the network is detected from "
-        "it (default: bundled weights)",
-    )
-    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
-    add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
-    add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
-    add(
-        "--device",
-        type=_device,
-        metavar="NAME",
-        help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one, else the CPU)",
-    )
-    add(
-        "--batch",
-        type=int,
-        default=1,
-        metavar="N",
-        help="tiles, or images of one size, that are computed together (default: 1)",
-    )
-    add(
-        "--shard",
-        type=_shard,
-        default=(1, 1),
-        metavar="I/N",
-        help="the I-th of N parts of a folder, to divide it among GPUs and machines",
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,10 +55,34 @@ def build_parser() -> argparse.ArgumentParser:
         "done, and the exit status is then 1.",
     )
     add = parser.add_argument
-    add("-i", "--input", type=Path, required=True, metavar="PATH", help="an image or a folder")
-    _add_results(add)
-    _add_computation(add)
-    _add_tiles(add)
+    how: dict[str, Any] = {"required": True, "type": Path, "metavar": "PATH"}
+    add("-i", "--input", **how, help="an image or a folder")
+    text = "a folder, which gets the tree of the input; or a file, for an image"
+    add("-o", "--output", **how, help=text)
+    add("--suffix", default="", metavar="TEXT", help="put behind the names, such as _x4")
+    text = "of results (default: the image's, or PNG where that cannot hold the result)"
+    add("--format", choices=("png", "jpeg", "webp", "tiff"), help=text)
+    text = "of JPEG and WebP (default: 95); WebP without loss stays so"
+    add("--quality", type=_quality, default=95, metavar="N", help=text)
+    add("--skip-existing", action="store_true", help="skip images whose results are there")
+    text = ".pth or .safetensors, or the name of bundled weights (default: bundled weights)"
+    add("-m", "--weights", metavar="WEIGHTS", help=text)
+    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
+    add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
+    add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    text = "cpu, cuda, cuda:1 or mps (default: a GPU if there is one, else the CPU)"
+    add("--device", type=_device, metavar="NAME", help=text)
+    text = "tiles, or images of one size, that are computed together (default: 1)"
+    add("--batch", type=int, default=1, metavar="N", help=text)
+    text = "the I-th of N parts of a folder, to divide it among GPUs and machines"
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help=text)
+    text = "side of the tiles, in pixels of the input; 0: without tiles; auto: by the free memory"
+    add("--tile", type=_tile, default="auto", metavar="auto|N|0", help=text)
+    text = "what neighbouring tiles share, in pixels of the input (default: 32)"
+    add("--overlap", type=int, default=32, metavar="N", help=text)
+    text = "print how far tiles are from the whole image; computes both, writes nothing"
+    add("--check-tiles", action="store_true", help=text)
     return parser
 
 
@@ -154,28 +99,22 @@ class _Screen:
         self.counts: Counter[str] = Counter()
         self.last = ""  # what was written
         self._single = total == 1
-        self._bar = progress_bar("upscale", total, "image" if total > 1 else "tile")
-
-    def __enter__(self) -> "_Screen":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self.bar = progress_bar("upscale", total, "image" if total > 1 else "tile")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(printable(text), file=sys.stderr)
+        self.bar.write(printable(text), file=sys.stderr)
 
-    def progress(self, path: Path, done: int, total: int) -> None:
+    def progress(self, done: int, total: int) -> None:
         """Show the tiles of an image."""
         if self._single:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
         elif total > 1:
-            self._bar.set_postfix_str(f"tile {done}/{total}")
+            self.bar.set_postfix_str(f"tile {done}/{total}")
 
     def tell(self, kind: str, path: Path, text: str) -> None:
-        """Show what happened to an image; see `files.Run`."""
+        """Show what happened to an image; see `files.run`."""
         if kind == "notice":
             self.say(f"{path}: {text}")
             return
@@ -185,31 +124,18 @@ class _Screen:
         if kind == "bad":
             self.say(f"FAILED {'' if text.startswith(str(path)) else f'{path}: '}{text}")
         if not self._single:
-            self._bar.update()
-            self._bar.set_postfix_str("")
+            self.bar.update()
+            self.bar.set_postfix_str("")
 
-    def summary(self, upscaler, output: Path, weights: str) -> str:
+    def summary(self, scale: float, output: Path, weights: str) -> str:
         """Say what was written, where, how much larger, and by which weights."""
-        counts = self.counts
-        images = "1 image" if counts["written"] == 1 else f"{counts['written']} images"
-        where = self.last if counts["written"] == 1 else output
-        said = f"{images} upscaled x{upscaler.scale:g}"
-        if counts["written"]:
-            said += f" into {where} by {upscaler.checkpoint.name} ({weights})"
+        counts, written = self.counts, self.counts["written"]
+        said = f"{written} image{'s' * (written != 1)} upscaled x{scale:g}"
+        if written:
+            said += f" into {self.last if written == 1 else output} by {weights}"
         if counts["skipped"]:
             said += f", {counts['skipped']} skipped, as their results are there"
         return printable(said + (f", {counts['bad']} FAILED" if counts["bad"] else ""))
-
-
-def _check_imports() -> None:
-    for module, package in (("PIL", "pillow"), ("tqdm", "tqdm")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise UserError(
-                f"upscaling files needs {package}, and its import fails ({error}): pip install "
-                f"{package}, or this package with all its tools: pip install '.[tools]'"
-            ) from error
 
 
 def _check_tiles(upscaler, jobs) -> int:
@@ -222,7 +148,7 @@ def _check_tiles(upscaler, jobs) -> int:
             found = upscaler.tiling_error(pixels)
         except UserError as error:
             print(printable(f"FAILED {error}"), file=sys.stderr)
-            failed += 1
+            failed = 1
             continue
         said = "computed whole, no tiles"
         if found is not None:
@@ -231,7 +157,7 @@ def _check_tiles(upscaler, jobs) -> int:
                 f"by at most {found[0]:.3g} of 255 levels, {found[1]:.3g} on average"
             )
         print(printable(f"{job.source}: {said}"))
-    return int(failed > 0)
+    return failed
 
 
 @exit_status
@@ -242,8 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 where an image could not be done.
     """
     args = build_parser().parse_args(argv)
-    _check_imports()
     clean_up_on_sigterm()
+    try:
+        import PIL  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        text = f"upscaling files needs Pillow and tqdm ({error}): pip install '.[tools]'"
+        raise UserError(text) from error
     from dlgsanet_arch.checkpoint import find_weights, read_checkpoint
     from dlgsanet_arch.inference import Upscaler, files
     from dlgsanet_arch.inference.upscaler import default_weights
@@ -252,16 +183,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     index, count = args.shard
     jobs = jobs[index - 1 :: count]
     path = find_weights(args.weights) if args.weights else default_weights(args.scale)
-    names = ("device", "dtype", "tile", "overlap", "ensemble", "batch", "scale")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in _OPTIONS}
     checkpoint = read_checkpoint(path, args.param_key)
     if args.check_tiles:
         return _check_tiles(Upscaler(checkpoint, **options, notice=print), jobs)
-    with _Screen(len(jobs)) as screen:
+    screen = _Screen(len(jobs))
+    with screen.bar:
         upscaler = Upscaler(checkpoint, **options, notice=screen.say)
         how = {"skip_existing": args.skip_existing, "quality": args.quality}
-        files.Run(upscaler, screen.tell, screen.progress, **how)(jobs)
-    print(screen.summary(upscaler, args.output, args.weights or f"bundled {path.stem}"))
+        files.run(upscaler, jobs, screen.tell, screen.progress, **how)
+    weights = f"{checkpoint.name} ({args.weights or f'bundled {path.stem}'})"
+    print(screen.summary(upscaler.scale, args.output, weights))
     if left:
         print(f"left out, as these are not read: {files.listed(left)}; convert them to PNG first")
     return int(screen.counts["bad"] > 0)

@@ -14,29 +14,26 @@ Depth = TypeVar("Depth", np.uint8, np.uint16)
 DEEP = np.iinfo(np.uint16).max
 
 
-def checked(image: NDArray) -> NDArray:
+def checked(image: Any) -> NDArray:
     """Return an image as (H, W, C) in native byte order.
 
     Raises:
         UpscaleError: It is not an array of uint8 or uint16 with 1 to 4 channels.
     """
     if not isinstance(image, np.ndarray):
-        raise UpscaleError(
-            "images are arrays, tensors, Pillow images or paths of files; got "
-            f"{type(image).__name__}"
-        )
-    image = image.astype(image.dtype.newbyteorder("="), copy=False)
-    if image.dtype not in (np.uint8, np.uint16):
-        raise UpscaleError(
-            f"arrays are of uint8 or uint16; got {image.dtype}: scale it to 0 to 255 and convert "
-            "it, or give a tensor of floats in [0, 1]"
-        )
-    if image.ndim not in (2, 3) or 0 in image.shape or (image.ndim == 3 and image.shape[2] > 4):
-        raise UpscaleError(
-            "images are (H, W) or (H, W, C): gray, gray and alpha, RGB, RGB and alpha; got the "
-            f"shape {image.shape}"
-        )
-    return image[..., None] if image.ndim == 2 else image
+        got = type(image).__name__
+    elif image.dtype not in (np.uint8, np.uint16, np.dtype(np.uint16).newbyteorder()):
+        got = str(image.dtype)
+    elif image.ndim not in (2, 3) or 0 in image.shape or image[0, 0].size > 4:
+        got = f"the shape {image.shape}"
+    else:
+        image = image.astype(image.dtype.newbyteorder("="), copy=False)
+        return image[..., None] if image.ndim == 2 else image
+    raise UpscaleError(
+        "an image is an array of uint8 or uint16, (H, W) or (H, W, C) with gray, gray and alpha, "
+        "RGB, or RGB and alpha; or a tensor of floats in [0, 1], a Pillow image, or the path of a "
+        f"file; got {got}"
+    )
 
 
 def check_tensor(images: Tensor) -> None:
@@ -47,12 +44,12 @@ def check_tensor(images: Tensor) -> None:
     Raises:
         UpscaleError: Of another shape, dtype or range.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or not images.is_floating_point():
         raise UpscaleError(
-            f"tensors are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(images.shape)}"
+            "tensors are (B, 3, H, W) or (B, 1, H, W), floats in [0, 1]; got the shape "
+            f"{shape} and {images.dtype}"
         )
-    if not images.is_floating_point():
-        raise UpscaleError(f"tensors are of floats in [0, 1]; got {images.dtype}")
     low, high = (float(each) for each in images.aminmax())
     if not -0.25 <= low <= high <= 1.25:  # False for NaN as well
         raise UpscaleError(
@@ -62,30 +59,14 @@ def check_tensor(images: Tensor) -> None:
 
 
 def from_pillow(image: Any) -> NDArray:
-    """Return the pixels of a Pillow image, upright.
-
-    Raises:
-        UpscaleError: Its samples are not of 8 or 16 bits.
-    """
+    """Return the pixels of a Pillow image, upright."""
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise UpscaleError(f"the Pillow image has the mode {image.mode}: convert it to L or RGB")
-    if image.mode.startswith("I;16") or image.mode in ("L", "LA", "RGB", "RGBA"):
+    if image.mode in ("L", "LA", "RGB", "RGBA", "I", "F") or image.mode.startswith("I;16"):
         return np.asarray(image)
     has_alpha = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
     return np.asarray(image.convert("RGBA" if has_alpha else "L" if image.mode == "1" else "RGB"))
-
-
-def to_pillow(pixels: NDArray, before: Any) -> Any:
-    """Return a Pillow image of pixels (H, W) or (H, W, C), with the colour profile of another."""
-    from PIL import Image
-
-    made = Image.fromarray(pixels)
-    if before.info.get("icc_profile"):
-        made.info["icc_profile"] = before.info["icc_profile"]
-    return made
 
 
 def _fill(colour: Tensor, seen: Tensor) -> Tensor:
@@ -108,10 +89,9 @@ def _fill(colour: Tensor, seen: Tensor) -> Tensor:
 
 
 def fill_transparent(colour: NDArray[Depth], alpha: NDArray[Depth]) -> NDArray[Depth]:
-    """Give transparent pixels the colours around them.
+    """Give transparent pixels the colours around them; those with any opacity keep their own.
 
-    What a file holds there is not meant to be seen, often black; the network would draw it into
-    the rim of what is seen. Colours of pixels with any opacity stay.
+    A file often holds black there, which the network would draw into the rim of what is seen.
 
     Args:
         colour: (H, W, C), not multiplied by alpha.
@@ -136,9 +116,8 @@ def keep_flat(made: NDArray[Depth], alpha: NDArray[Depth]) -> None:
     plane = torch.from_numpy(alpha.astype(np.float32)).permute(2, 0, 1)[None]
     most, least = (F.max_pool2d(sign * plane, 3, 1, 1) * sign for sign in (1, -1))
     flat = (most == least)[0, 0].numpy()
-    rows, columns = (np.arange(made.shape[i]) * alpha.shape[i] // made.shape[i] for i in (0, 1))
-    for new, old in enumerate(rows):  # a row at a time, for memory
-        np.copyto(made[new, :, 0], alpha[old, columns, 0], where=flat[old, columns])
+    old = np.ix_(*(np.arange(made.shape[i]) * alpha.shape[i] // made.shape[i] for i in (0, 1)))
+    np.copyto(made[..., 0], alpha[..., 0][old], where=flat[old])
 
 
 def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:

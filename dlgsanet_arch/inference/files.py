@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlgsanet_arch.data.finding import SUFFIXES
-from dlgsanet_arch.data.images import Pixels, StoredImage, read_stored
+from dlgsanet_arch.data.images import StoredImage, read_stored
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference.upscaler import Upscaler
 from dlgsanet_arch.inference.writing import (
@@ -24,43 +24,11 @@ from dlgsanet_arch.inference.writing import (
     write_image,
 )
 
-# The suffixes that are read, and those of images that are counted where they are left out.
 READ = frozenset(SUFFIXES).union(*FORMATS.values())
-NOT_READ = frozenset(
-    f".{name}"
-    for name in (
-        *(
-            "heic",
-            "heif",
-            "avif",
-            "jxl",
-            "jp2",
-            "j2k",
-            "gif",
-            "tga",
-            "ico",
-            "qoi",
-            "svg",
-            "psd",
-            "xcf",
-        ),
-        *(
-            "exr",
-            "hdr",
-            "ppm",
-            "pgm",
-            "pnm",
-            "dng",
-            "cr2",
-            "cr3",
-            "nef",
-            "arw",
-            "orf",
-            "raf",
-            "rw2",
-        ),
-    )
-)
+# Suffixes of images that are not read: they are counted.
+_OTHERS = """.heic .heif .avif .jxl .jp2 .j2k .gif .tga .ico .qoi .svg .psd .xcf .exr .hdr .ppm .pgm
+.pnm .dng .cr2 .cr3 .nef .arw .orf .raf .rw2"""
+NOT_READ = frozenset(_OTHERS.split())
 
 
 @dataclass(frozen=True)
@@ -80,10 +48,7 @@ class Job:
     fault: str = ""
 
 
-# Which images, into which files
-
-
-def _walk(folder: Path, out: str | None) -> tuple[list[Path], list[Job], Counter[str]]:
+def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
     """Find the images below a folder, each folder read once, outside of the folder of results.
 
     Returns:
@@ -95,21 +60,18 @@ def _walk(folder: Path, out: str | None) -> tuple[list[Path], list[Job], Counter
     for top in pending:  # grows: links come last, what is reachable without one is named so
         for current, folders, names in os.walk(top, onerror=errors.append):
             real = os.path.realpath(current)
-            if real in seen or (out and f"{real}/".startswith(f"{out}/")):
+            if real in seen or f"{real}/".startswith(out):
                 folders.clear()
                 continue
             seen.add(real)
             folders[:] = [name for name in folders if not name.startswith(".")]
-            links = (Path(current, name) for name in folders)
-            pending += [path for path in links if path.is_symlink()]
-            for name in names:
-                path, suffix = Path(current, name), os.path.splitext(name)[1].lower()
-                is_link = os.path.islink(path)  # a link to nothing is named when it is read
-                if name.startswith(".") or not (os.path.isfile(path) or is_link):
-                    continue
-                if suffix in READ:
+            paths = [Path(current, name) for name in folders]
+            pending += [path for path in paths if path.is_symlink()]
+            for path in (Path(current, name) for name in names if not name.startswith(".")):
+                # A link to nothing is named when it is read.
+                if path.suffix.lower() in READ and (os.path.isfile(path) or path.is_symlink()):
                     found.append(path)
-                left[suffix] += suffix in NOT_READ
+                left[path.suffix.lower()] += path.suffix.lower() in NOT_READ
     faults = [
         Job(Path(each.filename), Path(), fault=f"cannot be read: {each.strerror}")
         for each in errors
@@ -128,10 +90,10 @@ def _without_results(jobs: Sequence[Job], suffix: str) -> list[Job]:
     """Leave out images that are the results of others, from a run before."""
     results = set()
     for job in jobs:
-        folder = os.path.realpath(job.target.parent)
-        names = {job.target.name, job.instead.name if job.instead else job.target.name}
+        names = {job.target.name, (job.instead or job.target).name}
         if suffix:  # of another --format as well
             names |= {job.target.stem + each for each in READ}
+        folder = os.path.realpath(job.target.parent)
         results |= {os.path.join(folder, name) for name in names} - {os.path.realpath(job.source)}
     return [job for job in jobs if os.path.realpath(job.source) not in results]
 
@@ -141,23 +103,22 @@ def _with_faults(jobs: Sequence[Job]) -> Iterator[Job]:
     count = Counter(job.target for job in jobs)
     sources = {os.path.realpath(job.source) for job in jobs}
     for job in jobs:
-        if job.instead in count or (job.instead and os.path.realpath(job.instead) in sources):
+        if job.instead and (job.instead in count or os.path.realpath(job.instead) in sources):
             job = replace(job, instead=None)
         if os.path.realpath(job.target) == os.path.realpath(job.source):
             fault = "would be replaced by its result: name another folder, or a --suffix"
-            yield replace(job, fault=fault)
+            job = replace(job, fault=fault)
         elif count[job.target] > 1:
-            others = [each.source.name for each in jobs if each.target == job.target]
-            fault = f"would share the result {job.target} with others ({', '.join(others)}): "
-            yield replace(job, fault=fault + "rename one of them")
-        else:
-            yield job
+            others = ", ".join(each.source.name for each in jobs if each.target == job.target)
+            fault = f"would share the result {job.target} with others ({others}): rename one"
+            job = replace(job, fault=fault)
+        yield job
 
 
 def plan(
     source: Path, out: Path, *, suffix: str = "", format: str | None = None
 ) -> tuple[list[Job], Counter[str]]:
-    """Say which images are enlarged into which files.
+    """Decide which images are enlarged into which files.
 
     Args:
         source: An image, or a folder, of which all images below are taken, but for results.
@@ -180,13 +141,13 @@ def plan(
     faults: list[Job] = []
     if os.path.isdir(source):
         real = os.path.realpath(out)
-        found, faults, left = _walk(source, None if real == os.path.realpath(source) else real)
+        inside = "\0" if real == os.path.realpath(source) else f"{real}/"
+        found, faults, left = _walk(source, inside)
         jobs = [_job(path, out / path.parent.relative_to(source), suffix, format) for path in found]
         jobs = _without_results(jobs, suffix)
         if not jobs and not faults:
-            raise UserError(
-                f"no images below {source}: looked for {', '.join(sorted(READ))}{_more(left)}"
-            )
+            more = f"; there are files that are not read: {listed(left)}" if left else ""
+            raise UserError(f"no images below {source}: looked for {', '.join(sorted(READ))}{more}")
     elif not os.path.lexists(source):
         raise UserError(f"{source} does not exist: name an image or a folder of images")
     elif out.suffix and not os.path.isdir(out):
@@ -201,32 +162,30 @@ def plan(
     return [*faults, *_with_faults(jobs)], left
 
 
-def _more(left: Counter[str]) -> str:
-    return f"; there are files that are not read: {listed(left)}" if left else ""
-
-
 def listed(left: Counter[str]) -> str:
     """Return files by their suffixes: "2 .heic, 1 .gif"."""
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
 
 
-def _target(job: Job, image: StoredImage, scale: float) -> tuple[Path, str]:
-    """Decide on the file of a result before it is computed, and make its folder.
+def _read(job: Job, scale: float) -> tuple[StoredImage, Path, list[str]]:
+    """Decode an image, decide on the file of its result, and make the folder for that.
 
     Returns:
-        The file, and why it is not the one of the plan.
+        The image, the file, and sentences on what is changed or left out.
 
     Raises:
-        WriteError: It cannot hold the image, or cannot be written.
+        UserError: It cannot be read, or its result not be written: found before it is computed.
     """
+    if job.fault:
+        raise UserError(job.fault)
+    image, target, notices = read_stored(job.source), job.target, []
     height, width, channels = image.pixels.shape
-    shape = (round(height * scale), round(width * scale), channels)
-    target = job.target
-    reason = why_not(format_of(target), shape, image.pixels.dtype)
-    if reason and not job.instead:
-        raise WriteError(f"{target} cannot be written: {reason}; use a name that ends in .png")
-    if reason:
+    shape = [round(scale * height), round(scale * width), channels]
+    if reason := why_not(format_of(target), shape, image.pixels.dtype):
+        if not job.instead:
+            raise WriteError(f"{target} cannot be written: {reason}; use a name that ends in .png")
         target = job.instead
+        notices = [f"{reason}: {target.name} is written"]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
@@ -237,100 +196,71 @@ def _target(job: Job, image: StoredImage, scale: float) -> tuple[Path, str]:
             pass
     except OSError as error:
         raise WriteError(f"{target} cannot be written: {error.strerror or error}") from error
-    return target, f"{reason}: {target.name} is written" if reason else ""
+    if image.exif and image.pixels.dtype == np.uint16 and format_of(target) == "tiff":
+        notices.append("has EXIF data, which 16-bit TIFF files go without")
+    return image, target, [*image.notices, *notices]
 
 
-class Run:
-    """Enlarges images one after another; those of one size together, as many as its batch.
+def run(
+    upscaler: Upscaler,
+    jobs: Sequence[Job],
+    tell: Callable[[str, Path, str], None],
+    progress: Callable[[int, int], None],
+    *,
+    skip_existing: bool = False,
+    quality: int = QUALITY,
+) -> None:
+    """Enlarge images one after another; those of one size together, as many as its batch.
 
     Args:
         upscaler: What enlarges them.
+        jobs: As `plan` returns them.
         tell: Called with what happened to an image, its path and a text: "written" with the
             result, "skipped" as its result is there, "bad" with its fault; once for each image.
             Before, any number of times: "notice" with a sentence.
-        progress: Called with an image's path, and the number of its tiles done and of all.
+        progress: Called with the number of an image's tiles done and of all.
         skip_existing: Whether images whose results are there are skipped.
         quality: Of JPEG and WebP, 1 to 100.
     """
+    group: list[tuple[Path, Path, StoredImage]] = []
 
-    def __init__(
-        self,
-        upscaler: Upscaler,
-        tell: Callable[[str, Path, str], None],
-        progress: Callable[[Path, int, int], None],
-        *,
-        skip_existing: bool = False,
-        quality: int = QUALITY,
-    ) -> None:
-        self._upscaler = upscaler
-        self._tell = tell
-        self._progress = progress
-        self._skips = skip_existing
-        self._quality = quality
-
-    def __call__(self, jobs: Sequence[Job]) -> None:
-        """Enlarge the images of what `plan` returned."""
-        group: list[tuple[Job, Path, StoredImage]] = []
-        for job in jobs:
-            there = (job.target, job.instead or job.target)
-            if self._skips and not job.fault and any(map(os.path.isfile, there)):
-                self._tell("skipped", job.source, "")
-                continue
-            read = self._read(job)
-            if read is None:
-                continue
-            pixels, others = read[2].pixels, group[0][2].pixels if group else read[2].pixels
-            if pixels.shape != others.shape or pixels.dtype != others.dtype:
-                self._finish(group)
-                group = []
-            group.append(read)
-            # What goes in tiles has enough of them to be computed together.
-            in_tiles = self._upscaler.choose_tile(*pixels.shape[:2], len(group) + 1)
-            if len(group) >= self._upscaler.batch or in_tiles:
-                self._finish(group)
-                group = []
-        self._finish(group)
-
-    def _read(self, job: Job) -> tuple[Job, Path, StoredImage] | None:
-        """Decode an image and decide on its result; None where that fails."""
+    def finish() -> None:
+        done, group[:] = list(group), []
         try:
-            if job.fault:
-                raise UserError(job.fault)
-            image = read_stored(job.source)
-            target, notice = _target(job, image, self._upscaler.scale)
-        except (UserError, MemoryError) as error:
-            self._tell("bad", job.source, str(error) or "is larger than the memory")
-            return None
-        deep_tiff = image.pixels.dtype == np.uint16 and format_of(target) == "tiff"
-        left_out = "has EXIF data, which 16-bit TIFF files go without"
-        for each in (*image.notices, notice, left_out if image.exif and deep_tiff else ""):
-            if each:
-                self._tell("notice", job.source, each)
-        return job, target, image
-
-    def _finish(self, group: Sequence[tuple[Job, Path, StoredImage]]) -> None:
-        """Enlarge images of one shape and depth together, and write them."""
-        if not group:
-            return
-        last = group[-1][0].source
-        try:
-            made = self._upscaler.many(
-                [image.pixels for _, _, image in group],
-                lambda done, total: self._progress(last, done, total),
-            )
+            made = upscaler.many([image.pixels for _, _, image in done], progress)
         except UserError as error:
-            for job, _, _ in group:
-                self._tell("bad", job.source, str(error))
-            return
-        for (job, target, image), pixels in zip(group, made, strict=True):
+            made = [error] * len(done)
+        for (source, target, image), pixels in zip(done, made, strict=True):
             try:
-                self._write(job.source, target, image, pixels)
+                if isinstance(pixels, UserError):
+                    raise pixels
+                lossless = format_of(target) == "webp" and is_lossless_webp(source)
+                kept = {"icc": image.icc, "exif": image.exif}
+                write_image(target, pixels, **kept, quality=quality, lossless=lossless)
+                sizes = [f"{each.shape[1]}x{each.shape[0]}" for each in (image.pixels, pixels)]
+                tell("written", source, f"{target} ({' to '.join(sizes)})")
             except UserError as error:
-                self._tell("bad", job.source, str(error))
+                tell("bad", source, str(error))
 
-    def _write(self, source: Path, target: Path, image: StoredImage, pixels: Pixels) -> None:
-        lossless = format_of(target) == "webp" and is_lossless_webp(source)
-        kept = {"icc": image.icc, "exif": image.exif}
-        write_image(target, pixels, **kept, quality=self._quality, lossless=lossless)
-        before, after = (f"{each.shape[1]}x{each.shape[0]}" for each in (image.pixels, pixels))
-        self._tell("written", source, f"{target} ({before} to {after})")
+    for job in jobs:
+        there = (job.target, job.instead or job.target)
+        if skip_existing and not job.fault and any(map(os.path.isfile, there)):
+            tell("skipped", job.source, "")
+            continue
+        try:
+            image, target, notices = _read(job, upscaler.scale)
+        except (UserError, MemoryError) as error:
+            tell("bad", job.source, str(error) or "is larger than the memory")
+            continue
+        for each in notices:
+            tell("notice", job.source, each)
+        kind = (image.pixels.shape, image.pixels.dtype)
+        if group and kind != (group[0][2].pixels.shape, group[0][2].pixels.dtype):
+            finish()
+        group.append((job.source, target, image))
+        # What goes in tiles has enough of them to be computed together.
+        in_tiles = upscaler.choose_tile(*kind[0][:2], len(group) + 1)
+        if len(group) >= upscaler.batch or in_tiles:
+            finish()
+    if group:
+        finish()

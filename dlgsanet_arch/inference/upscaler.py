@@ -3,9 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,29 +17,49 @@ from dlgsanet_arch import cpu, memory
 from dlgsanet_arch.checkpoint import Checkpoint, bundled_weights, read_checkpoint
 from dlgsanet_arch.inference import arrays
 from dlgsanet_arch.inference.arrays import DEEP, Depth
-from dlgsanet_arch.inference.forward import Forward, Precision, find_device
 from dlgsanet_arch.memory import LEAST_TILE, UpscaleError
-from dlgsanet_arch.tiles import rows_in_tiles
+from dlgsanet_arch.tiles import rows_in_tiles, self_ensemble
 
 Progress = Callable[[int, int], None]
+Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
 
 DEFAULT_OVERLAP = 32
 LARGEST_TILE = 2048  # chosen by itself; larger ones make nothing better
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LUMA = (0.299, 0.587, 0.114)  # BT.601, the Y that super-resolution is measured on
 
 
 def default_weights(scale: float | None = None) -> Path:
     """Return the bundled weights, those of `scale` where there are any.
 
     Raises:
-        UpscaleError: None come with the package.
+        UpscaleError: The package has no bundled weights.
     """
     paths = list(bundled_weights().values())
     if not paths:
         raise UpscaleError(
-            "weights are needed, and none come with this package: name a file, "
+            "weights are needed, and this package has no bundled ones: name a file, "
             "`dlgsanet upscale -m net_g_latest.pth …` or Upscaler('net_g_latest.pth')"
         )
     return next((path for path in paths if path.stem.endswith(f"x{scale or 4:g}")), paths[0])
+
+
+def _find_device(name: str | torch.device | None) -> torch.device:
+    """Return the device of a name; None takes CUDA if available, else MPS, else the CPU."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each kind of device fails in its own way
+        raise UpscaleError(
+            f"the device {str(name)!r} cannot be used here ({str(error).splitlines()[0]}); "
+            "`dlgsanet doctor` lists those that can"
+        ) from error
+    return device
 
 
 def _part(progress: Progress | None, index: int, parts: int) -> Progress | None:
@@ -48,23 +69,13 @@ def _part(progress: Progress | None, index: int, parts: int) -> Progress | None:
     return lambda done, tiles: progress(index * tiles + done, parts * tiles)
 
 
-def _check_arguments(tile: Any, overlap: int, batch: int, scale: float | None) -> None:
-    if tile != "auto" and (not isinstance(tile, int) or tile < 0 or 0 < tile < LEAST_TILE):
-        raise UpscaleError(f"tile must be 'auto', 0 or {LEAST_TILE} or more; got {tile!r}")
-    if overlap < 0 or batch < 1:
-        raise UpscaleError(
-            f"overlap must be 0 or more and batch 1 or more; got {overlap=}, {batch=}"
-        )
-    if scale is not None and not 0 < scale <= 64:
-        raise UpscaleError(f"scale must be more than 0 and at most 64; got {scale}")
-
-
 class Upscaler:
     """Loads a network once and enlarges images by it.
 
     Args:
         weights: A file of weights, the name of bundled ones, or a checkpoint that was read. None
-            takes the bundled ones.
+            takes the bundled ones. They must be for 1 or 3 channels: a network for colour sees
+            gray as three equal channels, one for gray sees each channel alone.
         device: Where the network runs. None takes CUDA where it is available, else MPS, else the
             CPU.
         dtype: "fp32", or "bf16" or "fp16" by autocast: faster on GPUs.
@@ -83,6 +94,7 @@ class Upscaler:
         checkpoint: What was read.
         scale: How many times larger the sides become.
         device: Where the network is.
+        network: The network.
 
     Raises:
         UpscaleError: An argument is out of range, or the device cannot do what is requested.
@@ -103,21 +115,54 @@ class Upscaler:
         config: Mapping[str, Any] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        _check_arguments(tile, overlap, batch, scale)
+        for right, said in (
+            (dtype in _DTYPES, f"dtype must be fp32, bf16 or fp16; got {dtype!r}"),
+            (
+                tile == "auto" or (isinstance(tile, int) and (tile == 0 or tile >= LEAST_TILE)),
+                f"tile must be 'auto', 0 or {LEAST_TILE} or more; got {tile!r}",
+            ),
+            (overlap >= 0, f"overlap must be 0 or more; got {overlap}"),
+            (batch >= 1, f"batch must be 1 or more; got {batch}"),
+            (
+                scale is None or 0 < scale <= 64,
+                f"scale must be more than 0 and at most 64; got {scale}",
+            ),
+        ):
+            if not right:
+                raise UpscaleError(said)
         if not isinstance(weights, Checkpoint):
             path = default_weights(scale) if weights is None else weights
             weights = read_checkpoint(path, config=config)
         self.checkpoint = weights
         self.scale = float(scale or weights.scale)
-        self.device = find_device(device)
-        self.overlap = overlap
-        self.tile = tile
-        self.batch = batch
-        self._forward = Forward(weights, self.device, dtype, ensemble)
+        self.device = _find_device(device)
+        self.tile, self.overlap, self.batch = tile, overlap, batch
+        self._dtype, self._ensemble = dtype, ensemble
         self._notice = notice or partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
         self._most: int | None = None  # pixels that memory sufficed for, once it did not
-        if self.device.type == "cpu" and dtype != "fp32":
-            self._notice(f"{dtype} is slower than fp32 on a CPU and needs more memory")
+        self._channels = weights.config["in_chans"]
+        if self._channels not in (1, 3):
+            raise UpscaleError(f"these weights take {self._channels} channels, not gray or RGB")
+        self.network = weights.network().to(self.device)
+        if dtype != "fp32":
+            self._check_precision()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtype = _DTYPES[self._dtype]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _check_precision(self) -> None:
+        """Refuse what the device cannot compute, which shows in many ways."""
+        try:
+            with torch.no_grad(), self._precision():
+                self.network(torch.zeros(1, self._channels, 8, 8, device=self.device))
+        except Exception as error:
+            raise UpscaleError(
+                f"{self.device} cannot compute this network in {self._dtype} "
+                f"({str(error).splitlines()[0]}): use fp32"
+            ) from error
+        if self.device.type == "cpu":
+            self._notice(f"{self._dtype} is slower than fp32 on a CPU and needs more memory")
 
     def __call__(self, image: Any, progress: Progress | None = None) -> Any:
         """Enlarge an image, or a batch as a tensor.
@@ -144,9 +189,13 @@ class Upscaler:
 
             pixels = read_stored(Path(image)).pixels
             return self.many([pixels[..., 0] if pixels.shape[2] == 1 else pixels], progress)[0]
-        if hasattr(image, "getbands"):  # Pillow's, which may not be installed
-            made = self.many([arrays.from_pillow(image)], progress)[0]
-            return arrays.to_pillow(made, image)
+        if hasattr(image, "getbands"):
+            from PIL import Image
+
+            made = Image.fromarray(self.many([arrays.from_pillow(image)], progress)[0])
+            if image.info.get("icc_profile"):
+                made.info["icc_profile"] = image.info["icc_profile"]
+            return made
         return self.many([image], progress)[0]
 
     def many(
@@ -158,13 +207,10 @@ class Upscaler:
             UpscaleError: They are of several shapes or depths, or as in `__call__`.
         """
         checked = [arrays.checked(each) for each in images]
-        first = checked[0]
-        if any(each.shape != first.shape or each.dtype != first.dtype for each in checked):
+        if len({(each.shape, each.dtype) for each in checked}) > 1:
             raise UpscaleError("images of one shape and dtype are taken together")
         stack = np.stack(checked)
-        made = self._fitted(
-            lambda tile: self._images(stack, tile, progress), *stack.shape[1:3], len(stack)
-        )
+        made = self._fitted(lambda tile: self._images(stack, tile, progress), stack.shape[:3])
         return [each[..., 0] if images[0].ndim == 2 else each for each in made]
 
     def _images(
@@ -211,28 +257,19 @@ class Upscaler:
 
     def _tensor(self, images: Tensor, progress: Progress | None) -> Tensor:
         arrays.check_tensor(images)
-        height, width = images.shape[2:]
         chunks = images.split(self.batch)
 
         def work(chunk: Tensor, step: Progress | None, tile: int) -> Tensor:
-            rows = self._rows(chunk, 1.0, tile, step)
-            return torch.cat([each.to(images) for each in rows], 2)
+            return torch.cat([each.to(images) for each in self._rows(chunk, 1.0, tile, step)], 2)
 
-        made = torch.cat(
-            [
-                self._fitted(
-                    partial(work, chunk, _part(progress, index, len(chunks))),
-                    height,
-                    width,
-                    len(chunk),
-                )
-                for index, chunk in enumerate(chunks)
-            ]
-        )
+        made = []
+        for index, chunk in enumerate(chunks):
+            step = _part(progress, index, len(chunks))
+            made.append(self._fitted(partial(work, chunk, step), chunk[:, 0].shape))
+        whole = torch.cat(made)
         if self.scale == self.checkpoint.scale:
-            return made
-        resized = arrays.bicubic(made.float(), self._size(height, width))
-        return resized.clamp_(0, 1).to(made.dtype)
+            return whole
+        return arrays.bicubic(whole.float(), self._size(*images.shape[2:])).clamp_(0, 1).to(images)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
@@ -240,24 +277,44 @@ class Upscaler:
     def _rows(
         self, images: Tensor, peak: float, tile: int, progress: Progress | None
     ) -> Iterator[Tensor]:
-        """Yield finished rows (B, C, n, W'), float32 in [0, 1] on the device."""
+        """Return finished rows (B, C, n, W'), float32 in [0, 1] on the device."""
         side = tile or max(images.shape[2:])
-        return rows_in_tiles(
-            partial(self._forward, peak=peak),
-            images,
-            self.checkpoint.scale,
-            side,
-            min(self.overlap, side // 2),
-            progress,
-            # Images that are computed together leave less room for tiles that are.
-            max(1, self.batch // len(images)),
-        )
+        overlap = min(self.overlap, side // 2)
+        # Images that are computed together leave less room for tiles that are.
+        batch = max(1, self.batch // len(images))
+        run = partial(self._forward, peak=peak)
+        return rows_in_tiles(run, images, self.checkpoint.scale, side, overlap, progress, batch)
+
+    def _forward(self, images: Tensor, peak: float) -> Tensor:
+        """Compute images (B, 1 or 3, h, w) with values from 0 to `peak`, of any dtype."""
+        given = images.to(self.device).float() / peak
+        count, channels = given.shape[:2]
+        if self._channels > channels:
+            given = given.expand(-1, self._channels, -1, -1)
+        elif self._channels < channels:
+            given = given.reshape(-1, 1, *given.shape[2:])
+        given = given.contiguous()
+        with torch.no_grad(), self._precision():
+            run = partial(self_ensemble, self.network) if self._ensemble else self.network
+            result = run(given).float()
+        if self._channels > channels:
+            weights = torch.tensor(_LUMA, device=result.device).view(1, -1, 1, 1)
+            result = (result * weights).sum(1, keepdim=True)
+        elif self._channels < channels:
+            result = result.reshape(count, channels, *result.shape[2:])
+        if not bool(result.isfinite().all()):
+            finite = all(bool(each.isfinite().all()) for each in self.checkpoint.weights.values())
+            why = "its weights are too large" if self._dtype == "fp32" else "use fp32"
+            if not finite:
+                why = "the weights are damaged, which `dlgsanet weights inspect` shows"
+            raise UpscaleError(f"the network's results are not numbers in {self._dtype}: {why}")
+        return result.clamp_(0, 1)
 
     def choose_tile(self, height: int, width: int, batch: int = 1) -> int:
         """Return the side of the tiles for an image of a size; 0 where it is computed whole."""
         tile = self.tile
         if tile == "auto":
-            fused = self._forward.dtype == "fp32" and not cpu.why_not()
+            fused = self._dtype == "fp32" and not cpu.why_not()
             config = self.checkpoint.config
             pixels = memory.fitting_pixels(config, self.device, fused=fused) // batch
             # One window of TLC and what is shared stay together, however little memory there is.
@@ -270,14 +327,32 @@ class Upscaler:
             tile = min(tile or side, limit)
         return 0 if tile >= side else tile
 
-    def _fitted(self, work: Callable[[int], Any], height: int, width: int, count: int) -> Any:
-        """Return work(tile) by tiles that fit the memory, and remember what did."""
-        tile = self.choose_tile(height, width, count)
-        side = max(height, width)
-        made, used = memory.retry_on_oom(work, tile, side, self.device, self._notice)
-        if used != tile:
-            self._most = used**2 * count
-        return made
+    def _fitted(self, work: Callable[[int], T], shape: Sequence[int]) -> T:
+        """Return work(tile) for images (B, H, W), the tile halved as long as memory lacks.
+
+        What sufficed is remembered for the next images.
+        """
+        count, height, width = shape
+        tile, side = self.choose_tile(height, width, count), max(height, width)
+        while True:
+            try:
+                return work(tile)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # Out of the handler: the error held the frames that held the memory.
+            memory.empty_cache(self.device)
+            tried = tile or side
+            if tried <= LEAST_TILE:
+                raise UpscaleError(
+                    f"memory on {self.device} does not suffice even for tiles of {tried} pixels "
+                    f"({reason}): close other programs, or use --device cpu"
+                )
+            tile = max(LEAST_TILE, tried // 2)
+            self._most = tile**2 * count
+            what = f"tiles of {tried}" if tried < side else "the whole image"
+            self._notice(f"out of memory on {self.device} with {what}; again with tiles of {tile}")
 
     def tiling_error(self, image: NDArray[Depth]) -> tuple[float, float] | None:
         """Compute an image in tiles and whole, and compare.
@@ -308,12 +383,9 @@ class Upscaler:
                     "are to be compared with: take a smaller one"
                 ) from error
             raise
-        largest, total, top = 0.0, 0.0, 0
-        for rows in self._rows(given, peak, tile, None):
-            apart = (rows - whole[:, :, top : top + rows.shape[2]]).abs_() * 255
-            largest, total = max(largest, float(apart.max())), total + float(apart.sum())
-            top += rows.shape[2]
-        return largest, total / whole.numel()
+        tiled = torch.cat(list(self._rows(given, peak, tile, None)), 2)
+        apart = (tiled - whole).abs_() * 255
+        return float(apart.max()), float(apart.mean())
 
 
 def upscale(

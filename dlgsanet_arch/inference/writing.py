@@ -51,31 +51,31 @@ def why_not(format: str, shape: Sequence[int], depth: Any) -> str | None:
     return None
 
 
-def _chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
 def _write_deep_png(
     file: IO[bytes], pixels: NDArray[np.uint16], icc: bytes | None, exif: bytes | None
 ) -> None:
     """Write 16 bits a sample: Pillow has no such colours, and OpenCV no gray with alpha."""
+
+    def write(name: bytes, body: bytes) -> None:
+        checked = name + body
+        file.write(struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked)))
+
     height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, _PNG_COLOUR[channels], 0, 0, 0)
-    file.write(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header))
+    file.write(b"\x89PNG\r\n\x1a\n")
+    write(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, _PNG_COLOUR[channels], 0, 0, 0))
     if icc is not None:
-        file.write(_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc)))
+        write(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc))
     if exif is not None:
-        file.write(_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
+        write(b"eXIf", exif.removeprefix(b"Exif\0\0"))
     packer = zlib.compressobj()
-    above = np.zeros((1, 2 * width * channels), np.uint8)
-    for start in range(0, height, 64):  # rows as differences from the row above, PNG's filter 2
-        rows = pixels[start : start + 64].astype(">u2").view(np.uint8).reshape(-1, above.shape[1])
-        lines = np.full((len(rows), 1 + above.shape[1]), 2, np.uint8)
-        lines[:, 1:] = rows - np.concatenate([above, rows[:-1]])
-        above = rows[-1:]
-        if packed := packer.compress(lines):
-            file.write(_chunk(b"IDAT", packed))
-    file.write(_chunk(b"IDAT", packer.flush()) + _chunk(b"IEND", b""))
+    above = np.zeros(2 * width * channels, np.uint8)
+    for row in pixels.astype(">u2").view(np.uint8).reshape(height, -1):
+        # PNG's filter 2: differences from the row above.
+        if packed := packer.compress(b"\2" + (row - above).tobytes()):
+            write(b"IDAT", packed)
+        above = row
+    write(b"IDAT", packer.flush())
+    write(b"IEND", b"")
 
 
 def _write_deep_tiff(file: IO[bytes], pixels: NDArray[np.uint16], icc: bytes | None) -> None:
@@ -83,8 +83,7 @@ def _write_deep_tiff(file: IO[bytes], pixels: NDArray[np.uint16], icc: bytes | N
         import tifffile
     except ImportError as error:
         raise WriteError(
-            "16-bit TIFF files are written by a package that is not there: pip install tifffile, "
-            "or use --format png"
+            "16-bit TIFF files need tifffile: pip install tifffile, or use --format png"
         ) from error
     channels = pixels.shape[2]
     tifffile.imwrite(
@@ -97,26 +96,6 @@ def _write_deep_tiff(file: IO[bytes], pixels: NDArray[np.uint16], icc: bytes | N
         iccprofile=icc,
         metadata=None,
     )
-
-
-def _encode(
-    file: IO[bytes], format: str, pixels: Pixels, icc: bytes | None, exif: bytes | None, **how: Any
-) -> None:
-    if pixels.dtype == np.uint16 and format == "png":
-        _write_deep_png(file, pixels, icc, exif)
-    elif pixels.dtype == np.uint16:
-        _write_deep_tiff(file, pixels, icc)
-    else:
-        options = {
-            "jpeg": {"quality": how["quality"], "subsampling": 0},
-            "webp": {**how, "exact": True},
-            # Pillow compresses no TIFF file that has a folder of EXIF data.
-            "tiff": {} if exif else {"compression": "tiff_adobe_deflate"},
-            "png": {},
-        }
-        kept = {name: value for name, value in (("icc_profile", icc), ("exif", exif)) if value}
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        image.save(file, format.upper(), **options[format], **kept)
 
 
 def write_image(
@@ -141,13 +120,27 @@ def write_image(
     Raises:
         WriteError: The format cannot hold the image, or the file cannot be written.
     """
+    format = format_of(path)
+    options = {
+        "jpeg": {"quality": quality, "subsampling": 0},
+        "webp": {"quality": quality, "lossless": lossless, "exact": True},
+        # Pillow compresses no TIFF file that has a folder of EXIF data.
+        "tiff": {} if exif else {"compression": "tiff_adobe_deflate"},
+        "png": {},
+    }
+    kept = {name: value for name, value in (("icc_profile", icc), ("exif", exif)) if value}
     try:
         with written_atomically(path) as file:
-            _encode(file, format_of(path), pixels, icc, exif, quality=quality, lossless=lossless)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
-    except (RuntimeError, ValueError, TypeError, struct.error) as error:  # an encoder's refusals
-        raise WriteError(f"{path} cannot be written: {error}") from error
+            if pixels.dtype == np.uint16 and format == "png":
+                _write_deep_png(file, pixels, icc, exif)
+            elif pixels.dtype == np.uint16:
+                _write_deep_tiff(file, pixels, icc)
+            else:
+                image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+                image.save(file, format, **options[format], **kept)
+    except (OSError, RuntimeError, ValueError, TypeError, struct.error) as error:
+        reason = getattr(error, "strerror", None) or error  # the system's, or an encoder's
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def is_lossless_webp(path: Path) -> bool:
