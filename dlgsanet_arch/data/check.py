@@ -8,19 +8,23 @@ list that names fewer images than there are, HR that is cropped to fit LR, 16 bi
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.data.headers import Header
+from dlgsanet_arch.data.databases import find_entry, open_database
+from dlgsanet_arch.data.images import MAX_BYTES, Header, ImageError, read_header
 from dlgsanet_arch.data.listing import (
     Checked,
     Fault,
     PairSet,
     Side,
-    list_images,
+    check_stems,
+    open_set,
+    pair_up,
     size_faults,
-    spread,
 )
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import quoted
@@ -29,6 +33,8 @@ from dlgsanet_arch.options.context import is_number, is_whole
 from dlgsanet_arch.options.paths import data_faults, owner
 from dlgsanet_arch.options.schema import known_dataset
 
+MOST_HEADERS = 2000
+HEAD = 2**16  # bytes of an LMDB's entry that are tried first
 FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
 
 
@@ -47,30 +53,34 @@ class Scan:
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def _check_headers(checked: Checked) -> None:
-    pairs = spread(checked.pairs)
-    looked = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
-    what = "pairs" if len(checked.sides) == 2 else "images"
-    checked.notes.append(f"{len(checked.pairs):,} {what}; checked the headers of {looked}")
-    headers = []
-    for index, side in enumerate(checked.sides):
-        found = side.headers([pair[index] for pair in pairs])
-        unreadable = [name for name, header in found.items() if header is None]
-        if unreadable:
-            checked.add(
-                side.part,
-                f"{len(unreadable)} of {len(found)} files checked in {side.path} are not images "
-                f"that can be read: {quoted(unreadable)}; remove or replace them",
-            )
-        headers.append({name: header for name, header in found.items() if header is not None})
-        _warn_of_changes(checked, side, headers[-1])
-    if checked.set.hr is not None:
-        sizes = [header[:2] for header in headers[0].values()]
-        checked.smallest = min(sizes, key=lambda size: (min(size), max(size)), default=None)
-        _check_sizes(checked, pairs, headers)
+def _file_header(path: Path) -> Header | None:
+    with suppress(OSError, ImageError), path.open("rb") as file:
+        return read_header(file)
+    return None
 
 
-def _warn_of_changes(checked: Checked, side: Side, headers: Mapping[str, Header]) -> None:
+def _entry_header(value: bytes | memoryview) -> Header | None:
+    for count in (HEAD, MAX_BYTES):
+        with suppress(ImageError):
+            return read_header(BytesIO(value[:count]))
+    return None
+
+
+def _headers(checked: Checked, side: Side, names: Sequence[str]) -> dict[str, Header]:
+    """Read headers; what cannot be read is a fault, and what BasicSR changes a warning."""
+    if side.is_database:
+        with open_database(side.path) as environment, environment.begin(buffers=True) as read:
+            found = {name: _entry_header(find_entry(read, name) or b"") for name in names}
+    else:
+        found = {name: _file_header(side.path / name) for name in names}
+    unreadable = [name for name, header in found.items() if header is None]
+    if unreadable:
+        checked.add(
+            side.part,
+            f"{len(unreadable)} of {len(found)} files checked in {side.path} are not images "
+            f"that can be read: {quoted(unreadable)}; remove or replace them",
+        )
+    headers = {name: header for name, header in found.items() if header is not None}
     for kind, what, done in (
         ("gray", "are gray", "BasicSR makes three equal channels of them"),
         ("alpha", "have transparency", "BasicSR drops it"),
@@ -80,16 +90,27 @@ def _warn_of_changes(checked: Checked, side: Side, headers: Mapping[str, Header]
         if names:
             text = f"{len(names)} of {len(headers)} images checked in {side.path} {what}: "
             checked.warnings.append(Fault(side.part, f"{text}{quoted(names, 3)}; {done}"))
+    return headers
 
 
-def _check_sizes(
-    checked: Checked, pairs: Sequence[tuple[str, ...]], headers: Sequence[Mapping[str, Header]]
-) -> None:
+def _check_headers(checked: Checked) -> None:
+    """Check evenly spread samples of a set by the headers of their images."""
+    pairs = checked.pairs[:: math.ceil(len(checked.pairs) / MOST_HEADERS) or 1]
+    count = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
+    checked.notes.append(f"{len(checked.pairs):,} {checked.what}; checked the headers of {count}")
+    headers = [
+        _headers(checked, side, [pair[index] for pair in pairs])
+        for index, side in enumerate(checked.sides)
+    ]
+    if checked.set.hr is None:
+        return
+    sizes = [header[:2] for header in headers[0].values()]
+    checked.smallest = min(sizes, key=sorted, default=None)
     wrong: dict[str, dict[str, str]] = {"hr": {}, "lr": {}}
     for pair in pairs:
-        sizes = [known[name] for known, name in zip(headers, pair, strict=True) if name in known]
-        if len(sizes) == len(pair):
-            hr, lr = (*sizes, None)[:2]
+        found = [known.get(name) for known, name in zip(headers, pair, strict=True)]
+        if None not in found:
+            hr, lr = (*found, None)[:2]
             for part, text in size_faults(checked.set, checked.set.scale, hr, lr).items():
                 wrong[part][pair[0]] = text
     remedies = {"hr": "leave them out", "lr": "make LR again, or correct the path or the scale"}
@@ -101,12 +122,13 @@ def _check_sizes(
 
 def check_quickly(each: PairSet) -> Checked:
     """Check names and counts of a set, and headers of some of its images; nothing is decoded."""
-    checked = list_images(each, complete=False)
+    checked = open_set(each, isolated=False)
     if not checked.faults:
-        try:
-            _check_headers(checked)
-        except UserError as error:  # a damaged LMDB
-            checked.add(checked.sides[-1].part, str(error))
+        pair_up(checked)
+        if each.role == "test":
+            check_stems(checked)
+    if not checked.faults:
+        _check_headers(checked)
     return checked
 
 
@@ -122,16 +144,22 @@ def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet
     return {str(phase): _pair_set(str(phase), options, root) for phase in sets}
 
 
-def _border(options: Mapping[str, Any]) -> int:
-    """The widest border that a metric cuts off."""
-    metrics = Context(options, False, Path(), None).section("val:metrics")
-    borders = [each.get("crop_border") for each in metrics.values() if isinstance(each, Mapping)]
-    return max((each for each in borders if is_whole(each)), default=0)
-
-
 def _is_training(phase: str) -> bool:
     """Whether a data set is to train on by its phase, as BasicSR reads it."""
     return phase.split("_")[0] == "train"
+
+
+def _least(phase: str, context: Context) -> tuple[int | None, str]:
+    """The smallest side of HR that a run can use, and why."""
+    dataset = context.section(f"datasets:{phase}")
+    if _is_training(phase):
+        least = dataset.get("gt_size")
+        fills_up = dataset.get("type") == "RealESRGANDataset"
+        return least if is_whole(least) and not fills_up else None, "gt_size"
+    metrics = context.section("val:metrics").values()
+    borders = [each.get("crop_border") for each in metrics if isinstance(each, Mapping)]
+    border = max((each for each in borders if is_whole(each)), default=0)
+    return 2 * border + 1, f"of which crop_border {border} leaves nothing"
 
 
 def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
@@ -146,25 +174,19 @@ def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
     hr, lr = path("dataroot_gt"), path("dataroot_lq")
     if hr is None and lr is None:
         raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
-    training = _is_training(phase)
-    border = _border(options)
-    least, why = 2 * border + 1, f"of which crop_border {border} leaves nothing"
-    if training:
-        fills_up = dataset.get("type") == "RealESRGANDataset"
-        least, why = None if fills_up else dataset.get("gt_size"), "gt_size"
-    backend = dataset.get("io_backend")
-    in_lmdb = isinstance(backend, Mapping) and backend.get("type") == "lmdb"
-    listing = None if in_lmdb else path("meta_info_file") or path("meta_info")
+    context = Context(options, False, root, None)
+    least, why = _least(phase, context)
+    in_lmdb = context.section(f"datasets:{phase}:io_backend").get("type") == "lmdb"
     return PairSet(
         name=f"{phase} ({dataset.get('name', 'unnamed')})",
         hr=hr,
         lr=lr,
         scale=scale if is_whole(scale) and scale >= 1 else None,
         template=str(dataset.get("filename_tmpl", "{}")),
-        least=least if is_whole(least) else None,
+        least=least,
         why=why,
-        role="train" if training else "test",
-        listing=listing,
+        role="train" if _is_training(phase) else "test",
+        listing=None if in_lmdb else path("meta_info_file") or path("meta_info"),
         lists_pairs="meta_info" in dataset and hr is not None and lr is not None,
     )
 
@@ -183,33 +205,29 @@ def scan(
             themselves, paths that do not exist included, is passed over here.
         root: Folder that relative paths are below.
         train: Whether they are to train, else to test.
-        registered: What is in BasicSR's registries: sets of somebody else's type are left alone.
+        registered: What is in BasicSR's registries: sets of third-party types are left alone.
     """
     context = Context(options, train, root, registered)
     found = Scan()
     phases: dict[str, str] = {}
     for phase, dataset in context.datasets():
-        name = str(dataset.get("name"))
+        name, kind = str(dataset.get("name")), dataset.get("type")
         if not _is_training(phase) and phases.setdefault(name, phase) != phase:
             found.problems.append(
                 f"datasets:{phase}:name: {name!r} is the name of datasets:{phases[name]} too, and "
                 "the results of one would replace the other's; rename one"
             )
-        reads = known_dataset(context, dataset.get("type"))
+        reads = known_dataset(context, kind)
         backend = context.section(f"datasets:{phase}:io_backend").get("type")
-        known = reads is not None and backend in ("disk", "lmdb")
-        named_all = known and all(isinstance(dataset.get(key), str) for key in reads.folders)
-        if not named_all or any(data_faults(context, phase, dataset)):
+        if reads is None or backend not in ("disk", "lmdb"):
             continue
-        if backend == "disk" and dataset["type"] == "FFHQDataset":
+        if not all(isinstance(dataset.get(key), str) for key in reads.folders):
+            continue
+        if any(data_faults(context, phase, dataset)):
+            continue
+        if (backend, kind) == ("disk", "FFHQDataset"):
             found.samples[phase] = FFHQ_IMAGES
-        elif (
-            backend == "disk"
-            and dataset["type"] == "RealESRGANDataset"
-            and not dataset.get("meta_info")
-        ):
-            continue
-        else:
+        elif (backend, kind) != ("disk", "RealESRGANDataset") or dataset.get("meta_info"):
             _scan_set(phase, context, reads.listing, found)
     return found
 

@@ -2,7 +2,7 @@
 
 A database is a folder: `data.mdb`, images as PNG by key; `meta_info.txt`, BasicSR's list of
 them; and, of those made here, `recipe.json`, what it was made from. It is made under another name
-and renamed when it is complete; whatever ended the run before that, the next one continues.
+and renamed when it is complete; after an interruption the next run continues it.
 """
 
 import errno
@@ -11,10 +11,9 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -41,10 +40,8 @@ PNG_COMPRESSION = 1
 # Where a database starts and what it is doubled from whenever it is full. LMDB reserves as many
 # addresses, not memory; BasicSR's 1 TiB is refused where addresses are limited.
 FIRST_MAP_SIZE = 2**26
-
 # Bytes that an entry takes at least: its place in a page, its header and a key of one byte.
 SMALLEST_ENTRY = 11
-
 # A disk with fewer bytes free than one transaction may write counts as full.
 FULL = 2**26
 
@@ -59,7 +56,7 @@ def encode_png(image: ImageArray) -> bytes:
 
 @contextmanager
 def open_database(path: Path) -> Iterator[lmdb.Environment]:
-    """Open a finished database for reading, or take the environment that a data set holds open.
+    """Open a finished database for reading, or use the environment that a data set holds open.
 
     Raises:
         UserError: The database is missing or damaged; errors inside the block count too.
@@ -68,29 +65,27 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
         raise UserError(f"{path} is not an LMDB: it holds no data.mdb")
     shared = shared_environments.get(os.path.realpath(path))  # lmdb opens a file once
     try:
-        with nullcontext(shared) if shared is not None else _opened(path) as environment:
+        if shared is not None:
+            yield shared
+            return
+        # lock=False: nobody writes a finished database, and its folder may be read-only
+        with lmdb.open(
+            str(path), readonly=True, lock=False, create=False, readahead=False, max_readers=1
+        ) as environment:
+            # LMDB does not check this itself: reading past the file's end would kill the process
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            size = (path / DATA).stat().st_size
+            if size < needed:
+                raise UserError(
+                    f"{path} is cut short, it has {size:,} of {needed:,} bytes: copy it again, or "
+                    "make it again"
+                )
             yield environment
     except lmdb.Error as error:
         raise UserError(
             f"{path} cannot be read, it is damaged or cut short ({error}): copy it again, or make "
-            "it anew"
+            "it again"
         ) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[lmdb.Environment]:
-    # lock=False: nobody writes a finished database, and its folder may be read-only
-    with lmdb.open(
-        str(path), readonly=True, lock=False, create=False, readahead=False, max_readers=1
-    ) as environment:
-        # LMDB does not check this itself: reading past the file's end would kill the process
-        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        size = (path / DATA).stat().st_size
-        if size < needed:
-            raise UserError(
-                f"{path} is cut short, {size:,} of {needed:,} bytes are there: copy or make it anew"
-            )
-        yield environment
 
 
 def listed_keys(path: Path) -> list[str]:
@@ -103,28 +98,26 @@ def listed_keys(path: Path) -> list[str]:
 
 
 def entry_keys(path: Path) -> list[str]:
-    """All keys of a database by its pages; of damaged pages no more are read than can be there.
+    """All keys of a database by its pages; damaged ones may lead around in circles.
 
     Raises:
         UserError: The database is damaged.
     """
     with open_database(path) as environment, environment.begin() as read:
         claimed = environment.stat()["entries"]
-        possible = (path / DATA).stat().st_size // SMALLEST_ENTRY
-        most = min(claimed, possible)
+        most = min(claimed, (path / DATA).stat().st_size // SMALLEST_ENTRY)
         stored = islice(read.cursor().iternext(values=False), most + 1)
         keys = [bytes(key).decode(errors="replace") for key in stored]
-        if len(keys) != claimed:
-            found = "more" if len(keys) > most else f"{len(keys):,}"
-            raise UserError(
-                f"{path} is damaged: it claims {claimed:,} entries and holds {found}; copy it "
-                "again, or make it anew"
-            )
+    if len(keys) != claimed:
+        raise UserError(
+            f"{path} is damaged: it does not hold the {claimed:,} entries that it claims; copy it "
+            "again, or make it again"
+        )
     return keys
 
 
 def find_entry(read: lmdb.Transaction, key: str) -> bytes | memoryview | None:
-    """The value of a key, None where there is none or LMDB cannot have such a key."""
+    """The value of a key, None if it is missing or LMDB cannot have such a key."""
     try:
         return read.get(key.encode())
     except lmdb.BadValsizeError:  # empty, or too long
@@ -141,12 +134,12 @@ def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
     if twice:
         yield f"lists keys more than once, or with more behind a dot: {quoted(twice)}"
     missing = sorted(listed.keys() - entries)
+    unlisted = sorted(entries - listed.keys())
     if missing:
-        dots = any(key.split(".")[0] in listed for key in entries if "." in key)
+        dots = any(key.split(".")[0] in listed for key in unlisted)
         reason = " (keys end at their first dot: name them without)" if dots else ""
         yield f"lists keys that it does not hold{reason}: {quoted(missing)}"
-    unlisted = sorted(entries - listed.keys())
-    if unlisted and not missing:
+    elif unlisted:
         yield (
             f"holds {len(unlisted)} images that {META_INFO} does not list and that are never "
             f"read: {quoted(unlisted)}"
@@ -207,16 +200,11 @@ class DatabaseWriter:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._environment.close()
 
     def has(self, key: str) -> bool:
-        """Whether a key is there, from this run or one before."""
+        """Whether a key is there, from this run or an earlier one."""
         with self._environment.begin() as transaction:
             return transaction.cursor().set_key(key.encode("ascii"))
 

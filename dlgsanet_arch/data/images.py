@@ -1,9 +1,8 @@
 """Pixels of images, checked: a damaged file raises an error instead of giving gray areas.
 
-Nothing is printed: what a user should hear is in a result's notices or in an error's text.
-Decoded by Pillow, which refuses cut files where OpenCV fills the rest with gray; OpenCV reads
-the samples of 16-bit colour, for which Pillow has no type, and is imported for these alone. ICC
-profiles are not applied, as BasicSR's readers apply none; `read_stored` hands them on.
+Nothing is printed: an image's notices and an error's text say what a user should know. Pillow
+decodes, because it refuses cut files, the rest of which OpenCV fills with gray. ICC profiles are
+not applied, as BasicSR's readers apply none.
 """
 
 import warnings
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import (
@@ -19,6 +19,7 @@ from PIL import (
     Image,
     JpegImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
 )
@@ -35,7 +36,6 @@ from dlgsanet_arch.data.samples import (
     bits_of,
     on_white,
     samples,
-    turned,
 )
 from dlgsanet_arch.errors import UserError
 
@@ -46,15 +46,14 @@ MAX_PIXELS = 160_000_000
 MAX_BYTES = 8 * MAX_PIXELS
 # A small file must not fill the memory: beyond so many bytes uncompressed, an image may be at most
 # so many times as large as its file.
-ANY_GROWTH = 2**27
-MAX_GROWTH = 200
+ANY_GROWTH, MAX_GROWTH = 2**27, 200
 # Progressive JPEG files have 10 scans or so; hundreds are made to keep a decoder busy.
 MAX_SCANS = 64
 TOO_LARGE = (
     f"claims {{}} pixels; at most {MAX_PIXELS:,} are read: if the size is true, cut the image into "
     "parts"
 )
-JPEG_END = b"\xff\xd9"
+JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 PNG_END = b"IEND\xaeB\x60\x82"
 
 READERS = {
@@ -64,6 +63,8 @@ READERS = {
     "WebP": WebPImagePlugin.WebPImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
 }
+# OpenCV, which reads for BasicSR, reads these as well.
+HEADER_READERS = READERS | {"PPM": PpmImagePlugin.PpmImageFile}
 EXIF_ORIENTATION = 0x0112
 # What stays true of an image that was turned or resized: description, camera, resolution,
 # software, time, author, rights, then the EXIF and GPS folders, of which offsets and sizes go.
@@ -85,24 +86,19 @@ class ImageError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class ReadImage:
+class StoredImage:
     """An image that was read.
 
     Args:
-        pixels: (H, W, 3) in BGR, as BasicSR's data sets and OpenCV's writers expect; uint8, or
-            uint16 where the file holds 16 bits. Of a `StoredImage`: (H, W, C), upright, gray, gray
-            and alpha, RGB, or RGB and alpha, colours not multiplied by alpha.
-        notices: What was changed or left out on the way, one sentence without its subject each.
+        pixels: Upright, uint8 or uint16: (H, W, C), gray, gray and alpha, RGB, or RGB and alpha,
+            colours not multiplied by alpha. From `read_8_bits`: (H, W, 3) in BGR, uint8.
+        notices: What was changed or left out, one sentence without its subject each.
+        icc: The colour profile.
+        exif: Those EXIF data that stay true if the image is resized.
     """
 
     pixels: Pixels
     notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class StoredImage(ReadImage):
-    """An image as its file holds it, with ICC profile and those EXIF data that stay true."""
-
     icc: bytes | None = None
     exif: bytes | None = None
 
@@ -124,12 +120,11 @@ def read_bytes(path: Path) -> bytes:
         raise ImageError(path, f"cannot be opened: {error.strerror}") from error
 
 
-def _format_of(data: bytes) -> str:
-    for name in READERS:
-        accepts = Image.OPEN[name.upper()][1]
-        if accepts(data[:16]):
+def _format_of(start: bytes, readers: dict[str, type[ImageFile]]) -> str:
+    for name in readers:
+        if Image.OPEN[name.upper()][1](start[:16]):
             return name
-    raise Refusal(f"is not an image: its first bytes are none of {', '.join(READERS)}")
+    raise Refusal(f"is not an image: its first bytes are none of {', '.join(readers)}")
 
 
 def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
@@ -146,19 +141,17 @@ def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None
         )
 
 
-def _check_tiff(stream: BytesIO) -> None:
+def _check_tiff(data: bytes) -> None:
     """Refuse by their tags the samples that Pillow does not know, or reads as something else."""
-    header = stream.read(8)
-    if header[2] == 43:  # BigTIFF
-        header += stream.read(8)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])  # 43: BigTIFF
+    stream = BytesIO(data)
     stream.seek(tags.next)
     tags.load(stream)
     bits = max(np.ravel(tags.get(TIFF_BITS, 1)))
     formats = {int(number) for number in np.ravel(tags.get(TIFF_SAMPLE_FORMAT, 1))}
-    numbers = {1: "integer", 2: "signed integer", 3: "floating-point"}
-    kind = " and ".join(numbers.get(number, "unknown") for number in sorted(formats))
     if formats != {1} or bits not in (1, 2, 4, 8, 16):
+        numbers = {1: "integer", 2: "signed integer", 3: "floating-point"}
+        kind = " and ".join(numbers.get(number, "unknown") for number in sorted(formats))
         raise Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
     if bits == 16 and tags.get(TIFF_PHOTOMETRIC, 1) == 0:
         raise Refusal("is 16-bit gray with zero for white: save it with zero for black")
@@ -167,44 +160,39 @@ def _check_tiff(stream: BytesIO) -> None:
 
 
 @contextmanager
-def _decoding() -> Iterator[None]:
-    """Turn what a decoder raises into a refusal, and keep its warnings to ourselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what a decoder raises into an ImageError, and suppress its warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        except (Refusal, MemoryError):
-            raise
-        except Image.DecompressionBombError as error:  # WebP, whose canvas is made on opening
-            raise Refusal(TOO_LARGE.format("far too many")) from error
-        except Exception as error:  # malformed files make Pillow raise nearly anything
-            raise Refusal(
-                "cannot be decoded: damaged, cut short or of an unknown kind "
-                f"({error or type(error).__name__})"
-            ) from error
+    except Refusal as error:
+        raise ImageError(path, str(error)) from error
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:  # WebP, whose canvas is made on opening
+        raise ImageError(path, TOO_LARGE.format("far too many")) from error
+    except Exception as error:  # malformed files make Pillow raise nearly anything
+        reason = f"damaged, cut short or of an unknown kind ({error or type(error).__name__})"
+        raise ImageError(path, f"cannot be decoded: {reason}") from error
 
 
-def _lacks_end_alone(data: bytes) -> bool:
+def _has_all_pixels(data: bytes) -> bool:
     """Whether a JPEG file without its end has all pixels: then other bytes there change none."""
     ends = (JPEG_END, b"\x55" * 64 + JPEG_END)
     images = [np.asarray(READERS["JPEG"](BytesIO(data + end))) for end in ends]
     return np.array_equal(*images)
 
 
-def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile, int | None]:
-    """Decode a complete file; unless it `converts` them, CMYK and Lab are refused.
-
-    Returns:
-        The loaded image, and its EXIF orientation as the file states it, None where that cannot
-        be read; Pillow has already turned TIFF images, and then states another.
-    """
-    stream = BytesIO(data)
+def _open(data: bytes, least: int, converts: bool) -> ImageFile:
+    """Open a complete file, nothing decoded; unless it `converts` them, CMYK and Lab are refused."""
+    name = _format_of(data, READERS)
     if name == "TIFF":
-        _check_tiff(stream)
-        stream.seek(0)
+        _check_tiff(data)
     # The reader's own class, not Image.open: that would hide the reason of a failure.
+    stream = BytesIO(data)
     image = READERS[name](stream)
-    _check_size(image, bits_of(image, name, data), len(data), least)
+    _check_size(image, bits_of(image, data), len(data), least)
     if name == "PNG":
         # Pillow's decoder reads neither the last chunks nor their checksums; this does.
         if PNG_END not in data:
@@ -213,22 +201,21 @@ def _load(data: bytes, name: str, least: int, converts: bool) -> tuple[ImageFile
         image = READERS[name](BytesIO(data))
     if name == "JPEG":
         # Pillow stops behind the header of the first scan: images within EXIF lie before it.
-        if data.find(JPEG_END, stream.tell()) < 0:
+        scans = stream.tell()
+        if data.find(JPEG_END, scans) < 0:
             data = data.removesuffix(JPEG_END[:1])
-            if not (converts and _lacks_end_alone(data)):
+            if not (converts and _has_all_pixels(data)):
                 raise Refusal("is cut short: the end of the JPEG file is missing")
             image = READERS[name](BytesIO(data + JPEG_END))
-        if data.count(b"\xff\xda", stream.tell()) > MAX_SCANS:
+        if data.count(JPEG_SCAN, scans) > MAX_SCANS:
             raise Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
     if image.mode in ("CMYK", "LAB") and not converts:
         raise Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
-    stated = _orientation(image)
-    image.load()
-    return image, stated
+    return image
 
 
 def _orientation(image: ImageFile) -> int | None:
-    """The EXIF orientation, 1 to 8, or None where the EXIF data cannot be read."""
+    """The EXIF orientation, 1 to 8, or None if the EXIF data cannot be read."""
     try:
         stated = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # as in _decoding; the pixels are fine
@@ -253,111 +240,111 @@ def _exif(image: ImageFile) -> bytes | None:
         return None
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    """Upright colours (H, W, 1) or (H, W, 3), alpha (H, W) where it is not opaque, and the rest."""
-
-    image: ImageFile
-    colour: Pixels
-    alpha: Pixels | None
-    notices: tuple[str, ...]
-
-
-def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> _Decoded:
-    if not data:
-        raise ImageError(path, "is empty: zero bytes")
-    notices = []
-    try:
-        name = _format_of(data)
-        with _decoding():
-            image, stated = _load(data, name, least, converts)
-            colour, alpha = samples(image, data, name, stated or 1)
-            # asked a second time, Pillow takes EXIF data that it could not read for none
-            left = None if stated is None else _orientation(image)
-    except Refusal as error:
-        raise ImageError(path, str(error)) from error
+def _notices(image: ImageFile, data: bytes, path: Path) -> Iterator[str]:
+    name = _format_of(data, READERS)
     announced = SUFFIXES.get(path.suffix.lower(), name)
     if announced != name:
-        notices.append(f"is named as {announced} and holds {name}")
+        yield f"is named as {announced} and holds {name}"
     if getattr(image, "is_animated", False):
-        notices.append("holds more than one image; the first was read")
-    if name == "JPEG" and data.rfind(JPEG_END) < data.rfind(b"\xff\xda"):
-        notices.append("lacks the end of the JPEG file, and no pixel; it may be damaged")
-    if left is None:
-        notices.append("has EXIF data that cannot be read; it was not rotated")
+        yield "holds more than one image; the first was read"
+    if name == "JPEG" and data.rfind(JPEG_END) < data.rfind(JPEG_SCAN):
+        yield "lacks the end of the JPEG file, and no pixel; it may be damaged"
     if image.mode in ("CMYK", "LAB"):
-        rule = (
-            "its profile"
-            if "icc_profile" in image.info
-            else "a rule of thumb, without a usable profile"
-        )
-        notices.append(f"holds {image.mode} colours; they were converted to sRGB by {rule}")
-    if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
-        alpha = None
-    upright = [each if each is None else turned(each, left or 1) for each in (colour, alpha)]
-    return _Decoded(image, *upright, tuple(notices))
+        by = "a rule of thumb, without a usable profile"
+        by = "its profile" if "icc_profile" in image.info else by
+        yield f"holds {image.mode} colours; they were converted to sRGB by {by}"
 
 
-def _for_training(decoded: _Decoded) -> ReadImage:
-    """Make three channels in BGR, on white."""
-    colour, notices = decoded.colour, decoded.notices
-    if decoded.alpha is not None:
-        colour = on_white(colour, decoded.alpha)
-        notices += ("has transparent parts; it was composited on white",)
-    if colour.shape[2] == 1:
-        return ReadImage(np.repeat(colour, 3, 2), notices)
-    return ReadImage(np.ascontiguousarray(colour[..., ::-1]), notices)
-
-
-def read_image(path: Path, *, least: int = 2) -> ReadImage:
-    """Read an image as three channels of 8 or 16 bits.
-
-    The content decides on the format, not the suffix. Gray becomes three equal channels, palettes
-    and fewer than 8 bits are expanded, EXIF rotation is applied, alpha is composited on white, and
-    of several pages or frames the first is read; the last two give a notice.
-
-    Args:
-        path: PNG, JPEG, TIFF, WebP or BMP.
-        least: The smallest side in pixels that is of use to the caller.
-
-    Raises:
-        ImageError: The file cannot be opened, is empty, not an image, cut short, damaged, smaller
-            than `least`, larger than `MAX_PIXELS` by its header, or of colours or samples that
-            are not read: CMYK, Lab, floating-point, signed, 32-bit.
-    """
-    return _for_training(_decode(read_bytes(path), path, least))
+def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> StoredImage:
+    if not data:
+        raise ImageError(path, "is empty: zero bytes")
+    with _decoding(path):
+        image = _open(data, least, converts)
+        orientation = _orientation(image)
+        image.load()
+        pixels, alpha = samples(image, data, orientation or 1)
+        notices = (*_notices(image, data, path),)
+    if orientation is None:
+        notices += ("has EXIF data that cannot be read; it was not rotated",)
+    if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
+        pixels = np.concatenate([pixels, alpha[..., None]], 2)
+    icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
+    return StoredImage(np.ascontiguousarray(pixels), notices, icc, _exif(image))
 
 
 def read_stored(path: Path) -> StoredImage:
-    """Read an image with what belongs to it: alpha, colour profile, EXIF data.
+    """Read an image of any size with what belongs to it: alpha, colour profile, EXIF data.
 
-    As `read_image` reads it, but gray stays gray, CMYK and Lab are converted to sRGB with a notice,
-    and of any size from 1 x 1 pixels; opaque alpha is left out.
+    The content decides on the format, not the suffix. Palettes and fewer than 8 bits are expanded,
+    EXIF rotation is applied, CMYK and Lab are converted to sRGB, the first of several pages or
+    frames is read, and alpha without any transparency is left out.
+
+    Raises:
+        ImageError: The file cannot be opened, is empty, not PNG, JPEG, TIFF, WebP or BMP, cut
+            short, damaged, larger than `MAX_PIXELS` by its header, or has samples that are not
+            read: floating-point, signed, 32-bit.
     """
-    decoded = _decode(read_bytes(path), path, 1, converts=True)
-    pixels, image = decoded.colour, decoded.image
-    if decoded.alpha is not None:
-        pixels = np.concatenate([pixels, decoded.alpha[..., None]], 2)
-    icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
-    return StoredImage(np.ascontiguousarray(pixels), decoded.notices, icc, _exif(image))
+    return _decode(read_bytes(path), path, 1, converts=True)
 
 
-def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> ReadImage:
-    """Read an image as `read_8_bits` does, from a file's bytes, such as an LMDB's entry.
+def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> StoredImage:
+    """Read an image as BasicSR sees it, (H, W, 3) in BGR, uint8.
+
+    As `read_stored` reads it, but gray becomes three equal channels, alpha is composited on white,
+    16 bits are rounded to 8, and CMYK and Lab are refused.
 
     Args:
-        data: The complete file.
+        data: The complete file, such as an LMDB's entry.
         path: What to call it in errors; its suffix, if any, is compared with the content.
         least: The smallest side in pixels that is of use to the caller.
     """
-    image = _for_training(_decode(data, path, least))
-    if image.pixels.dtype == np.uint8:
-        return image
-    notice = "holds 16 bits a sample; they were rounded to 8"
-    rounded = (image.pixels.astype(np.uint32) + 128) // 257
-    return ReadImage(rounded.astype(np.uint8), (*image.notices, notice))
+    stored = _decode(data, path, least)
+    pixels, notices = stored.pixels, stored.notices
+    if pixels.shape[2] in (2, 4):
+        pixels = on_white(pixels[..., :-1], pixels[..., -1])
+        notices += ("has transparent parts; it was composited on white",)
+    if pixels.dtype != np.uint8:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        notices += ("holds 16 bits a sample; they were rounded to 8",)
+    bgr = np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels[..., ::-1]
+    return StoredImage(np.ascontiguousarray(bgr), notices)
 
 
-def read_8_bits(path: Path, *, least: int = 2) -> ReadImage:
-    """Read an image as `read_image` does, and round 16 bits to 8, as BasicSR sees it: uint8."""
+def read_8_bits(path: Path, *, least: int = 2) -> StoredImage:
+    """Read an image's file as `decode_8_bits` does."""
     return decode_8_bits(read_bytes(path), path, least=least)
+
+
+class Header(NamedTuple):
+    """Size as BasicSR reads it, turned by EXIF; one channel? transparency? more than 8 bits?"""
+
+    height: int
+    width: int
+    gray: bool
+    alpha: bool
+    deep: bool
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read the header of an image of any size; no pixel is decoded.
+
+    Raises:
+        ImageError: It is not an image.
+    """
+    with _decoding(Path(getattr(file, "name", "it"))):
+        start = file.read(32)
+        file.seek(0)
+        # Not Image.open, which refuses large images that OpenCV reads.
+        image = HEADER_READERS[_format_of(start, HEADER_READERS)](file)
+        width, height = image.size
+        # Pillow decodes a whole PNG to look for EXIF behind the pixels.
+        if image.format == "JPEG" and (_orientation(image) or 1) >= 5:
+            width, height = height, width
+        deep = image.mode.startswith(("I", "F")) or bits_of(image, start) > 8
+    return Header(
+        height,
+        width,
+        gray=image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;"),
+        alpha=image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info,
+        deep=deep,
+    )

@@ -1,4 +1,4 @@
-"""The samples of an image that Pillow has loaded: colour and alpha apart, 8 or 16 bits."""
+"""Colour and alpha of an image that Pillow has loaded, 8 or 16 bits, upright."""
 
 from io import BytesIO
 
@@ -9,26 +9,24 @@ from PIL.ImageFile import ImageFile
 
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 258, 262, 284
 TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 338, 339
-# Images are composited in bands of rows, so that wide intermediates stay small.
-BAND = 256
-
+BAND = 256  # rows composited at a time, so that wide intermediates stay small
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class Refusal(Exception):
-    """The reason of a ImageError, from where the file's name is not known."""
+    """The reason of an ImageError, raised where the file's name is not known."""
 
 
-def bits_of(image: ImageFile, name: str, data: bytes) -> int:
-    """The bits of a sample in the file; Pillow's own modes lose it for colour."""
-    if name == "PNG":
-        return data[24]
-    return int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1)))) if name == "TIFF" else 8
+def bits_of(image: ImageFile, start: bytes) -> int:
+    """Bits of a sample in the file that starts so; Pillow's modes lose them for colour."""
+    if image.format == "PNG":
+        return start[24]
+    return int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1)))) if image.format == "TIFF" else 8
 
 
 def turned(array: Pixels, orientation: int) -> Pixels:
-    """Turn stored pixels, (H, W) or (H, W, C), as an EXIF orientation from 1 to 8 asks for."""
+    """Turn stored pixels, (H, W) or (H, W, C), by an EXIF orientation from 1 to 8."""
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -36,26 +34,11 @@ def turned(array: Pixels, orientation: int) -> Pixels:
     return array[rows, columns]
 
 
-def _deep_colour(
-    data: bytes, coarse: NDArray[np.uint8], orientation: int, planar: bool
-) -> NDArray[np.uint16]:
-    """Read the samples of 16-bit colour by OpenCV, whose versions differ in whether they turn.
+def _by_opencv(data: bytes, coarse: NDArray[np.uint8], orientation: int) -> NDArray[np.uint16]:
+    """Read 16-bit colour, for which Pillow has no type; `coarse` has its upper bytes, upright.
 
-    In separate planes, as TIFF may have it, only tifffile reads them.
-
-    Args:
-        data: The file.
-        planar: Whether it is such a file.
-        coarse: (H, W, C) in RGB or RGBA, the samples' upper bytes by Pillow, which decide.
-        orientation: The file's EXIF orientation.
-
-    Returns:
-        (H, W, C), turned as `coarse` is.
+    Versions of OpenCV differ in whether they turn images: what equals `coarse` is right.
     """
-    if planar:
-        import tifffile
-
-        return turned(np.moveaxis(tifffile.imread(BytesIO(data), key=0), 0, -1), orientation)
     try:
         import cv2
     except ImportError as error:
@@ -66,55 +49,62 @@ def _deep_colour(
     channels = coarse.shape[2]
     if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
         raise Refusal("cannot be decoded: a kind of 16-bit colour that OpenCV does not read")
-    deep = decoded[..., [2, 1, 0, 3][: max(channels, 3)]] if decoded.shape[2] >= channels else None
-    for candidate in () if deep is None else (deep, turned(deep, orientation)):
-        if candidate.shape == coarse.shape and np.array_equal(candidate >> 8, coarse):
-            return candidate
+    if decoded.shape[2] >= channels:
+        deep = decoded[..., [2, 1, 0, 3][: max(channels, 3)]]
+        for candidate in (deep, turned(deep, orientation)):
+            if candidate.shape == coarse.shape and np.array_equal(candidate >> 8, coarse):
+                return candidate
     raise Refusal("cannot be decoded: Pillow and OpenCV read different samples from it")
 
 
 def _in_rgb(image: ImageFile) -> Image.Image:
-    """Convert CMYK or Lab colours to sRGB, by the file's profile where it has one."""
+    """Convert CMYK or Lab colours to sRGB, by the file's profile if it has one."""
     profile = image.info.get("icc_profile")
     try:
         own = None if profile is None else ImageCms.ImageCmsProfile(BytesIO(profile))
     except (OSError, ImageCms.PyCMSError):
         own = None
-        del image.info["icc_profile"]  # the notice then speaks of a rule of thumb
+        del image.info["icc_profile"]  # the notice then says that it is unusable
     if own is None and image.mode == "CMYK":
         return image.convert("RGB")
     own = own or ImageCms.createProfile("LAB")
     return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
-def samples(
-    image: ImageFile, data: bytes, name: str, orientation: int
-) -> tuple[Pixels, Pixels | None]:
-    """Separate colour and alpha.
+def samples(image: ImageFile, data: bytes, orientation: int) -> tuple[Pixels, Pixels | None]:
+    """Separate colour and alpha of a loaded image.
+
+    Args:
+        image: The image; Pillow has turned it if it is TIFF.
+        data: The file.
+        orientation: Stated by the file's EXIF data.
 
     Returns:
-        (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None where there is none.
+        (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None if it has none.
     """
-    transparent = image.info.get("transparency")
-    bits = bits_of(image, name, data)
+    transparent, bits = image.info.get("transparency"), bits_of(image, data)
+    loaded = image
     if image.mode in ("P", "PA"):
         opaque = image.mode == "P" and transparent is None
-        array = np.asarray(image.convert("RGB" if opaque else "RGBA"))
-        transparent = None
+        loaded, transparent = image.convert("RGB" if opaque else "RGBA"), None
     elif image.mode in ("1", "La", "YCbCr"):
-        array = np.asarray(image.convert({"1": "L", "La": "LA", "YCbCr": "RGB"}[image.mode]))
+        loaded = image.convert({"1": "L", "La": "LA", "YCbCr": "RGB"}[image.mode])
     elif image.mode in ("CMYK", "LAB"):
-        array = np.asarray(_in_rgb(image))
-    else:
-        array = np.asarray(image)
+        loaded = _in_rgb(image)
+    array = turned(np.asarray(loaded), 1 if image.format == "TIFF" else orientation)
     if array.ndim == 2:
         array = array[..., None]
     if bits == 16:
-        # Pillow holds 16-bit gray in types of more than one width and byte order
-        gray = array.shape[2] == 1
-        planar = name == "TIFF" and image.tag_v2.get(TIFF_PLANES, 1) == 2
-        array = array.astype(np.uint16) if gray else _deep_colour(data, array, orientation, planar)
-        if name == "PNG" and data[25] == 4:  # gray and alpha, for which Pillow has no 16-bit mode
+        if array.shape[2] == 1:  # in types of several widths and byte orders
+            array = array.astype(np.uint16)
+        elif image.format == "TIFF" and image.tag_v2.get(TIFF_PLANES, 1) == 2:
+            import tifffile
+
+            planes = tifffile.imread(BytesIO(data), key=0)
+            array = turned(np.moveaxis(planes, 0, -1), orientation)
+        else:
+            array = _by_opencv(data, array, orientation)
+        if image.format == "PNG" and data[25] == 4:  # gray and alpha, read as four channels
             array = array[..., 2:]
     if array.shape[2] in (2, 4):
         return array[..., :-1], array[..., -1]

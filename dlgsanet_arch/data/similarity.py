@@ -1,16 +1,14 @@
 """Whether LR is the bicubic of HR, and whether test images are among training images.
 
-Copies are found by thumbnails: 16x16 grey levels. Compression, resizing and conversion to grey
+Copies are found by thumbnails: 16x16 gray levels. Compression, resizing and conversion to gray
 change them less than `TOLERANCE`. Not found are images that were flipped, rotated, changed in
 brightness or cropped by 1 % or more, and images without contrast. Of crops, only those from the
 upper left corner of a test image are found, since the first sub-image of an image is one.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,66 +26,58 @@ TOLERANCE = 0.1
 # Standard deviation, in levels, of thumbnails that say too little: clear sky, blank paper.
 FLAT = 4
 
-
-class Thumbnail(NamedTuple):
-    """The size of an image, and its grey levels (`SIDE`²,) as int16."""
-
-    size: tuple[int, int]
-    levels: NDArray[np.int16]
+Size = tuple[int, int]  # height and width
+Levels = NDArray[np.int16]  # a thumbnail, (SIDE²,)
+WHOLE = (0, 0)
 
 
-def thumbnail(image: ImageArray) -> Thumbnail:
+def thumbnail(image: ImageArray) -> Levels:
     """Shrink an image (H, W, 3) in BGR."""
-    grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-    levels = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    return Thumbnail(image.shape[:2], levels.ravel().astype(np.int16))
+    gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    levels = cv2.resize(gray, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return levels.ravel().astype(np.int16)
 
 
-def corner_thumbnails(
-    image: ImageArray, sizes: Iterable[tuple[int, int]]
-) -> dict[tuple[int, int], Thumbnail]:
-    """Shrink the upper left parts of an image that have one of some sizes; (0, 0) is all of it."""
-    parts = {
-        (height, width): thumbnail(image[:height, :width])
-        for height, width in sizes
-        if height <= image.shape[0] and width <= image.shape[1]
+def corner_thumbnails(image: ImageArray, sizes: Iterable[Size]) -> dict[Size, Levels]:
+    """Shrink the upper left parts of an image that have one of some sizes, and all of it, WHOLE."""
+    parts = {WHOLE: thumbnail(image)}
+    for height, width in sizes:
+        if height <= image.shape[0] and width <= image.shape[1]:
+            parts[height, width] = thumbnail(image[:height, :width])
+    return parts
+
+
+def by_size(
+    thumbnails: Mapping[str, tuple[Size, Levels]],
+) -> dict[Size, tuple[NDArray[np.str_], NDArray[np.int16]]]:
+    """Group the names and thumbnails of images by their sizes."""
+    groups = defaultdict(list)
+    for name, (size, levels) in thumbnails.items():
+        groups[size].append((name, levels))
+    return {
+        size: (np.array([name for name, _ in group]), np.array([levels for _, levels in group]))
+        for size, group in groups.items()
     }
-    return {(0, 0): thumbnail(image), **parts}
 
 
-class TrainingImages:
-    """Finds test images among training images, given by thumbnails; `sizes` are theirs."""
+def find_copies(
+    training: Mapping[Size, tuple[NDArray[np.str_], NDArray[np.int16]]],
+    corners: Mapping[Size, Levels],
+) -> set[str]:
+    """Name the copies of a test image, or of its upper left part, among training images.
 
-    def __init__(self, thumbnails: Mapping[str, Thumbnail]) -> None:
-        # ``0001_s002`` is the second sub-image of 0001
-        self._images = {name: re.sub(r"_s\d+$", "", name) for name in thumbnails}
-        self._names = np.array(list(thumbnails))
-        self._levels = np.array([each.levels for each in thumbnails.values()])
-        rows = defaultdict(list)
-        for row, each in enumerate(thumbnails.values()):
-            rows[each.size].append(row)
-        self._rows = {size: np.array(each) for size, each in rows.items()}
-        self.sizes = frozenset(rows)
-
-    def _alike(self, levels: NDArray[np.int16], rows: NDArray[np.int64] | slice) -> set[str]:
-        if levels.std() < FLAT:
-            return set()
-        difference = np.abs(self._levels[rows] - levels).sum(1) / len(levels)
-        return {*self._names[rows][difference <= TOLERANCE * levels.std()]}
-
-    def find(self, corners: Mapping[tuple[int, int], Thumbnail]) -> list[str]:
-        """Name the copies of a test image, of its upper left part, and their other sub-images.
-
-        Args:
-            corners: Of the test image, by `corner_thumbnails` with `sizes` or more.
-        """
-        found = set()
-        for size, each in corners.items():
-            rows = slice(None) if size == (0, 0) else self._rows.get(size)
-            if rows is not None:
-                found |= self._alike(each.levels, rows)
-        found = {self._images[name] for name in found}
-        return [name for name, image in self._images.items() if image in found]
+    Args:
+        training: By `by_size`.
+        corners: Of the test image, by `corner_thumbnails` with the sizes of `training`.
+    """
+    found = set()
+    for size, (names, levels) in training.items():
+        for part in {WHOLE, size} & corners.keys():
+            contrast = corners[part].std()
+            if contrast >= FLAT:
+                difference = np.abs(levels - corners[part]).mean(1)
+                found.update(names[difference <= TOLERANCE * contrast].tolist())
+    return found
 
 
 def pixel_digest(image: ImageArray) -> str:
