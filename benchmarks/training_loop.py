@@ -33,10 +33,9 @@ from measuring import Cell, Record, Section, Setting
 from torch import Tensor
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.finding import find_images
 from dlgsanet_arch.data.images import read_8_bits
-from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.sub_images import crop_to_multiple, encode_png
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 
 T = TypeVar("T")

@@ -1,5 +1,4 @@
 import errno
-import gzip
 import io
 import os
 import random
@@ -15,7 +14,6 @@ import pytest
 from helpers import tree
 from processes import started
 
-from dlgsanet_arch.data import archives
 from dlgsanet_arch.data.archives import extract
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import lock_file
@@ -35,7 +33,7 @@ WRITTEN = {
     name.removeprefix("SET/"): MEMBERS[name]
     for name in ("SET/0001.png", "SET/0002.PNG", "SET/more/0003.jpg", "SET/more/empty.bmp")
 }
-KINDS = ["zip", "stored.zip", "tar", "tar.gz"]
+KINDS = ["zip", "stored.zip", "tar"]
 GOOD = ("x/1.png", b"good")
 
 
@@ -49,7 +47,7 @@ def made(tmp_path: Path, kind: str, members=MEMBERS) -> Path:
             for member, content in members:
                 archive.writestr(member, content)
         return path
-    with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as archive:
+    with tarfile.open(path, "w") as archive:
         for member, content in members:
             info = member
             if isinstance(member, str):
@@ -121,7 +119,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_names_that_attack_are_refused(tmp_path, kind, attack):
@@ -167,25 +165,17 @@ def test_links_and_devices_are_never_created(tmp_path, attack):
     refused(made(tmp_path, kind, [member]), "holds no images")
 
 
-def claiming(size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
-    info = tarfile.TarInfo("x/2.png")
-    info.size, info.type = size, kind
-    return info
-
-
 # Kind, members beside `GOOD`, a change to the directory of a zip, and why they are refused.
 IN_ALL, IN_ONE = [(f"x/{n}.bmp", bytes(60_000)) for n in range(2, 50)], [("x/2.png", b"2" * 999)]
 BOMBS = {
     "zip of zeros": ("zip", [("x/2.bmp", bytes(3_000_000))], None, "expands"),
     "zip of many": ("zip", IN_ALL, None, "expands"),
-    "tar.gz of zeros": ("tar.gz", [("x/2.bmp", bytes(3_000_000))], None, "expands"),
-    "tar.gz of many": ("tar.gz", IN_ALL, None, "expands"),
     "more than claimed": ("zip", IN_ONE, (24, struct.pack("<I", 9)), "cannot be unpacked"),
     "less than claimed": ("stored.zip", IN_ONE, (20, b"\xff\x7f\0\0" * 2), "cannot be unpacked"),
     "gigabytes claimed": ("zip", IN_ONE, (24, struct.pack("<I", 2**32 - 2)), "expands"),
     "encrypted": ("zip", IN_ONE, (8, b"\1"), "is encrypted"),
-    "compressed by LZMA": ("zip", IN_ONE, (10, b"\x0e"), "not compressed by deflate"),
-    "compressed by Deflate64": ("zip", IN_ONE, (10, b"\t"), "not compressed by deflate"),
+    "compressed by LZMA": ("zip", IN_ONE, (10, b"\x0e"), "cannot be unpacked"),
+    "compressed by Deflate64": ("zip", IN_ONE, (10, b"\t"), "method is not supported"),
 }
 
 
@@ -203,7 +193,9 @@ def test_bombs_and_lying_sizes_are_refused(tmp_path, attack):
 @pytest.mark.parametrize("size", [2**40, 10**12, -512])
 def test_a_claim_of_a_tar_header_is_not_believed(tmp_path, size):
     path = made(tmp_path, "tar", [GOOD])
-    header = bytearray(claiming(2**40).tobuf(tarfile.GNU_FORMAT))
+    info = tarfile.TarInfo("x/2.png")
+    info.size = 2**40
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
     if size > 0:
         header[124:128] = b"\x80\0\0\0"
@@ -211,27 +203,6 @@ def test_a_claim_of_a_tar_header_is_not_believed(tmp_path, size):
     header[148:156] = b"%06o\0 " % sum(header)
     path.write_bytes(path.read_bytes()[:1024] + header + bytes(10_240))
     refused(path, "expands|cannot be unpacked")
-
-
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_tar_header_that_would_fill_the_memory_is_refused(tmp_path, kind):
-    path = tmp_path / "set.tar.gz"
-    header = claiming(2**30, kind).tobuf(tarfile.GNU_FORMAT)
-    path.write_bytes(gzip.compress(header + bytes(2**21)))
-    refused(path, "a header is too large")
-
-
-def test_a_tar_of_too_many_members_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
-    extract(made(tmp_path, "tar", {f"{n}.png": b"" for n in range(3)}), tmp_path / "set")
-    refused(made(tmp_path, "tar", {f"{n}.txt": b"" for n in range(4)}), "more than 3 members")
-
-
-def test_an_old_python_does_not_unpack_tar(tmp_path, monkeypatch):
-    path = made(tmp_path, "tar")
-    monkeypatch.delattr(tarfile, "data_filter")
-    refused(path, r"use Python 3\.10\.12, 3\.11\.4 or a later one")
-    extract(made(tmp_path, "zip"), tmp_path / "set")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,12 +226,11 @@ def test_a_tar_that_ends_between_two_members_is_refused(tmp_path):
     extract(path, tmp_path / "set")
 
 
-@pytest.mark.parametrize("kind", ["zip", "stored.zip", "tar.gz"])
-@pytest.mark.parametrize("from_end", [40_000, 8])
-def test_damage_is_found_by_the_checksums(tmp_path, kind, from_end):
+@pytest.mark.parametrize("kind", ["zip", "stored.zip"])
+def test_damage_is_found_by_the_checksums(tmp_path, kind):
     path = made(tmp_path, kind)
     data = bytearray(path.read_bytes())
-    data[-from_end] ^= 1
+    data[-40_000] ^= 1
     path.write_bytes(data)
     refused(path, "cannot be unpacked")
     path.unlink()  # what the message says
@@ -272,7 +242,7 @@ def test_damage_is_found_by_the_checksums(tmp_path, kind, from_end):
 def test_other_files_are_refused(tmp_path, data):
     path = tmp_path / "set.zip"
     path.write_bytes(data)
-    refused(path, "is damaged or not a zip, tar or tar.gz archive; delete it")
+    refused(path, "is damaged or not a zip or tar archive; delete it")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -300,21 +270,20 @@ def test_a_disk_that_is_too_small_or_full_is_named(tmp_path, monkeypatch, kind):
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", full)
-        patch.setattr(tarfile, "copyfileobj", full)
         refused(path, "the disk is full; free some space")
     extract(path, tmp_path / "set")
 
 
 def extract_until(name: str, archive: Path, folder: Path) -> None:
     """Extract, and be killed before a member is written."""
-    plain = zipfile.ZipFile.extract
+    plain = zipfile.ZipFile.open
 
     def killed(self, info, *arguments):
         if info.filename.endswith(name):
             os._exit(9)
         return plain(self, info, *arguments)
 
-    zipfile.ZipFile.extract = killed
+    zipfile.ZipFile.open = killed
     extract(archive, folder)
 
 

@@ -143,15 +143,15 @@ def test_a_image_of_one_colour_does_not_hide_the_others(tmp_path):
 
 def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
     saved(tmp_path / "datasets" / "set 5" / "HR" / "a.png", made(1))
+    (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
     arguments = ["--root", str(tmp_path), "benchmark", "--name", "SET5", "--scale", "2"]
-    assert cmd_data.main(arguments) == 0
+    assert cmd_data.main(arguments) == 1
+    assert "b.png is empty: zero bytes" in capsys.readouterr().err
+    assert cmd_data.main([*arguments, "--skip-bad"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
     assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
     assert "Set5 has 5 images, here are 1" in said
-    (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
-    assert cmd_data.main(arguments) == 1
-    assert "b.png is empty: zero bytes" in capsys.readouterr().err
 
 
 def test_sums_can_be_recomputed_by_their_description(tmp_path):
@@ -166,25 +166,6 @@ def test_sums_can_be_recomputed_by_their_description(tmp_path):
     before = folder_sha256(image.parent)
     image.rename(image.with_name("q.png"))
     assert folder_sha256(image.parent) != before
-
-
-def test_gray_becomes_three_equal_channels(tmp_path):
-    gray = made(1)[..., 0]
-    saved(tmp_path / "in" / "gray.png", gray)
-    build("made", tmp_path / "in", tmp_path / "out", [2])
-    expected = np.dstack([cropped(gray, 2)] * 3)
-    assert np.array_equal(read(tmp_path / "out" / "X2" / "HR" / "gray.png"), expected)
-
-
-def test_16_bits_are_rounded_to_8_with_a_notice(tmp_path):
-    deep = np.random.default_rng(0).integers(0, 65536, (*SIZE, 3)).astype(np.uint16)
-    deep[0, 0] = 0, 65535, 128
-    saved(tmp_path / "in" / "deep.png", deep)
-    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
-    hr = np.rint(cropped(deep, 2).astype(np.float64) / 257).astype(np.uint8)
-    assert np.array_equal(read(tmp_path / "out" / "X2" / "HR" / "deep.png"), hr)
-    assert np.array_equal(read(tmp_path / "out" / "X2" / "LR" / "deep.png"), resized(hr, 1 / 2))
-    assert "1 x holds 16 bits a sample; they were rounded to 8: deep.png" in summary.notices
 
 
 def test_names_that_basicsr_cannot_take_are_written_safely(tmp_path):
@@ -209,27 +190,13 @@ def test_worker_processes_make_the_same_and_few_images_need_none(tmp_path, monke
 # Names and places
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("set5", "Set5"),
-        ("Set 14", "Set14"),
-        ("BSD100", "B100"),
-        ("BSDS100", "B100"),
-        ("b100", "B100"),
-        ("urban-100", "Urban100"),
-        ("MANGA109", "Manga109"),
-        ("My_set-2", "My_set-2"),
-    ],
-)
-def test_names_of_sets(text, name):
-    assert set_name(text) == name
-
-
-@pytest.mark.parametrize("text", ["", "../x", "a b", "ü", "a/b", "a.b"])
-def test_names_that_are_no_folder_are_refused(text):
-    with pytest.raises(UserError, match="cannot be a test set's name"):
-        set_name(text)
+def test_names_of_sets():
+    spelled = ["set5", "Set 14", "BSD100", "BSDS100", "b100", "urban-100", "MANGA109", "My_set-2"]
+    names = ["Set5", "Set14", "B100", "B100", "B100", "Urban100", "Manga109", "My_set-2"]
+    assert [set_name(each) for each in spelled] == names
+    for text in ("", "../x", "a b", "ü", "a/b", "a.b"):
+        with pytest.raises(UserError, match="cannot be a test set's name"):
+            set_name(text)
 
 
 def test_a_set_is_found_in_both_places_by_any_spelling(tmp_path):
@@ -242,13 +209,8 @@ def test_a_set_is_found_in_both_places_by_any_spelling(tmp_path):
     (tmp_path / "datasets" / "BSD100").mkdir()
     with pytest.raises(UserError, match=r"any of .*BSD100.*b100.*--hr"):
         find_source("B100", tmp_path)
-
-
-def test_a_set_that_is_nowhere_is_missed_by_its_places(tmp_path):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"neither .*datasets/Set5 nor .*datasets/benchmark/Set5"):
         find_source("set5", tmp_path)
-    for place in ("datasets/Set5", "datasets/benchmark/Set5"):
-        assert str(tmp_path / place) in str(caught.value)
 
 
 # Layouts
@@ -269,10 +231,9 @@ LAYOUTS = {
 NAMES = ("baby", "img_002")
 
 
-@pytest.mark.parametrize("further", ["", "Set5/"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_are_found_by_looking(tmp_path, layout, further):
-    source = tmp_path / "in"
+def test_layouts_are_found_by_looking(tmp_path, layout):
+    source, further = tmp_path / "in", "Set5/" if len(layout) % 2 else ""
     for number, name in enumerate(NAMES):
         saved(source / (further + LAYOUTS[layout].format(name)), made(number))
     # beside them: what is not a HR
@@ -391,8 +352,8 @@ def test_the_border_leaves_a_window_of_ssim(tmp_path, scale, least):
     saved(tmp_path / "in" / "a.png", made(1, (least, 40)))
     summary = build("made", tmp_path / "in", tmp_path / "out", [scale])
     assert 0 < summary.scales[0].bicubic.ssim < 1
-    saved(tmp_path / "in" / "a.png", made(1, (40, least - 1)))
-    refused("too small", "made", tmp_path / "in", tmp_path / "out", [scale])
+    saved(tmp_path / "small" / "a.png", made(1, (40, least - 1)))
+    refused("too small", "made", tmp_path / "small", tmp_path / "other", [scale])
 
 
 def test_scales_that_are_not_made_are_refused(tmp_path):
@@ -419,7 +380,7 @@ def test_finished_scales_are_left_alone(tmp_path):
     assert "was finished, left alone" in report(again)
 
 
-@pytest.mark.parametrize("change", ["pixels", "another", "renamed", "fewer"])
+@pytest.mark.parametrize("change", ["pixels", "renamed", "fewer"])
 def test_a_scale_of_other_images_is_replaced_on_demand_only(tmp_path, change):
     source = source_of(tmp_path / "in")
     build("made", source, tmp_path / "out", [2])
@@ -427,8 +388,6 @@ def test_a_scale_of_other_images_is_replaced_on_demand_only(tmp_path, change):
     image = source / "HR" / "p0.png"
     if change == "pixels":
         saved(image, made(5))
-    elif change == "another":
-        saved(image.with_name("q.png"), made(5))
     elif change == "renamed":
         image.rename(image.with_name("q.png"))
     else:
@@ -447,7 +406,7 @@ def test_a_scale_of_other_images_is_replaced_on_demand_only(tmp_path, change):
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("change", ["pixels", "missing", "another", "cut"])
+@pytest.mark.parametrize("change", ["pixels", "missing", "cut"])
 def test_a_scale_that_was_changed_is_noticed(tmp_path, change):
     source = source_of(tmp_path / "in")
     build("made", source, tmp_path / "out", [2])
@@ -457,8 +416,6 @@ def test_a_scale_that_was_changed_is_noticed(tmp_path, change):
         saved(image, read(image) ^ 1)
     elif change == "missing":
         image.unlink()
-    elif change == "another":
-        saved(image.with_name("q.png"), made(5))
     else:
         image.write_bytes(image.read_bytes()[:-30])
     refused("X2 was changed after it was made", "made", source, tmp_path / "out", [2])
@@ -483,20 +440,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     source = source_of(tmp_path / "in")
     make, calls = benchmark._make, []
 
-    def interrupted(task):
+    def interrupted(source, scale, folder):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(task)
-        return make(task)
+        calls.append(scale)
+        return make(source, scale, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "_make", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build("made", source, tmp_path / "out")
-    assert [task.scale for task in calls] == [2, 2, 3]
+    assert calls == [2, 2, 3]
     folders = [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name[0] != "."]
-    assert folders == ["X2", "X3.unfinished", "X4.unfinished"]
-    saved(tmp_path / "out" / "X4.unfinished" / "HR" / "stray.png", made(5))
+    assert folders == ["X2", "X3.unfinished"]
+    saved(tmp_path / "out" / "X3.unfinished" / "HR" / "stray.png", made(5))
     summary = build("made", source, tmp_path / "out")
     assert [each.written for each in summary.scales] == [False, True, True]
     build("made", source, tmp_path / "fresh")
@@ -532,25 +489,10 @@ def test_the_set_may_lie_where_the_tree_goes(tmp_path):
     assert alone.scales[0].sha256 == first.scales[0].sha256
     refused("no HR images for x3.*--scale 2 4", "made", tmp_path, tmp_path, [2, 3, 4])
     saved(tmp_path / "X2" / "HR" / "p0.png", made(5))
-    for overwrite in (False, True):
-        options = {"overwrite": overwrite}
-        refused("X2 was changed .*move it away", "made", tmp_path, tmp_path, [2], **options)
+    refused("X2 was changed .*move it away", "made", tmp_path, tmp_path, [2])
 
 
 # The report
-
-
-def test_the_report_tells_a_wrong_set_by_its_figures(tmp_path):
-    summary = build("Set5", source_of(tmp_path / "in"), tmp_path / "out", [2, 4])
-    text = report(summary)
-    assert [each.agrees for each in summary.scales] == [False, False]
-    for each, known in zip(summary.scales, ("33.68 dB / 0.9305", "28.43 dB / 0.8113"), strict=True):
-        ours = f"{each.bicubic.psnr:.2f} dB / {each.bicubic.ssim:.4f}"
-        line = f"  x{each.scale}  {ours}  known {known}  differs: other images, or another"
-        assert line in text
-        assert f"X{each.scale}/HR  {each.sha256['HR']}\n" in text
-        assert f"X{each.scale}/LR  {each.sha256['LR']}\n" in text
-    assert "Set5 has 5 images, here are 2" in text
 
 
 @pytest.mark.parametrize(
@@ -563,9 +505,9 @@ def test_figures_agree_within_the_tolerance(tmp_path, monkeypatch, psnr, ssim, a
     known = Scores(measured.psnr + psnr, measured.ssim + ssim)
     paper = KnownSet(2, {2: known}, KNOWN["Set5"].tolerance)
     monkeypatch.setitem(KNOWN, "made", paper)
-    summary = build("made", source, tmp_path / "out", [2])
-    assert (summary.scales[0].known, summary.scales[0].agrees) == (known, agrees)
-    assert ("  agrees\n" in report(summary)) is agrees
+    text = report(build("made", source, tmp_path / "out", [2]))
+    assert ("  agrees\n" in text, "  differs: other images" in text) == (agrees, not agrees)
+    assert f"known {known.psnr:.2f} dB / {known.ssim:.4f}" in text
 
 
 def test_sets_that_papers_do_not_know_have_no_known_figures(tmp_path):
@@ -575,7 +517,7 @@ def test_sets_that_papers_do_not_know_have_no_known_figures(tmp_path):
     assert "notices" not in report(summary)
 
 
-def test_equal_notices_are_told_once(tmp_path):
+def test_equal_notices_are_one_line(tmp_path):
     deep = np.zeros((*SIZE, 3), np.uint16)
     for number in range(7):
         saved(tmp_path / "in" / f"p{number}.png", deep)

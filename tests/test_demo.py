@@ -115,11 +115,6 @@ def test_no_photograph_is_on_both_sides():
     assert available.issuperset({*demo.TRAIN_IMAGES, *demo.VALIDATION_IMAGES})
 
 
-def test_a_photograph_on_both_sides_is_refused(tmp_path, source):
-    with pytest.raises(ValueError, match=r"left\.png"):
-        prepare(tmp_path / "demo", source, validation=("left.png",))
-
-
 def test_a_complete_preparation_is_reused_and_what_is_missing_is_made(tmp_path, source):
     folder = tmp_path / "demo"
     assert prepare(folder, source).cut == 2

@@ -27,8 +27,7 @@ from PIL import Image
 from dlgsanet_arch.data import downloads
 from dlgsanet_arch.data.archives import extract
 from dlgsanet_arch.data.downloads import download
-from dlgsanet_arch.data.headers import read_header
-from dlgsanet_arch.data.images import read_8_bits, read_stored
+from dlgsanet_arch.data.images import ImageError, read_8_bits, read_header, read_stored
 from dlgsanet_arch.errors import UserError
 
 SECONDS, MEGABYTES = 10, 1000
@@ -150,13 +149,8 @@ def check_image(name: str, data: bytes, folder: Path) -> None:
     for read in (read_8_bits, read_stored):
         image, refusal = attempted(partial(read, path), str(path))
         assert refusal or (image.pixels.ndim == 3 and image.pixels.size)
-    with suppress(OSError):
-        assert min(read_header(path)[:2]) >= 0
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path
+    with suppress(ImageError), path.open("rb") as file:
+        assert min(read_header(file)[:2]) >= 0
 
 
 ANY_IMAGE = st.sampled_from(sorted(IMAGES)).flatmap(
@@ -166,13 +160,13 @@ ANY_IMAGE = st.sampled_from(sorted(IMAGES)).flatmap(
 
 @examples(250)
 @given(image=ANY_IMAGE)
-def test_damaged_images_are_read_or_refused(folder, image):
-    check_image(*image, folder)
+def test_damaged_images_are_read_or_refused(tmp_path, image):
+    check_image(*image, tmp_path)
 
 
 @pytest.mark.faults
-def test_more_damaged_images_are_read_or_refused(folder):
-    searched(given(image=ANY_IMAGE)(lambda image: check_image(*image, folder)), 8000)
+def test_more_damaged_images_are_read_or_refused(tmp_path):
+    searched(given(image=ANY_IMAGE)(lambda image: check_image(*image, tmp_path)), 8000)
 
 
 def zipped(method: int) -> bytes:
@@ -183,9 +177,9 @@ def zipped(method: int) -> bytes:
     return file.getvalue()
 
 
-def tarred(mode: str, kind: int = tarfile.PAX_FORMAT) -> bytes:
+def tarred(kind: int) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode, format=kind) as archive:
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
         for name in ("set/a.png", "set/" + "b" * 120 + "/é.jpg", "set/notes.txt"):
             info = tarfile.TarInfo(name)
             info.size, info.mtime = 300, 1.5
@@ -196,9 +190,8 @@ def tarred(mode: str, kind: int = tarfile.PAX_FORMAT) -> bytes:
 ARCHIVES = [
     zipped(zipfile.ZIP_STORED),
     zipped(zipfile.ZIP_DEFLATED),
-    tarred("w"),
-    tarred("w:gz"),
-    tarred("w", tarfile.GNU_FORMAT),
+    tarred(tarfile.PAX_FORMAT),
+    tarred(tarfile.GNU_FORMAT),
 ]
 ANY_ARCHIVE = st.sampled_from(ARCHIVES).flatmap(damaged)
 
@@ -218,13 +211,13 @@ def check_archive(data: bytes, folder: Path) -> None:
 
 @examples(150)
 @given(data=ANY_ARCHIVE)
-def test_damaged_archives_are_unpacked_or_refused(folder, data):
-    check_archive(data, folder)
+def test_damaged_archives_are_unpacked_or_refused(tmp_path, data):
+    check_archive(data, tmp_path)
 
 
 @pytest.mark.faults
-def test_more_damaged_archives_are_unpacked_or_refused(folder):
-    searched(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, folder)), 5000)
+def test_more_damaged_archives_are_unpacked_or_refused(tmp_path):
+    searched(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)), 5000)
 
 
 BODY = b"the file " * 30
@@ -323,13 +316,13 @@ def check_answer(answer: bytes, record: bytes | None, server: Server, folder: Pa
 @examples(150)
 @given(answer=ANY_ANSWER, record=ANY_RECORD)
 @example(answer=b"HTTP/1.1 301 X\r\nLocation: http://[\r\n\r\n", record=None)
-def test_any_answer_of_a_server_is_a_file_or_an_error(folder, server, answer, record):
-    check_answer(answer, record, server, folder)
+def test_any_answer_of_a_server_is_a_file_or_an_error(tmp_path, server, answer, record):
+    check_answer(answer, record, server, tmp_path)
 
 
 @pytest.mark.faults
-def test_more_answers_of_a_server_are_files_or_errors(folder, server):
+def test_more_answers_of_a_server_are_files_or_errors(tmp_path, server):
     check = given(answer=ANY_ANSWER, record=ANY_RECORD)(
-        lambda answer, record: check_answer(answer, record, server, folder)
+        lambda answer, record: check_answer(answer, record, server, tmp_path)
     )
     searched(check, 3000)

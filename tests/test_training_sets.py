@@ -228,7 +228,7 @@ def test_after_kill_9_the_next_run_goes_on(hr, out, capsys):
     assert not (out / HR).exists()
     assert not (out / X2).exists()
     assert train(hr, out, *MANY) == 0
-    assert "of them cut already by a run before" in capsys.readouterr().out
+    assert "of them cut already by an earlier run" in capsys.readouterr().out
     whole, small = entries(out / HR), entries(out / X2)
     assert len(whole) == 19 * 10 * 13
     assert whole.keys() == small.keys()
@@ -415,9 +415,9 @@ def test_lr_that_does_not_belong_is_named(hr, out, tmp_path, capsys):
     ("option", "value", "scales", "said"),
     [
         ("--crop", 100, [3], "--crop 100 is not a multiple of scale 3"),
-        ("--crop", 100, [3], "take 99"),
+        ("--crop", 100, [3], "use 99"),
         ("--step", 50, [2, 4], "--step 50 is not a multiple of scale 4"),
-        ("--step", 1, [2, 3], "take 6"),
+        ("--step", 1, [2, 3], "use 6"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(hr, out, option, value, scales, said, capsys):

@@ -65,7 +65,7 @@ def find_result(place: Path, name: str) -> Path:
     Raises:
         UserError: None is found, or more than one.
     """
-    from dlgsanet_arch.data.images import SUFFIXES
+    from dlgsanet_arch.data.finding import SUFFIXES
     from dlgsanet_arch.hints import named
 
     if place.is_file():

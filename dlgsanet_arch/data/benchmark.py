@@ -12,23 +12,30 @@ the end: it is complete or absent.
 import math
 import shutil
 import struct
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from dlgsanet_arch.data.benchmarks import KNOWN, set_name
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.discovery import find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
-from dlgsanet_arch.data.making import checked_scales, made_before, notice_lines, refuse_bad
+from dlgsanet_arch.data.making import (
+    Source,
+    checked_scales,
+    closing_lines,
+    file_hashes,
+    images_sha256,
+    made_before,
+    refuse_bad,
+    scan,
+)
 from dlgsanet_arch.data.scores import Scores, measure
-from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.sub_images import crop_to_multiple, encode_png
 from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.files import (
     RECIPE,
@@ -39,25 +46,22 @@ from dlgsanet_arch.files import (
     write_json,
 )
 
-# Of what is written: another number makes finished folders count as made by another recipe.
-RECIPE_VERSION = 1
-RECIPE_KIND = "test set"
-# Side of SSIM's Gaussian window: what is left of HR without its border must hold one.
+# To be raised when the same images give other folders than before.
+RECIPE_VERSION = 2
+# Side of SSIM's Gaussian window: HR without its border must hold one.
 WINDOW = 11
 
 
 @dataclass
 class Scale:
-    """One scale of a test set: the set's name, where HR and LR go, originals by their name.
+    """One scale of a test set: the set's name, where HR and LR are, and what its recipe states.
 
-    The recipe distinguishes the folder from one made otherwise; once it is finished, it also holds
-    figures and hashes. `written` is False where a finished folder was left alone.
+    `written` is False if a finished folder was left alone.
     """
 
     name: str
     scale: int
     folder: Path
-    originals: Mapping[str, Path]
     recipe: dict[str, Any]
     written: bool = False
 
@@ -73,12 +77,12 @@ class Scale:
 
     @property
     def known(self) -> Scores | None:
-        """What they are for this set; None where that is not known."""
+        """The published scores of this set; None if it is not known."""
         return KNOWN[self.name].bicubic[self.scale] if self.name in KNOWN else None
 
     @property
     def agrees(self) -> bool | None:
-        """Whether they are that, up to the set's tolerance; None where that is not known."""
+        """Whether both are equal up to the set's tolerance; None if the set is not known."""
         if self.known is None:
             return None
         tolerance = KNOWN[self.name].tolerance
@@ -94,83 +98,14 @@ class Summary:
 
     name: str
     source: Path
-    count: int = 0
     skipped: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
 
-
-class _Inspected(NamedTuple):
-    """What the recipe says of an image file, and notices."""
-
-    facts: dict[str, Any]
-    notices: tuple[str, ...]
-
-
-def _least_side(scale: int) -> int:
-    """The smallest side whose multiple of `scale` holds SSIM's window between two borders."""
-    return math.ceil((WINDOW + 2 * scale) / scale) * scale
-
-
-def _inspect(item: tuple[Path, int]) -> _Inspected | ImageError:
-    """Decode an image as a whole; what is wrong with it is returned, so that others continue."""
-    path, least = item
-    try:
-        image = read_8_bits(path, least=least)
-    except ImageError as error:
-        return error
-    digest = sha256(path.read_bytes()).hexdigest()
-    return _Inspected({"size": [*image.pixels.shape[:2]], "sha256": digest}, image.notices)
-
-
-def _inspect_all(
-    summary: Summary, originals: Mapping[int, Mapping[str, Path]], workers: int, skip_bad: bool
-) -> dict[Path, _Inspected]:
-    """Decode all images; what was found goes into the summary, the good ones are returned."""
-    least: dict[Path, int] = {}
-    for scale, each in originals.items():
-        for path in each.values():
-            least[path] = max(least.get(path, 0), _least_side(scale))
-    good, notices = {}, defaultdict(list)
-    label = f"{summary.name}: reading"
-    for (path, _), result in with_progress(_inspect, list(least.items()), workers, label):
-        if isinstance(result, ImageError):
-            summary.skipped.append(str(result))
-            continue
-        good[path] = result
-        for notice in result.notices:
-            notices[notice].append(path.name)
-    summary.notices += notice_lines(notices)
-    for each in originals.values():
-        bad = sum(path not in good for path in each.values())
-        refuse_bad(summary.skipped, bad, len(each), skip=skip_bad)
-    return good
-
-
-class _Task(NamedTuple):
-    key: str
-    path: Path
-    scale: int
-    folder: Path
-
-
-def _make(task: _Task) -> Scores:
-    """Write one image's HR and LR, and measure how bicubic restores it."""
-    hr = crop_to_multiple(read_8_bits(task.path).pixels, task.scale)
-    lr = bicubic(hr, 1 / task.scale)
-    for part, image in (("HR", hr), ("LR", lr)):
-        (task.folder / part / f"{task.key}.png").write_bytes(encode_png(image))
-    return measure(bicubic(lr, task.scale), hr, task.scale)
-
-
-def _means(scores: Sequence[Scores]) -> dict[str, Any]:
-    """Mean scores; the PSNR of images without an error is infinite: counted, and left out."""
-    finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
-    means = {
-        "psnr": fmean(finite) if finite else math.inf,
-        "ssim": fmean(score.ssim for score in scores),
-    }
-    return {"bicubic": means, "exact": len(scores) - len(finite)}
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return max(each.recipe["count"] for each in self.scales)
 
 
 def folder_sha256(folder: Path) -> str:
@@ -195,43 +130,53 @@ def _both_sha256(folder: Path) -> dict[str, str]:
     return {part: folder_sha256(folder / part) for part in ("HR", "LR")}
 
 
-def _finished(each: Scale, overwrite: bool) -> dict[str, Any] | None:
-    """The recipe of a scale that is finished, None where it is to be built."""
-
-    def change(stored: Mapping[str, Any]) -> str:
-        try:
-            return "" if _both_sha256(each.folder) == stored.get("sha256") else "other images"
-        except ImageError as error:
-            return str(error)
-
-    if all(path.parent == each.folder / "HR" for path in each.originals.values()):
-        # Made from what was written there: changed images are nothing to make it from again.
-        remedy = "move it away, and name the set's images with --hr FOLDER"
-        wanted = {"kind": RECIPE_KIND}
-        return made_before(each.folder, wanted, change, overwrite=False, remedy=remedy)
-    return made_before(each.folder, each.recipe, change, overwrite=overwrite)
+def _make(source: Source, scale: int, folder: Path) -> Scores:
+    """Write one image's HR and LR, and measure how bicubic restores it."""
+    hr = crop_to_multiple(read_8_bits(source.hr).pixels, scale)
+    lr = bicubic(hr, 1 / scale)
+    for part, image in (("HR", hr), ("LR", lr)):
+        (folder / part / f"{source.key}.png").write_bytes(encode_png(image))
+    return measure(bicubic(lr, scale), hr, scale)
 
 
-def _build_scales(name: str, scales: Sequence[Scale], workers: int) -> None:
-    """Build scales, one after the other."""
-    for each in scales:
-        shutil.rmtree(unfinished(each.folder), ignore_errors=True)
-        for part in ("HR", "LR"):
-            (unfinished(each.folder) / part).mkdir(parents=True)
-    # one stream for all scales, so that worker processes start once
-    tasks = [
-        _Task(key, path, each.scale, unfinished(each.folder))
-        for each in scales
-        for key, path in each.originals.items()
-    ]
-    made = with_progress(_make, tasks, workers, f"{name}: writing")
-    for each in scales:
-        scores = [score for _, score in islice(made, len(each.originals))]
-        growing = unfinished(each.folder)
-        each.recipe = {**each.recipe, **_means(scores), "sha256": _both_sha256(growing)}
-        write_json(growing / RECIPE, each.recipe)
-        replace_folder(growing, each.folder)
-        each.written = True
+def _build_scale(each: Scale, sources: Sequence[Source], workers: int) -> None:
+    growing = unfinished(each.folder)
+    shutil.rmtree(growing, ignore_errors=True)
+    for part in ("HR", "LR"):
+        (growing / part).mkdir(parents=True)
+    make = partial(_make, scale=each.scale, folder=growing)
+    label = f"{each.name} x{each.scale}: writing"
+    scores = [score for _, score in with_progress(make, sources, workers, label)]
+    # The PSNR of images without an error is infinite.
+    finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
+    means = {
+        "psnr": fmean(finite) if finite else math.inf,
+        "ssim": fmean(score.ssim for score in scores),
+    }
+    each.recipe |= {"count": len(sources), "bicubic": means, "exact": len(scores) - len(finite)}
+    each.recipe["sha256"] = _both_sha256(growing)
+    write_json(growing / RECIPE, each.recipe)
+    replace_folder(growing, each.folder)
+    each.written = True
+
+
+def _build_missing(
+    missing: Sequence[tuple[Scale, Sequence[Source]]], summary: Summary, workers: int, skip: bool
+) -> None:
+    """Read all images, then build scales, one after the other."""
+    largest = max(each.scale for each, _ in missing)
+    # the smallest side whose multiple of the scale holds SSIM's window between two borders
+    least = math.ceil((WINDOW + 2 * largest) / largest) * largest
+    images = {source.hr: source for _, sources in missing for source in sources}
+    good, summary.skipped, notices = scan([*images.values()], least, workers)
+    summary.notices += notices
+    usable = {source.hr for source in good}
+    left = [[source for source in sources if source.hr in usable] for _, sources in missing]
+    for (_, sources), kept in zip(missing, left, strict=True):
+        refuse_bad(summary.skipped, len(sources) - len(kept), len(sources), skip=skip)
+    for (each, sources), kept in zip(missing, left, strict=True):
+        each.recipe["skipped"] = [source.key for source in sources if source.hr not in usable]
+        _build_scale(each, kept, workers)
 
 
 def build(
@@ -248,7 +193,7 @@ def build(
 
     HR is cropped at the bottom and the right to a multiple of the scale, LR is its MATLAB-equal
     bicubic, both with 8 bits. All images are read before anything is written. A scale that an
-    interrupted run left behind is built anew; one that is finished is left alone.
+    interrupted run left behind is built again; one that is finished is left alone.
 
     Args:
         name: See `set_name`.
@@ -272,25 +217,41 @@ def build(
     source, target = source.resolve(), target.resolve()
     layout = find_layout(name, source, target, wanted)
     summary = Summary(name, layout.where, notices=[*layout.notices])
-    inspected = _inspect_all(summary, layout.hr, workers, skip_bad)
-    for scale, found in layout.hr.items():
-        originals = {key: path for key, path in found.items() if path in inspected}
-        recipe = {"kind": RECIPE_KIND, "version": RECIPE_VERSION, "scale": scale}
-        recipe["sources"] = {key: inspected[path].facts for key, path in originals.items()}
-        summary.scales.append(Scale(name, scale, target / f"X{scale}", originals, recipe))
-    summary.count = max(len(each.originals) for each in summary.scales)
-    if name in KNOWN and summary.count != KNOWN[name].count:
-        summary.notices.append(f"{name} has {KNOWN[name].count} images, here are {summary.count}")
+    originals = {
+        scale: [Source(key, path) for key, path in found.items()]
+        for scale, found in layout.hr.items()
+    }
+    hashes = file_hashes(source for sources in originals.values() for source in sources)
 
     with disk_faults_named(f"{target} cannot be written"), one_writer(target):
         missing = []
-        for each in summary.scales:
-            stored = _finished(each, overwrite)
+        for scale, sources in originals.items():
+            folder = target / f"X{scale}"
+            kind = {"kind": "test set"}
+            recipe = {**kind, "version": RECIPE_VERSION, "scale": scale}
+            recipe["images"] = images_sha256(sources, scale, hashes)
+            # Images that were written there are enough to find it finished.
+            made_here = all(source.hr.parent == folder / "HR" for source in sources)
+            wanted, change = kind if made_here else recipe, partial(_change, folder)
+            stored = made_before(folder, wanted, change, overwrite=overwrite)
+            summary.scales.append(Scale(name, scale, folder, stored or recipe))
             if stored is None:
-                missing.append(each)
-            each.recipe = stored or each.recipe
-        _build_scales(name, missing, workers)
+                missing.append((summary.scales[-1], sources))
+            else:
+                summary.skipped = stored["skipped"]
+        if missing:
+            _build_missing(missing, summary, workers, skip_bad)
+    if name in KNOWN and summary.count != KNOWN[name].count:
+        summary.notices.append(f"{name} has {KNOWN[name].count} images, here are {summary.count}")
     return summary
+
+
+def _change(folder: Path, stored: Mapping[str, Any]) -> str:
+    """How a finished folder was changed since; "" if it was not."""
+    try:
+        return "" if _both_sha256(folder) == stored.get("sha256") else "other images"
+    except ImageError as error:
+        return str(error)
 
 
 def _figures(scores: Scores) -> str:
@@ -303,12 +264,18 @@ def report(summary: Summary) -> str:
         f"{summary.name}: {summary.count} images from {summary.source}",
         "bicubic's mean PSNR / SSIM (Y channel, a border of the scale cut off):",
     ]
+    notices = [*summary.notices]
     for each in summary.scales:
         line = f"  x{each.scale}  {_figures(each.bicubic)}"
         if each.known is not None:
             verdict = "agrees" if each.agrees else "differs: other images, or another protocol"
             line += f"  known {_figures(each.known)}  {verdict}"
         lines.append(line)
+        if exact := each.recipe["exact"]:
+            notices.append(
+                f"x{each.scale}: bicubic restores {exact} images without an error, as it does one "
+                "colour; they are not in the mean PSNR"
+            )
     lines.append("folders:")
     for each in summary.scales:
         state = "written" if each.written else "was finished, left alone"
@@ -316,15 +283,4 @@ def report(summary: Summary) -> str:
     lines.append("SHA-256 over names and pixels:")
     for each in summary.scales:
         lines += [f"  X{each.scale}/{part}  {value}" for part, value in each.sha256.items()]
-    notices = [*summary.notices]
-    notices += [
-        f"x{each.scale}: bicubic restores {exact} images without an error, as it does one colour; "
-        "they are not in the mean PSNR"
-        for each in summary.scales
-        if (exact := each.recipe["exact"])
-    ]
-    if notices:
-        lines += ["notices:", *(f"  {notice}" for notice in notices)]
-    if summary.skipped:
-        lines += [f"left out ({len(summary.skipped)}):", *(f"  {line}" for line in summary.skipped)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *closing_lines(notices, summary.skipped)]) + "\n"

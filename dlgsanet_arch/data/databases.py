@@ -16,12 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import lmdb
 
 from dlgsanet_arch._basicsr import shared_environments
 from dlgsanet_arch.data.making import Recipe, fits, made_before
-from dlgsanet_arch.data.sub_images import ImageArray
+from dlgsanet_arch.data.sub_images import PNG_COMPRESSION
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
     RECIPE,
@@ -36,7 +35,6 @@ from dlgsanet_arch.hints import quoted
 DATA = "data.mdb"
 META_INFO = "meta_info.txt"
 
-PNG_COMPRESSION = 1
 # Where a database starts and what it is doubled from whenever it is full. LMDB reserves as many
 # addresses, not memory; BasicSR's 1 TiB is refused where addresses are limited.
 FIRST_MAP_SIZE = 2**26
@@ -44,14 +42,6 @@ FIRST_MAP_SIZE = 2**26
 SMALLEST_ENTRY = 11
 # A disk with fewer bytes free than one transaction may write counts as full.
 FULL = 2**26
-
-
-def encode_png(image: ImageArray) -> bytes:
-    """Encode an image (H, W, 3) in BGR without loss."""
-    fine, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
-    if not fine:
-        raise RuntimeError(f"OpenCV could not encode an image of {image.shape=}")
-    return data.tobytes()
 
 
 @contextmanager

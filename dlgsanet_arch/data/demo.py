@@ -7,18 +7,21 @@ the folder given to `prepare`:
     val/X4/HR/<name>.png, val/X4/LR/<name>.png         whole images, equal names
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dlgsanet_arch.data import training_sets
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.databases import encode_png
 from dlgsanet_arch.data.images import ImageError, read_8_bits
-from dlgsanet_arch.data.sub_images import crop_to_multiple
-from dlgsanet_arch.data.training_sets import Cutting, Source, Summary
+from dlgsanet_arch.data.sub_images import Cutting, crop_to_multiple, encode_png
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
+
+if TYPE_CHECKING:
+    from dlgsanet_arch.data.training_sets import Summary
 
 # The two motorcycle images are one scene seen by a stereo camera: they stay on one side. The
 # retina is left out: bicubic restores it to 49 dB, so half the patches would teach nothing.
@@ -80,13 +83,12 @@ def prepare(
 
     Raises:
         UserError: A photograph is missing, or `folder` holds databases that were not made here.
-        ValueError: `scale` is not 2, 3 or 4, or a photograph is on both sides.
+        ValueError: `scale` is not 2, 3 or 4.
     """
-    both = sorted(set(train) & set(validation))
-    if both:
-        raise ValueError(f"to train on and to validate on at once: {', '.join(both)}")
+    from dlgsanet_arch.data import training_sets  # needs lmdb, which `images_folder` does not
+
     source = images_folder() if source is None else source
-    sources = [Source(Path(name).stem, source / name) for name in train]
+    sources = [training_sets.Source(Path(name).stem, source / name) for name in train]
     summary = training_sets.build(
         sources, [scale], folder, cutting=CUTTING, workers=workers, overwrite=True
     )

@@ -12,17 +12,18 @@ from dlgsanet_arch.data.finding import image_key, walk_images
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 
-# A folder of originals, of originals cropped for several scales, and of LR.
-WHOLE = re.compile(r"(.*_)?(hr|gt|originals?)", re.IGNORECASE)
-CROPPED = re.compile(r"(.*_)?gtmod\d+", re.IGNORECASE)
+# How a set's folder may hold HR, the best first: patterns of the paths of HR images from there.
+# They may state the folder of HR, and the one scale that images are for.
+UNCROPPED, CROPPED, LOOSE = "uncropped", "cropped", "loose"
+LAYOUTS = {
+    UNCROPPED: r"(?P<folder>([^/]*_)?(hr|gt|originals?))/(?P<name>.+)",
+    "by scale": r"x(?P<scale>\d)/hr/(?P<name>.+)",
+    # SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
+    "SelfExSR": r"(image_srf_\d/)?(?P<name>[^/]+)_srf_(?P<scale>\d)_hr",
+    CROPPED: r"(?P<folder>([^/]*_)?gtmod\d+)/(?P<name>.+)",
+    LOOSE: r"(?!.+_srf_\d_)(?P<name>[^/]+)",
+}
 LR = re.compile(r"(.*_)?lr.*|.*x\d", re.IGNORECASE)
-# SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
-SRF_FOLDER = re.compile(r"image_srf_\d", re.IGNORECASE)
-SRF_NAME = re.compile(r"(?P<stem>.+)_srf_(?P<scale>\d)_(?P<part>.+)", re.IGNORECASE)
-
-# Kinds of HR images, the ones to prefer first: uncropped originals, one folder a scale,
-# originals cropped beforehand, and images that lie in the folder itself.
-UNCROPPED, BY_SCALE, CROPPED_BEFORE, LOOSE = range(4)
 
 
 def _is_called(folder: str, name: str) -> bool:
@@ -50,57 +51,30 @@ def find_source(name: str, root: Path) -> Path:
             )
         if found:
             return found[0]
-    looked = " nor ".join(str(place / name) for place in places)
     raise UserError(
-        f"{name} was not found: there is neither {looked}; put its images into one of them, "
+        f"{name} was not found: there is neither "
+        f"{' nor '.join(str(place / name) for place in places)}; put its images into one of them, "
         "or name their folder with --hr FOLDER"
     )
 
 
 class Layout(NamedTuple):
-    """How a folder holds a test set: the folder of HR, HR by scale and name, what is odd."""
+    """How a folder holds a test set: the folder of HR, HR by scale and key, and notices."""
 
     where: Path
     hr: Mapping[int, Mapping[str, Path]]
     notices: tuple[str, ...] = ()
 
 
-def _hr_place(path: PurePath) -> tuple[int, str, Sequence[int], PurePath] | None:
-    """Tell by an image's way from a set's folder what HR it is.
-
-    Returns:
-        Its kind, the folder that holds it, its scales, and its way from there; None for anything
-        but HR.
-    """
-    folders = path.parts[:-1]
-    named = SRF_NAME.fullmatch(path.stem)
-    if not folders or SRF_FOLDER.fullmatch(folders[0]):
-        if named and len(folders) < 2:
-            if named["part"].lower() != "hr":
-                return None
-            inner = PurePath(named["stem"] + path.suffix)
-            return BY_SCALE, "image_SRF_*", (int(named["scale"]),), inner
-        return None if folders else (LOOSE, "", SCALES, path)
-    inner = PurePath(*path.parts[1:])
-    if WHOLE.fullmatch(folders[0]):
-        return UNCROPPED, folders[0], SCALES, inner
-    if CROPPED.fullmatch(folders[0]):
-        return CROPPED_BEFORE, folders[0], SCALES, inner
-    scale = re.fullmatch(r"x(\d)", folders[0], re.IGNORECASE)
-    if scale and len(folders) > 1 and folders[1].lower() == "hr":
-        return BY_SCALE, "X*/HR", (int(scale[1]),), PurePath(*path.parts[2:])
-    return None
-
-
-def _oddities(kind: int, where: Path, paths: Sequence[PurePath]) -> tuple[str, ...]:
-    if kind == CROPPED_BEFORE:
+def _notices(layout: str, where: Path, paths: Sequence[PurePath]) -> tuple[str, ...]:
+    if layout == CROPPED:
         return (
             f"{where} holds images that were cropped before: with the uncropped originals, "
             "figures would be closer to the known ones",
         )
-    others = {path.parts[0] for path in paths if len(path.parts) > 1}
-    others = sorted(name for name in others if not LR.fullmatch(name))
-    if kind == LOOSE and others:
+    others = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
+    others = [name for name in others if not LR.fullmatch(name)]
+    if layout == LOOSE and others:
         return (
             f"images in folders of {where} were left out: {', '.join(others)}; to take images of "
             "several folders, put these folders into one that is called HR",
@@ -109,31 +83,32 @@ def _oddities(kind: int, where: Path, paths: Sequence[PurePath]) -> tuple[str, .
 
 
 def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
-    """The test sets among the images below a folder: several where it is not clear which to take.
+    """The test sets among the images below a folder: several if it is not clear which to take.
 
     Raises:
         UserError: HR images of a set have the same name.
     """
-    found: dict[int, dict[str, dict[int, dict[str, Path]]]] = {}
-    for path in paths:
-        place = _hr_place(path)
-        if place is None:
-            continue
-        kind, where, scales, inner = place
-        by_scale = found.setdefault(kind, {}).setdefault(where, defaultdict(dict))
-        for scale in scales:
-            other = by_scale[scale].setdefault(image_key(inner), folder / path)
-            if other != folder / path:
-                raise UserError(
-                    f"{folder / path} and {other} have one name: remove or rename all but one"
-                )
-    if not found:
-        return []
-    kind = min(found)
-    return [
-        Layout(folder / where, by_scale, _oddities(kind, folder / where, paths))
-        for where, by_scale in found[kind].items()
-    ]
+    for layout, pattern in LAYOUTS.items():
+        found: dict[Path, dict[int, dict[str, Path]]] = defaultdict(lambda: defaultdict(dict))
+        for path in paths:
+            match = re.fullmatch(pattern, path.with_suffix("").as_posix(), re.IGNORECASE)
+            if match is None:
+                continue
+            parts = match.groupdict()
+            key = image_key(PurePath(parts["name"] + path.suffix))
+            for scale in [int(parts["scale"])] if "scale" in parts else SCALES:
+                hr = found[folder / parts.get("folder", "")][scale]
+                other = hr.setdefault(key, folder / path)
+                if other != folder / path:
+                    raise UserError(
+                        f"{folder / path} and {other} have one name: remove or rename all but one"
+                    )
+        if found:
+            return [
+                Layout(where, by_scale, _notices(layout, where, paths))
+                for where, by_scale in found.items()
+            ]
+    return []
 
 
 def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
@@ -176,7 +151,7 @@ def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | N
         scales: HR side over LR side, those that are needed; None for those that are there.
 
     Raises:
-        UserError: HR images are missing, of one name, or it is not clear which to take.
+        UserError: HR images are missing, have the same name, or it is not clear which to take.
     """
     paths = [
         path
@@ -184,19 +159,16 @@ def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | N
         if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
     ]
     ours = [target / f"X{scale}" for scale in SCALES if (target / f"X{scale}" / RECIPE).is_file()]
-    others = [
-        path for path in paths if not any(folder in (source / path).parents for folder in ours)
-    ]
-    layout = _choose(name, source, others or paths)
-    there = [scale for scale in SCALES if scale in layout.hr]
-    missing = [scale for scale in scales or SCALES if scale not in there]
-    notices = layout.notices
+    others = [path for path in paths if not {*ours}.intersection((source / path).parents)]
+    where, hr, notices = _choose(name, source, others or paths)
+    there = sorted(hr.keys() & set(SCALES))
+    missing = [f"x{scale}" for scale in scales or SCALES if scale not in there]
     if missing:
-        lacks = f"{source} has no HR images for {', '.join(f'x{scale}' for scale in missing)}"
+        lacks = f"{source} has no HR images for {', '.join(missing)}"
         if scales:
             raise UserError(
                 f"{lacks}: put the uncropped originals into {source / 'HR'}, or build what is "
                 f"there with --scale {' '.join(map(str, there))}"
             )
         notices = (*notices, f"{lacks}, which are not made")
-    return Layout(layout.where, {scale: layout.hr[scale] for scale in scales or there}, notices)
+    return Layout(where, {scale: hr[scale] for scale in scales or there}, notices)

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,7 @@ from dlgsanet_arch.progress import progress_bar
 CHUNK = 2**13
 # Seconds until a connection must be made, and until the next bytes must arrive.
 TIMEOUT = (15, 60)
-# Seconds to wait before each retry; bytes that arrive start the sequence anew.
+# Seconds to wait before each retry; bytes that arrive start the sequence again.
 PAUSES = (1, 2, 5, 10, 20, 40, 60)
 
 # What requests raises, and what passes through it where a server redirects to nonsense.
@@ -39,7 +39,7 @@ def _empty(file: BinaryIO) -> None:
 
 
 def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) -> int:
-    """Start the file anew, record its version and return its length."""
+    """Start the file again, record its version and return its length."""
     headers = response.headers
     length = headers.get("Content-Length", "")
     if not re.fullmatch("[0-9]{1,15}", length) or "Content-Encoding" in headers:
@@ -49,14 +49,6 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
     _empty(file)  # first, so that no bytes are ever under the record of another version
     write_json(record, {"url": url, "length": int(length), "validator": _validator(headers)})
     return int(length)
-
-
-def _read_to_the_end(response: requests.Response) -> Iterator[bytes]:
-    """Yield what a server sends; where it closes the connection, also beyond the stated length."""
-    answer = getattr(response.raw, "_original_response", None)
-    if getattr(answer, "will_close", False):
-        answer.length = None
-    yield from response.iter_content(CHUNK)
 
 
 def _read_record(record: Path, url: str) -> tuple[int | None, str | None]:
@@ -69,13 +61,12 @@ def _read_record(record: Path, url: str) -> tuple[int | None, str | None]:
 
 
 def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, name: str) -> None:
-    """Request what a file lacks over one connection; raises RequestException where that breaks."""
+    """Request what a file lacks over one connection; raises RequestException if that breaks."""
     size = file.tell()
     length, validator = _read_record(record, url)
-    # Closed, so that a body that is longer than stated shows.
-    headers = {"Accept-Encoding": "identity", "Connection": "close"}
     if size and size == length:
         return
+    headers = {"Accept-Encoding": "identity"}
     if size and validator:
         headers |= {"Range": f"bytes={size}-", "If-Range": validator}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -93,15 +84,10 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
             raise requests.HTTPError(f"the server answers {response.status_code} {response.reason}")
         check_space(record.parent, length - size, f"the rest of {url}")
         with progress_bar(name, length, "B", done=size) as bar:
-            for chunk in _read_to_the_end(response):
+            for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-                if file.tell() > length:
-                    _empty(file)
-                    raise requests.ConnectionError(
-                        f"the server sends more than the {length:,} bytes it states"
-                    )
-    if file.tell() != length:  # urllib3 1 does not raise
+    if file.tell() != length:
         raise requests.ConnectionError(f"{file.tell():,} of {length:,} bytes were received")
 
 
@@ -152,7 +138,7 @@ def download(url: str, target: Path, sha256: str | None = None) -> None:
     """Download a file, or the rest of it, unless it is there already.
 
     Bytes are collected in ``<target>.part``, and ``<target>.part.json`` records the file's version
-    on the server. A file that changed there starts anew, as does one whose server has no ranges.
+    on the server. A file that changed there starts again, as does one whose server has no ranges.
 
     Args:
         url: An address of http or https. Proxies are taken from the environment.

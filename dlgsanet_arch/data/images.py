@@ -185,7 +185,7 @@ def _has_all_pixels(data: bytes) -> bool:
 
 
 def _open(data: bytes, least: int, converts: bool) -> ImageFile:
-    """Open a complete file, nothing decoded; unless it `converts` them, CMYK and Lab are refused."""
+    """Open a complete file and check it; CMYK and Lab are refused, unless it `converts` them."""
     name = _format_of(data, READERS)
     if name == "TIFF":
         _check_tiff(data)

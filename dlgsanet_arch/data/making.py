@@ -1,15 +1,31 @@
-"""What the makers of training sets and of test sets share: scales, recipes, bad images, notices."""
+"""What the makers of training sets and of test sets share: sources, recipes, bad images."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlgsanet_arch.data import SCALES
+from dlgsanet_arch.data.images import ImageError, read_8_bits, read_bytes
+from dlgsanet_arch.data.sub_images import HR_MULTIPLE
+from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, read_json
 from dlgsanet_arch.hints import named
 
 Recipe = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image: its name in the data set, its HR file, and given LR files by scale."""
+
+    key: str
+    hr: Path
+    lr: Mapping[int, Path] = field(default_factory=dict)
 
 
 def checked_scales(scales: Iterable[int]) -> list[int]:
@@ -24,38 +40,48 @@ def checked_scales(scales: Iterable[int]) -> list[int]:
     return result
 
 
+# Recipes: what a folder was made from
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        return sha256(read_bytes(path)).hexdigest()
+    except ImageError:
+        return "cannot be read"  # `scan` says why
+
+
+def file_hashes(sources: Iterable[Source]) -> dict[Path, str]:
+    """SHA-256 of all files of some images."""
+    paths = dict.fromkeys(path for each in sources for path in (each.hr, *each.lr.values()))
+    return dict(with_progress(_file_sha256, list(paths), 1, "looking for changes"))
+
+
+def images_sha256(sources: Sequence[Source], scale: int, hashes: Mapping[Path, str]) -> str:
+    """SHA-256 over the names and files that decide about images of a scale; 1 is HR."""
+    lines = [
+        " ".join(
+            [each.key, hashes[each.hr], *(hashes[p] for s, p in each.lr.items() if s == scale)]
+        )
+        for each in sources
+    ]
+    return sha256("\n".join(lines).encode()).hexdigest()
+
+
 def fits(stored: Recipe | None, wanted: Recipe) -> bool:
     """Whether a folder was made by a recipe; what is stored may hold further facts."""
     return stored is not None and all(stored.get(name) == wanted[name] for name in wanted)
 
 
-def _differences(stored: Recipe, wanted: Recipe) -> str:
-    said = [
-        f"{name.replace('_', ' ')} {stored[name]}, not {value}"
-        for name, value in wanted.items()
-        if name in stored
-        and stored[name] != value
-        and len(str(stored[name])) < 40 > len(str(value))
-    ]
-    return ", ".join(said) or "of other images"
-
-
 def made_before(
-    path: Path,
-    recipe: Recipe,
-    change: Callable[[Recipe], str],
-    *,
-    overwrite: bool,
-    remedy: str = "move it away, or make it again with --overwrite",
+    path: Path, recipe: Recipe, change: Callable[[Recipe], str], *, overwrite: bool
 ) -> dict[str, Any] | None:
-    """Read the recipe of a finished folder, None where the folder is absent.
+    """Read the recipe of a finished folder, None if the folder is absent.
 
     Args:
         path: The folder.
         recipe: What it is to be made from.
-        change: Says of the stored recipe how the folder was changed since, "" where it was not.
+        change: Says of the stored recipe how the folder was changed since, "" if it was not.
         overwrite: What was made otherwise, or changed since, counts as absent, to be replaced.
-        remedy: What a user can do about such a folder.
 
     Raises:
         UserError: Something else has that name.
@@ -69,24 +95,84 @@ def made_before(
             "something else; move it away, then run the command again"
         )
     if not fits(stored, recipe):
-        how = f"is another data set: {_differences(stored, recipe)}"
+        differences = [
+            f"{name} {stored[name]}, not {value}"
+            for name, value in recipe.items()
+            if name != "images" and stored.get(name, value) != value
+        ]
+        how = f"is another data set: {', '.join(differences) or 'of other images'}"
     elif changed := change(stored):
         how = f"was changed after it was made: {changed}"
     else:
         return stored
     if overwrite:
         return None
-    raise UserError(f"{path} {how}; {remedy}")
+    raise UserError(f"{path} {how}; move it away, or make it again with --overwrite")
+
+
+# Every image is read before anything is written
+
+
+class Scanned(NamedTuple):
+    """Images that can be used, why others cannot, and what was changed on reading."""
+
+    good: list[Source]
+    faults: list[str]
+    notices: list[str]
+
+
+def _scan(source: Source, least: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Read an image's files: why it cannot be used, and notices with the file's name."""
+    faults, notices, sizes = [], [], {}
+    for scale, path in ((1, source.hr), *source.lr.items()):
+        try:
+            # 1 for LR: its size is compared with HR's
+            image = read_8_bits(path, least=least if scale == 1 else 1)
+        except ImageError as error:
+            faults.append(str(error))
+            continue
+        sizes[scale] = image.pixels.shape[:2]
+        notices += [(notice, path.name) for notice in image.notices]
+    hr = sizes.pop(1, None)
+    for scale, lr in sizes.items() if hr else ():
+        # LR covers HR cut to HR_MULTIPLE, and no more than HR rounded up
+        if not all(
+            large // HR_MULTIPLE * HR_MULTIPLE <= small * scale < large + scale
+            for large, small in zip(hr, lr, strict=True)
+        ):
+            faults.append(
+                f"{source.lr[scale]} has {lr[0]} x {lr[1]} pixels, and {source.hr} has "
+                f"{hr[0]} x {hr[1]}: at scale {scale} LR must have {hr[0] // scale} x "
+                f"{hr[1] // scale}"
+            )
+    return faults, notices
+
+
+def scan(sources: Sequence[Source], least: int, workers: int) -> Scanned:
+    """Decode every image; sides of HR must have `least` pixels."""
+    good, faults, files = [], [], defaultdict(list)
+    read = partial(_scan, least=least)
+    for source, (wrong, notices) in with_progress(read, sources, workers, "opening"):
+        faults += wrong
+        for notice, name in notices:
+            files[notice].append(name)
+        if not wrong:
+            good.append(source)
+    lines = [f"{len(names)} x {notice}: {named(names)}" for notice, names in files.items()]
+    return Scanned(good, faults, lines)
 
 
 def refuse_bad(faults: Sequence[str], bad: int, total: int, *, skip: bool) -> None:
     """Raise a UserError for images that cannot be used, unless they are skipped and some remain."""
-    if faults and not (skip and bad < total):
+    if bad and not (skip and bad < total):
         how = "nothing is left" if skip else "--skip-bad leaves them out"
         head = f"{bad} of {total} images cannot be used, nothing was written; fix or remove them; "
         raise UserError("\n  ".join([f"{head}{how}:", *faults]))
 
 
-def notice_lines(notices: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lines for the terminal of what was changed on reading: files by notice."""
-    return [f"{len(files)} x {notice}: {named(files)}" for notice, files in notices.items()]
+def closing_lines(notices: Sequence[str], skipped: Sequence[str]) -> list[str]:
+    """The end of a report: what was changed or left out."""
+    lines = ["notices:", *(f"  {line}" for line in notices)] if notices else []
+    if skipped:
+        lines += [f"left out ({len(skipped)}):", *(f"  {line}" for line in skipped)]
+    return lines

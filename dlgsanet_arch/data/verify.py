@@ -15,7 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
-from dlgsanet_arch.data.databases import DATA, DatabaseWriter, encode_png, is_finished
+from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
 from dlgsanet_arch.data.finding import SUFFIXES, image_key
 from dlgsanet_arch.data.images import ImageError, decode_8_bits
 from dlgsanet_arch.data.listing import (
@@ -37,7 +37,7 @@ from dlgsanet_arch.data.similarity import (
     pixel_digest,
     psnr_to_bicubic,
 )
-from dlgsanet_arch.data.sub_images import ImageArray
+from dlgsanet_arch.data.sub_images import ImageArray, encode_png
 from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
