@@ -23,13 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlgsanet_arch import cpu, ops
 from dlgsanet_arch.cpu import library
 from dlgsanet_arch.ops import (
-    backends,
     c_backend,
+    dynamic,
     dynamic_dwconv,
     projected_dwconv,
     pytorch_backend,
 )
-from dlgsanet_arch.ops.plain import dynamic_dwconv_plain
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference, projected_dwconv_reference
 
 needs_c = pytest.mark.skipif(bool(cpu.why_not()), reason=f"no C library: {cpu.why_not()}")
@@ -156,6 +155,12 @@ SMALL = {
     "dynamic_dwconv": ((2, 6, 5, 7), 3, 3),
 }
 IN_C = [name for name in SMALL if name != "dynamic_dwconv"]
+# What each is declared as.
+DECLARED = {
+    **{name: (name,) for name in SMALL},
+    "normed_pointwise": ("pointwise",),
+    "channel_attention": ("head_sums", "head_apply"),
+}
 
 
 def make(name, *sizes, dtype=torch.float32):
@@ -339,7 +344,7 @@ def test_c_equals_the_definition(at):
     tensors = lay_out(layouts[at % 5], tensors)
     with Operators() as ran:
         out = OPERATORS[name].ours(*tensors, *settings)
-    assert ran.ours == {f"dlgsanet::{name.removeprefix('normed_')}"}
+    assert ran.ours == {f"dlgsanet::{each}" for each in DECLARED[name]}
     check(name, tensors, settings, LAYOUTS[layouts[(2 * at + 1) % 5]](torch.randn_like(out)))
     check(name, tensors, settings)
 
@@ -392,8 +397,8 @@ def test_gate_is_exact():
     x = torch.stack([a, torch.ones_like(a)]).view(1, 2, 1, -1)
     ones = torch.ones(2, 1, 1, 1)
     grad = torch.ones(1, 1, 1, len(a))
-    out = c_backend.gated_depthwise(x, ones)
-    grad_x, _ = c_backend.gated_depthwise_backward(grad, x, ones)
+    out = c_backend.gate(x, ones)
+    grad_x, _ = c_backend.gate_backward(grad, x, ones)
     exact, grad_a = output_and_gradients(F.gelu, [a.double()])
     size = a.abs().clamp_min(1)
     assert ((out[0, 0, 0] - exact).abs() <= 3e-7 * size).all()
@@ -449,45 +454,49 @@ def test_threads_change_no_bit(name, openmp, threads, monkeypatch):
 
 
 def operator_calls(name, dtype=torch.float32):
-    """Return a forward operator and what it takes, then its backward and what that takes."""
+    """Return each forward operator and what it takes, and each backward and what that takes."""
     tensors, settings = make(name, *SMALL[name], dtype=dtype)
-    own = name.removeprefix("normed_")
-    if own == "pointwise":
-        tensors, settings = [tensors[0], *tensors[-2:]], (own != name,)
-    if own == "gdfn_gate":
+    given = dict.fromkeys(DECLARED[name], (*tensors, *settings))
+    if name.endswith("pointwise"):
+        given = {"pointwise": (tensors[0], *tensors[-2:], name != "pointwise")}
+    elif name == "gdfn_gate":
         x, _, _, weight, filters = tensors
-        tensors = [x, weight, weight[:, 0, 0, 0].clone(), filters]
-    forward = getattr(torch.ops.dlgsanet, own).default
-    backward = getattr(torch.ops.dlgsanet, f"{own}_backward").default
-    given = (*tensors, *settings)
-    out = forward(*given)
-    out, *kept = out if isinstance(out, tuple) else (out,)
-    return (forward, given), (backward, (torch.randn_like(out), *given, *kept))
+        given = {name: (x, weight, weight[:, 0, 0, 0].clone(), filters)}
+    elif name == "channel_attention":
+        qk, v = tensors[0].split([12, 6], 1)
+        given = {"head_sums": (qk, 2), "head_apply": (torch.randn(2, 2, 3, 3), v)}
+    forwards, backwards = [], []
+    for own, arguments in given.items():
+        forwards.append((getattr(torch.ops.dlgsanet, own).default, arguments))
+        results = forwards[-1][0](*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        backward = getattr(torch.ops.dlgsanet, f"{own}_backward").default
+        backwards.append((backward, (*map(torch.randn_like, results), *arguments)))
+    return forwards, backwards
 
 
-DECLARED = [(name, torch.float32) for name in IN_C]
-DECLARED += [(name, torch.bfloat16) for name in ("projected_dwconv", "dynamic_dwconv")]
+WITH_DTYPES = [(name, torch.float32) for name in IN_C]
+WITH_DTYPES += [(name, torch.bfloat16) for name in ("projected_dwconv", "dynamic_dwconv")]
 
 
 @needs_c
-@pytest.mark.parametrize(("name", "dtype"), DECLARED, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), WITH_DTYPES, ids=str)
 def test_operators_are_what_they_declare(name, dtype):
-    for i, (operator, given) in enumerate(operator_calls(name, dtype)):
-        given = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
-        given[0] = given[0].to(memory_format=torch.channels_last)
-        if i == 0:
+    for i, calls in enumerate(operator_calls(name, dtype)):
+        for operator, given in calls:
+            given = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+            given[0] = given[0].to(memory_format=torch.channels_last)
             for each in given:
-                if isinstance(each, torch.Tensor):
+                if i == 0 and isinstance(each, torch.Tensor):
                     each.requires_grad_()
-        # Values may differ between eager and compiled runs by rounding only, and here by nothing.
-        torch.library.opcheck(operator, tuple(given))
+            # Eager and compiled runs may differ by rounding only, and here by nothing.
+            torch.library.opcheck(operator, tuple(given))
 
 
 @needs_c
 @pytest.mark.parametrize("name", ["pointwise", "normed_pointwise", "depthwise"])
 def test_without_a_bias_operators_are_what_they_declare(name):
-    for operator, (*given,) in operator_calls(name):
-        position = 2 if "backward" not in str(operator) else 3
+    for position, ((operator, (*given,)),) in enumerate(operator_calls(name), 2):
         given[position] = None
         torch.library.opcheck(operator, tuple(given))
 
@@ -609,43 +618,48 @@ def changed(given, change):
 
 # Which axes of which argument may have any size: a forward takes any image.
 FREE = {name: {(0, 0), (0, 2), (0, 3)} for name in IN_C if name != "projected_dwconv"}
+FREE |= {"head_sums": FREE["channel_attention"], "head_apply": {(1, 2), (1, 3)}}
+FREE_BACKWARD = {"head_sums": {(2, 2), (2, 3)}}
 
 
 @needs_c
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", IN_C)
 def test_operators_refuse_shapes_before_c_sees_them(name, backward, monkeypatch):
-    operator, given = operator_calls(name)[backward]
-    operator(*given)
+    calls = operator_calls(name)[backward]
+    for operator, given in calls:
+        operator(*given)
     monkeypatch.setattr(library, "load", Unreachable)
-    for arguments, i, axis in changed(given, _other_shapes):
-        # Nothing in x makes nothing of the dynamic convolution, whatever the rest is.
-        nothing = name == "projected_dwconv" and arguments[i].numel() == 0
-        if not nothing and (backward or (i, axis) not in FREE.get(name, ())):
-            with pytest.raises(ValueError, match=r"need|fit"):
-                operator(*arguments)
+    for (operator, given), own in zip(calls, DECLARED[name], strict=True):
+        for arguments, i, axis in changed(given, _other_shapes):
+            # Nothing in x makes nothing of the dynamic convolution, whatever the rest is.
+            nothing = name == "projected_dwconv" and arguments[i].numel() == 0
+            if not nothing and (i, axis) not in (FREE_BACKWARD if backward else FREE).get(own, ()):
+                with pytest.raises(ValueError, match=r"need|fit"):
+                    operator(*arguments)
 
 
 @needs_c
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", IN_C)
 def test_operators_refuse_other_dtypes_before_c_sees_them(name, backward, monkeypatch):
-    operator, given = operator_calls(name)[backward]
+    calls = operator_calls(name)[backward]
     monkeypatch.setattr(library, "load", Unreachable)
     others = (torch.float64, torch.bfloat16, torch.int64, torch.int32)
-    for arguments, _, dtype in changed(given, lambda each: ((t, each.to(t)) for t in others)):
-        # The dynamic convolution has a form for every dtype, if not for all mixtures.
-        refused = pytest.raises((TypeError, ValueError), match=str(dtype))
-        if name == "projected_dwconv":
-            refused = contextlib.suppress(TypeError, ValueError, RuntimeError)
-        with refused:
-            operator(*arguments)
+    for operator, given in calls:
+        for arguments, _, dtype in changed(given, lambda each: ((t, each.to(t)) for t in others)):
+            # The dynamic convolution has a form for every dtype, if not for all mixtures.
+            refused = pytest.raises((TypeError, ValueError), match=str(dtype))
+            if name == "projected_dwconv":
+                refused = contextlib.suppress(TypeError, ValueError, RuntimeError)
+            with refused:
+                operator(*arguments)
 
 
 @needs_c
 @pytest.mark.parametrize("name", IN_C)
 def test_a_tensor_on_another_device_never_reaches_c(name, monkeypatch):
-    calls = operator_calls(name)
+    calls = itertools.chain(*operator_calls(name))
     monkeypatch.setattr(library, "load", Unreachable)
     for operator, given in calls:
         for arguments, *_ in changed(given, lambda each: [("meta", each.to("meta"))]):
@@ -655,26 +669,29 @@ def test_a_tensor_on_another_device_never_reaches_c(name, monkeypatch):
 
 @needs_c
 @pytest.mark.parametrize(
-    ("name", "position", "setting"),
+    ("own", "setting"),
     [
-        *(("channel_attention", 2, heads) for heads in (0, -1, 1, 3, 5)),
-        ("channel_attention", 3, "tanh"),
-        *(("projected_dwconv", 4, kernel) for kernel in (0, -3, 1, 2, 5, 9)),
+        *(("head_sums", heads) for heads in (0, -1, 4, 5)),
+        *(("projected_dwconv", kernel) for kernel in (0, -3, 1, 2, 5, 9)),
     ],
 )
-def test_operators_refuse_settings_before_c_sees_them(name, position, setting, monkeypatch):
-    calls = operator_calls(name)
+def test_operators_refuse_settings_before_c_sees_them(own, setting, monkeypatch):
+    name = "channel_attention" if own == "head_sums" else own
+    calls = [each[0] for each in operator_calls(name)]
     monkeypatch.setattr(library, "load", Unreachable)
-    for i, (operator, (*arguments,)) in enumerate(calls):
-        arguments[position + i] = setting
+    for operator, (*arguments, _) in calls:
         with pytest.raises(ValueError, match=r"need|fit"):
-            operator(*arguments)
+            operator(*arguments, setting)
 
 
 @needs_c
 @pytest.mark.parametrize("kernel", [2, 4, 35])
 def test_filters_that_c_does_not_know_are_refused(kernel, monkeypatch):
-    calls = [*operator_calls("depthwise"), *operator_calls("gdfn_gate")]
+    calls = [
+        call
+        for name in ("depthwise", "gdfn_gate")
+        for call in itertools.chain(*operator_calls(name))
+    ]
     (x, hidden, *_), _ = make("projected_dwconv", *SMALL["projected_dwconv"])
     weight = torch.ones(3 * kernel**2, 5)
     projected = (x, hidden, weight, weight[:, 0], kernel)
@@ -725,7 +742,7 @@ def test_functions_say_what_does_not_fit():
             *(ValueError, "even number of filters; got 3"),
         ),
         (lambda: attention(x, heads, 4, "relu"), ValueError, r"3·h·c.*h = 4"),
-        (lambda: attention(x, norm[:2], 2, "relu"), ValueError, r"\(h, 1, 1\) with h = 2"),
+        (lambda: attention(x, norm[:2], 2, "relu"), ValueError, r"\(2, 1, 1\); got \(2,\)"),
         (lambda: attention(x, heads[:0], 0, "relu"), ValueError, r"3·h·c.*h = 0"),
         (lambda: attention(x, heads[:1], 1, "tanh"), ValueError, "relu, gelu"),
     ]:
@@ -797,7 +814,9 @@ def test_larger_filters_take_the_plain_form(kernel):
             check(name, tensors, settings)
         if name != "projected_dwconv":
             assert (f"dlgsanet::{name}" in ran.ours) == (kernel == 33)
-    assert backends.choose(kernel, *tensors) is (c_backend if kernel == 33 else pytorch_backend)
+    assert dynamic.choose_backend(kernel, *tensors) is (
+        c_backend if kernel == 33 else pytorch_backend
+    )
 
 
 @needs_c
@@ -946,7 +965,9 @@ def test_strips_change_nothing(rows, monkeypatch):
 def test_plain_form_equals_the_reference(shape, groups, kernel):
     tensors = make_dynamic(shape, groups, kernel)
     expected = output_and_gradients(dynamic_dwconv_reference, tensors)
-    assert_near(output_and_gradients(dynamic_dwconv_plain, tensors), expected, 1e-13, torch.float64)
+    assert_near(
+        output_and_gradients(pytorch_backend.plain, tensors), expected, 1e-13, torch.float64
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -1179,11 +1200,11 @@ def test_filters_are_never_in_memory(dtype, layout):
 
 @pytest.fixture
 def _nothing_said_yet():
-    backends._warn_once.cache_clear()
-    backends._has_triton.cache_clear()
+    dynamic._warn_once.cache_clear()
+    dynamic._has_triton.cache_clear()
     yield
-    backends._warn_once.cache_clear()
-    backends._has_triton.cache_clear()
+    dynamic._warn_once.cache_clear()
+    dynamic._has_triton.cache_clear()
 
 
 def on(device, dtype):
@@ -1204,10 +1225,10 @@ def test_fall_back_is_said_once(device, dtype, kernel, triton, reason, monkeypat
     found = object() if triton else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     with pytest.warns(RuntimeWarning, match=f"plain PyTorch: .*{reason}"):
-        assert backends.choose(kernel, on(device, dtype)) is pytorch_backend
+        assert dynamic.choose_backend(kernel, on(device, dtype)) is pytorch_backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(kernel, on(device, dtype)) is pytorch_backend
+        assert dynamic.choose_backend(kernel, on(device, dtype)) is pytorch_backend
 
 
 @pytest.mark.usefixtures("_nothing_said_yet")
@@ -1217,9 +1238,9 @@ def test_backend_that_serves_is_chosen_in_silence(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            chosen = backends.choose(11, on("cuda", dtype))
+            chosen = dynamic.choose_backend(11, on("cuda", dtype))
             assert chosen == "dlgsanet_arch.ops.triton_backend"  # imported here and not before
         for device in ("cpu", "meta"):
             for dtype in (torch.float64, torch.bfloat16):
-                assert backends.choose(13, on(device, dtype)) is pytorch_backend
-        assert backends.choose(7, torch.rand(1, device="meta")) is pytorch_backend
+                assert dynamic.choose_backend(13, on(device, dtype)) is pytorch_backend
+        assert dynamic.choose_backend(7, torch.rand(1, device="meta")) is pytorch_backend

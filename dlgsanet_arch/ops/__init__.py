@@ -1,7 +1,7 @@
 """The operators of the network, with gradients, declared to PyTorch.
 
-`dynamic` has the dynamic depthwise convolution of MHDLSA (paper); `backends` chooses what computes
-it, `c_backend`, `triton_backend` or `pytorch_backend`; `plain` is its form in exported models.
+`dynamic` has the dynamic depthwise convolution of MHDLSA (paper), computed by `c_backend`,
+`triton_backend` or `pytorch_backend`.
 `convolutions` has what PyTorch computes slowly on a CPU, `attention` the attention over channels.
 `reference` is the definition, used by tests and benchmarks alone.
 """

@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": functools.partial(F.softmax, dim=-1),
 }
 _NORM_FLOOR = 1e-12  # under the L2 norms of q and k, as in torch.nn.functional.normalize
+_QKV = parse("qkv: B 3hc H W")
 
 
 def attention_weights(
@@ -59,116 +60,56 @@ def channel_attention(qkv: Tensor, temperature: Tensor, heads: int, activation: 
 
     Returns:
         (B, C, H, W) in the dtype of `qkv`.
+
+    Raises:
+        ValueError: For shapes that do not fit together, or another activation.
     """
-    if qkv.numel() > 0 and temperature.numel() == heads and cpu.can_run(qkv, temperature):
-        return _attention(qkv, temperature, heads, activation)[0]
-    q, k, v = qkv.flatten(2).unflatten(1, (3, heads, -1)).unbind(1)
-    q, k = q.to(widened(q.dtype)), k.to(widened(k.dtype))
-    squares = torch.stack([each.square().sum(-1) for each in (q, k)], 1)
-    weights = attention_weights(q @ k.mT, squares, temperature, activation)
-    return (weights.to(v.dtype) @ v).flatten(1, 2).unflatten(2, qkv.shape[2:])
-
-
-def _forward(
-    qkv: Tensor, temperature: Tensor, heads: int, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result, and for the backward Σ q kᵀ (B, h, c, c), and Σ q² and Σ k² (B, 2C)."""
-    _sizes(qkv, temperature, heads, activation)
-    q, k, v = qkv.chunk(3, 1)
-    squares = qkv.new_empty(len(q), 2 * q.shape[1])
-    product = c_backend.head_products(q, k, heads, squares)
-    by_head = squares.unflatten(1, (2, heads, -1))
-    out = v.new_empty(v.shape)
-    c_backend.head_apply(attention_weights(product, by_head, temperature, activation), v, out)
-    return out, product, squares
-
-
-_FORWARD = parse("qkv: B 3hc H W; temperature: h 1 1")
-_BACKWARD = parse("qkv: B 3hc H W; grad: B hc H W; product: B h c c; squares: B 2hc")
-
-
-def _sizes(qkv: Tensor, temperature: Tensor, heads: int, activation: str) -> list[int]:
-    """Return B, c, H and W, and refuse what does not fit."""
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"channel_attention needs an activation of {known}; got {activation!r}")
-    return sizes("channel_attention", _FORWARD, qkv, temperature, h=heads)
+    _, share, *_ = sizes("channel_attention", _QKV, qkv, h=heads)
+    if temperature.shape != (heads, 1, 1):
+        got = tuple(temperature.shape)
+        raise ValueError(f"channel_attention needs a temperature ({heads}, 1, 1); got {got}")
+    qk, v = qkv.split([2 * heads * share, heads * share], 1)
+    in_c = qkv.numel() > 0 and cpu.can_run(qkv, temperature)
+    product, squares = _head_sums(qk, heads) if in_c else _sums(qk, heads)
+    weights = attention_weights(product, squares.unflatten(1, (2, heads)), temperature, activation)
+    if in_c:
+        return _head_apply(weights, v)
+    v = v.flatten(2).unflatten(1, (heads, share))
+    return (weights.to(v.dtype) @ v).flatten(1, 2).unflatten(2, qkv.shape[2:])
 
 
-def _activation_backward(grad: Tensor, scaled: Tensor, weights: Tensor, activation: str) -> Tensor:
-    """Return the gradient of what the activation was given, `scaled`, and made `weights` of."""
-    if activation == "relu":
-        return grad * (weights > 0)
-    if activation == "sigmoid":
-        return grad * weights * (1 - weights)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, scaled)
-    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
+def _sums(qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return Σ q kᵀ (B, h, c, c), and Σ q² and Σ k² (B, 2h, c), of qk (B, 2·h·c, H, W)."""
+    qk = qk.to(widened(qk.dtype)).flatten(2).unflatten(1, (2 * heads, -1))
+    q, k = qk.chunk(2, 1)
+    return q @ k.mT, qk.square().sum(-1)
 
 
-def _backward(
-    grad: Tensor,
-    qkv: Tensor,
-    temperature: Tensor,
-    heads: int,
-    activation: str,
-    product: Tensor,
-    squares: Tensor,
-) -> tuple[Tensor, Tensor]:
-    _, share, *_ = _sizes(qkv, temperature, heads, activation)
-    sizes("channel_attention_backward", _BACKWARD, qkv, grad, product, squares, h=heads)
-    channels = heads * share
-    qk, v = qkv.split([2 * channels, channels], 1)
-    grad_qkv = qkv.new_empty(qkv.shape)
-    grad_qk, grad_v = grad_qkv.split([2 * channels, channels], 1)
-    # The formulas of `attention_weights` once more, with lengths |q| |k|.
-    norms = squares.sqrt().unflatten(1, (2, heads, -1))
-    floored = norms.clamp_min(_NORM_FLOOR)
-    lengths = floored[:, 0, :, :, None] * floored[:, 1, :, None, :]
-    cosines = product / lengths
-    scaled = cosines * temperature
-    weights = ACTIVATIONS[activation](scaled)
-
-    grad_weights = c_backend.head_products(grad, v, heads)
-    grad_scaled = _activation_backward(grad_weights, scaled, weights, activation)
-    grad_cosines = grad_scaled * temperature
-    # cos = product / (|q| |k|), so that |q| gets -Σ cos / |q|, and q of |q| gets q / |q|.
-    turns = -grad_cosines * cosines
-    slopes = torch.stack([turns.sum(3), turns.sum(2)], 1) / floored.square()
-    slopes = torch.where(norms >= _NORM_FLOOR, slopes, 0)
-    # (q; k) gets [[diag, grad_product], [grad_productᵀ, diag]] (q; k).
-    both = torch.diag_embed(slopes.transpose(1, 2).flatten(2))
-    both[..., :share, share:] = grad_cosines / lengths
-    both[..., share:, :share] = (grad_cosines / lengths).mT
-    c_backend.head_apply(both, qk, grad_qk, maps=2)
-    c_backend.head_apply(weights.mT, grad, grad_v)
-    if not qkv.is_contiguous():
-        grad_qkv = torch.empty_like(qkv).copy_(grad_qkv)
-    return grad_qkv, (grad_scaled * cosines).sum((0, 2, 3)).view(heads, 1, 1)
+def _flops(maps: Any, share: int) -> int:
+    """Count c multiply-adds for each channel and pixel of these maps."""
+    batch, channels, height, width = maps
+    return 2 * batch * height * width * channels * share
 
 
-def _result(
-    qkv: Tensor, temperature: Tensor, heads: int, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels = qkv.shape[1] // 3
-    return (
-        qkv.new_empty(len(qkv), channels, *qkv.shape[2:]),
-        qkv.new_empty(len(qkv), heads, channels // heads, channels // heads),
-        qkv.new_empty(len(qkv), 2 * channels),
-    )
-
-
-def _flops(qkv: Any, temperature: Any, heads: int, activation: str) -> int:
-    """Count two products of c multiply-adds for each channel and pixel."""
-    batch, channels, height, width = qkv
-    return 2 * 2 * batch * height * width * (channels // 3) * (channels // 3 // heads)
-
-
-_attention = declare(
-    "channel_attention",
-    _forward,
-    backward=_backward,
-    result=_result,
-    flops=_flops,
+_head_sums = declare(
+    "head_sums",
+    c_backend.head_sums,
+    c_backend.head_sums_backward,
+    result=lambda qk, heads: (
+        qk.new_empty(len(qk), heads, qk.shape[1] // 2 // heads, qk.shape[1] // 2 // heads),
+        qk.new_empty(len(qk), 2 * heads, qk.shape[1] // 2 // heads),
+    ),
+    flops=lambda qk, heads: _flops(qk, qk[1] // 2 // heads) // 2,
+    device_types="cpu",
+)
+_head_apply = declare(
+    "head_apply",
+    c_backend.head_apply,
+    c_backend.head_apply_backward,
+    result=lambda matrices, x: x.new_empty(x.shape),
+    flops=lambda matrices, x: _flops(x, matrices[2]),
     device_types="cpu",
 )

@@ -142,7 +142,7 @@ def _gate_flops(x: Any, weight: Any, bias: Any, filters: Any) -> int:
 _pointwise = declare(
     "pointwise",
     c_backend.pointwise,
-    backward=c_backend.pointwise_backward,
+    c_backend.pointwise_backward,
     result=lambda x, weight, *_: x.new_empty((len(x), len(weight), *x.shape[2:])),
     flops=_flops,
     device_types="cpu",
@@ -150,7 +150,7 @@ _pointwise = declare(
 _depthwise = declare(
     "depthwise",
     c_backend.depthwise,
-    backward=c_backend.depthwise_backward,
+    c_backend.depthwise_backward,
     result=lambda x, *_: x.new_empty(x.shape),
     flops=_flops,
     device_types="cpu",
@@ -158,7 +158,7 @@ _depthwise = declare(
 _gate = declare(
     "gdfn_gate",
     c_backend.gdfn_gate,
-    backward=c_backend.gdfn_gate_backward,
+    c_backend.gdfn_gate_backward,
     result=lambda x, weight, *_: x.new_empty((len(x), len(weight) // 2, *x.shape[2:])),
     flops=_gate_flops,
     backward_flops=lambda *given: 3 * _gate_flops(*given),  # the forward's maps are made once more

@@ -6,7 +6,8 @@ forward and once more in the backward, and their whole map never exists.
 Sums are kept in float32 for half-precision inputs and have a fixed order: no atomic adds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,28 @@ from dlgsanet_arch.precision import widened
 # filters on a GPU (256 MiB in float32), where strips bound memory alone.
 _CPU_ELEMENTS = 1 << 18
 _GPU_FILTER_ELEMENTS = 1 << 26
+
+# The filters (B, G, K, K, rows, W) of some rows.
+_Filters: TypeAlias = Callable[[slice], Tensor]
+
+
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute the convolution as a short graph of plain operators, for exported models.
+
+    One depthwise convolution with filters of zeros and a one lays the K column shifts side by
+    side, then each of the K filter rows is one product and one sum. That is about 5·K nodes in
+    the graph where unrolled taps have 3·K², and a K-fold copy of the input. Height, width and
+    batch may be symbolic: no number in the graph depends on them.
+    """
+    groups, kernel = weight.shape[1:3]
+    channels = x.shape[1]
+    shifts = torch.eye(kernel, dtype=x.dtype, device=x.device).view(kernel, 1, 1, kernel)
+    columns = F.conv2d(
+        x, shifts.repeat(channels, 1, 1, 1), padding=kernel // 2, groups=channels
+    ).unflatten(1, (groups, -1, kernel))
+    rows = (slice(i, i - kernel + 1 or None) for i in range(kernel))
+    total = sum((columns[..., row, :] * weight[:, :, None, i]).sum(3) for i, row in enumerate(rows))
+    return total.flatten(1, 2)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -55,120 +78,105 @@ def _taps(filters: Tensor) -> Iterator[Tensor]:
         yield tap.unsqueeze(2)
 
 
-def _convolve(padded: Tensor, filters: Tensor, rows: slice) -> Tensor:
-    """Convolve `rows` with their `filters` (B, G, K, K, rows, W) to (B, C, rows, W)."""
-    pairs = zip(_windows(padded, filters.shape[2], rows), _taps(filters), strict=True)
-    window, tap = next(pairs)
-    total = window * tap
-    for window, tap in pairs:
-        total.addcmul_(window, tap)
-    return total.flatten(1, 2)
-
-
-def _spread(
-    grad: Tensor, padded: Tensor, filters: Tensor, rows: slice, padded_grad: Tensor
-) -> Tensor:
-    """Add to `padded_grad` what `rows` bring, and return the gradient of their filters.
-
-    Args:
-        grad: (B, C, rows, W), of the output.
-        padded: The padded input.
-        filters: (B, G, K, K, rows, W).
-        rows: Where in the image.
-        padded_grad: Of the padded input, in its shape.
-    """
-    kernel, grad = filters.shape[2], _wide(grad).unflatten(1, (filters.shape[1], -1))
-    grad_filters = torch.empty_like(filters, memory_format=torch.contiguous_format)
-    parts = zip(
-        *(_windows(each, kernel, rows) for each in (padded, padded_grad)),
-        *(_taps(each) for each in (filters, grad_filters)),
-        strict=True,
-    )
-    for window, grad_window, tap, grad_tap in parts:
-        grad_window.addcmul_(grad, tap)
-        torch.sum(grad * window, 2, keepdim=True, out=grad_tap)
-    return grad_filters
-
-
-def _unpadded(padded: Tensor, like: Tensor, kernel: int) -> Tensor:
-    """Copy the padded image without its border to a tensor like `like`."""
-    border, (height, width) = kernel // 2, like.shape[2:]
-    inner = padded[..., border : border + height, border : border + width]
-    return torch.empty_like(like).copy_(inner.flatten(1, 2))
-
-
-def forward(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the convolution; shapes as in `reference.dynamic_dwconv_reference`.
-
-    Returns:
-        (B, C, H, W) in the dtype and layout of `x`.
-    """
-    groups, kernel = weight.shape[1:3]
+def _convolve(x: Tensor, groups: int, kernel: int, filters: _Filters) -> Tensor:
+    """Return the convolution in the dtype and layout of `x`."""
     padded, out = _padded(x, groups, kernel), torch.empty_like(x)
     for rows in _strips(x, groups * kernel**2):
-        out[:, :, rows] = _convolve(padded, _wide(weight[..., rows, :]), rows)
+        pairs = zip(_windows(padded, kernel, rows), _taps(filters(rows)), strict=True)
+        window, tap = next(pairs)
+        total = window * tap
+        for window, tap in pairs:
+            total.addcmul_(window, tap)
+        out[:, :, rows] = total.flatten(1, 2)
     return out
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `x` and `weight` from `grad` (B, C, H, W).
-
-    Returns:
-        (B, C, H, W) and (B, G, K, K, H, W), in the dtypes and layouts of `x` and `weight`.
-    """
-    groups, kernel = weight.shape[1:3]
-    padded, grad_weight = _padded(x, groups, kernel), torch.empty_like(weight)
+def _spread(
+    grad: Tensor,
+    x: Tensor,
+    groups: int,
+    kernel: int,
+    filters: _Filters,
+    take: Callable[[slice, Tensor], None],
+) -> Tensor:
+    """Return the gradient of `x`; `take` gets that of the filters, for some rows at a time."""
+    padded = _padded(x, groups, kernel)
     padded_grad = torch.zeros_like(padded)
     for rows in _strips(x, groups * kernel**2):
-        filters = _wide(weight[..., rows, :])
-        grad_weight[..., rows, :] = _spread(grad[:, :, rows], padded, filters, rows, padded_grad)
-    return _unpadded(padded_grad, x, kernel), grad_weight
+        wide, own = _wide(grad[:, :, rows]).unflatten(1, (groups, -1)), filters(rows)
+        grad_filters = torch.empty_like(own, memory_format=torch.contiguous_format)
+        parts = zip(
+            *(_windows(each, kernel, rows) for each in (padded, padded_grad)),
+            *(_taps(each) for each in (own, grad_filters)),
+            strict=True,
+        )
+        for window, grad_window, tap, grad_tap in parts:
+            grad_window.addcmul_(wide, tap)
+            torch.sum(wide * window, 2, keepdim=True, out=grad_tap)
+        take(rows, grad_filters)
+    border, (height, width) = kernel // 2, x.shape[2:]
+    inner = padded_grad[..., border : border + height, border : border + width]
+    return torch.empty_like(x).copy_(inner.flatten(1, 2))
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    """Make the filters of some rows: (B, G, K, K, rows, W)."""
-    features = _wide(hidden).flatten(2)
-    filters = torch.baddbmm(
-        _wide(bias)[:, None], _wide(weight).expand(len(hidden), -1, -1), features
-    )
-    groups = len(bias) // kernel**2
-    return filters.view(len(hidden), groups, kernel, kernel, *hidden.shape[2:])
+def _given(weight: Tensor) -> _Filters:
+    return lambda rows: _wide(weight[..., rows, :])
+
+
+def forward(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute the convolution; shapes as in `reference.dynamic_dwconv_reference`."""
+    return _convolve(x, *weight.shape[1:3], _given(weight))
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of `x` and `weight`, in their dtypes and layouts."""
+    grad_weight = torch.empty_like(weight)
+
+    def take(rows: slice, grad_filters: Tensor) -> None:
+        grad_weight[..., rows, :] = grad_filters
+
+    return _spread(grad, x, *weight.shape[1:3], _given(weight), take), grad_weight
+
+
+def _projection(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> _Filters:
+    wide_bias = _wide(bias)[:, None]
+    wide_weight = _wide(weight).expand(len(hidden), -1, -1)
+
+    def filters(rows: slice) -> Tensor:
+        features = _wide(hidden[:, :, rows])
+        projected = torch.baddbmm(wide_bias, wide_weight, features.flatten(2))
+        return projected.view(
+            len(hidden), len(bias) // kernel**2, kernel, kernel, *features.shape[2:]
+        )
+
+    return filters
 
 
 def projected_forward(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> Tensor:
-    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`.
-
-    Returns:
-        (B, C, H, W) in the dtype and layout of `x`.
-    """
-    padded, out = _padded(x, len(bias) // kernel**2, kernel), torch.empty_like(x)
-    for rows in _strips(x, len(bias)):
-        filters = _project(hidden[:, :, rows], weight, bias, kernel)
-        out[:, :, rows] = _convolve(padded, filters, rows)
-    return out
+    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`."""
+    filters = _projection(hidden, weight, bias, kernel)
+    return _convolve(x, len(bias) // kernel**2, kernel, filters)
 
 
 def projected_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of `x`, `hidden`, `weight` and `bias`.
+    """Compute the gradients of all tensors, in their shapes, dtypes and layouts."""
+    wide_weight, grad_hidden = _wide(weight), torch.empty_like(hidden)
+    grad_weight, grad_bias = torch.zeros_like(wide_weight), torch.zeros_like(_wide(bias))
 
-    Returns:
-        Each in the shape, dtype and layout of what it is the gradient of.
-    """
-    padded = _padded(x, len(bias) // kernel**2, kernel)
-    padded_grad, grad_hidden = torch.zeros_like(padded), torch.empty_like(hidden)
-    grad_weight, grad_bias = torch.zeros_like(_wide(weight)), torch.zeros_like(_wide(bias))
-    for rows in _strips(x, len(bias)):
-        filters = _project(hidden[:, :, rows], weight, bias, kernel)
-        by_tap = _spread(grad[:, :, rows], padded, filters, rows, padded_grad).flatten(1, 3)
-        grad_hidden[:, :, rows] = torch.einsum("od,bohw->bdhw", _wide(weight), by_tap)
-        grad_weight += torch.einsum("bohw,bdhw->od", by_tap, _wide(hidden[:, :, rows]))
-        grad_bias += by_tap.sum((0, 2, 3))
+    def take(rows: slice, grad_filters: Tensor) -> None:
+        by_tap = grad_filters.flatten(1, 3)
+        grad_hidden[:, :, rows] = torch.einsum("od,bohw->bdhw", wide_weight, by_tap)
+        grad_weight.add_(torch.einsum("bohw,bdhw->od", by_tap, _wide(hidden[:, :, rows])))
+        grad_bias.add_(by_tap.sum((0, 2, 3)))
+
+    filters = _projection(hidden, weight, bias, kernel)
+    grad_x = _spread(grad, x, len(bias) // kernel**2, kernel, filters, take)
     return (
-        _unpadded(padded_grad, x, kernel),
+        grad_x,
         grad_hidden,
         torch.empty_like(weight).copy_(grad_weight),
         torch.empty_like(bias).copy_(grad_bias),

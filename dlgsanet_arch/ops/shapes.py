@@ -23,10 +23,6 @@ def _axis(text: str) -> Axis:
     return int(text.removesuffix(letters) or 1), letters
 
 
-# What `projected_dwconv` takes, K known.
-PROJECTED = "weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W"
-
-
 def sizes(operator: str, pattern: Pattern, *tensors: Tensor | None, **known: int) -> list[int]:
     """Return the sizes of a pattern's letters, and refuse tensors that do not fit together.
 
