@@ -951,7 +951,10 @@ def test_dynamic_convolution_equals_the_reference(shape, groups, kernel, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("shape", "groups", "kernel"), SHAPES[2:4])  # each compiles 4 kernels
-def test_dynamic_convolution_equals_the_reference_on_cuda(shape, groups, kernel, dtype):
+def test_dynamic_convolution_equals_the_reference_on_cuda(
+    shape, groups, kernel, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check_dynamic(shape, groups, kernel, dtype, "cuda")
 
 

@@ -145,18 +145,15 @@ def check_wide_offsets():
 
 
 def check_precision():
-    kernels = _kernels()
-    matmul = torch.backends.cuda.matmul
-    assert kernels._precision(torch.float32) == "ieee"
+    kernels, cudnn = _kernels(), torch.backends.cudnn
     assert kernels._precision(torch.float16) == "tf32"
-    matmul.allow_tf32 = True
-    assert kernels._precision(torch.float32) == "tf32"
-    matmul.allow_tf32 = False
-    if hasattr(matmul, "fp32_precision"):
-        matmul.fp32_precision = "tf32"
-        assert kernels._precision(torch.float32) == "tf32"
-        matmul.fp32_precision = "ieee"
-    assert kernels._precision(torch.float32) == "ieee"
+    for allowed, precision in ((False, "ieee"), (True, "tf32")):
+        cudnn.allow_tf32 = allowed
+        assert kernels._precision(torch.float32) == precision
+    if hasattr(cudnn, "conv"):
+        for precision in ("ieee", "tf32"):
+            cudnn.conv.fp32_precision = precision
+            assert kernels._precision(torch.float32) == precision
 
 
 def check_index():
@@ -223,7 +220,7 @@ def _nan_in_new_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = True
 
 
 @pytest.mark.gpu
@@ -231,7 +228,7 @@ def _nan_in_new_memory():
 @pytest.mark.parametrize(("sizes", "precision", "layout"), REAL, ids=str)
 def test_real_sizes_on_cuda(sizes, precision, layout):
     shape, groups, kernel, depth = sizes
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     dtype = getattr(torch, precision, torch.float32)
     grad, x, hidden, weight, bias = make_tensors(shape, groups, kernel, depth, dtype, "cuda")
     x, hidden = LAYOUTS[layout](x), LAYOUTS[layout](hidden)

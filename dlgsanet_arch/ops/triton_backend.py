@@ -6,9 +6,9 @@ neither the forward nor the backward pass writes a filter to memory. What is rea
 features, and the input under neighbouring taps) stays in cache, as a tile and its border are small.
 
 Every gradient is gathered, never scattered: there are no atomic adds, so equal inputs give equal
-bits. Sums are kept in float32. All maps of a call are dense and have the layout of x, NCHW or
-channels_last; those that have another are copied first. Kernels are not specialised on image size,
-so a new size compiles nothing. With TRITON_INTERPRET=1 everything runs on a CPU.
+bits. Sums are kept in float32. Maps are dense in channels_last, as the network's are on a GPU;
+those that have another layout are copied. Kernels are not specialised on image size, so a new size
+compiles nothing. With TRITON_INTERPRET=1 everything runs on a CPU.
 """
 
 import functools
@@ -58,7 +58,6 @@ class Spec(NamedTuple):
         vector: Channels of a group that one load takes. They divide `per_group`, so that none is
             padded: 6 channels are three vectors of 2.
         vectors: Vectors of each group that a program has at a time.
-        channels_last: Whether that is the layout of all maps; else it is NCHW.
         precision: How tensor cores multiply float32, "tf32" or "ieee".
         index: The type of offsets.
     """
@@ -72,7 +71,6 @@ class Spec(NamedTuple):
     padded: int
     vector: int
     vectors: int
-    channels_last: bool
     precision: str
     index: tl.dtype
 
@@ -102,22 +100,10 @@ def _inside(rows, columns, size):
 
 
 @triton.jit
-def _offsets(batch, rows, columns, size, CHANNELS: tl.constexpr, SPEC: tl.constexpr):
+def _offsets(batch, rows, columns, size, CHANNELS: tl.constexpr):
     """Return the offsets of pixels' first channel in a map (B, CHANNELS, H, W)."""
     height, width = size
-    if SPEC.channels_last:
-        return ((batch * height + rows) * width + columns) * CHANNELS
-    else:  # noqa: RET505 - Triton drops a branch not taken, not what follows it
-        return (batch * CHANNELS * height + rows) * width + columns
-
-
-@triton.jit
-def _channel_stride(size, SPEC: tl.constexpr):
-    height, width = size
-    if SPEC.channels_last:
-        return 1
-    else:  # noqa: RET505
-        return height * width
+    return ((batch * height + rows) * width + columns) * CHANNELS
 
 
 @triton.jit
@@ -127,8 +113,8 @@ def _pointers(base, pixels, block, size, SPEC: tl.constexpr):
     first_group, first_channel = block
     groups = first_group + tl.arange(0, GROUP_BLOCK)[:, None]
     channels = groups * SPEC.per_group + first_channel + tl.arange(0, SPEC.vector)[None, :]
-    offsets = _offsets(batch, rows, columns, size, SPEC.channels, SPEC)
-    return base + offsets[:, None, None] + (channels * _channel_stride(size, SPEC))[None, :, :]
+    offsets = _offsets(batch, rows, columns, size, SPEC.channels)
+    return base + offsets[:, None, None] + channels[None, :, :]
 
 
 @triton.jit
@@ -145,14 +131,13 @@ def _existing(block, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, inside, exist, size, SPEC: tl.constexpr):
+def _load(pointers, inside, exist, SPEC: tl.constexpr):
     """Load the vectors of a block, each (pixels, groups, channels of each), zero outside."""
     inside = inside[:, None, None]
-    stride = SPEC.vector * _channel_stride(size, SPEC)
     values = ()
     for v in tl.static_range(len(exist)):
         mask = inside & exist[v][None, :, :]
-        values = values + (tl.load(pointers + v * stride, mask=mask, other=0.0),)
+        values = values + (tl.load(pointers + v * SPEC.vector, mask=mask, other=0.0),)
     return values
 
 
@@ -161,9 +146,9 @@ def _hidden_pointers(base, pixels, size, SPEC: tl.constexpr):
     """Return pointers to (pixels, D padded) and which of them exist."""
     batch, rows, columns = pixels
     depth = tl.arange(0, SPEC.padded)[None, :]
-    offsets = _offsets(batch, rows, columns, size, SPEC.features, SPEC)[:, None]
+    offsets = _offsets(batch, rows, columns, size, SPEC.features)[:, None]
     exist = _inside(rows, columns, size)[:, None] & (depth < SPEC.features)
-    return base + offsets + depth * _channel_stride(size, SPEC), exist
+    return base + offsets + depth, exist
 
 
 @triton.jit
@@ -208,8 +193,8 @@ def _convolve_kernel(
             right = -right
         # Loaded first, so that they arrive while the filters are projected.
         inside = _inside(rows + down, columns + right, size)
-        moved = pointers + _offsets(0, down, right, size, SPEC.channels, SPEC)
-        windows = _load(moved, inside, exist, size, SPEC)
+        moved = pointers + _offsets(0, down, right, size, SPEC.channels)
+        windows = _load(moved, inside, exist, SPEC)
         if TRANSPOSED:
             features = _load_hidden(hidden, (batch, rows + down, columns + right), size, SPEC)
         # A product on the tensor cores: without them, each of a thread's D multiply-adds would have
@@ -229,10 +214,9 @@ def _convolve_kernel(
 
     pointers = _pointers(out, pixels, block, size, SPEC)
     inside = _inside(rows, columns, size)[:, None, None]
-    stride = SPEC.vector * _channel_stride(size, SPEC)
     for v in tl.static_range(len(exist)):
         values = totals[v].to(out.dtype.element_ty)
-        tl.store(pointers + v * stride, values, mask=inside & exist[v][None, :, :])
+        tl.store(pointers + v * SPEC.vector, values, mask=inside & exist[v][None, :, :])
 
 
 @triton.jit
@@ -245,8 +229,8 @@ def _filter_gradient(grads, pointers, pixels, size, exist, tap, SPEC: tl.constex
     down, right = _shift(tap, SPEC)
     inside = _inside(rows + down, columns + right, size)
     inside = inside & (rows * 0 + tap < SPEC.taps)  # a vector: the interpreter wants one
-    moved = pointers + _offsets(0, down, right, size, SPEC.channels, SPEC)
-    windows = _load(moved, inside, exist, size, SPEC)
+    moved = pointers + _offsets(0, down, right, size, SPEC.channels)
+    windows = _load(moved, inside, exist, SPEC)
     total = grads[0] * windows[0].to(tl.float32)
     for v in tl.static_range(1, len(exist)):
         total += grads[v] * windows[v].to(tl.float32)
@@ -258,7 +242,7 @@ def _load_gradient(grad, pixels, block, exist, size, SPEC: tl.constexpr):
     """Load vectors as `_load` does, but in float32: converted once for all taps."""
     _, rows, columns = pixels
     pointers = _pointers(grad, pixels, block, size, SPEC)
-    values = _load(pointers, _inside(rows, columns, size), exist, size, SPEC)
+    values = _load(pointers, _inside(rows, columns, size), exist, SPEC)
     wide = ()
     for v in tl.static_range(len(exist)):
         wide = wide + (values[v].to(tl.float32),)
@@ -360,14 +344,15 @@ def _projection_gradient_kernel(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return how tensor cores multiply float32; half precision loses nothing in tf32."""
-    if dtype != torch.float32:
-        return "tf32"
-    matmul = torch.backends.cuda.matmul
+    """Return how tensor cores multiply float32: as the 1x1 convolution that the kernels replace.
+
+    Half precision loses nothing in tf32.
+    """
+    cudnn = torch.backends.cudnn
     # From PyTorch 2.9 on, fp32_precision decides; once it is set, reading allow_tf32 raises.
-    precision = getattr(matmul, "fp32_precision", None)
-    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    precision = getattr(getattr(cudnn, "conv", None), "fp32_precision", None)
+    allowed = cudnn.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed or dtype != torch.float32 else "ieee"
 
 
 def _index(*maps: Tensor) -> tl.dtype:
@@ -389,13 +374,9 @@ def _spec(channels: int, outputs: int, features: int, kernel: int, *settings: An
 
 
 def _prepare(weight: Tensor, kernel: int, x: Tensor, *maps: Tensor) -> tuple[Spec, list[Tensor]]:
-    """Return what to compile for, and x and the other maps in one layout, copied where needed."""
-    # Where x has neither layout, torch.empty_like(x) has this one or keeps x's own order of axes.
-    channels_last = x.stride(1) == 1 and not x.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    settings = (channels_last, _precision(x.dtype), _index(x, *maps))
-    spec = _spec(x.shape[1], *weight.shape, kernel, *settings)
-    return spec, [each.contiguous(memory_format=layout) for each in (x, *maps)]
+    """Return what to compile for, and the maps in channels_last, copied where needed."""
+    spec = _spec(x.shape[1], *weight.shape, kernel, _precision(x.dtype), _index(x, *maps))
+    return spec, [each.contiguous(memory_format=torch.channels_last) for each in (x, *maps)]
 
 
 def _restore(values: Tensor, like: Tensor) -> Tensor:
