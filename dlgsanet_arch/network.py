@@ -331,42 +331,57 @@ def _pixel_shuffle_stages(channels: int, upscale: int) -> nn.Sequential:
     return nn.Sequential(*stages)
 
 
-def _choose(choices: tuple[object, ...], **given: object) -> None:
-    for name, value in given.items():
+# What each argument may be.
+_CHOICES = {
+    "buildblock_type": get_args(BlockType),
+    "idynamic_ffn_type": get_args(FeedForwardType),
+    "restormer_ffn_type": get_args(FeedForwardType),
+    "activation": get_args(Activation),
+    "upsampler": get_args(UpsamplerType),
+    **dict.fromkeys(("idynamic", "tlc_flag", "body_norm"), (True, False)),
+}
+_COUNTS = (
+    *("in_chans", "dim", "groups", "blocks", "window_size", "tlc_kernel"),
+    *("idynamic_num_heads", "restormer_num_heads"),
+)
+# The layers of a block.
+_BLOCKS = {"idynamic": ("local",), "restormer": ("global",)}
+_HEADS = {"local": "idynamic_num_heads", "global": "restormer_num_heads"}
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Refuse arguments that no network can be built of, as `DLGSANet` says."""
+    for name, choices in _CHOICES.items():
+        value = config[name]
         if not any(value is choice or value == choice for choice in choices):
             known = ", ".join(map(repr, choices))
             raise ValueError(f"{name} must be one of {known}; got {value!r}")
-
-
-def _require_counts(**given: object) -> None:
-    for name, value in given.items():
+    for name in (*_COUNTS, *(["upscale"] if config["upsampler"] else [])):
+        value = config[name]
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}")
-
-
-def _require_divisible(dim: int, name: str, heads: int) -> None:
-    if dim % heads:
-        raise ValueError(f"dim must be divisible by {name}; got dim={dim}, {name}={heads}")
-
-
-def _require_upscale(upsampler: str, upscale: object) -> None:
-    if upsampler == "":
-        return
-    _require_counts(upscale=upscale)
-    is_power_of_two = upscale & (upscale - 1) == 0
-    if upsampler == "pixelshuffle" and upscale != 3 and (upscale == 1 or not is_power_of_two):
+    dim, upscale = config["dim"], config["upscale"]
+    if dim < 4:
+        raise ValueError(f"dim must be 4 or more (filters come from dim // 4); got {dim}")
+    if config["window_size"] % 2 == 0:
+        raise ValueError(f"window_size must be odd; got {config['window_size']}")
+    if not 0 < config["img_range"] < math.inf:
+        raise ValueError(f"img_range must be positive; got {config['img_range']!r}")
+    stages = upscale == 3 or (upscale > 1 and int(upscale).bit_count() == 1)
+    if config["upsampler"] == "pixelshuffle" and not stages:
         raise ValueError(f"upscale must be 3 or 2, 4, 8, … for 'pixelshuffle'; got {upscale}")
+    for name in ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"):
+        factor = config[name]
+        if not 0 < factor < math.inf or int(dim * factor) < 1:
+            raise ValueError(f"{name} must give int(dim · {name}) of 1 or more; got {factor!r}")
+    for layer in _BLOCKS.get(config["buildblock_type"], _HEADS):
+        name, heads = _HEADS[layer], config[_HEADS[layer]]
+        if dim % heads:
+            raise ValueError(f"dim must be divisible by {name}; got dim={dim}, {name}={heads}")
 
 
-def _hidden(name: str, dim: int, factor: float) -> int:
-    """Return a feed-forward's hidden channels, int(dim · factor)."""
-    if not 0 < factor < math.inf or int(dim * factor) < 1:
-        raise ValueError(f"{name} must give int(dim · {name}) of 1 or more; got {factor!r}")
-    return int(dim * factor)
-
-
-def _suggest_names(init: Callable[..., None]) -> Callable[..., None]:
-    """Let an unknown argument's TypeError name the nearest one, and keep the arguments."""
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """Check the arguments, name the nearest to an unknown one, and keep them as `config`."""
     signature = inspect.signature(init)
     names = [name for name in signature.parameters if name != "self"]
 
@@ -376,10 +391,12 @@ def _suggest_names(init: Callable[..., None]) -> Callable[..., None]:
         if unknown:
             hint = suggest_or_list(unknown[0], names)
             raise TypeError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
-        init(self, *args, **options)
         given = signature.bind(self, *args, **options)
         given.apply_defaults()
-        self.config = {name: given.arguments[name] for name in names}
+        config = {name: given.arguments[name] for name in names}
+        _check(config)
+        init(self, **config)
+        self.config = config
 
     return checked
 
@@ -427,7 +444,7 @@ class DLGSANet(HubMixin, nn.Module):
         TypeError: For an unknown argument; the message suggests the nearest.
     """
 
-    @_suggest_names
+    @_checked
     def __init__(
         self,
         *,
@@ -454,52 +471,20 @@ class DLGSANet(HubMixin, nn.Module):
         input_resolution: object = None,
     ) -> None:
         super().__init__()
-        _choose(get_args(BlockType), buildblock_type=buildblock_type)
-        _choose(
-            get_args(FeedForwardType),
-            idynamic_ffn_type=idynamic_ffn_type,
-            restormer_ffn_type=restormer_ffn_type,
-        )
-        _choose(get_args(Activation), activation=activation)
-        _choose(get_args(UpsamplerType), upsampler=upsampler)
-        _choose((True, False), idynamic=idynamic, tlc_flag=tlc_flag, body_norm=body_norm)
-        _require_counts(in_chans=in_chans, dim=dim, groups=groups, blocks=blocks)
-        _require_counts(window_size=window_size, tlc_kernel=tlc_kernel)
-        _require_counts(
-            idynamic_num_heads=idynamic_num_heads, restormer_num_heads=restormer_num_heads
-        )
-        if dim < 4:
-            raise ValueError(f"dim must be 4 or more (filters come from dim // 4); got {dim}")
-        if window_size % 2 == 0:
-            raise ValueError(f"window_size must be odd; got {window_size}")
-        if not 0 < img_range < math.inf:
-            raise ValueError(f"img_range must be positive; got {img_range!r}")
-        _require_upscale(upsampler, upscale)
-        local_hidden = _hidden("idynamic_ffn_expansion_factor", dim, idynamic_ffn_expansion_factor)
-        global_hidden = _hidden(
-            "restormer_ffn_expansion_factor", dim, restormer_ffn_expansion_factor
-        )
 
         def local_layer() -> LocalLayer:
             mixer = MHDLSA(dim, idynamic_num_heads, window_size, dynamic=idynamic)
-            return LocalLayer(dim, mixer, _FEED_FORWARDS[idynamic_ffn_type](dim, local_hidden))
+            hidden = int(dim * idynamic_ffn_expansion_factor)
+            return LocalLayer(dim, mixer, _FEED_FORWARDS[idynamic_ffn_type](dim, hidden))
 
         def global_layer() -> GlobalLayer:
             act = activation if buildblock_type == "sparseedge" else "softmax"
-            window = tlc_kernel if tlc_flag else None
-            mixer = SparseGSA(dim, restormer_num_heads, act, window)
-            return GlobalLayer(dim, mixer, _FEED_FORWARDS[restormer_ffn_type](dim, global_hidden))
+            mixer = SparseGSA(dim, restormer_num_heads, act, tlc_kernel if tlc_flag else None)
+            hidden = int(dim * restormer_ffn_expansion_factor)
+            return GlobalLayer(dim, mixer, _FEED_FORWARDS[restormer_ffn_type](dim, hidden))
 
-        block: tuple[Callable[[], nn.Module], ...] = {
-            "sparseedge": (local_layer, global_layer),
-            "edge": (local_layer, global_layer),
-            "idynamic": (local_layer,),
-            "restormer": (global_layer,),
-        }[buildblock_type]
-        if local_layer in block:
-            _require_divisible(dim, "idynamic_num_heads", idynamic_num_heads)
-        if global_layer in block:
-            _require_divisible(dim, "restormer_num_heads", restormer_num_heads)
+        makers = {"local": local_layer, "global": global_layer}
+        block = [makers[layer] for layer in _BLOCKS.get(buildblock_type, makers)]
 
         self.in_chans = in_chans
         self.img_range = img_range
