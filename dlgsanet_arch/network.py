@@ -322,15 +322,6 @@ class ShallowFeatures(nn.Module):
         return self.proj(x)
 
 
-def _pixel_shuffle_stages(channels: int, upscale: int) -> nn.Sequential:
-    """Enlarge `upscale` times (2ⁿ or 3) by stages of convolution and pixel shuffle."""
-    factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
-    stages: list[nn.Module] = []
-    for factor in factors:
-        stages += [Conv3x3(channels, factor**2 * channels, 3, padding=1), nn.PixelShuffle(factor)]
-    return nn.Sequential(*stages)
-
-
 # What each argument may be.
 _CHOICES = {
     "buildblock_type": get_args(BlockType),
@@ -507,11 +498,15 @@ class DLGSANet(HubMixin, nn.Module):
             )
         elif upsampler == "pixelshuffle":
             self.reconstruction = ("conv_before_upsample", "upsample", "conv_last")
+            wide = _SHUFFLED_CHANNELS
             self.conv_before_upsample = nn.Sequential(
-                Conv3x3(dim, _SHUFFLED_CHANNELS, 3, padding=1), nn.LeakyReLU(0.01)
+                Conv3x3(dim, wide, 3, padding=1), nn.LeakyReLU(0.01)
             )
-            self.upsample = _pixel_shuffle_stages(_SHUFFLED_CHANNELS, upscale)
-            self.conv_last = Conv3x3(_SHUFFLED_CHANNELS, in_chans, 3, padding=1)
+            self.upsample = nn.Sequential()
+            for factor in [3] if upscale == 3 else [2] * (upscale.bit_length() - 1):
+                self.upsample.append(Conv3x3(wide, factor**2 * wide, 3, padding=1))
+                self.upsample.append(nn.PixelShuffle(factor))
+            self.conv_last = Conv3x3(wide, in_chans, 3, padding=1)
         else:
             self.reconstruction = ("conv_last",)
             self.conv_last = Conv3x3(dim, in_chans, 3, padding=1)

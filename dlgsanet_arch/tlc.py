@@ -101,15 +101,12 @@ def _cut(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) ->
     slots = [[(each + each[:1] * most)[j] for each in over] for j in range(most)]
     weights = [[(j < len(each)) / len(each) for each in over] for j in range(most)]
     across = torch.arange(columns.length, device=device)
-
-    def made(values: list[object], like: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=like, device=device)
-
+    windows = torch.tensor(slots, device=device)  # (J, H, 2): numbers and offsets
     return _Cut(
-        rows=made([row for each in slices for row in range(each.start, each.stop)]),
-        windows=made([[number for number, _ in slot] for slot in slots]),
-        offsets=made([[offset for _, offset in slot] for slot in slots]),
-        weights=made(weights, dtype)[:, :, None, None, None, None],
+        rows=torch.cat([torch.arange(each.start, each.stop, device=device) for each in slices]),
+        windows=windows[..., 0],
+        offsets=windows[..., 1],
+        weights=torch.tensor(weights, dtype=dtype, device=device)[:, :, None, None, None, None],
         members=columns.membership(across).to(widened(dtype)),
         shares=columns.shares(across).to(widened(dtype)).T.contiguous(),
     )
@@ -121,10 +118,11 @@ def _cached_cut(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.dev
         return _cut(rows, columns, dtype, device)
 
 
-def _is_cached(qkv: Tensor) -> bool:
-    """Return whether tensors may be kept: not for tracers, nor in the memory of a CUDA graph."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor
-    return not traced and not (qkv.is_cuda and torch.cuda.is_current_stream_capturing())
+def _is_traced(qkv: Tensor) -> bool:
+    """Return whether tensors must not be kept: for tracers, and in the memory of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(qkv) is not Tensor:
+        return True
+    return qkv.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def windowed_attention(
@@ -143,7 +141,7 @@ def windowed_attention(
         (B, C, H, W) in the dtype of `qkv`.
     """
     rows, columns = (Axis.plan(length, window) for length in qkv.shape[2:])
-    make_cut = _cached_cut if _is_cached(qkv) else _cut
+    make_cut = _cut if _is_traced(qkv) else _cached_cut
     cut = make_cut(rows, columns, qkv.dtype, qkv.device)
     batch, share = qkv.shape[0], qkv.shape[1] // (3 * heads)
     qkv = qkv.unflatten(1, (3, heads, share))

@@ -121,19 +121,12 @@ def convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Cells(NamedTuple):
-    """How windows and tiles cut an axis into cells.
+    """How windows and tiles cut an axis into cells."""
 
-    Attributes:
-        summed: Where cells start that lie in one tile and under the same windows, and the end.
-        members: Which window lies over which of these, zeros and ones (windows, cells).
-        covered: The same as `summed` without tiles.
-        shares: The weight of each window in the mean over a cell of `covered`, (windows, cells).
-    """
-
-    summed: list[int]
-    members: Tensor
-    covered: list[int]
-    shares: Tensor
+    summed: list[int]  # where cells in one tile and under the same windows start, and the end
+    members: Tensor  # which window lies over which of these, zeros and ones (windows, cells)
+    covered: list[int]  # as `summed`, without tiles
+    shares: Tensor  # of each window in the mean over a cell of `covered`, (windows, cells)
 
 
 @functools.lru_cache(maxsize=64)

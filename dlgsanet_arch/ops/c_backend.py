@@ -227,7 +227,7 @@ def head_apply_backward(grad: Tensor, matrices: Tensor, x: Tensor) -> tuple[Tens
 def projected_forward(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> Tensor:
-    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`."""
+    """Compute `ops.projected_dwconv`."""
     given = (x,)
     groups, depth, batch, height, width, _ = _sizes(
         "projected_dwconv", weight, bias, hidden, x, K=kernel

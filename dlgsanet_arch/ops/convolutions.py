@@ -1,8 +1,8 @@
 """What PyTorch computes slowly on a CPU, in C with gradients: 1x1, depthwise and gate.
 
-Each function is PyTorch's own operator with the same result. For eager float32 on a CPU it becomes
-one declared operator of the C library, contiguous in and out; everywhere else, and for compilers,
-autocast and exporters, it is the formula. Differentiable once.
+Each function is PyTorch's own operator with the same result, in the dtype of x. For eager float32
+on a CPU it becomes one declared operator of the C library, contiguous in and out; everywhere else,
+and for compilers, autocast and exporters, it is the formula. Differentiable once.
 """
 
 import math
@@ -26,11 +26,7 @@ def _can_run(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the 1x1 convolution of x (B, C, H, W) by weight (C', C, 1, 1), bias (C',).
-
-    Returns:
-        (B, C', H, W) in the dtype of `x`.
-    """
+    """Return the 1x1 convolution (B, C', H, W) of x (B, C, H, W) by weight (C', C, 1, 1)."""
     if _can_run(x, weight, bias) and weight.shape[2:] == (1, 1):
         return _pointwise(x, weight, bias, False)
     return F.conv2d(x, cast(weight), cast(bias))
@@ -39,20 +35,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def normed_pointwise(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the 1x1 convolution of x normalised over its channels: conv(LN(x)).
+    """Return `pointwise` of `layer_norm`: conv(LN(x)).
 
     The norm's weight and bias act on the small weight of the convolution instead of the map, and
     the normalised map is never in memory.
-
-    Args:
-        x: (B, C, H, W).
-        norm_weight: (C,).
-        norm_bias: (C,).
-        weight: (C', C, 1, 1).
-        bias: (C',).
-
-    Returns:
-        (B, C', H, W) in the dtype of `x`.
     """
     if _can_run(x, norm_weight, norm_bias, weight, bias) and weight.shape[2:] == (1, 1):
         return _pointwise(x, *_folded(norm_weight, norm_bias, weight, bias), True)
@@ -64,9 +50,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Biased variance, eps 1e-5. Half precision is normalised in float32, within one kernel: autocast
     would cast the map to float32 before and its result back.
-
-    Returns:
-        (B, C, H, W) in the dtype of `x`.
     """
     weight, bias = (cast(each).to(x.dtype) for each in (weight, bias))
     with full_precision(x.device.type):
@@ -75,12 +58,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the depthwise convolution of x (B, C, H, W) by weight (C, 1, K, K), bias (C,).
+    """Return the depthwise convolution of x (B, C, H, W) by weight (C, 1, K, K), bias (C,).
 
     K is odd, and the border is K // 2 zeros.
-
-    Returns:
-        (B, C, H, W) in the dtype of `x`.
     """
     if _can_run(x, weight, bias) and weight.shape[-1] <= LARGEST_KERNEL:
         return _depthwise(x, weight, bias)
@@ -104,12 +84,7 @@ def gdfn_gate(
 
     Returns:
         (B, e, H, W) in the dtype of `x`.
-
-    Raises:
-        ValueError: For an odd number of filters, which have no halves.
     """
-    if len(weight) % 2:
-        raise ValueError(f"gdfn_gate needs an even number of filters; got {len(weight)}")
     runs = _can_run(x, norm_weight, norm_bias, weight, filters)
     if runs and weight.shape[2:] == (1, 1) and filters.shape[-1] <= LARGEST_KERNEL:
         return _gate(x, *_folded(norm_weight, norm_bias, weight), filters)

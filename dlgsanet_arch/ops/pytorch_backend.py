@@ -124,7 +124,7 @@ def _given(weight: Tensor) -> _Filters:
 
 
 def forward(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the convolution; shapes as in `reference.dynamic_dwconv_reference`."""
+    """Compute `ops.dynamic_dwconv`."""
     return _convolve(x, *weight.shape[1:3], _given(weight))
 
 
@@ -155,7 +155,7 @@ def _projection(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> _F
 def projected_forward(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> Tensor:
-    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`."""
+    """Compute `ops.projected_dwconv`."""
     filters = _projection(hidden, weight, bias, kernel)
     return _convolve(x, len(bias) // kernel**2, kernel, filters)
 

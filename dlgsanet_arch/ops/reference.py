@@ -6,18 +6,9 @@ from torch import Tensor
 
 
 def dynamic_dwconv_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve each pixel's neighbourhood with that pixel's own filter.
+    """Convolve each pixel's neighbourhood with that pixel's own filter, as `ops.dynamic_dwconv`.
 
-    out[b, c, y, x] = Σ_ij weight[b, g(c), i, j, y, x] · in[b, c, y + i - K//2, x + j - K//2],
-    zero outside the image, with g(c) = c // (C // G) and no softmax (paper, MHDLSA).
     Unfold makes the K² shifted copies of the input, all in memory at once.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (B, G, K, K, H, W), K odd, C divisible by G.
-
-    Returns:
-        (B, C, H, W).
     """
     batch, channels, height, width = x.shape
     groups, kernel = weight.shape[1:3]
@@ -29,20 +20,10 @@ def dynamic_dwconv_reference(x: Tensor, weight: Tensor) -> Tensor:
 def projected_dwconv_reference(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> Tensor:
-    """Convolve each pixel's neighbourhood with a filter projected from hidden features.
+    """Convolve with a filter projected from hidden features, as `ops.projected_dwconv`.
 
     filter[b, g, i, j, y, x] = bias[o] + Σ_d weight[o, d] · hidden[b, d, y, x] with
     o = (g·K + i)·K + j: the last 1x1 convolution of the filter generator, then the convolution.
-
-    Args:
-        x: (B, C, H, W).
-        hidden: (B, D, H, W).
-        weight: (G·K², D), K odd, C divisible by G.
-        bias: (G·K²,).
-        kernel: K.
-
-    Returns:
-        (B, C, H, W).
     """
     filters = torch.einsum("od,bdhw->bohw", weight, hidden) + bias[:, None, None]
     return dynamic_dwconv_reference(x, filters.unflatten(1, (-1, kernel, kernel)))

@@ -46,33 +46,21 @@ class Spec(NamedTuple):
 
     In a list of sizes or in `static_range`, Triton 3.6 and 3.7 take a field only by a name of its
     own, annotated tl.constexpr.
-
-    Attributes:
-        channels: C.
-        groups: G.
-        per_group: C // G.
-        kernel: K.
-        taps: K².
-        features: D.
-        padded: D padded to a power of two; products need at least 16.
-        vector: Channels of a group that one load takes. They divide `per_group`, so that none is
-            padded: 6 channels are three vectors of 2.
-        vectors: Vectors of each group that a program has at a time.
-        precision: How tensor cores multiply float32, "tf32" or "ieee".
-        index: The type of offsets.
     """
 
-    channels: int
-    groups: int
-    per_group: int
-    kernel: int
-    taps: int
-    features: int
-    padded: int
+    channels: int  # C
+    groups: int  # G
+    per_group: int  # C // G
+    kernel: int  # K
+    taps: int  # K²
+    features: int  # D
+    padded: int  # D padded to a power of two; products need at least 16
+    # Channels of a group that one load takes. They divide `per_group`, so that none is padded: 6
+    # channels are three vectors of 2.
     vector: int
-    vectors: int
-    precision: str
-    index: tl.dtype
+    vectors: int  # of each group that a program has at a time
+    precision: str  # how tensor cores multiply float32, "tf32" or "ieee"
+    index: tl.dtype  # of offsets
 
 
 @triton.jit
@@ -413,11 +401,7 @@ def _convolve(
 def projected_forward(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> Tensor:
-    """Compute the convolution; shapes as in `reference.projected_dwconv_reference`.
-
-    Returns:
-        (B, C, H, W) in the dtype and layout of `x`.
-    """
+    """Compute `ops.projected_dwconv`."""
     with torch.cuda.device_of(x):  # it need not be the current one
         spec, (dense_x, dense_hidden) = _prepare(weight, kernel, x, hidden)
         return _restore(_convolve(dense_x, dense_hidden, weight, bias, spec, transposed=False), x)
@@ -426,11 +410,7 @@ def projected_forward(
 def projected_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients with respect to `x`, `hidden`, `weight` and `bias`.
-
-    Returns:
-        Each in the dtype of its tensor; those of `x` and `hidden` also in its layout.
-    """
+    """Compute the gradients of all tensors, in their dtypes and layouts."""
     with torch.cuda.device_of(x):
         spec, (dense_x, dense_hidden, grad) = _prepare(weight, kernel, x, hidden, grad)
         grad_x = _convolve(grad, dense_hidden, weight, bias, spec, transposed=True)
