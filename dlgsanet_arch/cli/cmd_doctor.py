@@ -12,12 +12,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dlgsanet doctor",
         description=VERBS["doctor"],
-        epilog="Exit status 1 where training cannot run.",
+        epilog="Exit status 1 if training cannot run.",
     )
-    install = (
-        "show what pip would install to fix the problems, BasicSR included, then ask and do it"
-    )
-    parser.add_argument("--fix", action="store_true", help=install)
+    install = "show what pip would install to fix the problems, BasicSR included, then ask and do"
+    parser.add_argument("--fix", action="store_true", help=f"{install} it")
     parser.add_argument("--yes", action="store_true", help="with --fix: do not ask")
     return parser
 
@@ -26,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions, repairs, devices and problems; 1 where training cannot run."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.yes and not arguments.fix:
+    asked = parser.parse_args(argv)
+    if asked.yes and not asked.fix:
         parser.error("--yes needs --fix")
     try:
         from dlgsanet_arch.tools import doctor
@@ -36,6 +34,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"an import of what all verbs need fails ({error}); run: pip install --force-reinstall "
             "torch numpy"
         ) from error
-
     problems = doctor.report()
-    return doctor.fix(problems, yes=arguments.yes) if arguments.fix else int(bool(problems))
+    return doctor.fix(problems, yes=asked.yes) if asked.fix else int(bool(problems))

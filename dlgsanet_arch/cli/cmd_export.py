@@ -26,37 +26,20 @@ tiles. Up to a window's side both are the same.
 Half precision is compared with the network in float32: fp16 may differ by 0.01, bf16 by 0.08 (of
 values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get its name.""",
     )
-    parser.add_argument(
-        "-m",
-        "--weights",
-        required=True,
-        metavar="WEIGHTS",
-        help=".pth, .safetensors or the name of bundled weights",
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("fp32", "fp16", "bf16"),
-        default="fp32",
-        help="of weights, input and output (default: %(default)s; bf16 for .pt2 alone)",
-    )
-    parser.add_argument(
-        "--size", type=size, metavar="HxW", help="fix height and width, with the windows of TLC"
-    )
-    parser.add_argument(
-        "--opset",
-        type=int,
-        choices=range(18, 24),
-        help="version of ONNX's operators (default: 18, the least with all that is needed)",
-    )
-    parser.add_argument(
-        "--time", action="store_true", help="take times as the best of five runs, not of one"
-    )
-    parser.add_argument(
-        "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
-    )
+    add = parser.add_argument
+    weights = ".pth, .safetensors or the name of bundled weights"
+    add("-m", "--weights", required=True, metavar="WEIGHTS", help=weights)
+    output = "ends in .onnx or .pt2"
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help=output)
+    dtype = "of weights, input and output (default: fp32; bf16 for .pt2 alone)"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help=dtype)
+    fixed = "fix height and width, with the windows of TLC"
+    add("--size", type=size, metavar="HxW", help=fixed)
+    opset = "version of ONNX's operators (default: 18, the least with all that is needed)"
+    add("--opset", type=int, choices=range(18, 24), help=opset)
+    timed = f"take times as the best of {_TIMED_RUNS} runs, not of one"
+    add("--time", action="store_true", help=timed)
+    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
     return parser
 
 

@@ -19,57 +19,29 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make data sets of your own images, and option files that train and test on "
         "them.",
         epilog="Images are not changed; without --val one in 10 is held out for validation. The "
-        "published batch of 16 patches of 48x48 is divided into parts where it would not fit half "
-        "of the free memory; only where that is not enough, patches become smaller.",
+        "published batch of 16 patches of 48x48 is divided into parts if it does not fit half "
+        "of the free memory; only if that is not enough, patches become smaller.",
     )
-    add = parser.add_argument
-    add(
-        "--hr",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="HR images, sub-folders too, or what `dlgsanet data train` made",
-    )
+    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
+    hr = "HR images, sub-folders too, or what `dlgsanet data train` made"
+    add("--hr", **folder, required=True, help=hr)
     add("--scale", type=int, choices=(2, 3, 4), required=True, help="HR side over LR side")
-    add("--lr", type=Path, metavar="FOLDER", help="LR images of the same names (default: bicubic)")
-    add(
-        "--val",
-        type=Path,
-        metavar="FOLDER",
-        help="HR images to validate on, or a prepared test set (default: some are held out; for "
-        "prepared data those, or Set5)",
-    )
+    add("--lr", **folder, help="LR images of the same names (default: bicubic)")
+    val = "HR images to validate on, or a prepared test set (default: some are held out; for "
+    add("--val", **folder, help=f"{val}prepared data those, or Set5)")
     variants = ("tiny", "light", "large")
     add("--variant", choices=variants, default="tiny", help="of the network (default: tiny)")
     add("--name", help="of the run and files (default: VARIANT_xSCALE_FOLDER)")
-    add(
-        "-m",
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="weights to fine-tune from: a file, or tiny_x4",
-    )
+    weights = "weights to fine-tune from: a file, or tiny_x4"
+    add("-m", "--weights", type=Path, metavar="FILE", help=weights)
     add("--patch", type=int, metavar="N", help="side of patches in LR pixels (default: 48)")
-    add(
-        "--iterations",
-        type=int,
-        metavar="N",
-        help="default: by the number of images, a day at most",
-    )
-    add(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="of the machine that trains, if another (default: what is free here)",
-    )
-    add(
-        "--root",
-        type=Path,
-        default=Path(),
-        metavar="FOLDER",
-        help="the folder that holds datasets/ and experiments/ (default: the current folder)",
-    )
-    add("-o", "--output", type=Path, metavar="FOLDER", help="default: options, below --root")
+    iterations = "default: by the number of images, a day at most"
+    add("--iterations", type=int, metavar="N", help=iterations)
+    memory = "of the machine that trains, if another (default: what is free here)"
+    add("--memory", type=float, metavar="GIB", help=memory)
+    root = "the folder that holds datasets/ and experiments/ (default: the current folder)"
+    add("--root", **folder, default=Path(), help=root)
+    add("-o", "--output", **folder, help="default: options, below --root")
     add("--skip-bad", action="store_true", help="leave out images that cannot be used")
     add("--overwrite", action="store_true", help="replace files of the same names")
     return parser
@@ -78,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the data sets, write the files, and print what to run next."""
-    arguments = build_parser().parse_args(argv)
+    asked = build_parser().parse_args(argv)
     try:
         from dlgsanet_arch.tools.new_options import write_option_files
     except ImportError as error:
@@ -87,18 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "says what to do"
         ) from error
     for flag in ("patch", "iterations", "memory"):
-        value = getattr(arguments, flag)
+        value = getattr(asked, flag)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag} {value}: give a number above 0")
-    if arguments.name is not None and not re.fullmatch(r"\w[\w.+-]*", arguments.name):
-        raise UserError(f"--name {arguments.name!r}: use letters, digits, -, _ and .")
-    if arguments.output is None:
-        arguments.output = arguments.root / "options"
-    files, notes = write_option_files(arguments)
+    if asked.name is not None and not re.fullmatch(r"\w[\w.+-]*", asked.name):
+        raise UserError(f"--name {asked.name!r}: use letters, digits, -, _ and .")
+    asked.output = asked.output or asked.root / "options"
+    files, notes = write_option_files(asked)
     print(*notes, sep="\n")
-    root = [] if os.path.samefile(arguments.root, ".") else ["--root", str(arguments.root)]
+    root = [] if os.path.samefile(asked.root, ".") else ["--root", str(asked.root)]
     print(f"written: {files[0]}, {files[1]}; next:")
-    for verb, file in zip(("train", "test"), files, strict=True):
-        resume = ["--auto_resume"] if verb == "train" else []
-        print(f"  {shlex.join(['dlgsanet', verb, *root, '-opt', str(file), *resume])}")
+    for verb, file, more in zip(("train", "test"), files, (["--auto_resume"], []), strict=True):
+        print(f"  {shlex.join(['dlgsanet', verb, *root, '-opt', str(file), *more])}")
     return 0

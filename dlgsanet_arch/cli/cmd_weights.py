@@ -24,7 +24,7 @@ ACTIONS = {
     "average": "Average the weights of several checkpoints of one configuration.",
     "transfer": """Make weights of one scale a start for another, such as x4 out of x2.
 
-    All weights are kept but the upsampler's, which start anew. Train with
+    All weights are kept but the upsampler's, which start new. Train with
     path: pretrain_network_g: OUTPUT.""",
 }
 
@@ -54,48 +54,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dlgsanet weights", description=VERBS["weights"])
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    def add(action: str, run: Any, files: str | None, output: bool) -> argparse.ArgumentParser:
+    def add(action: str, run: Any, files: str | None, output: bool) -> Any:
         line = ACTIONS[action].partition("\n")[0]
         added = actions.add_parser(action, help=line, description=ACTIONS[action])
         added.set_defaults(run=run)
-        added.add_argument(
-            "weights", nargs=files, metavar="WEIGHTS", help=".pth, .safetensors or a bundled name"
-        )
-        added.add_argument(
-            "--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)"
-        )
+        weights = ".pth, .safetensors or a bundled name"
+        added.add_argument("weights", nargs=files, metavar="WEIGHTS", help=weights)
+        key = "in a .pth (default: params_ema, else params)"
+        added.add_argument("--param-key", metavar="KEY", help=key)
         if output:
             added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-        return added
+        return added.add_argument
 
     inspect = add("inspect", _inspect, "+", output=False)
-    inspect.add_argument("--json", action="store_true", help="print JSON, one line a file")
+    inspect("--json", action="store_true", help="print JSON, one line a file")
     convert = add("convert", _convert, None, output=True)
-    convert.add_argument(
-        "--set",
-        type=_argument,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of the network, such as tlc_flag=false; may be repeated",
-    )
-    convert.add_argument(
-        "--note",
-        type=_note,
-        action="append",
-        default=[],
-        metavar="NAME=TEXT",
-        help="a note for the file, such as licence=Apache-2.0; may be repeated",
-    )
-    convert.add_argument(
-        "--dtype",
-        choices=("fp32", "fp16"),
-        help="of the weights (default: unchanged); fp16 halves the size and rounds to 11 bits",
-    )
+    several = {"action": "append", "default": []}
+    set_help = "an argument of the network, such as tlc_flag=false; may be repeated"
+    convert("--set", type=_argument, **several, metavar="NAME=VALUE", help=set_help)
+    note = "a note for the file, such as licence=Apache-2.0; may be repeated"
+    convert("--note", type=_note, **several, metavar="NAME=TEXT", help=note)
+    dtype = "of the weights (default: unchanged); fp16 halves the size and rounds to 11 bits"
+    convert("--dtype", choices=("fp32", "fp16"), help=dtype)
     add("average", _average, "+", output=True)
     transfer = add("transfer", _transfer, None, output=True)
-    transfer.add_argument("--scale", type=int, required=True, help="to train for, such as 4")
-    transfer.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    transfer("--scale", type=int, required=True, help="to train for, such as 4")
+    transfer("--seed", type=int, default=0, help="of the new weights (default: 0)")
     return parser
 
 

@@ -132,20 +132,6 @@ def _sub_image_sizes(database: Path) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in sizes]
 
 
-def _make_training_set(asked: argparse.Namespace, folder: Path, own_val: Path, patch: int) -> str:
-    """Make LMDBs in `folder`, without images that are held out; return a report."""
-    images = asked.hr.absolute()
-    if folder.absolute() != images and folder.absolute().is_relative_to(images):
-        raise UserError(f"{folder} would be within {images}: give a folder of images alone")
-    sources = training_sets.find_sources(asked.hr, asked.lr, [asked.scale])
-    if asked.val is None:
-        # With LR they are a complete test set.
-        sources = _hold_out(sources, own_val / (f"X{asked.scale}" if asked.lr else HELD_OUT))
-    cutting = training_sets.Cutting(patch=patch)
-    made = training_sets.build(sources, [asked.scale], folder, cutting=cutting, **_settings(asked))
-    return training_sets.report(made)
-
-
 def _hold_out(sources: Sequence[Source], folder: Path) -> list[Source]:
     """Link one in 10 images, 20 at most, into folder/HR and folder/LR; return the others."""
     if len(sources) < 2:
@@ -164,16 +150,10 @@ def _hold_out(sources: Sequence[Source], folder: Path) -> list[Source]:
     return [source for source in sources if source not in held_out]
 
 
-def _settings(asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that all data sets are made with."""
-    settings = {name: getattr(asked, name) for name in ("skip_bad", "overwrite")}
-    return {"workers": usable_cores(), **settings}
-
-
-def _find_or_make_sets(
+def _make_sets(
     asked: argparse.Namespace, hr: Path | None, name: str, patch: int
-) -> tuple[dict[str, Any], list[str]]:
-    """Find or make the data sets.
+) -> tuple[dict[str, Path], str, list[str]]:
+    """Make the data sets that are not prepared yet.
 
     Args:
         asked: Arguments of `dlgsanet new-options`.
@@ -182,13 +162,22 @@ def _find_or_make_sets(
         patch: Side of a patch in LR pixels.
 
     Returns:
-        `hr`, `lr`, `val`, a folder with HR and LR, and `val_name`; and reports on what was made.
+        The paths `hr`, `lr`, `val_hr` and `val_lr`; the name of the validation set; and reports.
     """
-    reports = []
+    settings = {"workers": usable_cores(), "skip_bad": asked.skip_bad, "overwrite": asked.overwrite}
+    scales, reports = [asked.scale], []
     own_val = asked.root / "datasets" / "benchmark" / f"{name}_val"
     if hr is None:
-        folder = asked.root / "datasets" / name
-        reports.append(_make_training_set(asked, folder, own_val, patch))
+        folder, images = asked.root / "datasets" / name, asked.hr.absolute()
+        if folder.absolute() != images and folder.absolute().is_relative_to(images):
+            raise UserError(f"{folder} would be within {images}: give a folder of images alone")
+        sources = training_sets.find_sources(asked.hr, asked.lr, scales)
+        if asked.val is None:  # with LR they are a complete test set
+            held_out = own_val / (f"X{asked.scale}" if asked.lr else HELD_OUT)
+            sources = _hold_out(sources, held_out)
+        cutting = training_sets.Cutting(patch=patch)
+        made = training_sets.build(sources, scales, folder, cutting=cutting, **settings)
+        reports.append(training_sets.report(made))
         hr, lr = (folder / database_name(scale) for scale in (1, asked.scale))
     else:
         lr = asked.lr or hr.with_name(database_name(asked.scale))
@@ -197,14 +186,12 @@ def _find_or_make_sets(
     if (val / HELD_OUT).is_dir():
         val = val / HELD_OUT
     prepared = [part for part in (val / f"X{asked.scale}", val) if (part / "LR").is_dir()]
-    if prepared:
-        val = prepared[0]
-    else:
+    if not prepared:
         target = own_val.with_name(val_name)
-        made = benchmark.build(val_name, val, target, [asked.scale], **_settings(asked))
-        reports.append(benchmark.report(made))
-        val = target / f"X{asked.scale}"
-    return {"hr": hr, "lr": lr, "val": val, "val_name": val_name}, reports
+        reports.append(benchmark.report(benchmark.build(val_name, val, target, scales, **settings)))
+        prepared = [target / f"X{asked.scale}"]
+    paths = {"hr": hr, "lr": lr, "val_hr": prepared[0] / "HR", "val_lr": prepared[0] / "LR"}
+    return paths, val_name, reports
 
 
 def _slug(name: str) -> str:
@@ -216,13 +203,6 @@ def _quoted(path: Path, root: Path) -> str:
     path, root = path.absolute(), root.absolute()
     text = str(path.relative_to(root) if path.is_relative_to(root) else path)
     return json.dumps(str(path) if text.startswith("~") else text, ensure_ascii=False)
-
-
-def _weights(path: Path | None, root: Path) -> str:
-    """Return the weights to start from as an option file has them."""
-    if path is None:
-        return "~"
-    return str(path) if str(path) in bundled_weights() else _quoted(path, root)
 
 
 def _write(files: Sequence[Path], values: Mapping[str, Any], root: Path) -> None:
@@ -249,8 +229,9 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
     Raises:
         UserError: Something is wrong with the arguments, images, weights, memory or disk.
     """
-    if not asked.root.is_dir():
-        raise UserError(f"--root: folder {asked.root} does not exist")
+    root, weights = asked.root, asked.weights
+    if not root.is_dir():
+        raise UserError(f"--root: folder {root} does not exist")
     databases = (asked.hr, asked.hr / database_name(1))
     hr = next((path for path in databases if (path / META_INFO).is_file()), None)
     data_name = _slug((hr.parent if hr else asked.hr).absolute().name)
@@ -262,45 +243,33 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
 
     published = shipped.path_of(f"{asked.variant}_x{asked.scale}", train=True)
     network = options.load(published)["network_g"]
-    if asked.weights is not None:
-        check_compatible(read_weights(asked.weights), network)
+    start = "~"
+    if weights is not None:
+        check_compatible(read_weights(weights), network)
+        start = str(weights) if str(weights) in bundled_weights() else _quoted(weights, root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = int(asked.memory * _GIB) if asked.memory else memory.free_memory(device)
     patch, parts = fit(network, free, asked.patch)
 
-    sets, notes = _find_or_make_sets(asked, hr, data_name, patch)
-    sizes = _sub_image_sizes(sets["hr"])
+    paths, val_name, notes = _make_sets(asked, hr, data_name, patch)
+    sizes = _sub_image_sizes(paths["hr"])
     seconds = None if asked.memory else iteration_seconds(network, patch, device)
-    plan = schedule(sizes, asked.weights is not None, asked.iterations, seconds)
-    values = {
-        **plan,
-        **{key: network[key] for key in ("dim", "groups", "blocks", "tlc_kernel")},
-        "name": name,
-        "variant": asked.variant,
-        "scale": asked.scale,
-        "data_name": data_name,
-        "hr": _quoted(sets["hr"], asked.root),
-        "lr": _quoted(sets["lr"], asked.root),
-        "val_name": sets["val_name"],
-        "val_hr": _quoted(sets["val"] / "HR", asked.root),
-        "val_lr": _quoted(sets["val"] / "LR", asked.root),
-        "patch": patch,
-        "gt_size": patch * asked.scale,
-        "accumulation": parts,
-        "workers": min(6, usable_cores() // 2),
-        "weights": _weights(asked.weights, asked.root),
-    }
-    _write(files, values, asked.root)
+    plan = schedule(sizes, weights is not None, asked.iterations, seconds)
+    given = {"name": name, "variant": asked.variant, "scale": asked.scale, "data_name": data_name}
+    fitted = {"patch": patch, "gt_size": patch * asked.scale, "accumulation": parts}
+    quoted = {key: _quoted(path, root) for key, path in paths.items()}
+    rest = {"val_name": val_name, "workers": min(6, usable_cores() // 2), "weights": start}
+    _write(files, network | plan | given | fitted | quoted | rest, root)
     step = step_bytes(network, BATCH // parts * patch**2) / _GIB
+    val = paths["val_hr"].parent
     notes += [
-        f"{len(sizes):,} sub-images, {plan['iterations']:,} iterations; validation: {sets['val']}",
+        f"{len(sizes):,} sub-images, {plan['iterations']:,} iterations; validation: {val}",
         f"{BATCH // parts} of {BATCH} patches of {patch}x{patch} at once take about {step:.1f} GiB "
         f"of {free / _GIB:.1f} GiB",
     ]
     if seconds is not None:
-        hours = plan["iterations"] * seconds / 3600
         notes.append(
             f"an iteration takes about {seconds:.2g} s on this {device.type}, all of them "
-            f"{hours:,.1f} hours; --iterations changes that"
+            f"{plan['iterations'] * seconds / 3600:,.1f} hours; --iterations changes that"
         )
     return files, notes
