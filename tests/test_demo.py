@@ -1,23 +1,18 @@
-import functools
 import importlib.util
 import signal
 import sys
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.matlab_functions import imresize
+from helpers import decoded_entries
 
 from dlgsanet_arch import cli, data, options
 from dlgsanet_arch.data import demo
-from dlgsanet_arch.data.training_sets import Summary
 from dlgsanet_arch.errors import UserError
-
-TRAIN = ("left.png", "wide.png")
-VALIDATION = ("face.png",)
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
@@ -29,27 +24,17 @@ def image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
+def source(tmp_path, monkeypatch) -> Path:
     """Stand-ins for the photographs: sides that are not multiples of anything."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     sizes = {"left.png": (145, 200), "wide.png": (121, 330), "face.png": (51, 63)}
     for seed, (name, size) in enumerate(sizes.items()):
         assert cv2.imwrite(str(folder / name), image(*size, seed))
+    monkeypatch.setattr(demo, "images_folder", lambda: folder)
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", ("left.png", "wide.png"))
+    monkeypatch.setattr(demo, "VALIDATION_IMAGES", ("face.png",))
     return folder
-
-
-def prepare(folder: Path, source: Path, **changes) -> Summary:
-    arguments = {"source": source, "train": TRAIN, "validation": VALIDATION, **changes}
-    return demo.prepare(folder, **arguments)
-
-
-def read_lmdb(path: Path) -> dict[str, np.ndarray]:
-    with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as reader:
-        return {
-            bytes(key).decode(): cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_UNCHANGED)
-            for key, value in reader.cursor()
-        }
 
 
 def matlab_lr(hr: np.ndarray, scale: int) -> np.ndarray:
@@ -57,51 +42,41 @@ def matlab_lr(hr: np.ndarray, scale: int) -> np.ndarray:
     return np.clip(np.round(lr), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
-def test_lr_is_matlabs_bicubic_of_hr_at_the_same_place(tmp_path, source, scale):
+def test_lr_is_matlabs_bicubic_of_hr_at_the_same_place(tmp_path, source):
     folder = tmp_path / "demo"
-    prepare(folder, source, scale=scale)
-    hr = read_lmdb(folder / "train_HR_sub.lmdb")
-    lr = read_lmdb(folder / f"train_LR_bicubic_X{scale}_sub.lmdb")
+    demo.prepare(folder)
+    hr, lr = (
+        decoded_entries(folder / name)
+        for name in ("train_HR_sub.lmdb", "train_LR_bicubic_X4_sub.lmdb")
+    )
     assert hr.keys() == lr.keys()
-    meta = [
-        (folder / name / "meta_info.txt").read_text().splitlines()
-        for name in ("train_HR_sub.lmdb", f"train_LR_bicubic_X{scale}_sub.lmdb")
-    ]
-    assert [line.split(".")[0] for line in meta[0]] == [line.split(".")[0] for line in meta[1]]
-    assert len(meta[0]) == len(hr)
-
     # left.png is cropped to 144x192; its sub-images start at 0, 24 down and 0, 60, 72 across.
     original = cv2.imread(str(source / "left.png"))[:144, :192]
-    small = matlab_lr(original, scale)
+    small = matlab_lr(original, 4)
     corners = [(top, left) for top in (0, 24) for left in (0, 60, 72)]
     keys = sorted(key for key in hr if key.startswith("left"))
-    assert len(keys) == len(corners)
     for key, (top, left) in zip(keys, corners, strict=True):
         assert np.array_equal(hr[key], original[top : top + 120, left : left + 120])
-        rows, columns = (slice(start // scale, (start + 120) // scale) for start in (top, left))
+        rows, columns = (slice(start // 4, (start + 120) // 4) for start in (top, left))
         assert np.array_equal(lr[key], small[rows, columns])
-
-    face = cv2.imread(str(source / "face.png"))
-    face = face[: 51 // scale * scale, : 63 // scale * scale]
-    validation = folder / "val" / f"X{scale}"
+    face = cv2.imread(str(source / "face.png"))[:48, :60]
+    validation = folder / "val" / "X4"
     assert np.array_equal(cv2.imread(str(validation / "HR" / "face.png")), face)
-    assert np.array_equal(cv2.imread(str(validation / "LR" / "face.png")), matlab_lr(face, scale))
+    assert np.array_equal(cv2.imread(str(validation / "LR" / "face.png")), matlab_lr(face, 4))
 
 
 def test_basicsr_reads_the_pairs(tmp_path, source, repository):
     folder = tmp_path / "demo"
-    prepare(folder, source)
+    demo.prepare(folder)
     file = options.load(repository / "options" / "train" / "demo.yml")
-    training, scale = file["datasets"], file["scale"]
     for phase, count in (("train", 11), ("val", 1)):
-        dataset = {**training[phase], "phase": phase, "scale": scale}
+        dataset = {**file["datasets"][phase], "phase": phase, "scale": file["scale"]}
         for key in ("dataroot_gt", "dataroot_lq"):
             dataset[key] = dataset[key].replace("datasets/demo", str(folder))
         pairs = PairedImageDataset(dataset)
         assert len(pairs) == count
         pair = pairs[0]
-        assert [scale * side for side in pair["lq"].shape[1:]] == list(pair["gt"].shape[1:])
+        assert [4 * side for side in pair["lq"].shape[1:]] == list(pair["gt"].shape[1:])
 
 
 def test_no_photograph_is_on_both_sides():
@@ -115,43 +90,18 @@ def test_no_photograph_is_on_both_sides():
     assert available.issuperset({*demo.TRAIN_IMAGES, *demo.VALIDATION_IMAGES})
 
 
-def test_a_complete_preparation_is_reused_and_what_is_missing_is_made(tmp_path, source):
+def test_what_is_missing_or_of_other_photographs_is_made(tmp_path, source):
     folder = tmp_path / "demo"
-    assert prepare(folder, source).cut == 2
-    assert prepare(folder, source).cut == 0
+    assert demo.prepare(folder).cut == 2
     lr = folder / "val" / "X4" / "LR" / "face.png"
     whole = lr.read_bytes()
     lr.unlink()
-    assert prepare(folder, source).cut == 0
+    assert demo.prepare(folder).cut == 0
     assert lr.read_bytes() == whole
-    assert prepare(folder, source, scale=2).databases.keys() == {
-        folder / "train_HR_sub.lmdb",
-        folder / "train_LR_bicubic_X2_sub.lmdb",
-    }
-
-
-def test_other_photographs_replace_what_was_made_from_the_first(tmp_path, source):
-    folder = tmp_path / "demo"
-    prepare(folder, source)
     assert cv2.imwrite(str(source / "left.png"), image(145, 200, 7))
-    assert prepare(folder, source).cut == 2
-    first = read_lmdb(folder / "train_HR_sub.lmdb")["left_s001"]
+    assert demo.prepare(folder).cut == 2
+    first = decoded_entries(folder / "train_HR_sub.lmdb")["left_s001"]
     assert np.array_equal(first, image(145, 200, 7)[:120, :120])
-
-
-def test_an_interrupted_preparation_is_completed(tmp_path, source, monkeypatch):
-    folder = tmp_path / "demo"
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(demo, "_write_validation", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(folder, source)
-    assert prepare(folder, source).cut == 0
-    assert (folder / "val" / "X4" / "HR" / "face.png").is_file()
-    assert not list(folder.rglob("*.unfinished"))
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, source):
@@ -159,23 +109,21 @@ def test_what_is_not_ours_is_left_alone(tmp_path, source):
     database.mkdir(parents=True)
     (database / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="move it away"):
-        prepare(tmp_path / "demo", source)
+        demo.prepare(tmp_path / "demo")
     assert (database / "thesis.txt").read_text() == "mine"
 
 
 def test_a_missing_photograph_is_named(tmp_path, source):
     (source / "face.png").unlink()
     with pytest.raises(UserError, match=r"face\.png cannot be opened.*scikit-image"):
-        prepare(tmp_path / "demo", source)
+        demo.prepare(tmp_path / "demo")
 
 
-def test_the_verb_prepares_below_its_root(tmp_path, source, monkeypatch):
-    images = {"source": source, "train": TRAIN, "validation": VALIDATION}
-    monkeypatch.setattr(demo, "prepare", functools.partial(demo.prepare, **images))
+def test_the_verb_prepares_below_its_root(tmp_path, source):
     assert cli.main(["data", "--root", str(tmp_path), "demo"]) == 0
     assert cli.main(["data", "demo", "--root", str(tmp_path / "other")]) == 0
     for root in (tmp_path, tmp_path / "other"):
-        assert len(read_lmdb(root / "datasets" / "demo" / "train_HR_sub.lmdb")) == 11
+        assert len(decoded_entries(root / "datasets" / "demo" / "train_HR_sub.lmdb")) == 11
 
 
 def test_the_verb_says_what_is_missing(monkeypatch, capsys):

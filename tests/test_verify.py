@@ -181,6 +181,11 @@ FAULTS = {
         12,
     ),
     "blank line": (lambda training: with_line(training / X2, ""), "has 1 blank lines", 12),
+    "without a list": (
+        lambda training: os.remove(training / X2 / "meta_info.txt"),
+        "has no meta_info.txt",
+        12,
+    ),
 }
 
 
@@ -189,11 +194,9 @@ def test_what_is_wrong_is_said_and_left_out_by_fix(training, fault, capsys):
     break_it, said, left = FAULTS[fault]
     break_it(training)
     before = {path: path.read_bytes() for path in training.rglob("data.mdb")}
-    said = said.format(hr=training / HR, lr=training / X3)
-    assert prepare("verify", training) == 1
-    assert said in capsys.readouterr().out
     assert prepare("verify", training, "--fix") == 1
     written = capsys.readouterr().out
+    assert said.format(hr=training / HR, lr=training / X3) in written
     new = [training / f"{name.removesuffix('.lmdb')}_fixed.lmdb" for name in (HR, X2, X3)]
     for name, fixed in zip((HR, X2, X3), new, strict=True):
         assert f"written without what was bad: {fixed}" in written
@@ -210,15 +213,7 @@ def by_opencv(method: int):
 
 
 @pytest.mark.parametrize(
-    "reduce",
-    [
-        lambda hr: hr[::2, ::2],
-        lambda hr: halved(np.roll(hr, 1, 0)),
-        by_opencv(cv2.INTER_NEAREST),
-        by_opencv(cv2.INTER_AREA),
-        by_opencv(cv2.INTER_CUBIC),
-    ],
-    ids=["sliced", "shifted", "nearest", "area", "cubic"],
+    "reduce", [lambda hr: halved(np.roll(hr, 1, 0)), by_opencv(cv2.INTER_AREA)]
 )
 def test_lr_that_is_not_bicubic_is_wrong_as_a_set(tmp_path, reduce, capsys):
     save_pairs(tmp_path / "X2", reduce)
@@ -269,16 +264,13 @@ def verify_options(training: Path, written: dict, *more: object) -> int:
     return prepare("--root", training, "verify", "-opt", path, *more)
 
 
-def test_the_sets_of_an_option_file_are_opened(training, capsys):
+def test_the_sets_of_an_option_file_are_opened_and_can_be_chosen(training, capsys):
     save_pairs(training / "val", halved, names=("astronaut.png",))
-    assert verify_options(training, options(training)) == 0
+    # a template does not concern databases
+    assert verify_options(training, options(training, filename_tmpl="{}x2")) == 0
     said = capsys.readouterr().out
     assert "train (mine): 12 pairs at scale 2: good" in said
     assert "val (held out): 1 pairs at scale 2: good" in said
-
-
-def test_sets_can_be_chosen_by_phase_or_name(training, capsys):
-    save_pairs(training / "val", halved, names=("astronaut.png",))
     for name in ("held out", "val"):
         assert verify_options(training, options(training), "--sets", name) == 0
         assert "1 of 1 data sets are good" in capsys.readouterr().out
@@ -291,18 +283,14 @@ def test_a_shipped_option_file_goes_by_its_name(tmp_path, capsys):
     assert "train_HR_sub.lmdb does not exist" in capsys.readouterr().out
 
 
-def test_a_template_does_not_concern_databases(training):
-    save_pairs(training / "val", halved, names=("astronaut.png",))
-    assert verify_options(training, options(training, filename_tmpl="{}x2")) == 0
-
-
-def test_images_below_gt_size_are_named(training, capsys):
+def test_images_below_gt_size_are_named_and_do_not_flood(training, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "MOST_LISTED", 5)
     save_pairs(training / "val", halved, names=("astronaut.png",))
     assert verify_options(training, options(training, gt_size=256)) == 1
-    assert (
-        "coffee_s001: HR has 240 x 240 pixels, smaller than 256 x 256 pixels, gt_size"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert said.count("HR has 240 x 240 pixels, smaller than 256 x 256 pixels, gt_size") == 5
+    assert "and 7 lines more of this kind" in said
+    assert "12 of 12 pairs are bad" in said
 
 
 def test_test_images_inside_the_training_set_are_named(training, capsys):
@@ -316,34 +304,17 @@ def test_test_images_inside_the_training_set_are_named(training, capsys):
     assert "chelsea_s001: shows" not in said
 
 
-def test_names_follow_the_template(tmp_path, capsys):
-    save_pairs(tmp_path / "val", halved)
-    for path in (tmp_path / "val" / "LR").iterdir():
-        path.rename(path.with_name(f"{path.stem}x2.png"))
-    written = options(tmp_path)
-    del written["datasets"]["train"]
-    assert verify_options(tmp_path, written) == 1
-    assert "3 of 3 images" in capsys.readouterr().out
-    written["datasets"]["val"]["filename_tmpl"] = "{}x2"
-    assert verify_options(tmp_path, written) == 0
-
-
-def test_folders_are_fixed_into_databases(tmp_path, capsys):
+def test_faults_of_folders_are_named(tmp_path, capsys):
     save_pairs(tmp_path / "X2", halved)
     (tmp_path / "X2" / "LR" / "coffee.png").write_bytes(b"")
     (tmp_path / "X2" / "HR" / "notes.txt").write_text("not an image")
     (tmp_path / "X2" / "HR" / "more").mkdir()
-    assert prepare("verify", tmp_path / "X2", "--fix") == 1
+    assert prepare("verify", tmp_path / "X2") == 1
     said = capsys.readouterr().out
     assert "coffee.png: LR is empty" in said
     assert "files that are not images" in said
     assert "notes.txt" in said
     assert f"BasicSR passes over folders in {tmp_path / 'X2' / 'HR'}: 'more'" in said
-    for part in ("HR", "LR"):
-        fixed = entries(tmp_path / "X2" / f"{part}_fixed.lmdb")
-        assert fixed.keys() == {"chelsea", "motorcycle_left"}
-        original = cv2.imread(str(tmp_path / "X2" / part / "chelsea.png"))
-        assert np.array_equal(decoded(fixed["chelsea"]), original)
 
 
 def test_images_without_partners_are_verified_alone(tmp_path, capsys):
@@ -373,22 +344,11 @@ def test_what_cannot_be_verified_is_named(tmp_path, monkeypatch, arguments, said
     assert said in capsys.readouterr().err
 
 
-def no_bytes(data: bytes) -> bytes:
-    return b""
-
-
-def other_bytes(data: bytes) -> bytes:
-    return b"not an lmdb" * 1000
-
-
-def cut_short(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-@pytest.mark.parametrize("damage", [no_bytes, other_bytes, cut_short])
-def test_a_damaged_database_is_named_and_the_others_are_verified(training, damage, capsys):
+@pytest.mark.parametrize("length", [0, 5000, None])
+def test_a_damaged_database_is_named_and_the_others_are_verified(training, length, capsys):
     file = training / X2 / "data.mdb"
-    file.write_bytes(damage(file.read_bytes()))
+    data = file.read_bytes() if length != 5000 else b"not an lmdb" * 1000
+    file.write_bytes(data[: len(data) // 2 if length is None else length])
     assert prepare("verify", training, "--fix") == 1
     said = capsys.readouterr().out
     assert f"wrong: {training / X2} " in said
@@ -421,7 +381,7 @@ def test_the_whole_tree_is_good_as_it_was_made(made, tmp_path, capsys):
     assert "benchmark/Set5/X4/LR: 1 pairs at scale 4: good" in said
 
 
-def test_folders_to_train_and_to_test_on_are_told_by_their_names(tmp_path, capsys):
+def test_folders_to_train_and_to_test_on_are_detected_by_their_names(tmp_path, capsys):
     for folder, names in (("mine", PHOTOGRAPHS), ("set 14/HR", ["coffee.png"])):
         (tmp_path / folder).mkdir(parents=True)
         for name in names:
@@ -432,7 +392,7 @@ def test_folders_to_train_and_to_test_on_are_told_by_their_names(tmp_path, capsy
     assert said.count("wrong:") == 1
 
 
-def test_a_image_of_a_test_set_is_named_once_for_all_scales(training, capsys):
+def test_an_image_of_a_test_set_is_named_once_for_all_scales(training, capsys):
     for scale in (2, 3):
         save_pairs(training / "val" / f"X{scale}", halved, names=("coffee.png",))
     assert prepare("verify", training) == 1
@@ -460,29 +420,13 @@ def test_lr_may_have_the_scale_in_its_names(tmp_path, capsys):
     assert "3 pairs at scale 2: good" in capsys.readouterr().out
 
 
-def test_hr_and_lr_that_were_exchanged_are_told_by_their_sizes(tmp_path, capsys):
+def test_hr_and_lr_that_were_exchanged_are_detected_by_their_sizes(tmp_path, capsys):
     save_pairs(tmp_path, halved)
     (tmp_path / "HR").rename(tmp_path / "small")
     (tmp_path / "LR").rename(tmp_path / "HR")
     (tmp_path / "small").rename(tmp_path / "LR")
     assert prepare("verify", tmp_path) == 1
     assert "HR has 144 x 180 pixels, and LR's 288 x 360 times 1" in capsys.readouterr().out
-
-
-def test_many_faults_do_not_flood_the_terminal(training, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "MOST_LISTED", 5)
-    save_pairs(training / "val", halved, names=("astronaut.png",))
-    assert verify_options(training, options(training, gt_size=256)) == 1
-    said = capsys.readouterr().out
-    assert said.count("smaller than 256 x 256 pixels") == 5
-    assert "and 7 lines more of this kind" in said
-    assert "12 of 12 pairs are bad" in said
-
-
-def test_a_missing_list_of_keys_is_named(training, capsys):
-    os.remove(training / X2 / "meta_info.txt")
-    assert prepare("verify", training) == 1
-    assert "has no meta_info.txt" in capsys.readouterr().out
 
 
 def test_entries_of_other_formats_are_fixed_into_png(training):
@@ -551,21 +495,10 @@ def test_a_value_beyond_the_file_s_pages_ends_in_a_message(tmp_path, capsys):
 
 
 def test_too_little_memory_is_said(training, capsys, monkeypatch):
+    def no_memory(*_, **__):
+        raise MemoryError
+
     monkeypatch.setattr(verify, "decode_8_bits", no_memory)
     save_pairs(training / "X2", halved)
     assert prepare("verify", training / "X2") == 1
     assert "chelsea.png: HR takes more memory than there is" in capsys.readouterr().out
-
-
-def no_memory(*_: object, **__: object) -> None:
-    raise MemoryError
-
-
-def test_names_that_differ_in_their_suffix_are_wrong(tmp_path, capsys):
-    save_pairs(tmp_path / "X2", halved)
-    for part in ("HR", "LR"):
-        pixels = cv2.imread(str(tmp_path / "X2" / part / "chelsea.png"))
-        assert cv2.imwrite(str(tmp_path / "X2" / part / "chelsea.bmp"), pixels)
-    assert prepare("verify", tmp_path) == 1
-    said = capsys.readouterr().out
-    assert "have one name but for the suffix: 'chelsea.bmp' and 'chelsea.png'" in said

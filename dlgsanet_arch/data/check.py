@@ -138,10 +138,11 @@ def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet
     Raises:
         UserError: It names none, or one without images.
     """
-    sets = options.get("datasets")
-    if not isinstance(sets, dict) or not sets:
+    context = Context(options, False, root, None)
+    sets = {phase: _pair_set(phase, context) for phase, _ in context.datasets()}
+    if not sets:
         raise UserError("the option file names no data sets: it has no `datasets`")
-    return {str(phase): _pair_set(str(phase), options, root) for phase in sets}
+    return sets
 
 
 def _is_training(phase: str) -> bool:
@@ -149,33 +150,24 @@ def _is_training(phase: str) -> bool:
     return phase.split("_")[0] == "train"
 
 
-def _least(phase: str, context: Context) -> tuple[int | None, str]:
-    """The smallest side of HR that a run can use, and why."""
-    dataset = context.section(f"datasets:{phase}")
-    if _is_training(phase):
-        least = dataset.get("gt_size")
-        fills_up = dataset.get("type") == "RealESRGANDataset"
-        return least if is_whole(least) and not fills_up else None, "gt_size"
-    metrics = context.section("val:metrics").values()
-    borders = [each.get("crop_border") for each in metrics if isinstance(each, Mapping)]
-    border = max((each for each in borders if is_whole(each)), default=0)
-    return 2 * border + 1, f"of which crop_border {border} leaves nothing"
-
-
-def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
-    dataset, scale = options["datasets"][phase], options.get("scale")
-    if not isinstance(dataset, Mapping):
-        raise UserError(f"datasets:{phase} is not a data set: write its options below it")
+def _pair_set(phase: str, context: Context) -> PairSet:
+    dataset, scale = context.section(f"datasets:{phase}"), context.value("scale")
 
     def path(key: str) -> Path | None:
         value = dataset.get(key)
-        return root / Path(value).expanduser() if isinstance(value, str) else None
+        return context.root / Path(value).expanduser() if isinstance(value, str) else None
 
     hr, lr = path("dataroot_gt"), path("dataroot_lq")
     if hr is None and lr is None:
         raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
-    context = Context(options, False, root, None)
-    least, why = _least(phase, context)
+    if _is_training(phase):
+        fills_up = dataset.get("type") == "RealESRGANDataset"
+        least, why = None if fills_up else dataset.get("gt_size"), "gt_size"
+    else:
+        metrics = context.section("val:metrics").values()
+        borders = [each.get("crop_border") for each in metrics if isinstance(each, Mapping)]
+        border = max((each for each in borders if is_whole(each)), default=0)
+        least, why = 2 * border + 1, f"of which crop_border {border} leaves nothing"
     in_lmdb = context.section(f"datasets:{phase}:io_backend").get("type") == "lmdb"
     return PairSet(
         name=f"{phase} ({dataset.get('name', 'unnamed')})",
@@ -183,7 +175,7 @@ def _pair_set(phase: str, options: Mapping[str, Any], root: Path) -> PairSet:
         lr=lr,
         scale=scale if is_whole(scale) and scale >= 1 else None,
         template=str(dataset.get("filename_tmpl", "{}")),
-        least=least,
+        least=least if is_whole(least) else None,
         why=why,
         role="train" if _is_training(phase) else "test",
         listing=None if in_lmdb else path("meta_info_file") or path("meta_info"),
@@ -233,14 +225,13 @@ def scan(
 
 
 def _scan_set(phase: str, context: Context, listing: str | None, found: Scan) -> None:
-    path, dataset = f"datasets:{phase}", context.section(f"datasets:{phase}")
+    path, whose = f"datasets:{phase}", owner(phase, context.section(f"datasets:{phase}"))
     keys = {"hr": "dataroot_gt", "lr": "dataroot_lq", "list": listing, "template": "filename_tmpl"}
     try:
-        checked = check_quickly(_pair_set(phase, context.options, context.root))
+        checked = check_quickly(_pair_set(phase, context))
     except (OSError, UserError) as error:
         found.problems.append(f"{path}: {error}")
         return
-    whose = owner(phase, dataset)
     found.problems += [f"{path}:{keys[part]}: {whose}: {text}" for part, text in checked.faults]
     found.warnings += [f"{path}:{keys[part]}: {text}" for part, text in checked.warnings]
     found.notes += [f"{path}: {note}" for note in checked.notes]
@@ -265,8 +256,7 @@ def batch_problems(
     count = samples.get("train")
     if not count or not is_whole(batch) or not is_number(ratio):
         return []
-    positions = math.ceil(count * ratio)
-    if positions >= batch * copies:
+    if math.ceil(count * ratio) >= batch * copies:
         return []
     whole = f"{batch} samples" + (f" for each of {copies} processes or GPUs" if copies > 1 else "")
     return [

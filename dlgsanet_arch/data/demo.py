@@ -9,7 +9,6 @@ the folder given to `prepare`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ TRAIN_IMAGES = (
 )
 VALIDATION_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png")
 
+SCALE = 4
 CUTTING = Cutting(crop=120, step=60, patch=24)
 
 
@@ -52,49 +52,37 @@ def images_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
-def _write_validation(folder: Path, source: Path, names: Sequence[str], scale: int) -> None:
+def _write_validation(folder: Path) -> None:
     """Write the pairs to validate on, whatever was there; a few images take no time."""
-    for name in names:
-        hr = crop_to_multiple(read_8_bits(source / name).pixels, scale)
-        for part, image in (("HR", hr), ("LR", bicubic(hr, 1 / scale))):
-            path = folder / "val" / f"X{scale}" / part / f"{Path(name).stem}.png"
+    for name in VALIDATION_IMAGES:
+        hr = crop_to_multiple(read_8_bits(images_folder() / name).pixels, SCALE)
+        for part, image in (("HR", hr), ("LR", bicubic(hr, 1 / SCALE))):
+            path = folder / "val" / f"X{SCALE}" / part / f"{Path(name).stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, encode_png(image))
 
 
-def prepare(
-    folder: Path,
-    *,
-    scale: int = 4,
-    source: Path | None = None,
-    train: Sequence[str] = TRAIN_IMAGES,
-    validation: Sequence[str] = VALIDATION_IMAGES,
-    workers: int = 1,
-) -> Summary:
-    """Build what is missing of the demo's data set from photographs named by file.
+def prepare(folder: Path, *, workers: int = 1) -> Summary:
+    """Build what is missing of the demo's data set.
 
     Args:
         folder: Where the data set goes, such as ``datasets/demo``.
-        scale: 2, 3 or 4: HR side over LR side.
-        source: Folder of the photographs; scikit-image's own when None.
-        train: Photographs to train on.
-        validation: Photographs to validate on.
         workers: Processes that read and cut.
 
     Raises:
         UserError: A photograph is missing, or `folder` holds databases that were not made here.
-        ValueError: `scale` is not 2, 3 or 4.
     """
     from dlgsanet_arch.data import training_sets  # needs lmdb, which `images_folder` does not
 
-    source = images_folder() if source is None else source
-    sources = [training_sets.Source(Path(name).stem, source / name) for name in train]
+    sources = [
+        training_sets.Source(Path(name).stem, images_folder() / name) for name in TRAIN_IMAGES
+    ]
     summary = training_sets.build(
-        sources, [scale], folder, cutting=CUTTING, workers=workers, overwrite=True
+        sources, [SCALE], folder, cutting=CUTTING, workers=workers, overwrite=True
     )
     try:
         with disk_faults_named(f"{folder} cannot be written"):
-            _write_validation(folder, source, validation, scale)
+            _write_validation(folder)
     except ImageError as error:
         raise UserError(f"{error}; the photographs are part of scikit-image's wheel") from error
     return summary

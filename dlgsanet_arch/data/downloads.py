@@ -39,7 +39,7 @@ def _empty(file: BinaryIO) -> None:
 
 
 def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) -> int:
-    """Start the file again, record its version and return its length."""
+    """Empty the file, record its version on the server and return its length."""
     headers = response.headers
     length = headers.get("Content-Length", "")
     if not re.fullmatch("[0-9]{1,15}", length) or "Content-Encoding" in headers:
@@ -51,23 +51,16 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
     return int(length)
 
 
-def _read_record(record: Path, url: str) -> tuple[int | None, str | None]:
-    """Length and version of the file that a record states; None for what it does not."""
-    known = read_json(record) or {}
-    length, validator = known.get("length"), known.get("validator")
-    if known.get("url") != url or not isinstance(length, int):
-        return None, None
-    return length, validator if isinstance(validator, str) else None
-
-
 def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, name: str) -> None:
     """Request what a file lacks over one connection; raises RequestException if that breaks."""
-    size = file.tell()
-    length, validator = _read_record(record, url)
-    if size and size == length:
-        return
+    size = file.seek(0, os.SEEK_END)
+    known = read_json(record) or {}
+    length, validator = known.get("length"), known.get("validator")
+    resumes = size > 0 and known.get("url") == url and isinstance(length, int)
+    if resumes and size == length:
+        return None
     headers = {"Accept-Encoding": "identity"}
-    if size and validator:
+    if resumes and isinstance(validator, str):
         headers |= {"Range": f"bytes={size}-", "If-Range": validator}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (206, 416) and "Range" in headers:
@@ -76,8 +69,7 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
             rest = f"bytes {size}-{length - 1}/{length}"
             if not same or response.headers.get("Content-Range") != rest:
                 _empty(file)
-                _fetch(session, url, file, record, name)
-                return
+                return _fetch(session, url, file, record, name)
         elif response.status_code == 200:
             size, length = 0, _begin(url, response, file, record)
         else:
@@ -89,6 +81,7 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
                 bar.update(len(chunk))
     if file.tell() != length:
         raise requests.ConnectionError(f"{file.tell():,} of {length:,} bytes were received")
+    return None
 
 
 def _reason(error: BaseException) -> str:
@@ -105,8 +98,7 @@ def _fetch_all(url: str, file: BinaryIO, record: Path, target: Path) -> None:
     with requests.Session() as session:
         while True:
             try:
-                _fetch(session, url, file, record, target.name)
-                return
+                return _fetch(session, url, file, record, target.name)
             except NETWORK_ERRORS as error:
                 reason = _reason(error)
                 if file.tell() > most:
@@ -143,7 +135,7 @@ def download(url: str, target: Path, sha256: str | None = None) -> None:
     Args:
         url: An address of http or https. Proxies are taken from the environment.
         target: Where the file goes.
-        sha256: The hash of the published file in hexadecimal, None where it is not known.
+        sha256: The hash of the published file in hexadecimal, None if it is not known.
 
     Raises:
         UserError: The network or the server fails, the hash differs, the disk is full, or another

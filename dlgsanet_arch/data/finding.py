@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path, PurePath
@@ -75,32 +75,28 @@ def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
     return parts, str(relative)
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    if Path(entry.name).suffix.lower() not in SUFFIXES:
-        return False
-    # A link to nothing counts, and reading it says so: an image is missing there.
-    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
-
-
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield every image below a folder, each folder read once however many links lead to it."""
-    folders, linked = deque([folder]), deque[Path]()
+
+    def failed(error: OSError) -> None:
+        raise error
+
     seen = set()
-    while folders or linked:
-        # links last: what is reachable without a link is named without it
-        current = folders.popleft() if folders else linked.popleft()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=failed):
+        current = Path(name)
         status = current.stat()
         if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):  # unlike the entry, calm about links to themselves
-                    (linked if entry.is_symlink() else folders).append(current / entry.name)
-                elif _is_image(entry):
-                    yield current / entry.name
+        # links last: images in folders beside them are named without them
+        visible = (each for each in folders if not each.startswith("."))
+        folders[:] = sorted(visible, key=lambda each: ((current / each).is_symlink(), each))
+        for path in (current / each for each in files if not each.startswith(".")):
+            # A link to nothing counts, and reading it says so: an image is missing there.
+            is_file = path.is_symlink() or path.is_file()
+            if is_file and path.suffix.lower() in SUFFIXES:
+                yield path
 
 
 def walk_images(folder: Path) -> list[Path]:

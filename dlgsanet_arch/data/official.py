@@ -5,14 +5,13 @@ Dataset and Study", CVPR Workshops 2017. Flickr2K: B. Lim et al., "Enhanced Deep
 for Single Image Super-Resolution", CVPR Workshops 2017. Both come with LR by MATLAB's bicubic.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dlgsanet_arch.data.archives import extract
 from dlgsanet_arch.data.downloads import download
-from dlgsanet_arch.data.training_sets import Source, find_sources
+from dlgsanet_arch.data.training_sets import Source, pair
 from dlgsanet_arch.errors import UserError
 
 
@@ -73,23 +72,19 @@ PUBLISHED = {
 }
 
 
-def _folders(part: Part, places: Sequence[Path]) -> Iterator[Path]:
-    return (
-        place / folder for place in places for folder in part.folders if (place / folder).is_dir()
-    )
+def _folder(part: Part, places: Sequence[Path]) -> Path | None:
+    paths = (place / folder for place in places for folder in part.folders)
+    return next((path for path in paths if path.is_dir()), None)
 
 
-def _archives(part: Part, places: Sequence[Path]) -> Iterator[Path]:
-    return (place / part.archive for place in places if (place / part.archive).is_file())
+def _archive(part: Part, places: Sequence[Path]) -> Path | None:
+    paths = (place / part.archive for place in places)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str) -> None:
-    missing = [
-        part.archive
-        for part in parts
-        if not any((*_folders(part, places), *_archives(part, places)))
-    ]
-    names = list(dict.fromkeys(missing))
+    missing = [part for part in parts if not (_folder(part, places) or _archive(part, places))]
+    names = list(dict.fromkeys(part.archive for part in missing))
     for number, name in enumerate(names, 1):
         try:
             sha256 = PUBLISHED.get(name) if server == DIV2K.server else None
@@ -101,13 +96,13 @@ def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str
 
 
 def _located(part: Part, places: Sequence[Path]) -> Path:
-    """The folder of a set's images, unpacked from its archive where it is not there yet."""
-    folder = next(_folders(part, places), None)
+    """The folder of a set's images, unpacked from its archive if it is not there yet."""
+    folder = _folder(part, places)
     if folder is not None:
         return folder
-    archive = next(_archives(part, places))
+    archive = _archive(part, places)
     extract(archive, places[0] / part.unpacked)
-    folder = next(_folders(part, places[:1]), None)
+    folder = _folder(part, places[:1])
     if folder is None:
         raise UserError(
             f"{archive} was unpacked and holds none of the folders {', '.join(part.folders)}: "
@@ -125,7 +120,7 @@ def sources(
         official: The set.
         scales: HR side over LR side.
         places: Folders to look in; what is downloaded or unpacked goes into the first.
-        mirror: A server to take instead of the official one.
+        mirror: A server to use instead of the official one.
 
     Raises:
         UserError: Images cannot be had, or are not as many as were published.
@@ -134,14 +129,10 @@ def sources(
     lr = {scale: official.lr(scale) for scale in scales}
     _download_missing([official.hr, *lr.values()], places, server)
     hr = _located(official.hr, places)
-    by_scale = [find_sources(hr, _located(part, places), [scale]) for scale, part in lr.items()]
-    found = len(by_scale[0])
-    if found != official.images:
+    found = pair(hr, {scale: _located(part, places) for scale, part in lr.items()})
+    if len(found) != official.images:
         raise UserError(
-            f"{official.name} has {official.images} training images and {hr} holds {found}: "
+            f"{official.name} has {official.images} training images and {hr} holds {len(found)}: "
             "unpack its archive again, or use `train --hr` for a part of it"
         )
-    return [
-        replace(same[0], lr={scale: path for each in same for scale, path in each.lr.items()})
-        for same in zip(*by_scale, strict=True)
-    ]
+    return found

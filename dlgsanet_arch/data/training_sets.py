@@ -103,6 +103,19 @@ def _partners(hr: Path, lr: Path, scale: int) -> dict[str, Path]:
     return partners
 
 
+def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
+    """Find HR images and the LR images of the same names, in a folder for each scale.
+
+    Raises:
+        UserError: A folder is missing or empty, or images have no partner.
+    """
+    partners = {scale: _partners(hr, folder, scale) for scale, folder in lr.items()}
+    return [
+        Source(file.key, file.path, {scale: each[file.key] for scale, each in partners.items()})
+        for file in find_images(hr)
+    ]
+
+
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
     """Find HR images and, where LR is given, the LR images that belong to them.
 
@@ -112,16 +125,11 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
     Raises:
         UserError: A folder is missing or empty, or images have no partner.
     """
-    if lr is not None and not lr.is_dir():
+    if lr is None:
+        return pair(hr, {})
+    if not lr.is_dir():
         raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR images")
-    partners = {
-        scale: _partners(hr, _lr_folder(lr, scale, alone=len(scales) == 1), scale)
-        for scale in (scales if lr is not None else ())
-    }
-    return [
-        Source(file.key, file.path, {scale: each[file.key] for scale, each in partners.items()})
-        for file in find_images(hr)
-    ]
+    return pair(hr, {scale: _lr_folder(lr, scale, alone=len(scales) == 1) for scale in scales})
 
 
 def _lacks_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:

@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from pathlib import Path, PurePath
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
-from dlgsanet_arch.data.finding import SUFFIXES, image_key
+from dlgsanet_arch.data.finding import SUFFIXES
 from dlgsanet_arch.data.images import ImageError, decode_8_bits
 from dlgsanet_arch.data.listing import (
     Checked,
@@ -259,10 +259,7 @@ def _report_on(each: Checked) -> Iterator[str]:
     if len(bad) > MOST_LISTED:
         yield f"  and {len(bad) - MOST_LISTED} lines more of this kind"
     if each.bad:
-        yield (
-            f"  {len(each.bad)} of {len(each.pairs)} {each.what} are bad: fix them, or leave them "
-            "out by --fix"
-        )
+        yield f"  {len(each.bad)} of {len(each.pairs)} {each.what} are bad: fix or remove them"
 
 
 def report(verified: Sequence[Checked]) -> str:
@@ -272,25 +269,25 @@ def report(verified: Sequence[Checked]) -> str:
     return "\n".join([*lines, f"{good} of {len(verified)} data sets are good"])
 
 
-def _write_fixed(side: Side, names: Mapping[str, str]) -> Path:
-    """Write the good images of one side; they have their names there, by their new keys."""
+def _copy(side: Side, keys: Sequence[str]) -> Path:
+    """Write an LMDB of some entries of another one."""
     path = side.path.with_name(f"{side.path.name.removesuffix('.lmdb')}_fixed.lmdb")
-    digest = sha256("\n".join(f"{key} {name}" for key, name in names.items()).encode())
-    recipe = {"fixed": str(side.path.resolve()), "images": digest.hexdigest()}
+    digest = sha256("\n".join(keys).encode()).hexdigest()
+    recipe = {"fixed": str(side.path.resolve()), "images": digest}
     with one_writer(path.parent), disk_faults_named(f"{path} cannot be written"):
         if not is_finished(path, recipe, overwrite=True):
             with DatabaseWriter(path, recipe) as writer:
-                for key, name in names.items():
-                    data = side.read(name)
+                for key in keys:
+                    data = side.read(key)
                     if not data.startswith(b"\x89PNG"):
-                        data = encode_png(decode_8_bits(data, side.path / name, least=1).pixels)
+                        data = encode_png(decode_8_bits(data, side.path / key, least=1).pixels)
                     writer.put([(key, data)])
                 writer.finish()
     return path
 
 
 def fix(verified: Sequence[Checked]) -> list[Path]:
-    """Write new databases of the good images of the sets that have bad ones.
+    """Copy the good images of LMDBs that have bad ones to new LMDBs.
 
     Sets that share HR, as the scales of a training set do, lose the same images. The old ones
     stay as they are. LR by another kernel is not fixed.
@@ -306,24 +303,17 @@ def fix(verified: Sequence[Checked]) -> list[Path]:
     """
     by_hr: dict[Path, list[Checked]] = defaultdict(list)
     for each in verified:
-        if each.sides:
+        if each.sides and all(side.is_database for side in each.sides):
             by_hr[each.sides[0].path].append(each)
     written = []
     for path, sets in by_hr.items():
         if all(not each.bad and all(f.part == "kernel" for f in each.faults) for each in sets):
             continue
-        bad = {name for each in sets for name in each.bad}
-        pairs = [{pair[0]: pair for pair in each.pairs} for each in sets]
-        good = [name for name in pairs[0] if name not in bad and all(name in p for p in pairs)]
+        good = set.intersection(
+            *({key for key, *_ in each.pairs} - each.bad.keys() for each in sets)
+        )
         if not good:
             raise UserError(f"{path}: all images are bad, so a new set would be empty")
-        sides = {
-            side.path: (side, [pair[name][index] for name in good])
-            for each, pair in zip(sets, pairs, strict=True)
-            for index, side in enumerate(each.sides)
-        }
-        in_folders = not sets[0].sides[0].is_database
-        keys = [image_key(PurePath(name)) if in_folders else name for name in good]
-        for side, names in sides.values():
-            written.append(_write_fixed(side, dict(zip(keys, names, strict=True))))
+        sides = {side.path: side for each in sets for side in each.sides}
+        written += [_copy(side, sorted(good)) for side in sides.values()]
     return written
