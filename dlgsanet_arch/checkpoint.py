@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from dlgsanet_arch.configs import (  # noqa: F401 - a way to them
     ANCHOR,
     DEFAULTS,
-    at_scale,
+    LARGEST_SCALE,
+    TLC_KERNELS,
     check_compatible,
     described,
     infer_config,
@@ -50,10 +52,8 @@ _BESIDE = ("architecture", "config", "iteration", "checksum", "format")
 
 def bundled_weights() -> dict[str, Path]:
     """Return the files of weights that come with the package by name, such as "tiny_x4"."""
-    folder = resources.files("dlgsanet_arch").joinpath("weights")
-    files = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
-    paths = [Path(str(each)) for each in files]
-    return {path.stem: path for path in paths if path.suffix == ".safetensors"}
+    folder = Path(str(resources.files("dlgsanet_arch"))) / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def find_weights(weights: Path | str) -> Path:
@@ -71,37 +71,6 @@ def find_weights(weights: Path | str) -> Path:
         return known[str(weights)]
     hint = "" if path.suffix else suggest_or_list(weights, known)
     raise CheckpointError(f"the weights {path} cannot be read: No such file{hint}")
-
-
-def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
-    """Read a state dict, and what stands beside it in the file."""
-    if is_safetensors(path):
-        weights, beside = read_safetensors(path)
-    else:
-        beside = read_pth(path)
-        weights = _state_dict_in(beside, path, param_key)
-    _check_tensors(weights, path)
-    return _bare(weights), beside
-
-
-def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Tensor]:
-    """Read a network's state dict from a file.
-
-    Args:
-        path: A file, or the name of bundled weights. A `.safetensors` file, or one of torch.save:
-            a dict with state dicts under `params_ema` or `params`, as BasicSR writes it, or under
-            the keys of other trainers, or a bare state dict.
-        param_key: The key that holds the weights; without effect on `.safetensors`. None takes
-            the first of `WEIGHT_KEYS` that is there, else the file as a bare state dict.
-
-    Returns:
-        The state dict, its tensors on the CPU, its names without the prefixes of wrappers.
-
-    Raises:
-        CheckpointError: If the file cannot be read, is damaged or not a checkpoint, holds objects
-            other than tensors, or has no weights under `param_key` (the keys are listed).
-    """
-    return _read(find_weights(path), param_key)[0]
 
 
 def _is_state_dict(content: object) -> bool:
@@ -163,6 +132,37 @@ def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return bare
 
 
+def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
+    """Read a state dict, and what stands beside it in the file."""
+    if is_safetensors(path):
+        weights, beside = read_safetensors(path)
+    else:
+        beside = read_pth(path)
+        weights = _state_dict_in(beside, path, param_key)
+    _check_tensors(weights, path)
+    return _bare(weights), beside
+
+
+def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Tensor]:
+    """Read a network's state dict from a file.
+
+    Args:
+        path: A file, or the name of bundled weights. A `.safetensors` file, or one of torch.save:
+            a dict with state dicts under `params_ema` or `params`, as BasicSR writes it, or under
+            the keys of other trainers, or a bare state dict.
+        param_key: The key that holds the weights; without effect on `.safetensors`. None takes
+            the first of `WEIGHT_KEYS` that is there, else the file as a bare state dict.
+
+    Returns:
+        The state dict, its tensors on the CPU, its names without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: The file cannot be read, is damaged or not a checkpoint, holds objects
+            other than tensors, or has no weights under `param_key` (the keys are listed).
+    """
+    return _read(find_weights(path), param_key)[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A network's weights and what is known about them.
@@ -209,12 +209,10 @@ def _stated_config(beside: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     if beside.get("architecture") != _ARCHITECTURE:
         return {}
     config = beside.get("config")
-    try:
+    with suppress(ValueError, RecursionError):
         config = json.loads(config) if isinstance(config, str) else config
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the configuration in {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"the configuration in {path} is not an object of names and values")
+        raise CheckpointError(f"the configuration in {path} is not a JSON object: it is damaged")
     return config
 
 
@@ -233,7 +231,7 @@ def _complete(
         check_compatible(weights, complete)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"the configuration of {path} makes no DLGSANet: {error}") from error
     return complete
 
@@ -256,16 +254,16 @@ def read_checkpoint(
     weights, beside = _read(path, param_key)
     stated = _stated_config(beside, path)
     complete = _complete(weights, {**stated, **(config or {})}, path)
-    iteration = str(beside.get("iteration", ""))
-    if not re.fullmatch("[0-9]{1,18}", iteration):  # else it is in BasicSR's names
-        found = re.fullmatch(r"net_\w+?_([0-9]{1,18})", path.stem)
-        iteration = found[1] if found else ""
+    # Where the file does not state it, it is in BasicSR's names.
+    iteration = re.fullmatch("([0-9]{1,18})", str(beside.get("iteration", "")))
+    iteration = iteration or re.fullmatch(r"net_\w+?_([0-9]{1,18})", path.stem)
     notes = {
         name: text
         for name, text in beside.items()
         if isinstance(name, str) and isinstance(text, str) and name not in _BESIDE
     }
-    return Checkpoint(weights, complete, bool(stated), int(iteration) if iteration else None, notes)
+    trained = int(iteration[1]) if iteration else None
+    return Checkpoint(weights, complete, bool(stated), trained, notes)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
@@ -294,13 +292,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """Return the mean of several checkpoints' weights; the iteration is the last of theirs.
+    """Return the mean of one or more checkpoints' weights; the iteration is the last of theirs.
 
     Raises:
-        CheckpointError: There is none, or they are of different configurations.
+        CheckpointError: They are of different configurations.
     """
-    if not checkpoints:
-        raise CheckpointError("there are no checkpoints to average")
     first = checkpoints[0]
     for other in checkpoints[1:]:
         names = [name for name in first.config if first.config[name] != other.config.get(name)]
@@ -330,13 +326,16 @@ def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
     """
     if not checkpoint.config["upsampler"]:
         raise CheckpointError("these weights have no upsampler: they keep the size of an image")
-    config = at_scale(checkpoint.config, scale)
+    if not 1 <= scale <= LARGEST_SCALE:
+        raise CheckpointError(f"scale must be 1 to {LARGEST_SCALE}; got {scale}")
+    kernel = TLC_KERNELS.get(scale, checkpoint.config["tlc_kernel"])  # as published for the scale
+    config = {**checkpoint.config, "upscale": scale, "tlc_kernel": kernel}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             new = DLGSANet(**config).state_dict()
         except ValueError as error:
-            raise CheckpointError(f"there is no such network: {error}") from error
+            raise CheckpointError(f"the network cannot make x{scale}: {error}") from error
     kept = {
         name: tensor
         for name, tensor in checkpoint.weights.items()

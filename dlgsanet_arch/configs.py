@@ -38,7 +38,7 @@ _PUBLISHED = {
     "body_norm": False,
 }
 _VARIANTS = {(48, 3, 3): "Tiny", (48, 4, 3): "Light", (90, 6, 4): "Large"}
-_TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # by scale
+TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # by scale
 _NOT_IN_WEIGHTS = {"tlc_flag": True, "activation": "relu", "img_range": 1.0}
 
 
@@ -79,23 +79,17 @@ def _feed_forward(weights: Mapping[str, Tensor], dim: int, layer: str, kind: str
 
 def _local_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
     """Read the arguments of a layer with MHDLSA."""
-    mixer = f"{layer}.IDynamicDWConv.conv"
-    dynamic = f"{mixer}.conv2.0.weight" in weights
-    if dynamic:
+    mixer, found = f"{layer}.IDynamicDWConv.conv", {}
+    if dynamic := f"{mixer}.conv2.0.weight" in weights:
         window = _size(weights, f"{mixer}.conv1.1.weight", 3)
         filters = _size(weights, f"{mixer}.conv2.0.weight", 0) // window**2
         if not filters:
             raise CheckpointError(f"these are not weights of a DLGSANet: {mixer} makes no filters")
-        shared = dim // filters
+        found["idynamic_num_heads"] = dim // filters
     else:
         window = _size(weights, f"{mixer}.weight", 3)
-        shared = math.gcd(dim, 6)  # not in the weights; it must divide dim, and is 6 as published
-    return {
-        "window_size": window,
-        "idynamic_num_heads": shared,
-        "idynamic": dynamic,
-        **_feed_forward(weights, dim, f"{layer}.IDynamic_ffn", "idynamic"),
-    }
+    found |= _feed_forward(weights, dim, f"{layer}.IDynamic_ffn", "idynamic")
+    return {"window_size": window, "idynamic": dynamic, **found}
 
 
 def _global_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
@@ -118,6 +112,30 @@ def _reconstruction(weights: Mapping[str, Tensor], in_chans: int) -> dict[str, A
     return {"upsampler": "", "upscale": 1}
 
 
+def _detected(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the arguments that names and sizes of weights show; see `infer_config`."""
+    dim, in_chans = (_size(weights, ANCHOR, axis) for axis in (0, 1))
+    body_norm = f"{_DEEP}.0.body.weight" in weights
+    first_group = f"{_DEEP}.{int(body_norm)}.body."
+    has_local = f"{first_group}0.IDynamicDWConv.conv0.weight" in weights
+    first_global = f"{first_group}{int(has_local)}"
+    has_global = f"{first_global}.restormer_attn.temperature" in weights
+    if not (has_local or has_global):
+        raise CheckpointError(f"these are not weights of a DLGSANet: no layer at {first_group}0")
+    both = "sparseedge" if has_local and has_global else None
+    return {
+        "in_chans": in_chans,
+        "dim": dim,
+        "groups": _count(weights, f"{_DEEP}.") - 1 - 2 * body_norm,
+        "blocks": (_count(weights, first_group) - 1) // (has_local + has_global),
+        "buildblock_type": both or ("idynamic" if has_local else "restormer"),
+        "body_norm": body_norm,
+        **(_local_layer(weights, dim, f"{first_group}0") if has_local else {}),
+        **(_global_layer(weights, dim, first_global) if has_global else {}),
+        **_reconstruction(weights, in_chans),
+    }
+
+
 def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Detect the arguments of DLGSANet from its weights.
 
@@ -132,59 +150,20 @@ def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         The arguments, all but `input_resolution`: DLGSANet(**arguments) takes the weights.
 
     Raises:
-        CheckpointError: If the weights are not of a DLGSANet; the message says by which tensor.
+        CheckpointError: The weights are not of a DLGSANet; the message says by which tensor.
     """
-    dim, in_chans = (_size(weights, ANCHOR, axis) for axis in (0, 1))
-    body_norm = f"{_DEEP}.0.body.weight" in weights
-    first_group = f"{_DEEP}.{int(body_norm)}.body."
-    has_local = f"{first_group}0.IDynamicDWConv.conv0.weight" in weights
-    first_global = f"{first_group}{int(has_local)}"
-    has_global = f"{first_global}.restormer_attn.temperature" in weights
-    if not (has_local or has_global):
-        raise CheckpointError(f"these are not weights of a DLGSANet: no layer at {first_group}0")
-    config = {
-        **_PUBLISHED,
-        **_NOT_IN_WEIGHTS,
-        "in_chans": in_chans,
-        "dim": dim,
-        "groups": _count(weights, f"{_DEEP}.") - 1 - 2 * body_norm,
-        "blocks": (_count(weights, first_group) - 1) // (has_local + has_global),
-        "body_norm": body_norm,
-    }
-    if has_local:
-        config |= _local_layer(weights, dim, f"{first_group}0")
-    if has_global:
-        config |= _global_layer(weights, dim, first_global)
-    if not (has_local and has_global):
-        config["buildblock_type"] = "idynamic" if has_local else "restormer"
-    config |= _reconstruction(weights, in_chans)
-    config["tlc_kernel"] = _TLC_KERNELS.get(config["upscale"], 48)
-    return config
-
-
-def _detectable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the arguments that a state dict's names and sizes show, in one form for each."""
-    dim = config["dim"]
-    shown = {name: config[name] for name in (*_PUBLISHED, "dim", "groups", "blocks", "upscale")}
-    for name in ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"):
-        shown[name] = int(dim * shown[name]) / dim
-    if not shown["idynamic"]:
-        del shown["idynamic_num_heads"]
-    if not shown["upsampler"]:
-        shown["upscale"] = 1
-    absent = {"idynamic": "restormer_", "restormer": ("idynamic", "window_size")}
-    without = absent.get(shown["buildblock_type"])
-    return {
-        name: value for name, value in shown.items() if not (without and name.startswith(without))
-    }
+    found = _detected(weights)
+    kernel = TLC_KERNELS.get(found["upscale"], 48)
+    shared = math.gcd(found["dim"], _PUBLISHED["idynamic_num_heads"])  # it must divide dim
+    base = {**_PUBLISHED, **_NOT_IN_WEIGHTS, "tlc_kernel": kernel, "idynamic_num_heads": shared}
+    return base | found
 
 
 def name_of(config: Mapping[str, Any]) -> str:
     """Return "DLGSANet", with the variant and scale where it is a published one."""
-    shown = _detectable(config)
-    variant = _VARIANTS.get((shown["dim"], shown["groups"], shown["blocks"]))
-    if variant and all(shown.get(name) == value for name, value in _PUBLISHED.items()):
-        return f"DLGSANet {variant} x{shown['upscale']}"
+    variant = _VARIANTS.get((config["dim"], config["groups"], config["blocks"]))
+    if variant and all(config[name] == value for name, value in _PUBLISHED.items()):
+        return f"DLGSANet {variant} x{config['upscale']}"
     return "DLGSANet"
 
 
@@ -198,22 +177,8 @@ def described(config: Mapping[str, Any], names: list[str]) -> str:
     return f"{name_of(config)} ({arguments})"
 
 
-def _expected(config: Mapping[str, Any], tensors: int) -> dict[str, torch.Size]:
-    """Return the sizes of a network's tensors by name, if it can have as few as `tensors`."""
-    if config["groups"] * config["blocks"] * _LEAST_TENSORS > tensors:
-        raise CheckpointError(
-            f"{tensors} tensors are not the weights of {config['groups']} groups of "
-            f"{config['blocks']} blocks"
-        )
-    with torch.device("meta"):
-        network = DLGSANet(**config)
-    return {name: tensor.shape for name, tensor in network.state_dict().items()}
-
-
 def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Refuse weights that a DLGSANet of `config` does not take with strict=True.
-
-    Sizes are compared before a network is built, so that a wrong configuration costs nothing.
 
     Args:
         weights: A state dict, as `read_weights` returns it.
@@ -221,9 +186,9 @@ def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
             `type` is ignored.
 
     Raises:
-        CheckpointError: If the weights are of another configuration: the message names both (the
-            published variant where it is one) by the arguments that differ. Or if they are of no
-            DLGSANet, of none that this package can build, or not of floating-point numbers.
+        CheckpointError: The weights are of another configuration: the message names both (the
+            published variant where it is one) by the arguments that differ. Or they are not of a
+            DLGSANet that this package can build, or not floating-point numbers.
     """
     for name, tensor in weights.items():
         if tensor.dtype not in _FLOATS:
@@ -232,19 +197,29 @@ def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
                 f"{name} is of {dtype}; weights are of float32, float16, bfloat16 or float64"
             )
     asked = DEFAULTS | {name: value for name, value in config.items() if name != "type"}
-    inferred = infer_config(weights)
-    found, wanted = _detectable(inferred), _detectable(asked)
+    inferred, found = infer_config(weights), _detected(weights)
+    least = asked["groups"] * asked["blocks"] * _LEAST_TENSORS
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    if least > len(weights) or asked["in_chans"] * asked["dim"] > numbers:
+        names = ["in_chans", "dim", "groups", "blocks"]
+        raise CheckpointError(
+            f"{len(weights)} tensors of {numbers:,} numbers cannot be {described(asked, names)}"
+        )
+    with torch.device("meta"):
+        expected = DLGSANet(**asked).state_dict()
+    wanted = _detected(expected)
     differing = [name for name in wanted if name in found and found[name] != wanted[name]]
-    if {found["buildblock_type"], wanted["buildblock_type"]} == {"sparseedge", "edge"}:
-        differing.remove("buildblock_type")  # equal names and sizes
     if differing:
         raise CheckpointError(
             f"the weights are of another configuration: they are {described(inferred, differing)}; "
             f"asked for is {described(asked, differing)}"
         )
-    expected = _expected(asked, len(weights))
-    sizes = {name: tensor.shape for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected | sizes if expected.get(name) != sizes.get(name))
+    wrong = sorted(expected.keys() ^ weights.keys())
+    wrong += [
+        name
+        for name in expected
+        if name not in wrong and expected[name].shape != weights[name].shape
+    ]
     if wrong:
         raise CheckpointError(
             f"the weights do not fit {name_of(asked)}; absent, unknown or of another size: "
@@ -262,7 +237,7 @@ def published_configs() -> dict[str, dict[str, Any]]:
             **{"upscale": scale, "tlc_kernel": kernel},
         }
         for (dim, groups, blocks), variant in _VARIANTS.items()
-        for scale, kernel in _TLC_KERNELS.items()
+        for scale, kernel in TLC_KERNELS.items()
     }
 
 
@@ -282,15 +257,3 @@ def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[A
         apart = sum(abs(config[name] - published[name]) for name in ("dim", "groups", "blocks"))
         found.append((len(differing), apart, variant, differing))
     return min(found, key=lambda each: each[:2])[2:]
-
-
-def at_scale(config: Mapping[str, Any], scale: int) -> dict[str, Any]:
-    """Return a configuration for another scale, its windows of the published size for it.
-
-    Raises:
-        CheckpointError: The scale is out of range.
-    """
-    if not 1 <= scale <= LARGEST_SCALE:
-        raise CheckpointError(f"scale must be 1 to {LARGEST_SCALE}; got {scale}")
-    kernel = _TLC_KERNELS.get(scale, config["tlc_kernel"])
-    return {**config, "upscale": scale, "tlc_kernel": kernel}

@@ -53,7 +53,7 @@ def _check_records(path: Path, content: IO[bytes] | None = None) -> int:
         with zipfile.ZipFile(content or path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise CheckpointError(f"{path} is compressed, which no file of torch.save's is")
+                raise CheckpointError(f"{path} is compressed, as torch.save never does")
             # PyTorch reads an entry that is marked as a folder as one without content.
             folders = [entry.filename for entry in entries if entry.external_attr & 0x10]
             damaged = folders[0] if folders else archive.testzip()
@@ -87,7 +87,8 @@ def save_whole(content: Any, path: Path) -> int:
         CheckpointError: It cannot be written; the old file is as it was.
     """
     checksums: list[int] = []
-    for attempt in range(1, _ATTEMPTS + 1):
+    attempts = 0
+    while True:
         try:
             with written_atomically(
                 path, lambda beside: checksums.append(check_complete(beside))
@@ -97,14 +98,14 @@ def save_whole(content: Any, path: Path) -> int:
         except (OSError, RuntimeError, CheckpointError) as error:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if is_full or attempt == _ATTEMPTS:
+            attempts += 1
+            if is_full or attempts == _ATTEMPTS:
                 reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
                 raise CheckpointError(
                     f"{path} cannot be written ({reason}); what was there before is untouched; "
                     "free space or fix the cause; a training run then resumes with --auto_resume"
                 ) from error
             time.sleep(_SECONDS_BETWEEN)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _start_of(path: Path, length: int) -> bytes:
@@ -128,35 +129,28 @@ def read_pth(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a dozen ways to fail on bytes that are not its own
         text = str(error)
-        fault = (
-            f"is not a checkpoint of PyTorch's ({type(error).__name__}); weights are files such "
-        )
-        fault += "as experiments/<name>/models/net_g_latest.pth"
         if refused := re.search(r"GLOBAL ([\w.]+)", text):
-            fault = f"holds a Python object ({refused[1]}) beside tensors; such files can run code "
-            fault += "when loaded and are refused; save the state dict alone and use that file"
+            fault = (
+                f"holds a Python object ({refused[1]}) beside tensors; such files can run code "
+                "when loaded and are refused; save the state dict alone and use that file"
+            )
         elif "TorchScript" in text:
             fault = "is a TorchScript program, not a checkpoint; use the .pth it was made from"
         elif start.startswith(_ZIP_MAGIC) or isinstance(error, EOFError) or "EOF" in text:
             fault = f"is truncated or damaged; {_GET_ANOTHER}"
+        else:
+            fault = (
+                f"is not a checkpoint of PyTorch's ({type(error).__name__}); weights are files "
+                "such as experiments/<name>/models/net_g_latest.pth"
+            )
         raise CheckpointError(f"{path} {fault}") from error
 
 
 def is_safetensors(path: Path) -> bool:
     """Detect the format by the content: the length of a JSON object, and the object."""
     start = _start_of(path, 9)
-    other = start.startswith(_ZIP_MAGIC) or path.suffix != ".safetensors"
-    return start[8:] == b"{" or not other
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise CheckpointError(
-            "files of .safetensors need a package that is not there: pip install safetensors"
-        ) from error
-    return safetensors
+    by_name = path.suffix == ".safetensors" and not start.startswith(_ZIP_MAGIC)
+    return start[8:] == b"{" or by_name
 
 
 def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -175,9 +169,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: The file cannot be read, is damaged, or is of another format.
     """
-    package = _safetensors()
+    from safetensors import safe_open
+
     try:
-        with package.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except Exception as error:  # its own, the system's, and what a dtype new to it raises
@@ -195,10 +190,12 @@ def write_safetensors(weights: Mapping[str, Tensor], notes: Mapping[str, str], p
     """Write tensors with metadata and a checksum, complete or not at all.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        UserError: The file cannot be written.
     """
+    from safetensors.torch import save
+
     metadata = {"format": "pt", **notes}
     metadata["checksum"] = _checksum(weights, metadata)
-    data = _safetensors().torch.save(dict(weights), metadata)
+    data = save(dict(weights), metadata)
     with disk_faults_named(f"{path} cannot be written"):
         write_atomically(path, data)
