@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import run
 
-from dlgsanet_arch import _basicsr, cli
+from dlgsanet_arch import DLGSANet, _basicsr, cli
 from dlgsanet_arch.cpu import library
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.tools import doctor, installing
@@ -93,32 +93,31 @@ def test_basicsr_is_installed_by_the_commands_that_messages_name():
     assert commands == [["pip", *each] for each in installing.INSTALL_BASICSR]
 
 
-@pytest.mark.parametrize(
-    ("version", "fix"),
-    [((3, 12), "pip install --no-build-isolation --no-deps basicsr==1.4.2"), ((3, 13), "--fix")],
-)
-def test_a_missing_basicsr_is_installed_the_way_that_works(monkeypatch, version, fix):
-    monkeypatch.setattr(sys, "version_info", (*version, 0))
-    problem = doctor.basicsr_problem(Package("basicsr", None))
-    assert fix in problem.fix
-    assert problem.commands == installing.INSTALL_BASICSR
-    assert [path.name for path in installing.build_paths()] == ["build_repair"] * (version[1] > 12)
+def missing(name):
+    return ModuleNotFoundError("it", name=name)
 
 
 @pytest.mark.parametrize(
-    ("error", "fix"),
+    ("python", "version", "error", "fix"),
     [
-        (ModuleNotFoundError("it", name="not_there.part"), "pip install not_there"),
-        (ModuleNotFoundError("it", name="torch.gone"), "pip install --force-reinstall"),
-        (ModuleNotFoundError("it", name="basicsr.version"), "in the BasicSR checkout: pip install"),
-        (ModuleNotFoundError("it"), "pip install --force-reinstall"),
-        (SyntaxError("it"), "pip install --force-reinstall"),
+        ((3, 12), None, None, "pip install --no-build-isolation --no-deps basicsr==1.4.2"),
+        ((3, 13), None, None, "dlgsanet doctor --fix"),
+        ((3, 12), "1.4.2", missing("not_there.part"), "pip install not_there"),
+        ((3, 12), "1.4.2", missing("torch.gone"), "pip install --force-reinstall"),
+        ((3, 12), "1.4.2", missing("basicsr.version"), "in the BasicSR checkout: pip install"),
+        ((3, 12), "1.4.2", missing(None), "pip install --force-reinstall"),
+        ((3, 12), "1.4.2", SyntaxError("it"), "pip install --force-reinstall"),
     ],
 )
-def test_a_broken_basicsr(error, fix):
-    problem = doctor.basicsr_problem(Package("basicsr", "1.4.2", error))
-    assert type(error).__name__ in problem.cause
+def test_a_missing_or_broken_basicsr(monkeypatch, python, version, error, fix):
+    monkeypatch.setattr(sys, "version_info", (*python, 0))
+    problem = doctor.basicsr_problem(Package("basicsr", version, error))
     assert fix in problem.fix
+    if error is None:
+        assert problem.commands == installing.INSTALL_BASICSR
+    else:
+        assert type(error).__name__ in problem.cause
+    assert [path.name for path in installing.build_paths()] == ["build_repair"] * (python[1] > 12)
 
 
 @pytest.mark.filterwarnings("ignore:BasicSR's name")
@@ -147,23 +146,17 @@ def pip(tmp_path, monkeypatch):
     (tmp_path / "pip.py").write_text(FAKE_PIP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def commands():
-        lines = Path("pip.jsonl").read_text().splitlines() if Path("pip.jsonl").exists() else []
-        return [json.loads(line) for line in lines]
-
-    return commands
+    Path("pip.jsonl").touch()
+    return lambda: [json.loads(line) for line in Path("pip.jsonl").read_text().splitlines()]
 
 
 def test_doctor_fixes_what_pip_can_fix(dlgsanet, pip):
     result = dlgsanet("doctor", "--fix", "--yes", absent=("basicsr", "lmdb"))
-    assert result.returncode == 1  # the pip is not real: looked at again, nothing has changed
+    assert result.returncode == 1  # the pip is not real: checked again, nothing has changed
     assert "Traceback" not in result.stdout + result.stderr
     assert result.stdout.count("BasicSR is not installed") == 2
-    options = ["--disable-pip-version-check", "--no-input", "--no-compile"]
-    options += ["--progress-bar", "off"]
-    commands = [("lmdb",), ("cython", "setuptools<81", "wheel")]
-    commands += [("--no-build-isolation", "--no-deps", "basicsr==1.4.2")]
+    options = ["--disable-pip-version-check", "--no-input", "--no-compile", "--progress-bar", "off"]
+    commands = [("lmdb",), *(each[1:] for each in installing.INSTALL_BASICSR)]
     assert [command for command, _ in pip()] == [["install", *options, *each] for each in commands]
     for command in commands:
         assert f"-m pip install {shlex.join(command)}\n" in result.stdout
@@ -232,26 +225,15 @@ def test_cuda_without_a_gpu_is_a_warning(monkeypatch):
 def test_kernels_that_are_missing_are_shown_with_their_reason(monkeypatch, capsys):
     monkeypatch.setattr(library, "why_not", lambda: "they are old; 'pip install' builds them")
     doctor.report()
-    told = "CPU kernels  none, inference on a CPU is slower: they are old; 'pip install' builds"
-    assert told in capsys.readouterr().out
+    said = "CPU kernels  none, inference on a CPU is slower: they are old; 'pip install' builds"
+    assert said in capsys.readouterr().out
 
 
-def test_a_device_that_fails_is_a_problem():
+def test_a_device_that_fails_or_computes_nan_is_a_problem(monkeypatch):
     assert doctor.device_problem("cpu") is None
-    problem = doctor.device_problem("cuda:99")
-    assert "DLGSANet does not run on cuda:99" in problem.cause
-
-
-def test_a_network_that_is_not_finite_is_a_problem(monkeypatch):
-    class NotFinite(torch.nn.Module):
-        def __init__(self, **config):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, images):
-            return images * self.weight / 0
-
-    monkeypatch.setattr(doctor, "DLGSANet", NotFinite)
+    assert "DLGSANet does not run on cuda:99" in doctor.device_problem("cuda:99").cause
+    broken = {"forward": lambda self, x: next(self.parameters()).sum() * x / 0}
+    monkeypatch.setattr(doctor, "DLGSANet", type("Broken", (DLGSANet,), broken))
     assert "not finite" in doctor.device_problem("cpu").cause
 
 
@@ -277,24 +259,19 @@ def main(argv=None):
 
 
 @pytest.fixture
-def greet(tmp_path, monkeypatch):
+def _greet(tmp_path, monkeypatch):
     """A verb more."""
     (tmp_path / "cmd_greet.py").write_text(VERB)
     monkeypatch.setitem(cli.VERBS, "greet", "Greet.")
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
-    return Path(tmp_path)
 
 
-def test_a_verb_is_a_line_and_a_module(greet, capsys):
+@pytest.mark.usefixtures("_greet")
+def test_a_verb_is_a_line_and_a_module_and_its_user_errors_are_messages(capsys):
     assert cli.main(["greet", "-opt", "--help", "me"]) == 7
     assert capsys.readouterr().out == "hello -opt --help me\n"
     assert cli.main(["--help"]) == 0
-    helped = capsys.readouterr().out
-    assert re.search(r"^  greet +Greet\.$", helped, re.MULTILINE)
-    assert re.search(r"^  doctor +Say what is installed, ", helped, re.MULTILINE)
-
-
-def test_what_a_user_can_fix_is_a_message(greet, capsys):
+    assert re.search(r"^  greet +Greet\.$", capsys.readouterr().out, re.MULTILINE)
     assert cli.main(["greet", "nobody"]) == 1
     assert capsys.readouterr().err == "dlgsanet: nobody is not there; name somebody\n"
     assert cli.main(["greet", "interrupt"]) == 130
@@ -313,15 +290,12 @@ def test_a_verb_that_is_not_there(arguments, message, capsys):
     assert not captured.out
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"dlgsanet {__version__}\n"
-
-
-def test_help_needs_neither_basicsr_nor_what_it_needs(dlgsanet):
-    result = dlgsanet("--help", absent=("basicsr", "torchvision", "cv2", "lmdb", "scipy"))
+def test_version_and_help_need_neither_basicsr_nor_what_it_needs(dlgsanet):
+    absent = ("basicsr", "torchvision", "cv2", "lmdb", "scipy")
+    result = dlgsanet("--help", absent=absent)
     assert result.returncode == 0, result.stderr
     assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)
+    assert dlgsanet("--version", absent=absent).stdout == f"dlgsanet {__version__}\n"
 
 
 # One thing has one spelling in all verbs.

@@ -109,14 +109,9 @@ def test_a_training_step_takes_the_estimated_memory_or_less(tmp_path):
 @pytest.mark.parametrize(
     ("free", "given", "patch", "parts"),
     [
-        (64, None, 48, 1),
-        (6.5, None, 48, 1),
-        (6.4, None, 48, 2),
-        (0.48, None, 48, 16),
-        (0.4, None, 40, 16),
-        (8, 64, 64, 2),
-        (0.1, None, "one patch of 24x24", None),
-        (0.48, 64, "one patch of 64x64", None),
+        *[(64, None, 48, 1), (6.5, None, 48, 1), (6.4, None, 48, 2), (0.48, None, 48, 16)],
+        *[(0.4, None, 40, 16), (8, 64, 64, 2)],
+        *[(0.1, None, "one patch of 24x24", None), (0.48, 64, "one patch of 64x64", None)],
     ],
 )
 def test_a_batch_is_divided_before_patches_become_smaller(free, given, patch, parts):
@@ -131,12 +126,9 @@ def test_a_batch_is_divided_before_patches_become_smaller(free, given, patch, pa
 @pytest.mark.parametrize(
     ("count", "fine_tuning", "given", "iterations"),
     [
-        (32_592, False, None, 500_000),
-        (10**6, False, None, 500_000),
-        (16_296, False, None, 250_000),
-        (7, False, None, 50_000),
-        (7, True, None, 10_000),
-        (7, True, 30, 30),
+        *[(32_592, False, None, 500_000), (10**6, False, None, 500_000)],
+        *[(16_296, False, None, 250_000), (7, False, None, 50_000)],
+        *[(7, True, None, 10_000), (7, True, 30, 30)],
     ],
 )
 def test_the_schedule_follows_the_number_of_pixels(count, fine_tuning, given, iterations):
@@ -154,8 +146,7 @@ def test_a_training_takes_a_day_at_most_and_says_how_long(here, monkeypatch, cap
     assert new_options("--hr", "own", "--scale", 2) == 0
     assert load(here / "options/train/tiny_x2_own.yml")["train"]["total_iter"] == 8000
     assert "all of them 22.2 hours" in capsys.readouterr().out
-    given = ("--iterations", 9000, "--overwrite")
-    assert new_options("--hr", "own", "--scale", 2, *given) == 0
+    assert new_options("--hr", "own", "--scale", 2, "--iterations", 9000, "--overwrite") == 0
     assert "all of them 25.0 hours" in capsys.readouterr().out
 
 
@@ -164,8 +155,7 @@ def test_an_iteration_is_timed():
     assert 0 < new_options_tool.iteration_seconds(network, 8, torch.device("cpu")) < 600
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("variant", ["tiny", "light", "large"])
+@pytest.mark.parametrize(("variant", "scale"), [("tiny", 2), ("light", 3), ("large", 4)])
 def test_the_recipe_is_that_of_the_shipped_files(here, variant, scale):
     write_images(here / "own", 2)
     assert new_options("--hr", "own", "--scale", scale, "--variant", variant, "--memory", 64) == 0
@@ -179,10 +169,6 @@ def test_the_recipe_is_that_of_the_shipped_files(here, variant, scale):
         original = load(shipped.path_of(f"{variant}_x{scale}", train=verb == "train"))
         differing = {path for path, _ in entries(made) ^ entries(original)}
         assert [path for path in differing if not re.fullmatch(pattern, path)] == []
-        assert made["network_g"] == original["network_g"]
-        assert made["scale"] == scale
-    train = load(here / "options" / "train" / f"{variant}_x{scale}_own.yml")["datasets"]["train"]
-    assert (train["gt_size"], train["batch_size_per_gpu"]) == (48 * scale, 16)
 
 
 def test_what_is_printed_trains_and_tests(here, capsys):
@@ -315,10 +301,8 @@ def test_files_of_the_user_stay(here, capsys):
     assert mine.read_text() != "mine"
 
 
-@pytest.mark.parametrize(
-    "name", ["a: b #c", "'it' \"twice\"", "~x", "é 画", "{b} $c", "back\\slash"]
-)
-def test_odd_paths_are_found_again(here, name):
+def test_odd_paths_are_found_again(here):
+    name = "a: b #c 'it' \"twice\" ~x é 画 {b} $c back\\slash"
     write_images(here / name / "set", 2)
     val = here / name / "val" / "X4"
     for side, size in (("HR", (192, 192)), ("LR", (48, 48))):

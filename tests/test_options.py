@@ -217,8 +217,8 @@ datasets:train:gt_size=33 => datasets:train:gt_size: 33 is not a multiple of sca
 datasets:train:mean=[0.5] => datasets:train:mean: must have a value for each of 3 channels
 datasets:val:color=y => network_g:in_chans: is 3, but images of datasets:val have 1 channel (by
 train:scheduler:restarts=[0, 2] => train:scheduler:restart_weights: there are 1 for 2 restarts
-train:warmup_iter=4 => train:warmup_iter: 4 is not less than train:total_iter 4
-val:tile=16 & val:tile_overlap=16 => val:tile_overlap: 16 must be less than val:tile
+train:warmup_iter=4 => train:warmup_iter: must be less than train:total_iter 4
+val:tile=16 & val:tile_overlap=16 => val:tile_overlap: must be less than val:tile 16
 logger:save_best=ssim => logger:save_best: val:metrics has no 'ssim'
 logger:save_best=Set5/psnr => logger:save_best: no validation set is named 'Set5' … 'made_val'
 logger:save_best=psnr & val=- => logger:save_best: val:metrics measures nothing
@@ -245,7 +245,7 @@ path:resume_state=gone.state => path:resume_state: there is no file
 WITH_BASE = [
     (OURS, """
 train:amp=bf-16 => train:amp: 'bf-16' is not known; did you mean 'bf16'?
-train:accumulation=3 => train:accumulation: a batch of 2 cannot be worked on in 3 parts; write 2
+train:accumulation=3 => train:accumulation: a batch of 2 has no 3 parts; write 2
 train:optim_g={type: SGD, lr: 1e-3, nesterov: true} => train:optim_g: SGD cannot be built … Nesterov
 """),
     (TWO_STEP, """
@@ -409,7 +409,10 @@ def test_what_real_esrgan_reads_is_asked_for(problems):
     synthetic = {**REAL, "high_order_degradation": True, "queue_size": 181, "gt_size": 32}
     reported = problems(train_options(synthetic))
     assert "resize_prob: missing; write `resize_prob: [0.2, 0.7, 0.1]`" in reported
-    assert "queue_size: 181 is not a multiple of batch_size_per_gpu 2; write 180" in reported
+    assert (
+        "queue_size: 181 is not a multiple of datasets:train:batch_size_per_gpu 2; write 180"
+        in reported
+    )
     assert len(reported) == 16
 
 

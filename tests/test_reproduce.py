@@ -166,10 +166,7 @@ def test_what_was_measured_is_not_computed_again(weights, datasets, tmp_path, mo
 )
 def test_verdicts_and_identical_images_which_are_left_out(network, psnr, verdict):
     network = f"DLGSANet {network}"
-    rows = [
-        reproduction.Measured(network, 2, "Set5", "a", each, 1.0, None, "", "", "", "")
-        for each in (math.inf, psnr)
-    ]
+    rows = [{"psnr": each, "ssim": 1.0, "ssim_uniform": None} for each in (math.inf, psnr)]
     cell = reproduction.make_cell(network, 2, "Set5", rows)
     assert (cell["psnr"], cell["identical"], cell["images"]) == (psnr, 1, 2)
     assert cell["verdict"] == verdict

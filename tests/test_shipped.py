@@ -45,15 +45,6 @@ def test_unknown_names_get_the_nearest_and_the_list(tmp_path, run, given, meant,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("run", [pipeline.train, pipeline.test])
-def test_a_run_finds_the_shipped_file(tmp_path, monkeypatch, run):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(OptionsError) as caught:
-        run(tmp_path, ["-opt", "tiny_x4"])
-    # all that is wrong with it here is that the data and weights are not there
-    assert f"{tmp_path}/datasets/benchmark/Set5/X4/HR does not exist" in str(caught.value)
-
-
 def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "dlgsanet_arch"
     inside, beside = package / "option_files", tmp_path / "options"

@@ -29,7 +29,7 @@ def _argument(section: Mapping[str, Any], thing: Any, *names: str) -> tuple[str,
 
 
 def _sizes(context: Context) -> Iterator[str]:
-    """The network must enlarge by `scale`, and patches must have whole LR pixels."""
+    """The network must enlarge by `scale`."""
     scale, network = context.options.get("scale"), context.section("network_g")
     if scale is None:
         return
@@ -42,12 +42,6 @@ def _sizes(context: Context) -> Iterator[str]:
     for name in ("upscale", "scale") if network.get("type") != "DLGSANet" else ():
         if network.get(name) not in (None, scale):
             yield f"network_g:{name}: is {network[name]}, but scale is {scale}; make them equal"
-    gt_size = context.value("datasets:train:gt_size")
-    if context.train and gt_size is not None and gt_size % scale:
-        yield (
-            f"datasets:train:gt_size: {gt_size} is not a multiple of scale {scale}; "
-            f"write {max(gt_size // scale, 1) * scale}"
-        )
 
 
 def _channels(context: Context) -> Iterator[str]:
@@ -107,12 +101,7 @@ def _optimizers(context: Context) -> Iterator[str]:
 def _schedule(context: Context) -> Iterator[str]:
     """BasicSR fails at the step behind the last period, and passes over what does not fit."""
     path, total = "train:scheduler", context.value("train:total_iter")
-    scheduler, warm_up = context.section(path), context.value("train:warmup_iter")
-    if None not in (warm_up, total) and warm_up >= total:
-        yield (
-            f"train:warmup_iter: {warm_up} is not less than train:total_iter {total}: the learning "
-            "rate would never be reached; write -1 for none"
-        )
+    scheduler = context.section(path)
     weights, name = scheduler.get("restart_weights", [1]), "restarts"
     starts = scheduler.get("restarts", [0])
     if scheduler.get("type") == SCHEDULERS[-1]:
@@ -205,27 +194,41 @@ def _discriminator(context: Context) -> Iterator[str]:
         yield f"network_d:input_size: is {size}, but {where} is {gt_size}; make them equal"
 
 
-def _real(context: Context) -> Iterator[str]:
-    """The models of Real-ESRGAN keep a queue of whole batches; blurs have a probability each."""
-    data = context.section("datasets:train")
+# A value that must be less than another, or a multiple of it.
+_LESS = (
+    ("train:warmup_iter", "train:total_iter", ", or the learning rate is never reached"),
+    ("val:tile_overlap", "val:tile", ""),
+)
+_MULTIPLES = (("datasets:train:gt_size", "scale"),)
+_SYNTHETIC_MULTIPLES = (("gt_size", "scale"), ("queue_size", "datasets:train:batch_size_per_gpu"))
+
+
+def _numbers(context: Context) -> Iterator[str]:
+    """Numbers must fit each other; BasicSR cuts patches of whole LR pixels, and queues batches."""
+    for path, other, why in _LESS:
+        value, limit = context.value(path), context.value(other)
+        if value and limit and value >= limit:
+            yield f"{path}: must be less than {other} {limit}{why}; got {value}"
+    multiples = _MULTIPLES if context.train else ()
+    for path, other in (*multiples, *(_SYNTHETIC_MULTIPLES if _is_synthetic(context) else ())):
+        value, unit = context.value(path), context.value(other)
+        if path == "queue_size" and path not in context.options:
+            value = 180  # BasicSR's own
+        if value and unit and value % unit:
+            nearest = max(value // unit, 1) * unit
+            yield f"{path}: {value} is not a multiple of {other} {unit}; write {nearest}"
     for end in ("", "2"):
-        shapes, shares = data.get(f"kernel_list{end}"), data.get(f"kernel_prob{end}")
-        if None not in (shapes, shares) and len(shapes) != len(shares):
-            path = f"datasets:train:kernel_prob{end}"
-            yield f"{path}: has {len(shares)} for {len(shapes)} of kernel_list{end}; write as many"
-    if not _is_synthetic(context):
-        return
-    batch, size = data.get("batch_size_per_gpu"), context.options.get("queue_size", 180)
-    if None not in (batch, size) and size % batch:
-        yield (
-            f"queue_size: {size} is not a multiple of batch_size_per_gpu {batch}; "
-            f"write {max(size // batch, 1) * batch}"
-        )
-    gt_size, scale = context.options.get("gt_size"), context.options.get("scale")
-    if gt_size is not None and gt_size > _REAL_ESRGAN_PATCH:
+        path, other = (f"datasets:train:kernel_{part}{end}" for part in ("prob", "list"))
+        value, kernels = context.value(path), context.value(other)
+        if value and kernels and len(value) != len(kernels):
+            yield f"{path}: has {len(value)} for {len(kernels)} of {other}; write as many"
+    gt_size = context.options.get("gt_size")
+    if _is_synthetic(context) and gt_size and gt_size > _REAL_ESRGAN_PATCH:
         yield f"gt_size: is {gt_size}, but BasicSR cuts images to {_REAL_ESRGAN_PATCH}; write less"
-    elif None not in (gt_size, scale) and gt_size % scale:
-        yield f"gt_size: {gt_size} is not a multiple of scale {scale}"
+    batch = context.value("datasets:train:batch_size_per_gpu")
+    parts = context.value("train:accumulation")
+    if batch and parts and parts > batch:
+        yield f"train:accumulation: a batch of {batch} has no {parts} parts; write {batch} or less"
 
 
 def _window(context: Context) -> Iterator[str]:
@@ -295,18 +298,8 @@ def _loaders(context: Context) -> Iterator[str]:
                     yield f"{path}:{key}: needs workers; leave it out, or raise num_worker_per_gpu"
 
 
-def _parts(context: Context) -> Iterator[str]:
-    """A batch is divided into parts, an image into tiles; wandb gets what TensorBoard gets."""
-    batch = context.value("datasets:train:batch_size_per_gpu")
-    parts = context.value("train:accumulation")
-    if None not in (batch, parts) and parts > batch:
-        yield (
-            f"train:accumulation: a batch of {batch} cannot be worked on in {parts} parts; "
-            f"write {batch} or less"
-        )
-    tile, overlap = context.value("val:tile"), context.value("val:tile_overlap")
-    if tile and overlap is not None and overlap >= tile:
-        yield f"val:tile_overlap: {overlap} must be less than val:tile {tile}"
+def _loggers(context: Context) -> Iterator[str]:
+    """Weights & Biases is sent what TensorBoard gets."""
     tensorboard = context.value("logger:use_tb_logger")
     if context.train and context.value("logger:wandb:project") and not tensorboard:
         yield "logger:use_tb_logger: must be true for wandb; write true, or ~ for wandb:project"
@@ -314,5 +307,5 @@ def _parts(context: Context) -> Iterator[str]:
 
 CHECKS = (
     *(_sizes, _channels, _networks, _optimizers, _schedule, _losses, _perceptual, _trials),
-    *(_discriminator, _real, _window, _phases, _best, _loaders, _parts),
+    *(_discriminator, _numbers, _window, _phases, _best, _loaders, _loggers),
 )

@@ -11,7 +11,6 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -37,28 +36,16 @@ SSIM_BASICSR = "11x11 Gaussian windows inside the image (BasicSR)"
 SSIM_UNIFORM = "7x7 uniform windows, sample covariance (scikit-image's default)"
 
 
-class Measured(NamedTuple):
-    """One image, enlarged and measured: a line of images.csv."""
+# The columns of images.csv: where the image stands, its scores (PSNR in dB, inf for identical
+# images; the SSIM of scikit-image empty without it), and what must be the same for the scores to
+# hold: SHA-256 of weights and files; kind of device, precision, tiles, ensemble.
+_PLACE = ("network", "scale", "dataset", "image")
+_SCORES = ("psnr", "ssim", "ssim_uniform")
+_CONDITIONS = ("dataset", "image", "weights", "hr", "lr", "how")
+_COLUMNS = (*_PLACE, *_SCORES, *_CONDITIONS[2:])
 
-    network: str
-    scale: int
-    dataset: str
-    image: str  # its name, without suffix
-    psnr: float  # in dB, inf for identical images
-    ssim: float  # by SSIM_BASICSR
-    ssim_uniform: float | None  # by SSIM_UNIFORM; None without scikit-image
-    weights: str  # SHA-256 over them
-    hr: str  # SHA-256 of the file
-    lr: str  # SHA-256 of the file
-    how: str  # kind of device, precision, tiles, ensemble
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """What must be the same for the scores to hold."""
-        return (self.dataset, self.image, self.weights, self.hr, self.lr, self.how)
-
-
-Records = dict[tuple[str, ...], Measured]  # by conditions
+Scores = dict[str, float | None]
+Records = dict[tuple[str, ...], dict[str, Any]]  # rows by conditions
 Cell = dict[str, Any]  # as in table.json
 Table = dict[str, Any]  # table.json
 
@@ -66,44 +53,39 @@ Table = dict[str, Any]  # table.json
 def _read_records(path: Path) -> Records:
     if not path.exists():
         return {}
-    kinds = dict.fromkeys(Measured._fields, str) | {"scale": int, "psnr": float, "ssim": float}
-    kinds["ssim_uniform"] = lambda text: float(text) if text else None
     with path.open(newline="", encoding="utf-8") as file:
-        try:
-            rows = [
-                Measured(**{name: kinds[name](text) for name, text in row.items()})
-                for row in csv.DictReader(file)
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} was not written by this verb ({error!r}); remove it, or give another "
-                "folder by -o"
-            ) from error
-    return {row.conditions: row for row in rows}
+        rows = list(csv.DictReader(file))
+    try:
+        for row in rows:
+            row |= {"psnr": float(row["psnr"]), "ssim": float(row["ssim"])}
+            row["ssim_uniform"] = float(row["ssim_uniform"]) if row["ssim_uniform"] else None
+        return {tuple(row[name] for name in _CONDITIONS): row for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} was not written by this verb ({error!r}); remove it, or give another "
+            "folder by -o"
+        ) from error
 
 
 def _write_records(path: Path, records: Records) -> None:
     text = io.StringIO()
-    csv.writer(text).writerows([Measured._fields, *records.values()])
+    writer = csv.DictWriter(text, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(records.values())
     with disk_faults_named(f"{path} cannot be written"):
         write_atomically(path, text.getvalue().encode())
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """Weights to be measured, and the row of the table that they belong to."""
 
     path: Path
     network: str  # "DLGSANet Tiny": its own name, or the nearest published
+    scale: int
     is_published: bool  # whether it is the published configuration
     upscaler: Upscaler
     digest: str  # SHA-256 over them
-    how: str  # as in Measured
-
-    @property
-    def scale(self) -> int:
-        """How many times larger the sides become."""
-        return self.upscaler.checkpoint.scale
+    how: str  # as in images.csv
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -131,8 +113,8 @@ def load(path: Path, *, param_key: str | None = None, **options: Any) -> Weights
     upscaler = Upscaler(checkpoint, **options)
     how = f"{upscaler.device.type}, {options.get('dtype', 'fp32')}"
     how += f", tile {options.get('tile', 'auto')}" + ", ensemble" * bool(options.get("ensemble"))
-    network = nearest.rpartition(" x")[0]
-    return Weights(path, network, not differing, upscaler, _digest(checkpoint.weights), how)
+    network, digest = nearest.rpartition(" x")[0], _digest(checkpoint.weights)
+    return Weights(path, network, checkpoint.scale, not differing, upscaler, digest, how)
 
 
 def _fault(name: str, scale: int, folder: Path) -> str:
@@ -165,8 +147,8 @@ def _uniform_ssim(compared: metrics.Compared) -> float | None:
 
 def _measure_set(
     weights: Weights, dataset: str, folder: Path, file: Path, records: Records
-) -> Iterator[Measured]:
-    """Yield each image of a test set as measured; new ones go into records and file."""
+) -> Iterator[Scores]:
+    """Yield the row of each image of a test set; new ones go into records and file."""
     for name in _images(folder):
         paths = [folder / part / f"{name}.png" for part in _PARTS]
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
@@ -178,8 +160,8 @@ def _measure_set(
                 scores = compared.psnr().item(), compared.ssim().item(), _uniform_ssim(compared)
             except ValueError as error:
                 raise UserError(f"{paths[1]}: {error}") from error
-            where = weights.network, weights.scale, dataset, name
-            records[conditions] = Measured(*where, *scores, weights.digest, *digests, weights.how)
+            row = (weights.network, weights.scale, dataset, name, *scores, *conditions[2:])
+            records[conditions] = dict(zip(_COLUMNS, row, strict=True))
             _write_records(file, records)
         yield records[conditions]
 
@@ -188,7 +170,7 @@ def make_cell(
     network: str,
     scale: int,
     dataset: str,
-    measured: Sequence[Measured] = (),
+    measured: Sequence[Scores] = (),
     tolerance: float = 0.05,
     **more: Any,
 ) -> Cell:
@@ -199,11 +181,11 @@ def make_cell(
     """
     published = PUBLISHED[network, scale].scores.get(dataset)
     psnr, ssim, uniform, difference, verdict = None, None, None, None, "missing"
-    finite = [each.psnr for each in measured if math.isfinite(each.psnr)]
+    finite = [each["psnr"] for each in measured if math.isfinite(each["psnr"])]
     if measured:
         psnr = fmean(finite) if finite else math.inf
-        ssim = fmean(each.ssim for each in measured)
-        uniforms = [each.ssim_uniform for each in measured]
+        ssim = fmean(each["ssim"] for each in measured)
+        uniforms = [each["ssim_uniform"] for each in measured]
         uniform = None if None in uniforms else fmean(uniforms)
         verdict = "nothing published"
     if measured and published:
@@ -211,17 +193,9 @@ def make_cell(
         apart = "below" if difference[0] < 0 else "above"
         verdict = "reproduced" if abs(difference[0]) <= tolerance else apart
     return {
-        "network": network,
-        "scale": scale,
-        "dataset": dataset,
-        "weights": "",
-        "is_published": True,
-        "psnr": psnr,
-        "ssim": ssim,
-        "ssim_uniform": uniform,
-        "images": len(measured),
-        "identical": len(measured) - len(finite),
-        "missing": "",
+        **{"network": network, "scale": scale, "dataset": dataset, "weights": ""},
+        **{"is_published": True, "psnr": psnr, "ssim": ssim, "ssim_uniform": uniform},
+        **{"images": len(measured), "identical": len(measured) - len(finite), "missing": ""},
         "published": published,
         "retrained": RETRAINED.get((network, scale), {}).get(dataset),
         "difference": difference,
