@@ -1,4 +1,3 @@
-import errno
 import hashlib
 import os
 import random
@@ -71,69 +70,52 @@ def test_a_file_arrives_complete_and_alone_and_is_not_requested_again(server, ta
 
 @pytest.mark.parametrize(
     ("headers", "validator"),
-    [
-        ({"ETag": '"1"'}, '"1"'),
-        ({"Last-Modified": DATE}, DATE),
-        ({**WEAK, "Last-Modified": DATE}, DATE),
-    ],
+    [({"ETag": '"1"'}, '"1"'), ({**WEAK, "Last-Modified": DATE}, DATE)],
 )
 def test_the_next_run_resumes(server, target, headers, validator, monkeypatch):
     server.headers = headers
     broken_at(server, target)
-    bars, plain = [], downloads.progress_bar
-    monkeypatch.setattr(
-        downloads,
-        "progress_bar",
-        lambda *each, **more: bars.append(plain(*each, **more)) or bars[-1],
-    )
     # the rest is all that needs space
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=300_000 - BROKEN))
     download(server.url, target)
     assert target.read_bytes() == CONTENT
     (request,) = server.requests
     assert (request["Range"], request["If-Range"]) == (f"bytes={BROKEN}-", validator)
-    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(BROKEN, 300_000, 300_000)]
     assert [path.name for path in target.parent.iterdir()] == ["set.zip"]
 
 
-def record_is(text: str | None):
-    def change(server: Served, target: Path) -> dict:
-        record = target.with_name("set.zip.part.json")
-        record.unlink() if text is None else record.write_text(text)
+def record_is(text: str):
+    def change(target: Path) -> dict:
+        target.with_name("set.zip.part.json").write_text(text)
         part_of(target).write_bytes(bytes(BROKEN))
         return {}
 
     return change
 
 
-def ignoring_if_range(content: bytes) -> dict:
-    return {"content": content, "headers": {"ETag": '"2"'}, "if_range": False}
-
-
-# What happens between two runs, after which the file starts anew: changes of the server.
+# What happens between two runs, after which the file starts again: changes of the server.
 CHANGES = {
     "changed": {"content": OTHER, "headers": {"ETag": '"2"'}},
-    "ignored If-Range": ignoring_if_range(OTHER),
-    "ignored If-Range, shorter": ignoring_if_range(OTHER[:150_000]),
-    "ignored If-Range, shorter than the part": ignoring_if_range(OTHER[:50_000]),
-    "ignored If-Range, longer": ignoring_if_range(OTHER + CONTENT),
+    "ignored If-Range": {"content": OTHER, "headers": {"ETag": '"2"'}, "if_range": False},
+    "ignored If-Range, other length": {"content": OTHER[:150_000], "if_range": False},
     "range refused": {"content": CONTENT[:BROKEN], "if_range": False},
     "no ranges": {"ranges": False},
-    "other address": lambda server, _: {"content": OTHER, "url": server.url + "?mirror"},
-    "no record": record_is(None),
+    "other address": lambda _: {"content": OTHER, "url": "?mirror"},
     "empty record": record_is(""),
     "record of something else": record_is("{}"),
-    "record that is not one": record_is("[]"),
+    "record that is not one": record_is('{"url": 1, "length": "x", "validator": 5}'),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_cannot_be_resumed_starts_anew(server, target, change):
+def test_what_cannot_be_resumed_starts_again(server, target, change):
     broken_at(server, target)
     changes = CHANGES[change]
-    for name, value in (changes(server, target) if callable(changes) else changes).items():
+    changes = dict(changes(target) if callable(changes) else changes)
+    url = server.url + changes.pop("url", "")
+    for name, value in changes.items():
         setattr(server, name, value)
-    download(server.url, target)
+    download(url, target)
     assert target.read_bytes() == server.content
 
 
@@ -205,9 +187,7 @@ FAULTS = {
     "a web page": ({"headers": {"Content-Type": "text/html; charset=utf-8"}}, "a web page"),
     "compressed": ({"headers": {"Content-Encoding": "gzip"}}, "does not state how long"),
     "not found": ({"status": 404}, "the server answers 404 Not Found"),
-    "forbidden": ({"status": 403}, "the server answers 403 Forbidden"),
     "without a body": ({"status": 204}, "the server answers 204 No Content"),
-    "unknown": ({"status": 799}, "the server answers 799"),
     "to a file": ({"status": 302, "headers": {"Location": "file:///etc/hosts"}}, "InvalidSchema"),
 }
 
@@ -220,11 +200,7 @@ def test_faults_of_the_server_are_named(server, target, fault):
     refused(server.url, target, reason)
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["file:///etc/hosts", "ftp://x/set.zip", "set.zip", "data:,x", "http://", "http://[::1",
-     "https://a:b:c/x"],
-)  # fmt: skip
+@pytest.mark.parametrize("url", ["file:///etc/hosts", "set.zip", "http://[::1"])
 def test_other_addresses_are_refused(target, url):
     refused(url, target, "cannot be downloaded: (Invalid|Missing)")
 
@@ -232,34 +208,12 @@ def test_other_addresses_are_refused(target, url):
 def test_faults_of_the_network_are_named(server, target, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port
-        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        refused(
-            f"{nowhere}/set.zip", target, r"ConnectionError: \[Errno \d+\] Connection refused\. Run"
-        )
-        with monkeypatch.context() as patch:
-            patch.setenv("http_proxy", nowhere)
-            refused(
-                "http://set.example/set.zip",
-                target,
-                r"ProxyError: \[Errno \d+\] Connection refused\. Run",
-            )
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}/set.zip"
+        refused(nowhere, target, r"ConnectionError: \[Errno \d+\] Connection refused\. Run")
     monkeypatch.setattr(downloads, "TIMEOUT", (1, 0.05))
     server.gate = threading.Event()
     refused(server.url, target, "timed out")
     server.gate.set()
-
-    def unknown(*_, **__):
-        raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    refused("http://set.example/set.zip", target, "Temporary failure in name resolution")
-
-
-def test_the_proxy_of_the_environment_is_used(server, target, monkeypatch):
-    monkeypatch.setenv("http_proxy", server.url.rsplit("/", 1)[0])
-    download("http://set.example/set.zip", target)
-    assert target.read_bytes() == CONTENT
-    assert server.requests[0]["target"] == "http://set.example/set.zip"
 
 
 def test_a_known_hash_is_checked(server, target):
@@ -277,32 +231,6 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_received(server, t
     with pytest.raises(UserError, match=r"needs 300,000 bytes .* has 299,999 bytes free"):
         download(server.url, target)
     assert part_of(target).stat().st_size == 0
-
-
-def test_a_disk_that_fills_up_is_named_and_the_next_run_resumes(server, target, monkeypatch):
-    class Bar:
-        def __init__(self, *_, **__):
-            self.received = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, count):
-            self.received += count
-            if self.received > 100_000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(downloads, "progress_bar", Bar)
-        refused(server.url, target, "the disk is full; free some space")
-    left = part_of(target).stat().st_size
-    assert left > 100_000
-    download(server.url, target)
-    assert target.read_bytes() == CONTENT
-    assert server.requests[-1]["Range"] == f"bytes={left}-"
 
 
 def test_a_place_that_cannot_be_written_is_named(server, tmp_path):

@@ -1,4 +1,4 @@
-"""Damaged images, archives and answers of servers: they are read, or refused by their name.
+"""Damaged images and archives: they are read, or refused by their name.
 
 `make test` draws the same examples each time; `make test-faults` draws more, by a printed seed.
 """
@@ -7,10 +7,8 @@ import io
 import random
 import resource
 import shutil
-import socket
 import sys
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,14 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_server import proxies
-from hypothesis import HealthCheck, example, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dlgsanet_arch.data import downloads
 from dlgsanet_arch.data.archives import extract
-from dlgsanet_arch.data.downloads import download
 from dlgsanet_arch.data.images import ImageError, read_8_bits, read_header, read_stored
 from dlgsanet_arch.errors import UserError
 
@@ -218,111 +213,3 @@ def test_damaged_archives_are_unpacked_or_refused(tmp_path, data):
 @pytest.mark.faults
 def test_more_damaged_archives_are_unpacked_or_refused(tmp_path):
     searched(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)), 5000)
-
-
-BODY = b"the file " * 30
-ANSWER = (
-    b'HTTP/1.1 200 OK\r\nContent-Length: 270\r\nETag: "1"\r\nLast-Modified: Mon, 01 Jan 2024 '
-    b"00:00:00 GMT\r\nConnection: close\r\n\r\n" + BODY
-)
-PART = ANSWER.replace(b"200 OK", b"206 Partial Content").replace(
-    b"ETag", b"Content-Range: bytes 90-269/270\r\nETag"
-)
-LENGTHS = ["270", "-1", "1e3", "0", "9" * 30, "9" * 5000, "٣", "270, 270", "269", "271", "0x10"]
-HEADERS = st.lists(
-    st.one_of(
-        st.tuples(st.just("Content-Length"), st.sampled_from(LENGTHS)),
-        st.tuples(st.just("Transfer-Encoding"), st.sampled_from(["chunked", "gzip", "x"])),
-        st.tuples(st.just("Content-Encoding"), st.sampled_from(["gzip", "br", ""])),
-        st.tuples(
-            st.just("Location"),
-            st.sampled_from(
-                ["/", "http://", "http://[", "//", "http://.x/", "x" * 70, "http://é/"]
-            ),
-        ),
-        st.tuples(st.just("Content-Range"), st.sampled_from(["bytes 0-0/1", "x", "bytes */270"])),
-        st.tuples(st.just("ETag"), st.sampled_from(['"1"', 'W/"1"', "", "\x80"])),
-    ),
-    max_size=4,
-)
-
-
-@st.composite
-def made_answers(draw) -> bytes:
-    status = draw(st.sampled_from(["200 OK", "206 X", "301 X", "416 X", "99 X", "1000", "abc", ""]))
-    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in draw(HEADERS))]
-    return "\r\n".join(lines).encode(errors="replace") + b"\r\n\r\n" + BODY
-
-
-ANY_ANSWER = st.one_of(damaged(ANSWER), damaged(PART), made_answers())
-ANY_RECORD = st.sampled_from(
-    [None, b"{}", b'{"url": "URL", "length": "x", "validator": 5}', b"[" * 20_000]
-    + [b'{"url": "URL", "length": 270, "validator": "\\"1\\""}'] * 3
-)
-
-
-class Server:
-    """Sends some bytes to whoever connects, whatever is asked for."""
-
-    def __init__(self) -> None:
-        self.answer = b""
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/set.zip"
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection, suppress(OSError):
-                connection.settimeout(2)
-                connection.recv(65536)
-                connection.sendall(self.answer)
-                connection.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in proxies():
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(downloads, "PAUSES", ())
-    monkeypatch.setattr(downloads, "TIMEOUT", (1, 1))
-    server = Server()
-    yield server
-    server.close()
-
-
-def check_answer(answer: bytes, record: bytes | None, server: Server, folder: Path) -> None:
-    server.answer = answer
-    target, part = folder / "set.zip", folder / "set.zip.part"
-    if record is not None:
-        (folder / "set.zip.part.json").write_bytes(record.replace(b"URL", server.url.encode()))
-        part.write_bytes(BODY[:90])
-    _, refusal = attempted(partial(download, server.url, target), server.url)
-    assert target.is_file() is not bool(refusal)
-    assert refusal or not part.exists()
-    for each in folder.iterdir():
-        each.unlink()
-
-
-@examples(150)
-@given(answer=ANY_ANSWER, record=ANY_RECORD)
-@example(answer=b"HTTP/1.1 301 X\r\nLocation: http://[\r\n\r\n", record=None)
-def test_any_answer_of_a_server_is_a_file_or_an_error(tmp_path, server, answer, record):
-    check_answer(answer, record, server, tmp_path)
-
-
-@pytest.mark.faults
-def test_more_answers_of_a_server_are_files_or_errors(tmp_path, server):
-    check = given(answer=ANY_ANSWER, record=ANY_RECORD)(
-        lambda answer, record: check_answer(answer, record, server, tmp_path)
-    )
-    searched(check, 3000)

@@ -327,26 +327,14 @@ def test_all_bad_images_are_named_at_once_and_none_left_is_an_error(tmp_path, ou
     assert "nothing is left" in said
 
 
-def test_scales_cannot_differ_in_what_was_left_out(hr, out, capsys):
-    save(hr / "small.png", image("small", 120, 130))
-    assert train(hr, out, "--scale", 2) == 0
-    assert train(hr, out, "--scale", 4, "--skip-bad") == 1
-    assert "keys would not match" in capsys.readouterr().err
-    assert train(hr, out, "--scale", 2, 4, "--skip-bad", "--overwrite") == 0
-    assert entries(out / HR).keys() == entries(out / X2).keys() == entries(out / X4).keys()
-    assert len(entries(out / HR)) == 36
-
-
-def test_scales_that_leave_out_the_same_fit(hr, out, capsys):
+def test_scales_share_hr_only_if_they_leave_out_the_same(hr, out, capsys):
     save(hr / "small.png", image("small", 120, 130))
     assert train(hr, out, "--scale", 4, "--skip-bad") == 0
-    capsys.readouterr()
-    assert train(hr, out, "--scale", 2, "--skip-bad") == 1
-    said = capsys.readouterr().err
-    assert f"{out / HR} was made without small" in said
-    assert "now none would be left out" in said
+    assert train(hr, out, "--scale", 2) == 1
+    assert f"{out / HR} is another data set: of other images" in capsys.readouterr().err
     assert train(hr, out, "--scale", 3, 4, "--skip-bad") == 0
     assert entries(out / HR).keys() == entries(out / X3).keys()
+    assert len(entries(out / HR)) == 36
 
 
 def test_what_is_changed_on_reading_is_said(hr, out, capsys):

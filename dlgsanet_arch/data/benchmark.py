@@ -31,7 +31,6 @@ from dlgsanet_arch.data.making import (
     file_hashes,
     images_sha256,
     made_before,
-    refuse_bad,
     scan,
 )
 from dlgsanet_arch.data.scores import Scores, measure
@@ -50,6 +49,7 @@ from dlgsanet_arch.files import (
 RECIPE_VERSION = 2
 # Side of SSIM's Gaussian window: HR without its border must hold one.
 WINDOW = 11
+KIND = {"kind": "test set"}
 
 
 @dataclass
@@ -160,25 +160,6 @@ def _build_scale(each: Scale, sources: Sequence[Source], workers: int) -> None:
     each.written = True
 
 
-def _build_missing(
-    missing: Sequence[tuple[Scale, Sequence[Source]]], summary: Summary, workers: int, skip: bool
-) -> None:
-    """Read all images, then build scales, one after the other."""
-    largest = max(each.scale for each, _ in missing)
-    # the smallest side whose multiple of the scale holds SSIM's window between two borders
-    least = math.ceil((WINDOW + 2 * largest) / largest) * largest
-    images = {source.hr: source for _, sources in missing for source in sources}
-    good, summary.skipped, notices = scan([*images.values()], least, workers)
-    summary.notices += notices
-    usable = {source.hr for source in good}
-    left = [[source for source in sources if source.hr in usable] for _, sources in missing]
-    for (_, sources), kept in zip(missing, left, strict=True):
-        refuse_bad(summary.skipped, len(sources) - len(kept), len(sources), skip=skip)
-    for (each, sources), kept in zip(missing, left, strict=True):
-        each.recipe["skipped"] = [source.key for source in sources if source.hr not in usable]
-        _build_scale(each, kept, workers)
-
-
 def build(
     name: str,
     source: Path,
@@ -197,15 +178,12 @@ def build(
 
     Args:
         name: See `set_name`.
-        source: A folder in any of the layouts in which sets circulate: `HR`, `GT`, `original` or
-            `GTmod12`, `X4/HR`, SelfExSR's `image_SRF_4`, or images in the folder itself; or a
-            folder that holds one such folder. LR images that it holds are not used.
+        source: A folder in one of the layouts of `discovery`, or one that holds such a folder.
         target: Such as ``datasets/benchmark/Set5``; may be the source.
         scales: Some of 2, 3 and 4; None for those that the source has HR images for.
         workers: Number of processes.
         skip_bad: Leave out images that cannot be read or are too small.
-        overwrite: Replace scales that were made from other images or changed since, but
-            nothing that this function did not make.
+        overwrite: Replace scales that were made from other images or changed since.
 
     Raises:
         UserError: Images are bad, missing or ambiguous, something else is in the place of the
@@ -221,26 +199,37 @@ def build(
         scale: [Source(key, path) for key, path in found.items()]
         for scale, found in layout.hr.items()
     }
-    hashes = file_hashes(source for sources in originals.values() for source in sources)
+    images = [*{source.hr: source for each in originals.values() for source in each}.values()]
+    # the smallest side whose multiple of the scale holds SSIM's window between two borders
+    largest = max(originals)
+    least = math.ceil((WINDOW + 2 * largest) / largest) * largest
+    if skip_bad:
+        good, summary.skipped, notices = scan(images, least, workers, skip=True)
+        summary.notices += notices
+        kept = {
+            scale: [each for each in sources if each in good]
+            for scale, sources in originals.items()
+        }
+        originals = {scale: each for scale, each in kept.items() if each}
+    hashes = file_hashes(images)
 
     with disk_faults_named(f"{target} cannot be written"), one_writer(target):
         missing = []
         for scale, sources in originals.items():
             folder = target / f"X{scale}"
-            kind = {"kind": "test set"}
-            recipe = {**kind, "version": RECIPE_VERSION, "scale": scale}
+            recipe = {**KIND, "version": RECIPE_VERSION, "scale": scale}
             recipe["images"] = images_sha256(sources, scale, hashes)
             # Images that were written there are enough to find it finished.
             made_here = all(source.hr.parent == folder / "HR" for source in sources)
-            wanted, change = kind if made_here else recipe, partial(_change, folder)
+            wanted, change = KIND if made_here else recipe, partial(_change, folder)
             stored = made_before(folder, wanted, change, overwrite=overwrite)
             summary.scales.append(Scale(name, scale, folder, stored or recipe))
             if stored is None:
                 missing.append((summary.scales[-1], sources))
-            else:
-                summary.skipped = stored["skipped"]
-        if missing:
-            _build_missing(missing, summary, workers, skip_bad)
+        if missing and not skip_bad:
+            summary.notices += scan(images, least, workers).notices
+        for each, sources in missing:
+            _build_scale(each, sources, workers)
     if name in KNOWN and summary.count != KNOWN[name].count:
         summary.notices.append(f"{name} has {KNOWN[name].count} images, here are {summary.count}")
     return summary

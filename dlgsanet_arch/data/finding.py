@@ -75,8 +75,14 @@ def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
     return parts, str(relative)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every image below a folder, each folder read once however many links lead to it."""
+def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each visible folder at and below one, once, with its folders and its files.
+
+    Links are followed. Folders that are removed from the list are not entered.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
 
     def failed(error: OSError) -> None:
         raise error
@@ -92,10 +98,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         # links last: images in folders beside them are named without them
         visible = (each for each in folders if not each.startswith("."))
         folders[:] = sorted(visible, key=lambda each: ((current / each).is_symlink(), each))
-        for path in (current / each for each in files if not each.startswith(".")):
+        yield current, folders, sorted(each for each in files if not each.startswith("."))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for current, _, files in walk_folders(folder):
+        for path in (current / name for name in files if Path(name).suffix.lower() in SUFFIXES):
             # A link to nothing counts, and reading it says so: an image is missing there.
-            is_file = path.is_symlink() or path.is_file()
-            if is_file and path.suffix.lower() in SUFFIXES:
+            if path.is_symlink() or path.is_file():
                 yield path
 
 

@@ -31,30 +31,18 @@ READ_BY_OPENCV = {*SUFFIXES, ".pgm", ".ppm"}
 
 @dataclass(frozen=True)
 class PairSet:
-    """HR and LR images of one data set, or one of the two, in folders or LMDBs.
-
-    Args:
-        name: What to call it.
-        hr: Where HR is.
-        lr: Where LR is.
-        scale: HR side over LR side; None if it is to be detected.
-        template: BasicSR's `filename_tmpl`; None if it is to be detected.
-        least: The smallest side of HR that is of use, in pixels.
-        why: What `least` follows from.
-        role: "train" or "test".
-        listing: A list of images, None if all are meant; of pairs with `lists_pairs`.
-    """
+    """HR and LR images of one data set, or one of the two, in folders or LMDBs."""
 
     name: str
     hr: Path | None
     lr: Path | None
-    scale: int | None = None
-    template: str | None = "{}"
-    least: int | None = None
-    why: str = "gt_size"
-    role: str = "train"
-    listing: Path | None = None
-    lists_pairs: bool = False
+    scale: int | None = None  # HR side over LR side; None if it is to be detected
+    template: str | None = "{}"  # BasicSR's `filename_tmpl`; None if it is to be detected
+    least: int | None = None  # the smallest side of HR that is of use, in pixels
+    why: str = "gt_size"  # what `least` follows from
+    role: str = "train"  # or "test"
+    listing: Path | None = None  # a list of images, None if all are meant
+    lists_pairs: bool = False  # whether it is of pairs
 
 
 class Fault(NamedTuple):
@@ -90,29 +78,17 @@ class Side:
 
 @dataclass
 class Checked:
-    """Findings about a set.
-
-    Args:
-        set: The set.
-        sides: HR, LR, or both; empty if one cannot be opened.
-        pairs: The names of each sample, one for each side.
-        faults: What is wrong with the set as a whole.
-        bad: Why images cannot be used, by the first name of their pair.
-        warnings: What BasicSR changes in images without saying so.
-        notes: What a user should know although it is not wrong.
-        scale: HR side over LR side, None if there is one side.
-        smallest: Height and width of the smallest HR image that was checked.
-    """
+    """Findings about a set."""
 
     set: PairSet
-    sides: list[Side] = field(default_factory=list)
-    pairs: list[tuple[str, ...]] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    warnings: list[Fault] = field(default_factory=list)
+    sides: list[Side] = field(default_factory=list)  # HR, LR, or both; empty if one has no names
+    pairs: list[tuple[str, ...]] = field(default_factory=list)  # names of samples on each side
+    faults: list[Fault] = field(default_factory=list)  # of the set as a whole
+    bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by first name
+    warnings: list[Fault] = field(default_factory=list)  # what BasicSR changes silently
     notes: list[str] = field(default_factory=list)
-    scale: int | None = None
-    smallest: tuple[int, int] | None = None
+    scale: int | None = None  # HR side over LR side, if there are two sides
+    smallest: tuple[int, int] | None = None  # height and width, of the HR images checked
 
     @property
     def is_good(self) -> bool:

@@ -107,7 +107,7 @@ def made_before(
         return stored
     if overwrite:
         return None
-    raise UserError(f"{path} {how}; move it away, or make it again with --overwrite")
+    raise UserError(f"{path} {how}; move it away, or make all scales again with --overwrite")
 
 
 # Every image is read before anything is written
@@ -148,8 +148,12 @@ def _scan(source: Source, least: int) -> tuple[list[str], list[tuple[str, str]]]
     return faults, notices
 
 
-def scan(sources: Sequence[Source], least: int, workers: int) -> Scanned:
-    """Decode every image; sides of HR must have `least` pixels."""
+def scan(sources: Sequence[Source], least: int, workers: int, *, skip: bool = False) -> Scanned:
+    """Decode every image; sides of HR must have `least` pixels.
+
+    Raises:
+        UserError: Images cannot be used, unless they are skipped and some remain.
+    """
     good, faults, files = [], [], defaultdict(list)
     read = partial(_scan, least=least)
     for source, (wrong, notices) in with_progress(read, sources, workers, "opening"):
@@ -158,16 +162,12 @@ def scan(sources: Sequence[Source], least: int, workers: int) -> Scanned:
             files[notice].append(name)
         if not wrong:
             good.append(source)
+    if faults and not (skip and good):
+        how = "nothing is left" if skip else "--skip-bad leaves them out"
+        head = f"{len(sources) - len(good)} of {len(sources)} images cannot be used, nothing was "
+        raise UserError("\n  ".join([f"{head}written; fix or remove them; {how}:", *faults]))
     lines = [f"{len(names)} x {notice}: {named(names)}" for notice, names in files.items()]
     return Scanned(good, faults, lines)
-
-
-def refuse_bad(faults: Sequence[str], bad: int, total: int, *, skip: bool) -> None:
-    """Raise a UserError for images that cannot be used, unless they are skipped and some remain."""
-    if bad and not (skip and bad < total):
-        how = "nothing is left" if skip else "--skip-bad leaves them out"
-        head = f"{bad} of {total} images cannot be used, nothing was written; fix or remove them; "
-        raise UserError("\n  ".join([f"{head}{how}:", *faults]))
 
 
 def closing_lines(notices: Sequence[str], skipped: Sequence[str]) -> list[str]:

@@ -24,7 +24,6 @@ from dlgsanet_arch.data.making import (
     closing_lines,
     file_hashes,
     images_sha256,
-    refuse_bad,
     scan,
 )
 from dlgsanet_arch.data.sub_images import (
@@ -132,22 +131,6 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
     return pair(hr, {scale: _lr_folder(lr, scale, alone=len(scales) == 1) for scale in scales})
 
 
-def _lacks_others(path: Path, left_out: Sequence[str], overwrite: bool) -> bool:
-    """Whether a finished database lacks other images than those left out now: keys would differ.
-
-    Raises:
-        UserError: It does, and is not to be overwritten.
-    """
-    before = read_json(path / RECIPE)["skipped"]
-    if before != left_out and not overwrite:
-        raise UserError(
-            f"{path} was made without {named(before) or 'leaving out any image'}, and now "
-            f"{named(left_out) or 'none'} would be left out: keys would not match; make all "
-            "scales again with --overwrite"
-        )
-    return before != left_out
-
-
 def sub_image_key(source: Source, index: int) -> str:
     """The key of an image's sub-image, counted from 1 as BasicSR's script counts."""
     return f"{source.key}_s{index:03d}"
@@ -192,7 +175,7 @@ def _write(
             for scale, entries in made.items():
                 writers[scale].put(entries)
         for writer in writers.values():
-            writer.finish(sources=len(sources))
+            writer.finish()
     return len(remaining)
 
 
@@ -227,6 +210,10 @@ def build(
     if len({source.key for source in sources}) < len(sources):
         raise ValueError("images to train on share a key")
     cutting.check(scales)
+    least = cutting.patch * max(scales)
+    summary = Summary()
+    if skip_bad:
+        sources, summary.skipped, summary.notices = scan(sources, least, workers, skip=True)
     hashes = file_hashes(sources)
     recipes = {
         out / database_name(scale): {
@@ -238,31 +225,18 @@ def build(
         }
         for scale in (1, *scales)
     }
-    summary = Summary()
     with one_writer(out), disk_faults_named(f"{out} cannot be written"):
-        missing = [
-            path
+        missing = {
+            path: recipe
             for path, recipe in recipes.items()
             if not is_finished(path, recipe, overwrite=overwrite)
-        ]
+        }
+        if missing and not skip_bad:
+            summary.notices = scan(sources, least, workers).notices
         if missing:
-            good, summary.skipped, summary.notices = scan(
-                sources, cutting.patch * max(scales), workers
-            )
-            bad = len(sources) - len(good)
-            refuse_bad(summary.skipped, bad, len(sources), skip=skip_bad)
-            left_out = sorted({source.key for source in sources} - {source.key for source in good})
-            wanted = {
-                path: {**recipe, "skipped": left_out}
-                for path, recipe in recipes.items()
-                if path in missing or _lacks_others(path, left_out, overwrite)
-            }
-            summary.cut = _write(good, wanted, cutting, workers)
-        stored = {path: read_json(path / RECIPE) for path in recipes}
-    hr, *_ = stored.values()
-    summary.databases = {path: recipe["entries"] for path, recipe in stored.items()}
-    summary.images = hr["sources"]
-    summary.skipped = summary.skipped or hr["skipped"]
+            summary.cut = _write(sources, missing, cutting, workers)
+        summary.databases = {path: read_json(path / RECIPE)["entries"] for path in recipes}
+    summary.images = len(sources)
     return summary
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
-from dlgsanet_arch.data.finding import SUFFIXES
+from dlgsanet_arch.data.finding import SUFFIXES, walk_folders
 from dlgsanet_arch.data.images import ImageError, decode_8_bits
 from dlgsanet_arch.data.listing import (
     Checked,
@@ -51,20 +51,14 @@ BICUBIC = 50
 UNRELATED = 15
 
 
-def _holdings(path: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yield every LMDB and every folder with images in it, at and below a path, once."""
-    if path.resolve() in seen:
-        return
-    seen.add(path.resolve())
-    if (path / DATA).exists():
-        yield path
-        return
-    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-    if any(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in entries):
-        yield path
-    for entry in entries:
-        if entry.is_dir() and entry.suffix not in (UNFINISHED, OLD):
-            yield from _holdings(entry, seen)
+def _holdings(path: Path) -> Iterator[Path]:
+    """Yield every LMDB and every folder with images in it, at and below a path."""
+    for current, folders, files in walk_folders(path):
+        if DATA in files:
+            folders.clear()
+        if DATA in files or any(Path(name).suffix.lower() in SUFFIXES for name in files):
+            yield current
+        folders[:] = [each for each in folders if not each.endswith((UNFINISHED, OLD))]
 
 
 def _hr_for(lr: Path) -> tuple[Path, int | None] | None:
@@ -90,17 +84,17 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     Raises:
         UserError: A folder does not exist or is empty.
     """
-    found: list[Path] = []
-    seen: set[Path] = set()
+    by_place: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             reason = "is not a folder" if path.exists() else "does not exist"
             raise UserError(f"{path} {reason}: name LMDBs, folders of images, or of data sets")
-        repeated = path.resolve() in seen
-        below = list(_holdings(path, seen))
-        if not (below or repeated):
+        below = list(_holdings(path))
+        if not below:
             raise UserError(f"no LMDBs or images below {path}: name a folder that holds some")
-        found += below
+        for each in below:
+            by_place.setdefault(each.resolve(), each)
+    found = [*by_place.values()]
     pairs, paired = [], set()
     for path in found:
         partner = _hr_for(path)
@@ -114,23 +108,14 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
 
 
 class Sample(NamedTuple):
-    """Findings about a sample.
+    """Findings about a sample."""
 
-    Args:
-        faults: Why it cannot be used, as clauses that begin with HR or LR.
-        scale: HR side over LR side; None if there is one side.
-        digest: Of the pixels of HR, of LR in a set without HR.
-        psnr: Of LR to the bicubic of HR, in dB.
-        size: Of HR.
-        corners: As `corner_thumbnails` returns them, of HR; all of it only, if to train on.
-    """
-
-    faults: Sequence[str]
-    scale: int | None = None
-    digest: str | None = None
-    psnr: float | None = None
-    size: Size = WHOLE
-    corners: Mapping[Size, Levels] = {}
+    faults: Sequence[str]  # why it cannot be used, clauses that begin with HR or LR
+    scale: int | None = None  # HR side over LR side, if there are two sides
+    digest: str | None = None  # of the pixels of the first side
+    psnr: float | None = None  # of LR to the bicubic of HR, in dB
+    size: Size = WHOLE  # of HR
+    corners: Mapping[Size, Levels] = {}  # of HR, see `corner_thumbnails`
 
 
 def _decode(side: Side, name: str, faults: list[str]) -> ImageArray | None:
@@ -291,9 +276,6 @@ def fix(verified: Sequence[Checked]) -> list[Path]:
 
     Sets that share HR, as the scales of a training set do, lose the same images. The old ones
     stay as they are. LR by another kernel is not fixed.
-
-    Args:
-        verified: As `verify` returns them.
 
     Returns:
         The new databases, `NAME_fixed.lmdb` beside each old one.
