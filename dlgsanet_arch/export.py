@@ -14,9 +14,9 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,15 @@ _EXAMPLE = (2, 24, 28)  # all 2 or more, or the exporter takes them for constant
 _LARGEST_FILE = 1 << 31  # of protobuf
 _DOMAIN = "dlgsanet"  # of what is not an operator of ONNX's, while a file is made
 
+Precision = Literal["fp32", "fp16", "bf16"]
+Run = Callable[[Tensor], Tensor]
+
 
 class ExportError(UserError):
     """A network that cannot be exported as asked; the message says what would do."""
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """The exported network beside the network itself, on one image.
 
     Args:
@@ -61,32 +63,32 @@ class Comparison:
     seconds_in_pytorch: float
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """A file that was written, and how that went.
 
     Args:
         path: The file.
         seconds: What exporting took.
-        size: Bytes of the file.
         has_windows: Whether the test-time windows (TLC) are in it.
         comparisons: With the network, in the order that they were made.
     """
 
     path: Path
     seconds: float
-    size: int
     has_windows: bool
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def difference(self) -> float:
-        """The largest difference from the network that was found."""
-        return max(each.difference for each in self.comparisons)
+    comparisons: list[Comparison]
 
 
-Precision = Literal["fp32", "fp16", "bf16"]
-Run = Callable[[Tensor], Tensor]
+class _Function(nn.Module):
+    """A function of a map, and maybe of weights, as the module that exporters take."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function  # modules that it calls are no submodules: their weights stay out
+
+    def forward(self, x: Tensor, weights: list[Tensor] | None = None) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return self.function(x) if weights is None else self.function(x, weights)
 
 
 def _require(*packages: str) -> list[Any]:
@@ -103,7 +105,7 @@ def _require(*packages: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what exporters tell about themselves from the user."""
+    """Keep what exporters print and log about themselves from the user."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -114,79 +116,34 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _example(channels: int, dtype: torch.dtype, size: tuple[int, int] | None) -> Tensor:
+def _example(
+    channels: int, dtype: torch.dtype, size: tuple[int, int] | None
+) -> tuple[Tensor, dict[int, str]]:
+    """Return an image or map to export with, and the names of its axes of any length."""
     batch, *example = _EXAMPLE
-    return torch.rand(batch, channels, *(size or example), dtype=dtype)
+    axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    return torch.rand(batch, channels, *(size or example), dtype=dtype), axes
 
 
-def _dynamic_axes(size: tuple[int, int] | None) -> dict[int, str]:
-    """Name the axes of an image or a map that may have any length."""
-    return {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-
-
-def _capture(
-    network: nn.Module, channels: int, dtype: torch.dtype, size: tuple[int, int] | None
-) -> torch.export.ExportedProgram:
-    """Capture the network's graph for any batch, and any size of image or a given one."""
-    image = _example(channels, dtype, size)
-    axes = {axis: torch.export.Dim(name, min=1) for axis, name in _dynamic_axes(size).items()}
+def _pt2_bytes(network: DLGSANet, size: tuple[int, int] | None, facts: dict[str, str]) -> bytes:
+    """Make a .pt2 file: the network's graph for any batch, and any size or a given one."""
+    image, names = _example(network.in_chans, network.mean.dtype, size)
+    axes = {axis: torch.export.Dim(name, min=1) for axis, name in names.items()}
+    data = io.BytesIO()
     with _quiet(), torch.no_grad():
-        return torch.export.export(network, (image,), dynamic_shapes={"x": axes})
-
-
-def _facts(checkpoint: Checkpoint, config: dict[str, Any], dtype: Precision) -> dict[str, str]:
-    """Say what the file holds, for whoever finds it."""
-    return {
-        "architecture": "DLGSANet",
-        "name": checkpoint.name,
-        "scale": str(checkpoint.scale),
-        "config": json.dumps(config),
-        "dtype": dtype,
-        "range": "[0, 1] in and out, out not clipped",
-    }
-
-
-class _Call(nn.Module):
-    """Stands where a layer was and says so in the graph, instead of computing.
-
-    Args:
-        name: Of the layer.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        attributes = {"name": self.name}
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::Layer", [x], attributes, dtype=x.dtype, shape=x.shape, version=1
-        )
-
-
-class _WithWeights(nn.Module):
-    """A layer whose weights are arguments, so that its graph serves all layers of its kind."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = (layer,)  # no submodule: its own weights stay out of the graph
-        self.names = [name for name, _ in layer.named_parameters()]
-
-    def forward(self, x: Tensor, weights: list[Tensor]) -> Tensor:
-        """Map (B, C, H, W) to the same shape, by weights in the order of `names`."""
-        named = dict(zip(self.names, weights, strict=True))
-        return torch.func.functional_call(self.layer[0], named, (x,))
+        program = torch.export.export(network, (image,), dynamic_shapes={"x": axes})
+        torch.export.save(program, data, extra_files={"facts.json": json.dumps(facts)})
+    return data.getvalue()
 
 
 def _to_onnx(
     module: nn.Module,
-    image: Tensor,
+    example: tuple[Tensor, dict[int, str]],
     weights: tuple[list[Tensor], ...],
-    axes: dict[int, str],
     opset: int,
 ) -> Any:
     """Export a module of an image or map, and maybe of weights, to an ONNX ModelProto."""
+    image, axes = example
     with _quiet(), torch.no_grad():
         made = torch.onnx.export(
             module,
@@ -200,65 +157,58 @@ def _to_onnx(
         ).model_proto
     found = next(each.version for each in made.opset_import if each.domain == "")
     if found != opset:
-        raise ExportError(f"there is no opset {opset} for this network; use --opset {found}")
+        raise ExportError(f"this network needs another opset than {opset}; use --opset {found}")
     for node in made.graph.node:
         node.ClearField("metadata_props")  # where in PyTorch's sources it comes from
     return made
 
 
-class _Layers:
-    """The graph of each kind of layer as an ONNX function, made when the kind is first met.
+def _call(name: str, x: Tensor) -> Tensor:
+    """Stand where a layer was and say so in the graph, instead of computing."""
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::Layer", [x], {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+    )
 
-    An exporter works for seconds on a layer, and a network has up to 48 of two kinds.
 
-    Args:
-        dim: Channels of the maps.
-        size: (H, W) where they are fixed.
-        opset: Version of ONNX's operators.
+def _layer_function(
+    layer: nn.Module, channels: int, size: tuple[int, int] | None, opset: int
+) -> tuple[Any, list[Any]]:
+    """Export a layer as an ONNX function of a map and weights, for all layers of its kind.
 
-    Attributes:
-        functions: By kind; their inputs are a map, the weights in order, and constants.
-        constants: By kind, for the last inputs.
+    Returns:
+        The function, whose inputs are a map, the weights in order, and constants; and these.
     """
+    onnx, kind = _require("onnx")[0], type(layer).__name__
+    names = [name for name, _ in layer.named_parameters()]
+    weights = [weight.detach() for weight in layer.parameters()]
 
-    def __init__(self, dim: int, size: tuple[int, int] | None, opset: int) -> None:
-        self.dim = dim
-        self.size = size
-        self.opset = opset
-        self.functions: dict[str, Any] = {}
-        self.constants: dict[str, list[Any]] = {}
+    def run(x: Tensor, given: list[Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
 
-    def kind(self, layer: nn.Module) -> str:
-        """Return the kind of a layer; there is a function for it then."""
-        kind = type(layer).__name__
-        if kind not in self.functions:
-            self._make(kind, layer)
-        return kind
-
-    def _make(self, kind: str, layer: nn.Module) -> None:
-        (onnx,) = _require("onnx")
-        weights = [weight.detach() for weight in layer.parameters()]
-        example = _example(self.dim, weights[0].dtype, self.size)
-        axes = _dynamic_axes(self.size)
-        graph = _to_onnx(_WithWeights(layer), example, (weights,), axes, self.opset).graph
-        constants = list(graph.initializer)
-        self.functions[kind] = onnx.helper.make_function(
-            _DOMAIN,
-            kind,
-            [each.name for each in (*graph.input, *constants)],
-            [each.name for each in graph.output],
-            graph.node,
-            [onnx.helper.make_opsetid("", self.opset)],
-        )
-        for each in constants:
-            each.name = f"{kind}.{each.name}"
-        self.constants[kind] = constants
+    example = _example(channels, weights[0].dtype, size)
+    graph = _to_onnx(_Function(run), example, (weights,), opset).graph
+    constants = list(graph.initializer)
+    function = onnx.helper.make_function(
+        _DOMAIN,
+        kind,
+        [each.name for each in (*graph.input, *constants)],
+        [each.name for each in graph.output],
+        graph.node,
+        [onnx.helper.make_opsetid("", opset)],
+    )
+    for each in constants:
+        each.name = f"{kind}.{each.name}"
+    return function, constants
 
 
 def _onnx_bytes(
     network: DLGSANet, size: tuple[int, int] | None, opset: int, facts: dict[str, str]
 ) -> bytes:
-    """Make an ONNX file: the network with calls in place of its layers, then these filled in."""
+    """Make an ONNX file: the network with calls in place of its layers, then these filled in.
+
+    An exporter works for seconds on a layer, and a network has up to 48 of two kinds: each kind is
+    exported once.
+    """
     onnx, inliner = _require("onnx", "onnx.inliner")
     layers = {
         name: module
@@ -266,23 +216,28 @@ def _onnx_bytes(
         if isinstance(module, LocalLayer | GlobalLayer)
     }
     for name in layers:
-        network.set_submodule(name, _Call(name))
-    image = _example(network.in_chans, network.mean.dtype, size)
-    model = _to_onnx(network, image, (), _dynamic_axes(size), opset)
-    graph = model.graph
-    made = _Layers(network.overlap_embed[0].proj.out_channels, size, opset)
-    for node in graph.node:
+        network.set_submodule(name, _Function(partial(_call, name)))
+    example = _example(network.in_chans, network.mean.dtype, size)
+    model = _to_onnx(network, example, (), opset)
+    channels = network.overlap_embed[0].proj.out_channels
+    made: dict[str, tuple[Any, list[Any]]] = {}
+    for node in model.graph.node:
         if node.domain != _DOMAIN:
             continue
         name = onnx.helper.get_attribute_value(node.attribute.pop()).decode()
-        node.op_type = made.kind(layers[name])
-        for key, weight in layers[name].named_parameters(prefix=name):
-            graph.initializer.append(onnx.numpy_helper.from_array(weight.detach().numpy(), key))
+        layer = layers[name]
+        node.op_type = type(layer).__name__
+        if node.op_type not in made:
+            made[node.op_type] = _layer_function(layer, channels, size, opset)
+        for key, weight in layer.named_parameters(prefix=name):
+            model.graph.initializer.append(
+                onnx.numpy_helper.from_array(weight.detach().numpy(), key)
+            )
             node.input.append(key)
-        node.input.extend(each.name for each in made.constants[node.op_type])
-    for kind, function in made.functions.items():
+        node.input.extend(each.name for each in made[node.op_type][1])
+    for function, constants in made.values():
         model.functions.append(function)
-        graph.initializer.extend(made.constants[kind])
+        model.graph.initializer.extend(constants)
     model = inliner.inline_local_functions(model)
     for each in list(model.opset_import):
         if each.domain == _DOMAIN:
@@ -402,34 +357,33 @@ def export(
     """
     path = Path(path)
     _check_arguments(path, dtype, size, checkpoint)
-    config = {**checkpoint.config, "tlc_flag": checkpoint.config["tlc_flag"] and size is not None}
-    channels = config["in_chans"]
-    network = Checkpoint(checkpoint.weights, config).network()
-    facts = _facts(checkpoint, config, dtype)
-
+    windows = bool(checkpoint.config["tlc_flag"]) and size is not None
+    fitting = Checkpoint(checkpoint.weights, {**checkpoint.config, "tlc_flag": windows})
+    facts = {
+        "architecture": "DLGSANet",
+        "name": checkpoint.name,
+        "scale": str(checkpoint.scale),
+        "config": json.dumps(fitting.config),
+        "dtype": dtype,
+        "range": "[0, 1] in and out, out not clipped",
+    }
     start = time.perf_counter()
-    exporting = Checkpoint(checkpoint.weights, config).network().to(DTYPES[dtype])
-    data = io.BytesIO()
+    exporting = fitting.network().to(DTYPES[dtype])
     if path.suffix == ".onnx":
-        data.write(_onnx_bytes(exporting, size, opset, facts))
+        data = _onnx_bytes(exporting, size, opset, facts)
     else:
-        program = _capture(exporting, channels, DTYPES[dtype], size)
-        with _quiet():
-            torch.export.save(program, data, extra_files={"facts.json": json.dumps(facts)})
+        data = _pt2_bytes(exporting, size, facts)
     seconds = time.perf_counter() - start
-
-    comparisons: list[Comparison] = []
+    network, comparisons = fitting.network(), []
 
     def check(beside: Path) -> None:
         run = _onnx_runner(beside) if path.suffix == ".onnx" else _pt2_runner(beside)
         shapes = CHECKED_SIZES if size is None else [(batch, *size) for batch in CHECKED_BATCHES]
         random = torch.Generator().manual_seed(0)
-        for batch, height, width in shapes:
-            image = torch.rand(batch, channels, height, width, generator=random)
+        for batch, *sides in shapes:
+            image = torch.rand(batch, network.in_chans, *sides, generator=random)
             comparisons.append(_compare(run, network, image, dtype, repeats))
 
     with disk_faults_named(f"{path} cannot be written"), written_atomically(path, check) as file:
-        file.write(data.getbuffer())
-    return Exported(
-        path, seconds, path.stat().st_size, bool(config["tlc_flag"]), tuple(comparisons)
-    )
+        file.write(data)
+    return Exported(path, seconds, windows, comparisons)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status, size
 
@@ -43,16 +42,6 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
     return parser
 
 
-def _table(exported: Any) -> str:
-    lines = [f"{'input':<18} {'exported':>10} {'PyTorch':>10} {'difference':>11}"]
-    lines += [
-        f"{'x'.join(map(str, each.shape)):<18} {each.seconds:>9.3f}s "
-        f"{each.seconds_in_pytorch:>9.3f}s {each.difference:>11.1e}"
-        for each in exported.comparisons
-    ]
-    return "\n".join(lines)
-
-
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Export weights; see `build_parser`."""
@@ -70,10 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         opset=args.opset or OPSET,
         repeats=_TIMED_RUNS if args.time else 1,
     )
-    print(_table(exported))
+    print(f"{'input':<18} {'exported':>10} {'PyTorch':>10} {'difference':>11}")
+    for shape, difference, seconds, in_pytorch in exported.comparisons:
+        sides = "x".join(map(str, shape))
+        print(f"{sides:<18} {seconds:>9.3f}s {in_pytorch:>9.3f}s {difference:>11.1e}")
+    largest = max(each.difference for each in exported.comparisons)
     print(
-        f"{exported.path}: {checkpoint.name}, {exported.size / 1e6:.1f} MB, exported in "
-        f"{exported.seconds:.1f} s, differs from PyTorch by {exported.difference:.1e} at most"
+        f"{exported.path}: {checkpoint.name}, {exported.path.stat().st_size / 1e6:.1f} MB, "
+        f"exported in {exported.seconds:.1f} s, differs from PyTorch by {largest:.1e} at most"
     )
     if checkpoint.config["tlc_flag"] and not exported.has_windows:
         side = checkpoint.config["tlc_kernel"]
