@@ -28,7 +28,7 @@ from dlgsanet_arch.version import __version__
 
 VERBS = {
     "compare": "Show a detail of an image beside what networks and bicubic make of it.",
-    "complexity": "Parameters, operations, memory and time of networks, in a table.",
+    "complexity": "Parameters, operations, memory and time of the network, in a table.",
     "data": "Prepare and verify data sets.",
     "doctor": "Say what is installed, what is wrong and how to fix it.",
     "export": "Write the network as ONNX or .pt2, compared with the network first.",

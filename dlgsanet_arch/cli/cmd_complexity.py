@@ -1,16 +1,15 @@
-"""`dlgsanet complexity`: what networks cost, next to what is published."""
+"""`dlgsanet complexity`: what DLGSANet costs, next to what is published."""
 
 import argparse
 import csv
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dlgsanet_arch.cli import exit_status, size
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import suggest_or_list
-from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, Network
+from dlgsanet_arch.tools.published import PUBLISHED, Network
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,8 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="MACs are counted by PyTorch's FlopCounterMode over a forward in train mode, "
         "without norms, activation functions, gates and additions. Activations are the elements "
         "that convolutions and linear layers put out. Time is the median of float32 forwards in "
-        "eval mode, MiB the peak beyond weights and input. Of other networks published figures "
-        "are shown.",
+        "eval mode, MiB the peak beyond weights and input.",
     )
     add = parser.add_argument
     network = "only those whose names contain this, such as tiny (default: all)"
@@ -33,30 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-time", action="store_true", help="count only: seconds, not minutes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--runs", type=int, metavar="N", help="timed forwards (default: 1, or 10 on a GPU)")
-    dataset = "of the published PSNR in table and plot (default: Urban100)"
-    add("--dataset", choices=DATASETS, default="Urban100", help=dataset)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
     form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
-    plot = "draw published PSNR against MACs: .png, .pdf or .svg"
-    add("--plot", type=Path, metavar="FILE", help=plot)
-    measured = "table.json of `dlgsanet reproduce`, whose PSNR is drawn next to the published"
-    add("--measured", type=Path, metavar="FILE", help=measured)
     return parser
-
-
-def _read_measured(path: Path, dataset: str) -> dict[Network, float]:
-    """Take PSNR on a data set out of a table of `dlgsanet reproduce`."""
-    try:
-        return {
-            (cell["network"], cell["scale"]): cell["psnr"]
-            for cell in json.loads(path.read_text())["cells"]
-            if cell["dataset"] == dataset and cell["is_published"] and cell["psnr"] is not None
-        }
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"--measured: {path} is not a table.json of this package ({error})"
-        ) from error
 
 
 def _chosen(names: Sequence[str], scales: Sequence[int]) -> list[Network]:
@@ -77,7 +55,7 @@ def _chosen(names: Sequence[str], scales: Sequence[int]) -> list[Network]:
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, and draw it where that is asked for; 1 where a network was not measured."""
+    """Print the table; 1 where a network could not be measured."""
     parser = build_parser()
     asked = parser.parse_args(argv)
     if asked.runs is not None and asked.runs < 1:
@@ -87,12 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _chosen(asked.network, asked.scale)
     import torch
 
-    from dlgsanet_arch.tools import complexity, figure
+    from dlgsanet_arch.tools import complexity
 
-    if asked.plot:
-        figure.check_path(asked.plot)
-        figure.new_figure(1, 1)  # says now that matplotlib is absent
-    measured = _read_measured(asked.measured, asked.dataset) if asked.measured else {}
     device = None if asked.no_time else asked.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; `dlgsanet doctor` says more")
@@ -107,8 +81,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer.writeheader()
         writer.writerows(records)
     else:
-        print(complexity.table(records, asked.dataset))
-    if asked.plot:
-        figure.save(complexity.draw(records, asked.dataset, measured), asked.plot)
-        print(f"written: {asked.plot}", file=sys.stderr)
+        print(complexity.table(records))
     return int(any(record["fault"] for record in records))

@@ -9,7 +9,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlgsanet_arch.checkpoint import published_configs
-from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.tools import figure
-from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, Network
+from dlgsanet_arch.tools.published import PUBLISHED, Network
 
 OUTPUT = (720, 1280)  # height and width, as papers have it
 _WARM_UP = 48  # pixels
 _RUNS = {"cpu": 1, "cuda": 10}
-# Okabe and Ito's, without yellow: distinct to people who do not see all colours, and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 
 Record = dict[str, Any]
 
@@ -62,9 +58,9 @@ class _Activations(TorchDispatchMode):
 class Counts(NamedTuple):
     """What a forward of one image does."""
 
-    parameters: int | None = None
-    macs: int | None = None  # multiply-adds of products and convolutions, not of norms and gates
-    activations: int | None = None  # elements of the outputs of convolutions and linear layers
+    parameters: int
+    macs: int  # multiply-adds of products and convolutions, not of norms and gates
+    activations: int  # elements of the outputs of convolutions and linear layers
 
 
 def count(net: nn.Module, height: int, width: int) -> Counts:
@@ -144,7 +140,7 @@ def evaluate(
     """Count a network, and measure it where a device is named.
 
     Args:
-        network: A key of PUBLISHED. Only DLGSANet is built; others have their published figures.
+        network: A key of PUBLISHED.
         output: Height and width to reach; the input has a scale-th of each, rounded down.
         device: cpu or cuda; None for counts only.
         runs: Timed forwards.
@@ -155,30 +151,22 @@ def evaluate(
     """
     name, scale = network
     height, width = (side // scale for side in output)
-    config = published_configs().get(f"{name} x{scale}")
-    counts, seconds, memory, fault = Counts(), None, None, ""
-    if config is not None:
-        with torch.device("meta"):
-            net = DLGSANet(**config)
-        counts = count(net, height, width)
-        try:
-            if device is not None:
-                seconds, memory = measure(DLGSANet(**config), height, width, device, runs)
-        except torch.OutOfMemoryError:
-            fault = "out of memory"
-    published = PUBLISHED[network]
+    config = published_configs()[f"{name} x{scale}"]
+    with torch.device("meta"):
+        net = DLGSANet(**config)
+    counts, seconds, memory, fault = count(net, height, width), None, None, ""
+    try:
+        if device is not None:
+            seconds, memory = measure(DLGSANet(**config), height, width, device, runs)
+    except torch.OutOfMemoryError:
+        fault = "out of memory"
     return {
-        "network": name,
-        "scale": scale,
-        "input_height": height,
-        "input_width": width,
+        **{"network": name, "scale": scale, "input_height": height, "input_width": width},
         **counts._asdict(),
-        "seconds": seconds,
-        "peak_memory_bytes": memory,
-        "fault": fault,
-        "published_parameters": published.parameters,
-        "published_gmacs": published.gmacs if output == OUTPUT else None,  # of that size alone
-        **{f"published_psnr_{each}": published.scores.get(each, [None])[0] for each in DATASETS},
+        **{"seconds": seconds, "peak_memory_bytes": memory, "fault": fault},
+        "published_parameters": PUBLISHED[network].parameters,
+        # of that size alone
+        "published_gmacs": PUBLISHED[network].gmacs if output == OUTPUT else None,
     }
 
 
@@ -194,14 +182,13 @@ _COLUMNS = (
 )
 
 
-def table(records: Sequence[Record], dataset: str) -> str:
-    """Return a table for the terminal, with the published PSNR on one data set."""
-    columns = [*_COLUMNS, (f"published dB, {dataset}", f"published_psnr_{dataset}", 1, ".2f")]
-    lines = [["network", "input", *(heading for heading, *_ in columns)]]
+def table(records: Sequence[Record]) -> str:
+    """Return a table for the terminal."""
+    lines = [["network", "input", *(heading for heading, *_ in _COLUMNS)]]
     for record in records:
         cells = [
             "–" if record[key] is None else format(record[key] * factor, form)
-            for _, key, factor, form in columns
+            for _, key, factor, form in _COLUMNS
         ]
         if record["fault"]:
             cells[3] = record["fault"]
@@ -212,57 +199,3 @@ def table(records: Sequence[Record], dataset: str) -> str:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     )
-
-
-Measured = Mapping[Network, float]
-
-
-def draw(records: Sequence[Record], dataset: str, measured: Measured | None = None) -> Any:
-    """Draw PSNR against multiply-adds, a panel a scale; areas are proportional to parameters.
-
-    Args:
-        records: As `evaluate` returns them; those without a PSNR on the data set, or without
-            multiply-adds, are left out.
-        dataset: Of the PSNR.
-        measured: PSNR in dB by network and scale, drawn as rings beside the published discs.
-
-    Returns:
-        A figure of matplotlib's.
-
-    Raises:
-        UserError: matplotlib is absent, or no network has such a PSNR.
-    """
-    points = []
-    for record in records:
-        network = record["network"], record["scale"]
-        ours, theirs = (measured or {}).get(network), record[f"published_psnr_{dataset}"]
-        gmacs = record["macs"] / 1e9 if record["macs"] else record["published_gmacs"]
-        if gmacs and not ours is theirs is None:
-            parameters = record["parameters"] or record["published_parameters"]
-            points.append((*network, gmacs, parameters, theirs, ours))
-    if not points:
-        raise UserError(f"no network of these has a published PSNR on {dataset}: nothing to draw")
-    names = list(dict.fromkeys(name for name, *_ in points))
-    scales = sorted({scale for _, scale, *_ in points})
-    drawn = figure.new_figure(5.5 * len(scales), 5.8)
-    drawn.set_layout_engine("constrained")
-    how = "as published; rings: measured" if measured else "as published"
-    for axes, scale in zip(drawn.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
-        for name, at, gmacs, parameters, theirs, ours in points:
-            if at != scale:
-                continue
-            colour, area = _COLOURS[names.index(name) % len(_COLOURS)], parameters / 8e3
-            if theirs is not None:
-                axes.scatter(gmacs, theirs, s=area, color=colour, alpha=0.65, linewidths=0)
-            if ours is not None:
-                axes.scatter(gmacs, ours, s=area, facecolors="none", edgecolors=colour)
-            axes.scatter([], [], s=50, color=colour, label=f"{name}, {parameters / 1e6:.3g} M")
-        axes.set(title=f"x{scale}", ylabel=f"PSNR on {dataset}, dB, {how}", xscale="log")
-        axes.set(xlabel="GMACs of a forward; of DLGSANet as counted, else as published")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.margins(0.18)
-        axes.grid(alpha=0.3)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-        axes.legend(**place, frameon=False, fontsize="small", title="area: parameters")
-    return drawn

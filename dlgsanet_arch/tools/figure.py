@@ -206,8 +206,11 @@ def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> list[_
     return placed
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure of a size in inches; no window is opened.
+def draw(comparisons: Sequence[Comparison]) -> Any:
+    """Draw for each comparison the whole image with the detail marked, and each panel's crop.
+
+    Returns:
+        A figure of matplotlib's, the comparisons one below the other.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -219,18 +222,6 @@ def new_figure(width: float, height: float) -> Any:
             "figures need matplotlib, which is not installed; run: pip install "
             "'dlgsanet-arch[tools]' (or pip install matplotlib)"
         ) from error
-    return Figure(figsize=(width, height), facecolor="white")
-
-
-def draw(comparisons: Sequence[Comparison]) -> Any:
-    """Draw for each comparison the whole image with the detail marked, and each panel's crop.
-
-    Returns:
-        A figure of matplotlib's, the comparisons one below the other.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
     blocks = [_lay_out(*each) for each in comparisons]
     width = _GAP + max(each.left + each.width for block in blocks for each in block)
     heights = [
@@ -238,7 +229,7 @@ def draw(comparisons: Sequence[Comparison]) -> Any:
         for block in blocks
     ]
     height = sum(heights)
-    figure = new_figure(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
+    figure = Figure((width / _DOTS_PER_INCH, height / _DOTS_PER_INCH), facecolor="white")
     start = 0
     for block, comparison, tall in zip(blocks, comparisons, heights, strict=True):
         for each in block:
