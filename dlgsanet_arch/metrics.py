@@ -43,12 +43,7 @@ def to_8_bits(image: Tensor) -> Tensor:
 
 
 def _blocks(like: Tensor, margin: int = 0) -> Iterator[tuple[Any, slice, slice]]:
-    """Cut (..., H, W) into blocks, to be used as indices.
-
-    Args:
-        like: What is cut.
-        margin: Rows and columns that a block shares with the next: a window's side less one.
-    """
+    """Cut (..., H, W) into blocks, to be used as indices, that share `margin` rows and columns."""
     height, width = like.shape[-2:]
     on_cpu = like.device.type == "cpu"
     columns = min(width, _COLUMNS_ON_CPU) if on_cpu else width
@@ -66,23 +61,21 @@ def _luma(channels: Sequence[Tensor]) -> Tensor:
     white = torch.full((), 255.0, device=channels[0].device)
     if len(channels) == 1:
         return (channels[0] / white).mul_(white)
-    weighted = [
+    red, green, blue = (
         (channel / white).double().mul_(weight)
         for channel, weight in zip(channels, _Y_OF_RGB, strict=True)
-    ]
-    total = weighted[0].add_(weighted[1]).add_(weighted[2]).add_(_Y_OFFSET)
-    return total.div_(white).float().mul_(white)
+    )
+    return red.add_(green).add_(blue).add_(_Y_OFFSET).div_(white).float().mul_(white)
 
 
 def _planes(image: Tensor, *, y_channel: bool) -> Tensor:
     """Return an image (B, C, H, W) in 8 bits, or its Y channel, as float32 in [0, 255]."""
     # Apple's GPUs have no float64
     image = image.detach().cpu() if image.device.type == "mps" else image.detach()
-    batch, channels, height, width = image.shape
-    shape = (batch, 1 if y_channel else channels, height, width)
-    planes = torch.empty(shape, dtype=torch.float32, device=image.device)
+    channels = 1 if y_channel else image.shape[1]
+    planes = torch.empty_like(image[:, :channels], dtype=torch.float32)
     for block in _blocks(image[:, 0]):
-        rounded = [to_8_bits(image[:, i][block]) for i in range(channels)]
+        rounded = [to_8_bits(plane[block]) for plane in image.unbind(1)]
         for i, values in enumerate([_luma(rounded)] if y_channel else rounded):
             planes[:, i][block] = values
     return planes
@@ -192,45 +185,20 @@ def compare(
     Raises:
         ValueError: The shapes differ, are not images, or nothing is left after the crop.
     """
+    shape = tuple(output.shape)
     if output.shape != target.shape:
-        raise ValueError(
-            f"the output's shape {tuple(output.shape)} is not the target's {tuple(target.shape)}"
-        )
-    if output.dim() != 4 or output.shape[1] not in (1, 3):
-        raise ValueError(
-            f"images are (B, 3, H, W) or (B, 1, H, W); got the shape {tuple(output.shape)}"
-        )
-    height, width = output.shape[-2:]
+        raise ValueError(f"the output's shape {shape} is not the target's {tuple(target.shape)}")
+    if len(shape) != 4 or shape[1] not in (1, 3):
+        raise ValueError(f"images are (B, 3, H, W) or (B, 1, H, W); got the shape {shape}")
+    height, width = shape[2:]
     if not 0 <= 2 * crop_border < min(height, width):
         raise ValueError(
-            f"crop_border {crop_border} leaves nothing of an image of {width}x{height}"
-            if crop_border > 0
-            else f"crop_border must be 0 or more; got {crop_border}, of {width}x{height}"
+            "crop_border must be 0 or more and leave something of the image; got "
+            f"{crop_border}, of {width}x{height}"
         )
-    inside = (
-        ...,
-        slice(crop_border, height - crop_border),
-        slice(crop_border, width - crop_border),
-    )
+    rows, columns = (slice(crop_border, side - crop_border) for side in shape[2:])
+    inside = (..., rows, columns)
     return Compared(
         _planes(output[inside], y_channel=y_channel),
         _planes(target.to(output.device)[inside], y_channel=y_channel),
     )
-
-
-def psnr(
-    output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
-) -> Tensor:
-    """Return the PSNR of each image in dB, (B,) float64; `compare` says what it takes."""
-    return compare(output, target, crop_border=crop_border, y_channel=y_channel).psnr()
-
-
-def ssim(
-    output: Tensor, target: Tensor, *, crop_border: int = 0, y_channel: bool = False
-) -> Tensor:
-    """Return the SSIM of each image, (B,) float64; `compare` says what it takes.
-
-    Raises:
-        ValueError: As `compare`, or less than 11x11 pixels are left after the crop.
-    """
-    return compare(output, target, crop_border=crop_border, y_channel=y_channel).ssim()
