@@ -58,7 +58,6 @@ def written(path: Path, data: bytes) -> Path:
 
 
 def saved(path: Path, samples: np.ndarray, **options) -> Path:
-    """Write by Pillow."""
     Image.fromarray(samples).save(path, **options)
     return path
 
@@ -227,7 +226,6 @@ def test_links_neither_loop_nor_repeat(tmp_path):
 
 # What is read
 
-DEFLATE = (cv2.IMWRITE_TIFF_COMPRESSION, 8)
 LOSSLESS_WEBP = (cv2.IMWRITE_WEBP_QUALITY, 101)
 GRAY, RGB, RGBA = made(1), made(3), made(4)
 GRAY_16, RGB_16, RGBA_16 = (made(channels, np.uint16) for channels in (1, 3, 4))
@@ -236,7 +234,6 @@ LOSSLESS = {
     "gray16.png": lambda: (encoded(".png", GRAY_16), GRAY_16),
     "rgb.png": lambda: (encoded(".png", RGB), RGB),
     "rgb16.png": lambda: (encoded(".png", RGB_16), RGB_16),
-    "bilevel.png": lambda: (png(SIZE, 1, 0, np.packbits(GRAY > 9, 1)), (GRAY > 9) * np.uint8(255)),
     "gray.tif": lambda: (tiff(GRAY), GRAY),
     "gray16.tif": lambda: (tiff(GRAY_16), GRAY_16),
     "gray16_motorola.tif": lambda: (tiff(GRAY_16, byteorder=">"), GRAY_16),
@@ -244,11 +241,9 @@ LOSSLESS = {
     "white_is_zero.tif": lambda: (tiff(255 - GRAY, photometric="miniswhite"), GRAY),
     "rgb.tif": lambda: (tiff(RGB), RGB),
     "big.tif": lambda: (tiff(RGB, bigtiff=True), RGB),
-    "rgb_lzw.tif": lambda: (encoded(".tif", RGB), RGB),
     "rgb16.tif": lambda: (tiff(RGB_16), RGB_16),
     "rgb16_motorola.tif": lambda: (tiff(RGB_16, byteorder=">"), RGB_16),
     "rgb16_lzw.tif": lambda: (encoded(".tif", RGB_16), RGB_16),
-    "rgb16_deflate.tiff": lambda: (encoded(".tiff", RGB_16, *DEFLATE), RGB_16),
     "rgb.webp": lambda: (encoded(".webp", RGB, *LOSSLESS_WEBP), RGB),
     "gray.bmp": lambda: (encoded(".bmp", GRAY), GRAY),
     "rgb.bmp": lambda: (encoded(".bmp", RGB), RGB),
@@ -272,12 +267,9 @@ def test_samples_come_back_as_written(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_lossy_formats_come_back_nearly(tmp_path, suffix, channels):
+def test_lossy_formats_come_back_nearly(tmp_path, suffix):
     slope = np.add.outer(np.arange(SIZE[0]) * 4, np.arange(SIZE[1]) * 5).astype(np.uint8)
-    samples = slope if channels == 1 else np.dstack([slope, slope // 2, slope // 3])
-    if suffix == ".webp" and channels == 1:
-        samples = np.dstack([samples] * 3)  # WebP has no gray
+    samples = np.dstack([slope, slope // 2, slope // 3])
     result = read_8_bits(saved(tmp_path / f"x{suffix}", samples, quality=98))
     assert np.abs(result.pixels.astype(int) - bgr(samples)).max() <= 8
     assert result.notices == ()
@@ -310,17 +302,16 @@ def test_palettes_are_expanded(tmp_path, suffix):
     assert result.notices == ()
 
 
-def test_transparent_palettes_are_put_on_white(tmp_path):
+def test_transparent_palettes_have_alpha(tmp_path):
     palette = np.array([[10, 20, 30], [200, 100, 0], [5, 5, 5], [90, 80, 70]], np.uint8)
     alpha = np.array([0, 128, 255, 255], np.uint8)
     indices = GRAY % 4
     chunks = (b"PLTE", palette.tobytes()), (b"tRNS", alpha[:3].tobytes())
-    result = read_8_bits(written(tmp_path / "x.png", png(SIZE, 8, 3, indices, *chunks)))
-    assert np.array_equal(result.pixels, bgr(on_white(palette[indices], alpha[indices])))
+    path = written(tmp_path / "x.png", png(SIZE, 8, 3, indices, *chunks))
+    assert np.array_equal(read_stored(path).pixels, np.dstack([palette[indices], alpha[indices]]))
     # 200·128/255 + 255·127/255 = 227.4, 100 -> 177.2, 0 -> 127
     row, column = np.argwhere(indices == 1)[0]
-    assert result.pixels[row, column].tolist() == [127, 177, 227]
-    assert result.notices == (ON_WHITE,)
+    assert read_8_bits(path).pixels[row, column].tolist() == [127, 177, 227]
 
 
 UNASSOCIATED = {"extrasamples": ["unassalpha"]}
@@ -351,10 +342,9 @@ def test_alpha_is_read_and_put_on_white(tmp_path, name):
     assert seen.notices[0] == ON_WHITE
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_opaque_alpha_goes_without_a_notice(tmp_path, dtype):
-    samples = made(4, dtype)
-    samples[..., 3] = np.iinfo(dtype).max
+def test_opaque_alpha_goes_without_a_notice(tmp_path):
+    samples = made(4, np.uint16)
+    samples[..., 3] = 65535
     result = read_stored(written(tmp_path / "x.png", encoded(".png", samples)))
     assert np.array_equal(result.pixels, samples[..., :3])
     assert result.notices == ()
@@ -434,28 +424,33 @@ def test_deep_tiff_is_turned_once_by_any_opencv(tmp_path, monkeypatch, orientati
     refused(path, "Pillow and OpenCV read different samples")
 
 
-def test_exif_data_that_cannot_be_read_is_noticed(tmp_path):
-    broken = png_chunk(b"eXIf", b"nonsense that is not a TIFF header")
-    end = png_chunk(b"IEND", b"")
-    data = encoded(".png", RGB).replace(end, broken + end)
-    result = read_stored(written(tmp_path / "x.png", data))
+def frames(kind: str) -> bytes:
+    file, first, second = io.BytesIO(), Image.fromarray(RGB), Image.fromarray(255 - RGB)
+    first.save(file, kind, save_all=True, append_images=[second], lossless=True)
+    return file.getvalue()
+
+
+END = png_chunk(b"IEND", b"")
+EXIF = png_chunk(b"eXIf", b"nonsense that is not a TIFF header")
+SEVERAL = "holds more than one image; the first was read"
+NOTICED = [
+    ("x.jpg", lambda: encoded(".png", RGB), "is named as JPEG and holds PNG"),
+    ("x.tif", lambda: frames("TIFF"), SEVERAL),
+    ("x.webp", lambda: frames("WebP"), SEVERAL),
+    ("x.png", lambda: frames("PNG"), SEVERAL),
+    (
+        "x.png",
+        lambda: encoded(".png", RGB).replace(END, EXIF + END),
+        "has EXIF data that cannot be read; it was not rotated",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "notice"), NOTICED)
+def test_what_a_user_may_not_expect_is_noticed(tmp_path, name, data, notice):
+    result = read_stored(written(tmp_path / name, data()))
     assert np.array_equal(result.pixels, RGB)
-    assert result.notices == ("has EXIF data that cannot be read; it was not rotated",)
-
-
-@pytest.mark.parametrize("suffix", [".tif", ".webp", ".png"])
-def test_the_first_of_several_images_is_read(tmp_path, suffix):
-    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
-    frames[0].save(tmp_path / f"x{suffix}", save_all=True, append_images=frames[1:], lossless=True)
-    result = read_stored(tmp_path / f"x{suffix}")
-    assert np.array_equal(result.pixels, RGB)
-    assert result.notices == ("holds more than one image; the first was read",)
-
-
-def test_content_decides_on_the_format(tmp_path):
-    result = read_stored(written(tmp_path / "x.jpg", encoded(".png", RGB)))
-    assert np.array_equal(result.pixels, RGB)
-    assert result.notices == ("is named as JPEG and holds PNG",)
+    assert result.notices == (notice,)
 
 
 # What is refused
@@ -507,12 +502,6 @@ def test_a_complete_thumbnail_does_not_hide_a_cut_jpeg(tmp_path):
     whole = data[:2] + segment + data[2:]
     assert read_8_bits(written(tmp_path / "x.jpg", whole)).pixels.shape == (*SIZE, 3)
     refused(written(tmp_path / "x.jpg", whole[:-60]), "cut short")
-
-
-def test_damaged_png_is_refused(tmp_path):
-    data = bytearray(encoded(".png", RGB))
-    data[len(data) // 2] ^= 1
-    refused(written(tmp_path / "x.png", bytes(data)), "damaged.*checksum in .*IDAT")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp"])

@@ -134,7 +134,7 @@ def test_unequal_keys_are_named(root, options):
         basicsr_reads(options, "train", root)
 
 
-@pytest.mark.parametrize("length", [10, 4096, 5000, 8192, 40_000, -1])
+@pytest.mark.parametrize("length", [10, 5000, -1])
 def test_a_cut_database_is_named(root, options, length):
     write_database(root / "hr.lmdb", {"a": image()})
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
@@ -196,16 +196,18 @@ def test_names_follow_the_template(root, options):
         options["datasets"][phase]["filename_tmpl"] = "{}x2"
     assert scan(options, root, train=True).problems == []
     assert len(basicsr_reads(options, "val", root)) == SAMPLES
+    for template in ("{x}", "{1}", "{"):
+        options["datasets"]["val"]["filename_tmpl"] = template
+        problem = only(scan(options, root, train=True).problems)
+        assert problem.startswith("datasets:val:filename_tmpl: ")
+        assert f"filename_tmpl {template!r} is not a template" in problem
 
 
-def test_hidden_files_and_folders_are_passed_over_as_basicsr_does(root, options):
+def test_what_basicsr_passes_over_or_fails_on_in_folders(root, options):
     (root / "data/LR/.hidden").touch()
     (root / "data/HR/folder").mkdir()
     assert scan(options, root, train=True).problems == []
     assert len(basicsr_reads(options, "val", root)) == SAMPLES
-
-
-def test_a_file_that_is_no_image_is_named(root, options):
     for side in ("HR", "LR"):
         (root / "data" / side / "Thumbs.db").write_bytes(b"x")
     problems = scan(options, root, train=True).problems
@@ -230,15 +232,12 @@ def test_a_list_says_which_images_there_are(root, options):
 def test_what_is_wrong_with_a_list_is_said(root, options):
     (root / "list.txt").write_text(LISTED + "\nimage9.png\n")
     options["datasets"]["val"]["meta_info_file"] = "list.txt"
-    problems = scan(options, root, train=True).problems
-    assert [problem.split(": ")[0].split(":")[-1] for problem in problems] == [
-        "meta_info_file",
-        "dataroot_gt",
-        "dataroot_lq",
-    ]
-    assert "has 1 blank lines" in problems[0]
-    assert "1 of 3 listed images are not in" in problems[1]
-    assert "'image9.png'" in problems[2]
+    listed, hr, lr = scan(options, root, train=True).problems
+    assert listed.startswith("datasets:val:meta_info_file: ")
+    assert "has 1 blank lines" in listed
+    assert hr.startswith("datasets:val:dataroot_gt: ")
+    assert "1 of 3 listed images are not in" in hr
+    assert "'image9.png'" in lr
 
 
 def test_sets_of_real_esrgan_are_read_as_it_lists_them(root, options):
@@ -261,14 +260,6 @@ def test_single_images_need_no_hr(root, options):
     found = scan(options, root, train=True)
     assert found.problems == []
     assert found.samples["val"] == SAMPLES
-
-
-@pytest.mark.parametrize("template", ["{x}", "{1}", "{"])
-def test_a_template_that_is_none_is_named(root, options, template):
-    options["datasets"]["val"]["filename_tmpl"] = template
-    problem = only(scan(options, root, train=True).problems)
-    assert problem.startswith("datasets:val:filename_tmpl: ")
-    assert f"filename_tmpl {template!r} is not a template" in problem
 
 
 def test_patches_must_fit_into_hr(root, options):
@@ -367,26 +358,6 @@ def test_of_many_images_headers_of_some_are_read(root, options, monkeypatch):
     assert [Path(file.name).name for file in read] == ["image0.png", "image2.png"] * 4
     (root / "data/LR/image1.png").unlink()
     assert len(scan(options, root, train=True).problems) == 2  # names are checked in full
-
-
-def test_of_many_entries_headers_of_some_are_read(root, options, monkeypatch):
-    monkeypatch.setattr(check, "MOST_HEADERS", 100)
-    images = {f"a{index:03}": image() for index in range(999)}
-    write_database(root / "hr.lmdb", images)
-    write_database(root / "lr.lmdb", images, scale=2)
-    use_databases(options)
-    read = []
-    monkeypatch.setattr(check, "read_header", lambda file: read.append(file) or read_header(file))
-    found = scan(options, root, train=True)
-    assert found.problems == []
-    assert "datasets:train: 999 pairs; checked the headers of 100" in found.notes
-    assert len(read) == 2 * 100 + 2 * SAMPLES  # both sides, and the validation set
-    lines = [f"a{index:03}.png" for index in range(998)]
-    (root / "hr.lmdb" / "meta_info.txt").write_text("\n".join(lines))
-    assert (
-        "does not list and that are never read: 'a998'"
-        in scan(options, root, train=True).problems[0]
-    )
 
 
 def test_a_long_preamble_hides_no_header(root, options):

@@ -9,9 +9,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
-import torch
 import yaml
-from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.lmdb_util import LmdbMaker
 from basicsr.utils.matlab_functions import imresize
 from helpers import decoded_entries as entries
@@ -126,29 +124,6 @@ def test_meta_info_is_what_basicsrs_writer_writes(hr, out, tmp_path):
         maker.close()
         theirs = (tmp_path / name / "meta_info.txt").read_bytes()
         assert (out / name / "meta_info.txt").read_bytes() == theirs
-
-
-def test_basicsr_reads_the_pairs(hr, out):
-    assert train(hr, out, "--scale", 4) == 0
-    data_set = PairedImageDataset(
-        {
-            "dataroot_gt": str(out / HR),
-            "dataroot_lq": str(out / X4),
-            "io_backend": {"type": "lmdb"},
-            "phase": "train",
-            "scale": 4,
-            "gt_size": 64,
-            "use_hflip": False,
-            "use_rot": False,
-        }
-    )
-    assert len(data_set) == 36
-    for index in (0, 35):
-        item = data_set[index]
-        assert item["gt"].shape == (3, 64, 64)
-        # what bicubic makes of the patch alone differs at its border, not inside
-        again = imresize(item["gt"], 1 / 4)
-        assert torch.allclose(item["lq"][:, 4:-4, 4:-4], again[:, 4:-4, 4:-4], atol=1 / 255)
 
 
 def test_shipped_option_files_find_the_tree(repository, hr, tmp_path):
@@ -274,35 +249,25 @@ def test_worker_processes_make_the_same(hr, out, tmp_path, monkeypatch):
         assert one.read_bytes() == two.read_bytes()
 
 
-def broken(kind: str, path: Path) -> str:
-    """Write an image with a fault; what the message has to say of it."""
-    whole = path.with_name("whole.png")
-    save(whole, image("whole"))
-    data = whole.read_bytes()
-    whole.unlink()
-    if kind == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-        return "cut short"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return "zero bytes"
-    if kind == "text":
-        path.write_text("not an image\n")
-        return "is not an image"
-    if kind == "1x1":
-        save(path, image("dot", 1, 1))
-        return "1 x 1"
-    assert kind == "small"
-    save(path, image("small", 250, 95))
-    return "95 x 250 pixels, both sides must be 96"
+def cut_png(path: Path) -> None:
+    save(path, image("whole"))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "1x1", "small"])
-def test_a_bad_image_is_named_before_anything_is_written(hr, out, capsys, kind):
-    reason = broken(kind, hr / "bad.png")
+BAD = {
+    "cut short": cut_png,
+    "zero bytes": Path.touch,
+    "95 x 250 pixels, both sides must be 96": lambda path: save(path, image("small", 250, 95)),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_image_is_named_before_anything_is_written(hr, out, capsys, reason):
+    BAD[reason](hr / "bad.png")
     assert train(hr, out, "--scale", 2) == 1
     said = capsys.readouterr().err
-    assert str(hr / "bad.png") in said
+    assert f"{hr / 'bad.png'} " in said
     assert reason in said
     assert "1 of 4 images" in said
     assert "--skip-bad" in said
@@ -315,14 +280,13 @@ def test_a_bad_image_is_named_before_anything_is_written(hr, out, capsys, kind):
 
 
 def test_all_bad_images_are_named_at_once_and_none_left_is_an_error(tmp_path, out, capsys):
-    (tmp_path / "images").mkdir()
-    for kind in ("empty", "text"):
-        broken(kind, tmp_path / "images" / f"{kind}.png")
+    for name in ("one.png", "two.png"):
+        save(tmp_path / "images" / name, image("dot", 1, 1))
     for more in ([], ["--skip-bad"]):
         assert train(tmp_path / "images", out, *more) == 1
         said = capsys.readouterr().err
-        assert "empty.png" in said
-        assert "text.png" in said
+        assert "one.png" in said
+        assert "two.png" in said
         assert not out.exists()
     assert "nothing is left" in said
 

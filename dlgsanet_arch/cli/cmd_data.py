@@ -76,10 +76,9 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import benchmark, benchmarks, discovery
 
     name = benchmarks.set_name(arguments.name)
-    source = arguments.hr or discovery.find_source(name, arguments.root)
     summary = benchmark.build(
         name,
-        source,
+        arguments.hr or discovery.find_source(name, arguments.root),
         arguments.root / "datasets" / "benchmark" / name,
         arguments.scale,
         workers=arguments.workers,
@@ -97,19 +96,11 @@ def _sets_of_options(arguments: argparse.Namespace) -> list:
     file = shipped.find(Path(arguments.opt).expanduser(), train=True)
     options = load(file)
     sets = sets_of_options(options, arguments.root)
-    if not arguments.sets:
-        return [*sets.values()]
-    names = {
-        name: each
-        for phase, each in sets.items()
-        for name in (phase, options["datasets"][phase].get("name"))
-    }
-    unknown = [name for name in arguments.sets if name not in names]
-    if unknown:
-        raise UserError(
-            f"--sets: {file} has no set {unknown[0]}{suggest_or_list(unknown[0], names)}"
-        )
-    return [names[name] for name in arguments.sets]
+    by_name = {options["datasets"][phase].get("name"): each for phase, each in sets.items()} | sets
+    for name in arguments.sets or ():
+        if name not in by_name:
+            raise UserError(f"--sets: {file} has no set {name}{suggest_or_list(name, by_name)}")
+    return [by_name[name] for name in arguments.sets or sets]
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -145,14 +136,17 @@ MAKING = {
     },
     "--overwrite": {"action": "store_true", "help": "replace what was made from other images"},
 }
-SIDE, STEP = "side of a sub-image in HR pixels", "distance between two sub-images in HR pixels"
-PATCH = "side of the patches to be trained on in LR pixels: smaller is refused"
 CUTTING = {
     "--scale": {**SCALE, "default": [*SCALES], "help": OF_SCALE.format("all")},
     **MAKING,
-    "--crop": {**NUMBER, "default": 480, "help": f"{SIDE} (default: 480)"},
-    "--step": {**NUMBER, "default": 240, "help": f"{STEP} (default: 240)"},
-    "--patch": {**NUMBER, "default": 48, "help": f"{PATCH} (default: 48)"},
+    **{
+        f"--{name}": {**NUMBER, "default": default, "help": f"{text} (default: {default})"}
+        for name, default, text in (
+            ("crop", 480, "side of a sub-image in HR pixels"),
+            ("step", 240, "distance between two sub-images in HR pixels"),
+            ("patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
+        )
+    },
 }
 DOWNLOADED = {
     **CUTTING,
@@ -248,7 +242,7 @@ VERBS = {
             },
             "--fix": {
                 "action": "store_true",
-                "help": "write new LMDBs without the bad pairs, *_fixed.lmdb",
+                "help": "copy LMDBs without the bad pairs to *_fixed.lmdb",
             },
         },
         """open everything that data sets hold, say what is wrong

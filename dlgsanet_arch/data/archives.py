@@ -87,18 +87,13 @@ def _unpack(path: Path, file: BinaryIO, folder: Path) -> None:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack the images of an archive, all or none.
+    """Unpack the images of a zip or tar archive, all or none, unless the folder holds some.
 
-    Links, devices and files that are not named as images are skipped. Leading folders that all
-    images share are left out: ``DIV2K_train_HR/0001.png`` becomes ``<folder>/0001.png``.
-
-    Args:
-        archive: A zip or tar archive, recognised by its content.
-        folder: Where the images go. A folder that is not empty counts as finished.
+    Links, devices and other files are skipped. Leading folders that all images share are left out:
+    ``DIV2K_train_HR/0001.png`` becomes ``<folder>/0001.png``.
 
     Raises:
-        UserError: The archive is missing, damaged or holds no images; an image leads out of the
-            folder, expands the archive too far or has the name of another; the disk is full; or
+        UserError: The archive is missing, damaged, hostile or holds no images, the disk is full, or
             another process is unpacking the same archive.
     """
     growing = unfinished(folder)

@@ -54,10 +54,7 @@ KIND = {"kind": "test set"}
 
 @dataclass
 class Scale:
-    """One scale of a test set: the set's name, where HR and LR are, and what its recipe states.
-
-    `written` is False if a finished folder was left alone.
-    """
+    """A scale of a test set: the folder of HR and LR, what its recipe states, was it written?"""
 
     name: str
     scale: int
@@ -170,11 +167,10 @@ def build(
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Make a test set's tree, or find that it is there already.
+    """Make a test set's tree; finished scales are left alone.
 
     HR is cropped at the bottom and the right to a multiple of the scale, LR is its MATLAB-equal
-    bicubic, both with 8 bits. All images are read before anything is written. A scale that an
-    interrupted run left behind is built again; one that is finished is left alone.
+    bicubic, both with 8 bits. All images are read before anything is written.
 
     Args:
         name: See `set_name`.

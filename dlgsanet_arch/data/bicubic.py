@@ -20,17 +20,10 @@ _SUPPORT = 4  # positions under the cubic kernel
 
 
 class Taps(NamedTuple):
-    """How each of N positions of a resized axis is summed from the axis before.
+    """How N positions of a resized axis are summed: K `weights` from `first` on, maybe outside."""
 
-    From `first` on, (N,), which may lie outside, K positions with float32 `weights`, (N, K).
-    """
-
-    first: NDArray[np.int64]
-    weights: NDArray[np.float32]
-
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """The positions read for results start to stop - 1: the first, and one past the last."""
-        return int(self.first[start]), int(self.first[stop - 1]) + self.weights.shape[1]
+    first: NDArray[np.int64]  # (N,)
+    weights: NDArray[np.float32]  # (N, K)
 
 
 def _cubic(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -98,7 +91,7 @@ def bicubic(image: NDArray[Depth], scale: float) -> NDArray[Depth]:
     result = np.empty((rows, columns, *image.shape[2:]), image.dtype)
     for begin in range(0, rows, STRIP):
         end = min(begin + STRIP, rows)
-        top, bottom = down.span(begin, end)
+        top, bottom = down.first[begin], down.first[end - 1] + down.weights.shape[1]
         source = image[mirrored(np.arange(top, bottom), height)].astype(np.float32)
         source /= np.float32(peak)
         part = Taps(down.first[begin:end] - top, down.weights[begin:end])

@@ -31,11 +31,7 @@ def _is_called(folder: str, name: str) -> bool:
 
 
 def find_source(name: str, root: Path) -> Path:
-    """Find a test set where users put it: datasets/<name> or datasets/benchmark/<name>.
-
-    Args:
-        name: The set's name, in any spelling that `set_name` knows; so may be the folder's.
-        root: The folder that holds `datasets`.
+    """Find a test set in datasets/<name> or datasets/benchmark/<name>, in any spelling.
 
     Raises:
         UserError: It is in neither place, or twice in one.
@@ -83,11 +79,7 @@ def _notices(layout: str, where: Path, paths: Sequence[PurePath]) -> tuple[str, 
 
 
 def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
-    """The test sets among the images below a folder: several if it is not clear which to take.
-
-    Raises:
-        UserError: HR images of a set have the same name.
-    """
+    """The test sets among the images below a folder: several if it is not clear which to take."""
     for layout, pattern in LAYOUTS.items():
         found: dict[Path, dict[int, dict[str, Path]]] = defaultdict(lambda: defaultdict(dict))
         for path in paths:
@@ -112,11 +104,7 @@ def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
 
 
 def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
-    """Find the one test set in a folder, or in one of its folders.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
+    """Find the one test set in a folder, or in one of its folders."""
     layouts = _layouts(source, paths)
     if not layouts:
         folders = defaultdict(list)
@@ -142,13 +130,9 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
 
 
 def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | None) -> Layout:
-    """Find a test set in a folder.
+    """Find a test set in a folder, for some scales; None means those that are there.
 
-    Args:
-        name: The set's name.
-        source: Holds the set in any of the forms in which sets circulate, or holds one such folder.
-        target: Where the data tree has the set. What was made there is taken for want of others.
-        scales: HR side over LR side, those that are needed; None for those that are there.
+    Images that were made in `target` are used only if there are no others.
 
     Raises:
         UserError: HR images are missing, have the same name, or it is not clear which to take.

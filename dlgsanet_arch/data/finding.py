@@ -41,16 +41,12 @@ def _normal(name: str) -> str:
 
 
 def image_key(relative: PurePath) -> str:
-    """The key of an image in LMDBs, `meta_info.txt` and flat folders of test sets.
+    """The key of an image, given by its path from the data set's folder, in LMDBs and test sets.
 
     BasicSR encodes keys as ASCII, ends them at the first dot or space of a `meta_info.txt` line,
     and names results by what follows the last slash. So letters, digits, `-` and `_` stay, `+`
     stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
-    digits: ``city/night 1.png`` has the key ``city+night%201``. Different paths have different
-    keys, up to the spelling of combined characters. A long key ends in `~` and a hash of it.
-
-    Args:
-        relative: The path from the data set's folder to the image, its suffix included.
+    digits: ``city/night 1.png`` has the key ``city+night%201``. A long key ends in `~` and a hash.
     """
     name = _normal(relative.with_suffix("").as_posix())
     # surrogateescape: names that are not UTF-8 come from the file system with surrogates
@@ -110,16 +106,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def walk_images(folder: Path) -> list[Path]:
-    """Find all images below a folder: files with one of `SUFFIXES` in upper or lower case.
-
-    Hidden files and folders are passed over, links are followed, and no folder is read twice.
-
-    Returns:
-        Paths from `folder`, in natural order: ``a2`` before ``a10``.
+    """Find all images below a folder, by `SUFFIXES`: paths from there, ``a2`` before ``a10``.
 
     Raises:
-        UserError: The folder does not exist, it or a folder in it cannot be read, or it holds no
-            images.
+        UserError: The folder is missing, cannot be read, or holds no images.
     """
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "does not exist"

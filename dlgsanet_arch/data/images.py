@@ -89,18 +89,14 @@ class ImageError(UserError):
 class StoredImage:
     """An image that was read.
 
-    Args:
-        pixels: Upright, uint8 or uint16: (H, W, C), gray, gray and alpha, RGB, or RGB and alpha,
-            colours not multiplied by alpha. From `read_8_bits`: (H, W, 3) in BGR, uint8.
-        notices: What was changed or left out, one sentence without its subject each.
-        icc: The colour profile.
-        exif: Those EXIF data that stay true if the image is resized.
+    `pixels` are upright, (H, W, C), uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha,
+    colours not multiplied by alpha. From `read_8_bits`: (H, W, 3) in BGR, uint8.
     """
 
     pixels: Pixels
-    notices: tuple[str, ...] = ()
-    icc: bytes | None = None
-    exif: bytes | None = None
+    notices: tuple[str, ...] = ()  # what was changed or left out, sentences without a subject
+    icc: bytes | None = None  # the colour profile
+    exif: bytes | None = None  # those EXIF data that stay true if the image is resized
 
 
 def read_bytes(path: Path) -> bytes:

@@ -75,13 +75,13 @@ def fits(stored: Recipe | None, wanted: Recipe) -> bool:
 def made_before(
     path: Path, recipe: Recipe, change: Callable[[Recipe], str], *, overwrite: bool
 ) -> dict[str, Any] | None:
-    """Read the recipe of a finished folder, None if the folder is absent.
+    """Read the recipe of a finished folder, None if the folder is absent or to be replaced.
 
     Args:
         path: The folder.
         recipe: What it is to be made from.
         change: Says of the stored recipe how the folder was changed since, "" if it was not.
-        overwrite: What was made otherwise, or changed since, counts as absent, to be replaced.
+        overwrite: Replace what was made otherwise, or changed since.
 
     Raises:
         UserError: Something else has that name.

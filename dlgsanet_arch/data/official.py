@@ -16,7 +16,7 @@ from dlgsanet_arch.errors import UserError
 
 
 class Part(NamedTuple):
-    """HR or LR images: their archive, the folder it is unpacked into, and where they may lie."""
+    """HR or LR images: archive, the folder it is unpacked into, and where they may lie."""
 
     archive: str
     unpacked: str
@@ -116,11 +116,7 @@ def sources(
 ) -> list[Source]:
     """The images of a published set, HR and their official LR, downloaded and unpacked as needed.
 
-    Args:
-        official: The set.
-        scales: HR side over LR side.
-        places: Folders to look in; what is downloaded or unpacked goes into the first.
-        mirror: A server to use instead of the official one.
+    They are looked for in `places`; what is downloaded or unpacked goes into the first.
 
     Raises:
         UserError: Images cannot be had, or are not as many as were published.

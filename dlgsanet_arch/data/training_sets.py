@@ -49,14 +49,11 @@ def database_name(scale: int) -> str:
 
 @dataclass
 class Summary:
-    """What was made: sub-images by database, HR first, and images used, `cut` by this run.
+    """What was made."""
 
-    `skipped` says why images were left out; `notices` what was changed on reading.
-    """
-
-    databases: dict[Path, int] = field(default_factory=dict)
+    databases: dict[Path, int] = field(default_factory=dict)  # sub-images in each, HR first
     images: int = 0
-    cut: int = 0
+    cut: int = 0  # images, by this run
     skipped: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -103,11 +100,7 @@ def _partners(hr: Path, lr: Path, scale: int) -> dict[str, Path]:
 
 
 def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
-    """Find HR images and the LR images of the same names, in a folder for each scale.
-
-    Raises:
-        UserError: A folder is missing or empty, or images have no partner.
-    """
+    """Find HR images and the LR images of the same names, in a folder for each scale."""
     partners = {scale: _partners(hr, folder, scale) for scale, folder in lr.items()}
     return [
         Source(file.key, file.path, {scale: each[file.key] for scale, each in partners.items()})
@@ -191,6 +184,8 @@ def build(
 ) -> Summary:
     """Make the databases of a training set that are not there yet.
 
+    What is written is kept if the run ends early, under another name until it is complete.
+
     Args:
         sources: The images, each key once.
         scales: HR side over LR side, from `SCALES`.
@@ -202,8 +197,7 @@ def build(
 
     Raises:
         UserError: Images cannot be used, a database is there that was made otherwise, another
-            run is at work on `out`, or the disk is full. What is written is kept, under another
-            name until it is complete.
+            run is at work on `out`, or the disk is full.
         ValueError: A scale is not one of `SCALES`, or two images have one key.
     """
     cutting, scales = cutting or Cutting(), checked_scales(scales)

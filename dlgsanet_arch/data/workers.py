@@ -102,7 +102,7 @@ def ordered(
     Args:
         function: Importable by name, or a `functools.partial` of such a function; what it raises
             is raised here, at its item's turn.
-        items: Anything that can be pickled, as can the results.
+        items: Can be pickled, as can the results.
         workers: Number of processes.
         isolated: Start a process even for one worker: what the function reads may crash it.
 
