@@ -57,11 +57,7 @@ def bundled_weights() -> dict[str, Path]:
 
 
 def find_weights(weights: Path | str) -> Path:
-    """Return the file that a path or the name of bundled weights means; paths come first.
-
-    Raises:
-        CheckpointError: Neither is there, or it is not a file.
-    """
+    """Return the file that a path or the name of bundled weights means; paths come first."""
     path, known = Path(weights), bundled_weights()
     if os.path.isfile(path):  # pathlib raises where a name is too long
         return path
@@ -239,16 +235,13 @@ def _complete(
 def read_checkpoint(
     path: Path | str, param_key: str | None = None, config: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Read weights of a DLGSANet from any file, and detect which network they are of.
+    """Read weights of a DLGSANet as `read_weights` does, and detect which network they are of.
 
-    Args:
-        path: As in `read_weights`.
-        param_key: As in `read_weights`.
-        config: Arguments of DLGSANet that are known better than the file states them.
+    `config` has arguments of DLGSANet that are known better than the file states them.
 
     Raises:
-        CheckpointError: The file cannot be read or holds no DLGSANet, or the configuration in it
-            or in `config` is not that of its weights.
+        CheckpointError: The file cannot be read or is not of a DLGSANet, or the configuration in
+            it or in `config` is not that of its weights.
     """
     path = find_weights(path)
     weights, beside = _read(path, param_key)
@@ -269,13 +262,11 @@ def read_checkpoint(
 def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     """Write weights with their configuration: after a crash the file is the old or the new one.
 
-    Args:
-        checkpoint: What to write.
-        path: `.pth` is written as BasicSR reads it, the weights under `params` and `params_ema`,
-            once in the file; `.safetensors` has the configuration and the notes as metadata.
+    `.pth` is written as BasicSR reads it, the weights under `params` and `params_ema`, once in the
+    file; `.safetensors` has the configuration and the notes as metadata.
 
     Raises:
-        CheckpointError: The suffix is another one, or the file cannot be written.
+        UserError: The suffix is another one, or the file cannot be written.
     """
     path = Path(path)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
@@ -292,11 +283,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """Return the mean of one or more checkpoints' weights; the iteration is the last of theirs.
-
-    Raises:
-        CheckpointError: They are of different configurations.
-    """
+    """Return the mean of one or more checkpoints of one configuration; the last iteration."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
         names = [name for name in first.config if first.config[name] != other.config.get(name)]
@@ -314,15 +301,10 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
-    """Make a start for another scale: all weights but those of the upsampler, which start anew.
+    """Return a start for training another scale: the same weights with a new upsampler.
 
-    Args:
-        checkpoint: Trained weights, usually of x2.
-        scale: The scale to be trained for.
-        seed: For the new weights, drawn as a new network's are.
-
-    Raises:
-        CheckpointError: The network has no upsampler, or it cannot make this scale.
+    Its weights are drawn by `seed` as a new network's are. CheckpointError where the network has
+    no upsampler, or one that cannot make this scale.
     """
     if not checkpoint.config["upsampler"]:
         raise CheckpointError("these weights have no upsampler: they keep the size of an image")

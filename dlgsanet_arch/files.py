@@ -34,9 +34,7 @@ def written_atomically(
 ) -> Iterator[IO[bytes]]:
     """Open a file beside and rename it at the end: after a crash it is the old or the new one.
 
-    Args:
-        path: The file to write.
-        check: Looks at the written file before it takes the name; what it raises keeps the old one.
+    `check` is called with the written file before that; what it raises keeps the old one.
     """
     # Of a name of its own: two processes may write one file, and the name may be a long one.
     beside = path.with_name(f".{os.urandom(8).hex()}{UNFINISHED}")
@@ -71,7 +69,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, None where there is none or it holds no JSON object."""
+    """Return the content of a JSON file, None where it is absent or not a JSON object."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):  # the last: thousands of brackets
@@ -90,14 +88,10 @@ def replace_folder(made: Path, path: Path) -> None:
 
 
 def lock_file(file: IO[bytes] | int, what: Path) -> None:
-    """Keep other processes off a file until it is closed; the kernel does so when we are killed.
+    """Lock an open file, or the descriptor of a file or folder, until it is closed.
 
-    Args:
-        file: An open file, or the descriptor of one or of a folder.
-        what: What is guarded, for the message.
-
-    Raises:
-        UserError: Another process holds the lock.
+    The kernel closes it when we are killed. `what` is named if another process holds the lock,
+    which is a UserError.
     """
     if fcntl is None:
         return
@@ -113,11 +107,7 @@ def lock_file(file: IO[bytes] | int, what: Path) -> None:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Keep a second run off a folder's data sets while this one writes them.
-
-    Raises:
-        UserError: Another process is at work on the folder.
-    """
+    """Make a folder and keep other processes off it; see `lock_file`."""
     folder.mkdir(parents=True, exist_ok=True)
     directory = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
@@ -133,14 +123,7 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_faults_named(fault: str) -> Iterator[None]:
-    """Turn a full disk, or one that cannot be written, into a message.
-
-    Args:
-        fault: What it means, a sentence: "… cannot be written".
-
-    Raises:
-        UserError: An OSError came out of the block.
-    """
+    """Turn an OSError of the block into a UserError: `fault`, such as "… cannot be written"."""
     try:
         yield
     except OSError as error:

@@ -48,10 +48,6 @@ def _hub() -> ModuleType:
         ) from error
 
 
-def _checkpoint() -> ModuleType:
-    return importlib.import_module("dlgsanet_arch.checkpoint")  # which imports the network
-
-
 def _download(repo_id: str, options: Mapping[str, Any]) -> Path:
     hub = _hub()
     try:
@@ -85,20 +81,18 @@ class HubMixin:
             UserError: The weights cannot be found, downloaded or read, or do not fit the
                 configuration.
         """
-        checkpoint, path = _checkpoint(), Path(source)
-        known = path.exists() or str(source) in checkpoint.bundled_weights()
-        if known and not path.is_dir():
-            found = checkpoint.read_checkpoint(source)
-        else:
+        from dlgsanet_arch.checkpoint import bundled_weights, read_checkpoint  # import the network
+
+        path, config = Path(source), {}
+        if path.is_dir() or not (path.exists() or str(source) in bundled_weights()):
             folder = path if path.is_dir() else _download(str(source), options)
-            config = {}
+            path = folder / WEIGHTS
             if (folder / CONFIG).is_file():
                 try:
-                    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-                    config = dict(config)
+                    config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
                 except (OSError, TypeError, ValueError) as error:
                     raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
-            found = checkpoint.read_checkpoint(folder / WEIGHTS, config=config)
+        found = read_checkpoint(path, config=config)
         network = cls(**found.config)
         network.load_state_dict(found.weights, strict=True)
         return network.eval()
@@ -116,9 +110,11 @@ class HubMixin:
         Raises:
             UserError: A file cannot be written.
         """
-        checkpoint, folder = _checkpoint(), Path(folder)
+        from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
+
+        folder = Path(folder)
         weights = {key: each.detach().cpu() for key, each in self.state_dict().items()}
-        content = checkpoint.Checkpoint(weights, self.config, notes=dict(notes or {}))
+        content = Checkpoint(weights, self.config, notes=dict(notes or {}))
         facts = {"Scale": f"x{content.scale}", "Parameters": f"{content.parameters:,}"} | {
             key.replace("_", " ").capitalize(): value for key, value in content.notes.items()
         }
@@ -136,7 +132,7 @@ class HubMixin:
             (folder / CARD).write_text(card, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}") from error
-        checkpoint.save_checkpoint(content, folder / WEIGHTS)
+        save_checkpoint(content, folder / WEIGHTS)
 
     def push_to_hub(
         self, repo_id: str, notes: Mapping[str, str] | None = None, **options: Any

@@ -95,10 +95,7 @@ def free_memory(device: torch.device) -> int:
 def bytes_a_pixel(config: Mapping[str, Any], device: torch.device, *, fused: bool = True) -> int:
     """Return an upper estimate of a forward's peak memory, in bytes for each pixel that goes in.
 
-    Args:
-        config: The network's arguments.
-        device: Where it runs.
-        fused: Whether a CPU computes fused layers, as the C library does in float32.
+    `fused` says whether a CPU computes fused layers, as the C library does in float32.
     """
     maps = _FUSED_MAPS if device.type == "cpu" and fused else _MAPS
     scale = config["upscale"] if config["upsampler"] else 1
@@ -114,11 +111,7 @@ def fitting_pixels(config: Mapping[str, Any], device: torch.device, *, fused: bo
 
 
 def check_room(needed: int) -> None:
-    """Refuse a result that does not fit into the machine's memory, before it is computed.
-
-    Raises:
-        UpscaleError: `needed` bytes are more than are free.
-    """
+    """Raise UpscaleError where `needed` bytes are more than the machine has free."""
     free = free_memory(torch.device("cpu"))
     if needed > free:
         raise UpscaleError(

@@ -14,7 +14,7 @@ a file of .safetensors that has the configuration.
 
 from torch import Tensor
 
-from dlgsanet_arch.checkpoint import Checkpoint, infer_config
+from dlgsanet_arch.checkpoint import ANCHOR, Checkpoint, infer_config
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
 
@@ -38,23 +38,20 @@ except ModuleNotFoundError as error:
 __all__ = ["DLGSANetArch", "install"]
 
 
-def _first_layers() -> list[str]:
-    """List names of the first layer's weights, with and without a norm before the groups."""
-    layers = [f"deep_feature_extraction.{group}.body.0" for group in (0, 1)]
-    parts = ("IDynamicDWConv.conv0.weight", "restormer_attn.temperature")
-    return [f"{layer}.{part}" for layer in layers for part in parts]
+# Weights of the first layer, with and without a norm before the groups.
+_FIRST_LAYERS = [
+    f"deep_feature_extraction.{group}.body.0.{part}"
+    for group in (0, 1)
+    for part in ("IDynamicDWConv.conv0.weight", "restormer_attn.temperature")
+]
 
 
 class DLGSANetArch(Architecture[DLGSANet]):
     """What spandrel asks of an architecture: to know its weights, and to build the network."""
 
     def __init__(self) -> None:
-        super().__init__(
-            id="DLGSANet",
-            detect=KeyCondition.has_all(
-                "overlap_embed.0.proj.weight", KeyCondition.has_any(*_first_layers())
-            ),
-        )
+        known = KeyCondition.has_all(ANCHOR, KeyCondition.has_any(*_FIRST_LAYERS))
+        super().__init__(id="DLGSANet", detect=known)
 
     def load(self, state_dict: dict[str, Tensor]) -> ImageModelDescriptor[DLGSANet]:
         """Build the network that `infer_config` detects, in eval mode, with these weights.
@@ -69,23 +66,16 @@ class DLGSANetArch(Architecture[DLGSANet]):
         """
         config = infer_config(state_dict)
         checkpoint = Checkpoint(state_dict, config)
-        scale = checkpoint.scale
-        network = DLGSANet(**config).eval()
         _, *variant = checkpoint.name.split()  # "DLGSANet Tiny x4", or no more than the first
         return ImageModelDescriptor(
-            network,
+            DLGSANet(**config).eval(),
             state_dict,
             architecture=self,
-            purpose="SR" if scale > 1 else "Restoration",
-            tags=[
-                *variant[:1],
-                f"{config['dim']}dim",
-                f"{config['groups']}groups",
-                f"{config['blocks']}blocks",
-            ],
+            purpose="SR" if checkpoint.scale > 1 else "Restoration",
+            tags=variant[:1] + [f"{config[name]}{name}" for name in ("dim", "groups", "blocks")],
             supports_half=True,
             supports_bfloat16=True,
-            scale=scale,
+            scale=checkpoint.scale,
             input_channels=config["in_chans"],
             output_channels=config["in_chans"],
             size_requirements=SizeRequirements(),
@@ -94,9 +84,5 @@ class DLGSANetArch(Architecture[DLGSANet]):
 
 
 def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
-    """Add DLGSANet to spandrel's architectures; doing it again changes nothing.
-
-    Args:
-        registry: Where to; spandrel's own is what `ModelLoader()` uses.
-    """
+    """Add DLGSANet to spandrel's architectures; doing it again changes nothing."""
     registry.add(ArchSupport.from_architecture(DLGSANetArch()), ignore_duplicates=True)

@@ -30,9 +30,7 @@ class CheckpointError(UserError):
 def check_complete(path: Path, content: IO[bytes] | None = None) -> int:
     """Read all of a file of torch.save's and compare it with the checksums that it holds.
 
-    Args:
-        path: The file.
-        content: What it holds, where that was read already.
+    `content` is what the file holds, where that was read already.
 
     Returns:
         A checksum of its content, which differs between two files; 0 for a file in PyTorch's
@@ -164,11 +162,7 @@ def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata.
-
-    Raises:
-        CheckpointError: The file cannot be read, is damaged, or is of another format.
-    """
+    """Read tensors and metadata."""
     from safetensors import safe_open
 
     try:
@@ -187,11 +181,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(weights: Mapping[str, Tensor], notes: Mapping[str, str], path: Path) -> None:
-    """Write tensors with metadata and a checksum, complete or not at all.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Write tensors with metadata and a checksum, complete or not at all."""
     from safetensors.torch import save
 
     metadata = {"format": "pt", **notes}

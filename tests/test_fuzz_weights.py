@@ -6,24 +6,23 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import SMALL_NETWORK
+from helpers import small_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fuzz_data import attempted, damaged, examples, searched
 
-from dlgsanet_arch.checkpoint import Checkpoint, infer_config, read_checkpoint, save_checkpoint
-from dlgsanet_arch.network import DLGSANet
+from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint
 
 torch.manual_seed(0)
-CONFIG = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
-WEIGHTS = DLGSANet(**CONFIG).state_dict()
-CONFIG = {**infer_config(WEIGHTS), **CONFIG}
+WHOLE = replace(small_checkpoint(iteration=5), notes={"licence": "MIT"})
+WEIGHTS, CONFIG = WHOLE.weights, WHOLE.config
 STATED = {"architecture": "DLGSANet", "config": json.dumps(CONFIG)}
 
 
@@ -35,7 +34,7 @@ def pickled(content: object, **options: object) -> bytes:
 
 def saved(folder: Path, suffix: str) -> bytes:
     path = folder / f"whole{suffix}"
-    save_checkpoint(Checkpoint(WEIGHTS, CONFIG, True, 5, {"licence": "MIT"}), path)
+    save_checkpoint(WHOLE, path)
     return path.read_bytes()
 
 
@@ -61,8 +60,7 @@ def check(data: bytes, suffix: str, folder: Path, *, exact: bool = False) -> Non
         return
     if exact:
         assert found.config == CONFIG
-        assert found.iteration == 5
-        assert found.notes == {"licence": "MIT"}
+        assert (found.iteration, found.notes) == (WHOLE.iteration, WHOLE.notes)
         assert found.weights.keys() == WEIGHTS.keys()
         assert all(torch.equal(found.weights[name], each) for name, each in WEIGHTS.items())
     else:

@@ -8,16 +8,14 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from helpers import SMALL_NETWORK
+from helpers import SMALL_ARGUMENTS
 
 from dlgsanet_arch import DLGSANet
 from dlgsanet_arch.checkpoint import bundled_weights, read_checkpoint
 from dlgsanet_arch.errors import UserError
 
 # Arguments that weights do not show, so that only the configuration can bring them back.
-OPTIONS = {key: value for key, value in SMALL_NETWORK.items() if key != "type"} | {
-    "buildblock_type": "sparseedge", "activation": "gelu", "tlc_kernel": 8, "img_range": 2.0,
-}  # fmt: skip
+OPTIONS = SMALL_ARGUMENTS | {"activation": "gelu", "img_range": 2.0}
 NOTES = {"trained_on": "nothing", "licence": "Apache-2.0"}
 
 

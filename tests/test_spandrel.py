@@ -1,42 +1,32 @@
 """DLGSANet among spandrel's architectures: what is loaded, what is claimed, what is promised."""
 
 import importlib
-import itertools
 import sys
 
 import pytest
 import safetensors.torch
 import spandrel
 import torch
-from helpers import SMALL_NETWORK
+from helpers import SMALL_ARGUMENTS
 
 from dlgsanet_arch import DLGSANet
+from dlgsanet_arch.checkpoint import published_configs
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.spandrel import DLGSANetArch, install
 
-VARIANTS = {"Tiny": (48, 3, 3), "Light": (48, 4, 3), "Large": (90, 6, 4)}
-TLC_KERNELS = {2: 96, 3: 72, 4: 48}
-SMALL = {name: value for name, value in SMALL_NETWORK.items() if name != "type"} | {
-    "tlc_kernel": 96
-}
-
+SMALL = SMALL_ARGUMENTS | {"tlc_kernel": 96}
+PUBLISHED = published_configs()
 # Networks whose names or sizes of weights differ from those of the paper's.
 ABLATIONS = {
     "local": {"buildblock_type": "idynamic"},
     "global": {"buildblock_type": "restormer"},
     "static": {"idynamic": False},
     "feed-forward": {"idynamic_ffn_type": "BaseFFN", "restormer_ffn_type": "BaseFFN"},
-    "expansion": {"idynamic_ffn_expansion_factor": 2.66, "restormer_ffn_expansion_factor": 1.5},
-    "heads": {"idynamic_num_heads": 4, "restormer_num_heads": 3},
-    "window": {"window_size": 5},
-    "norms": {"body_norm": True},
     "norms of local": {"body_norm": True, "buildblock_type": "idynamic"},
     "norms of global": {"body_norm": True, "buildblock_type": "restormer"},
     "gray": {"in_chans": 1},
-    "pixelshuffle x3": {"upsampler": "pixelshuffle", "upscale": 3, "tlc_kernel": 72},
-    "pixelshuffle x4": {"upsampler": "pixelshuffle", "upscale": 4, "tlc_kernel": 48},
+    "pixelshuffle": {"upsampler": "pixelshuffle", "upscale": 4, "tlc_kernel": 48},
     "same size": {"upsampler": "", "upscale": 1, "tlc_kernel": 48},
-    "deeper": {"groups": 2, "blocks": 2},
 }
 # Networks that only their option files tell from the paper's.
 ALIKE = {
@@ -53,44 +43,32 @@ def build(**changes):
     return DLGSANet(**{**SMALL, **changes}).eval()
 
 
-def published(variant, scale):
-    dim, groups, blocks = VARIANTS[variant]
-    return DLGSANet(
-        dim=dim,
-        groups=groups,
-        blocks=blocks,
-        buildblock_type="sparseedge",
-        tlc_kernel=TLC_KERNELS[scale],
-        upscale=scale,
-        upsampler="pixelshuffledirect",
-    ).eval()
-
-
 def enlarge(network, image):
     """What a descriptor promises: the network's output, within its range."""
     with torch.no_grad():
         return network(image).clamp(0, 1)
 
 
-@pytest.mark.parametrize(("variant", "scale"), list(itertools.product(VARIANTS, TLC_KERNELS)))
-def test_published_networks_load_from_files(variant, scale, tmp_path):
-    network = published(variant, scale)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_load_from_files(name, tmp_path):
+    network = DLGSANet(**PUBLISHED[name]).eval()
     path = tmp_path / "net_g_latest.pth"
     torch.save({"params": {}, "params_ema": network.state_dict()}, path)
     model = spandrel.ModelLoader().load_from_file(path)
     assert isinstance(model, spandrel.ImageModelDescriptor)
     assert isinstance(model.model, DLGSANet)
     assert not model.model.training
+    scale = PUBLISHED[name]["upscale"]
     assert (model.architecture.id, model.purpose, model.scale) == ("DLGSANet", "SR", scale)
     assert (model.input_channels, model.output_channels) == (3, 3)
-    assert model.tags[0] == variant
+    assert name == f"DLGSANet {model.tags[0]} x{scale}"
     image = torch.rand(1, 3, 9, 11)
     assert torch.equal(model(image), enlarge(network, image))
 
 
-@pytest.mark.parametrize("scale", TLC_KERNELS)
-def test_windows_are_the_published_ones(scale):
-    network = DLGSANet(**{**SMALL, "upscale": scale, "tlc_kernel": TLC_KERNELS[scale]}).eval()
+@pytest.mark.parametrize(("scale", "kernel"), [(2, 96), (3, 72), (4, 48)])
+def test_windows_are_the_published_ones(scale, kernel):
+    network = build(upscale=scale, tlc_kernel=kernel)
     model = spandrel.ModelLoader().load_from_state_dict(network.state_dict())
     image = torch.rand(1, 3, 100, 7)
     assert torch.equal(model(image), enlarge(network, image))
@@ -112,7 +90,7 @@ def test_ablations_load_from_their_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_what_weights_do_not_tell_is_as_in_the_paper(name):
+def test_what_weights_do_not_show_is_as_in_the_paper(name):
     network = build(**ALIKE[name])
     paper = build()
     paper.load_state_dict(network.state_dict())

@@ -15,11 +15,7 @@ DEEP = np.iinfo(np.uint16).max
 
 
 def checked(image: Any) -> NDArray:
-    """Return an image as (H, W, C) in native byte order.
-
-    Raises:
-        UpscaleError: It is not an array of uint8 or uint16 with 1 to 4 channels.
-    """
+    """Return an image as (H, W, C) in native byte order; UpscaleError for what is not an image."""
     if not isinstance(image, np.ndarray):
         got = type(image).__name__
     elif image.dtype not in (np.uint8, np.uint16, np.dtype(np.uint16).newbyteorder()):
@@ -40,9 +36,6 @@ def check_tensor(images: Tensor) -> None:
     """Refuse a tensor that is not a batch of gray or RGB images in [0, 1].
 
     Resampling may have put values a little outside of the range.
-
-    Raises:
-        UpscaleError: Of another shape, dtype or range.
     """
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or not images.is_floating_point():

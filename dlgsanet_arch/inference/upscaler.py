@@ -31,11 +31,7 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601, the Y that super-resolution is measured
 
 
 def default_weights(scale: float | None = None) -> Path:
-    """Return the bundled weights, those of `scale` where there are any.
-
-    Raises:
-        UpscaleError: The package has no bundled weights.
-    """
+    """Return the bundled weights, those of `scale` if there are any; UpscaleError without any."""
     paths = list(bundled_weights().values())
     if not paths:
         raise UpscaleError(
@@ -201,11 +197,7 @@ class Upscaler:
     def many(
         self, images: Sequence[NDArray[Depth]], progress: Progress | None = None
     ) -> list[NDArray[Depth]]:
-        """Enlarge arrays of one shape and depth together; see `__call__`.
-
-        Raises:
-            UpscaleError: They are of several shapes or depths, or as in `__call__`.
-        """
+        """Enlarge arrays of one shape and depth together; see `__call__`."""
         checked = [arrays.checked(each) for each in images]
         if len({(each.shape, each.dtype) for each in checked}) > 1:
             raise UpscaleError("images of one shape and dtype are taken together")
@@ -355,17 +347,11 @@ class Upscaler:
             self._notice(f"out of memory on {self.device} with {what}; again with tiles of {tile}")
 
     def tiling_error(self, image: NDArray[Depth]) -> tuple[float, float] | None:
-        """Compute an image in tiles and whole, and compare.
-
-        Args:
-            image: As `many` takes it; alpha is left out.
+        """Compute an image, as `many` takes it, in tiles and whole, and compare; without alpha.
 
         Returns:
             The largest and the mean difference in levels of 0 to 255; None where it is computed
             whole anyway.
-
-        Raises:
-            UpscaleError: Memory does not suffice for the whole image.
         """
         array = arrays.checked(image)
         colour = array[..., :-1] if array.shape[2] in (2, 4) else array
@@ -395,15 +381,5 @@ def upscale(
     progress: Progress | None = None,
     **options: Any,
 ) -> Any:
-    """Enlarge one image; `Upscaler` loads once for many.
-
-    Args:
-        image: An array, tensor, Pillow image or path; see `Upscaler.__call__`.
-        weights: A file of weights, or the name of bundled ones; None takes the bundled ones.
-        progress: Called with the number of tiles done and of all.
-        options: Other arguments of `Upscaler`: device, dtype, tile, overlap, ensemble, scale.
-
-    Returns:
-        The same kind of thing, of a file an array, its sides `scale` times as long.
-    """
+    """Enlarge one image as `Upscaler(weights, **options)(image, progress)`, which see."""
     return Upscaler(weights, **options)(image, progress)

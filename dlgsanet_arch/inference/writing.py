@@ -109,13 +109,8 @@ def write_image(
 ) -> None:
     """Write an image in the format of its suffix, complete or not at all.
 
-    Args:
-        path: The file.
-        pixels: (H, W, C) of uint8 or uint16: gray, gray and alpha, RGB, or RGB and alpha.
-        icc: The colour profile.
-        exif: EXIF data as `StoredImage` has it; 16-bit TIFF files go without.
-        quality: Of JPEG and WebP, 1 to 100.
-        lossless: Whether WebP keeps every level.
+    Pixels are (H, W, C) as of `StoredImage`, which has profile and EXIF data alike; 16-bit TIFF
+    files go without EXIF. `quality`, 1 to 100, is of JPEG and WebP, `lossless` of WebP.
 
     Raises:
         WriteError: The format cannot hold the image, or the file cannot be written.
