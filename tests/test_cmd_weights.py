@@ -29,7 +29,7 @@ def weights(tmp_path):
     return path
 
 
-def test_inspect_says_what_a_file_holds(weights, capsys):
+def test_inspect_says_what_a_file_holds(weights, tmp_path, capsys):
     assert call("inspect", weights) == 0
     text = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in small().values())
@@ -38,9 +38,6 @@ def test_inspect_says_what_a_file_holds(weights, capsys):
     assert "dim: 12 (published: 48)" in text
     assert "window_size: 3 (published: 7)" in text
     assert "idynamic_num_heads: 6 (" not in text  # it does not differ
-
-
-def test_inspect_json(weights, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     call("convert", weights, "-o", other, "--set", "tlc_flag=false")
     capsys.readouterr()
@@ -86,8 +83,8 @@ def test_convert_takes_the_key_that_is_asked_for(tmp_path):
     params, averaged = small(), small()
     torch.save({"params": params, "params_ema": averaged}, tmp_path / "net.pth")
     out = tmp_path / "net.safetensors"
-    for key, expected in ((None, averaged), ("params", params)):
-        assert call("convert", tmp_path / "net.pth", "-o", out, *_key(key)) == 0
+    for key, expected in (([], averaged), (["--param-key", "params"], params)):
+        assert call("convert", tmp_path / "net.pth", "-o", out, *key) == 0
         read = read_checkpoint(out).weights
         assert all(torch.equal(read[name], expected[name]) for name in expected)
 
@@ -117,10 +114,6 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
     assert not out.exists()
 
 
-def _key(key):
-    return [] if key is None else ["--param-key", key]
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -130,9 +123,8 @@ def _key(key):
     ],
 )
 def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, capsys):
-    command = ["weights", "convert", str(weights), "-o", str(tmp_path / "o.pth"), "--set", text]
     try:
-        status = main(command)
+        status = call("convert", weights, "-o", tmp_path / "o.pth", "--set", text)
     except SystemExit as error:  # argparse's own refusal
         status = error.code
     assert status in (1, 2)
@@ -140,24 +132,11 @@ def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, caps
 
 
 def test_average_and_transfer(weights, tmp_path, capsys):
-    torch.save({"params": {name: t + 2 for name, t in small().items()}}, tmp_path / "other.pth")
-    assert (
-        main(
-            [
-                "weights",
-                "average",
-                str(weights),
-                str(tmp_path / "other.pth"),
-                "-o",
-                str(tmp_path / "a.pth"),
-            ]
-        )
-        == 0
-    )
-    one, two, mean = (
-        read_weights(each) for each in (weights, tmp_path / "other.pth", tmp_path / "a.pth")
-    )
-    assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2) for name in one)
+    other, mean = tmp_path / "other.pth", tmp_path / "a.pth"
+    torch.save({"params": {name: t + 2 for name, t in small().items()}}, other)
+    assert call("average", weights, other, "-o", mean) == 0
+    one, two, three = map(read_weights, (weights, other, mean))
+    assert all(torch.allclose(three[name], (one[name] + two[name]) / 2) for name in one)
     out = tmp_path / "start.pth"
     assert call("transfer", tmp_path / "a.pth", "--scale", "4", "-o", out) == 0
     assert read_checkpoint(out).scale == 4

@@ -28,57 +28,43 @@ HOSTILE = [
 BASES = {"small": {}, "esrgan": ESRGAN, "swinir": SWINIR, "synthetic": SYNTHETIC, "real": REAL}
 
 
-def paths_of(options):
-    """Every path of an option file, sections too."""
-    context = Context(options, True, None, None)
-    return [f"{at}:{key}".lstrip(":") for at, content in context.sections() for key in content]
-
-
-def examine(options, path, value, *, train, root, registered):
-    """Check options with one hostile value; a fault is named by its key, and within a second."""
-    hostile = changed(copy.deepcopy(options), {path: value})
-    start = time.monotonic()
-    found = option_files.problems(hostile, train=train, root=root, registered=registered)
-    assert time.monotonic() - start < SLOW, (path, type(value))
-    # another choice may be good by itself, and make other keys missing, unread or unfit
-    key = path.rpartition(":")[2]
-    new = [line for line in found if "does not exist" not in line and "no file" not in line]
-    assert not new or isinstance(value, str | dict | bool) or any(key in line for line in new), new
-
-
+CASES = [("test", "tiny_x4"), *(("base", name) for name in BASES)]
+SHIPPED = [(k, n) for k in ("train", "test") for n in shipped.names(train=k == "train")]
 SLOW = 4  # seconds, on a busy machine; alone it takes 0.1
 
 
-def case(kind, name):
-    if kind == "base":
-        return train_options(BASES[name]), True
-    options = load(shipped.path_of(name, train=kind == "train"))
-    return options, kind == "train"
-
-
-CASES = [("test", "tiny_x4"), *(("base", name) for name in BASES)]
-SHIPPED = [(k, n) for k in ("train", "test") for n in shipped.names(train=k == "train")]
+def examine(kind, name, root, registered, draw, count):
+    """Check options with hostile values for each key; a fault is named by its key, and soon."""
+    train = kind != "test"
+    base = kind == "base"
+    options = train_options(BASES[name]) if base else load(shipped.path_of(name, train=train))
+    for at, content in Context(options, True, None, None).sections():
+        for path in (f"{at}:{key}".lstrip(":") for key in content):
+            for value in draw.sample(HOSTILE, count):
+                hostile = changed(copy.deepcopy(options), {path: value})
+                start = time.monotonic()
+                found = option_files.problems(
+                    hostile, train=train, root=root, registered=registered
+                )
+                assert time.monotonic() - start < SLOW, (path, type(value))
+                # another choice may be good by itself, and make other keys missing or unfit
+                key = path.rpartition(":")[2]
+                new = [x for x in found if "does not exist" not in x and "no file" not in x]
+                is_choice = isinstance(value, str | dict | bool)
+                assert not new or is_choice or any(key in line for line in new), new
 
 
 @pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), CASES[:-1], ids=str)
 def test_each_key_with_a_few_hostile_values(option_root, registered, kind, name):
-    options, train = case(kind, name)
-    draw = random.Random(0)
-    for path in paths_of(options):
-        for value in draw.sample(HOSTILE, 4):
-            examine(options, path, value, train=train, root=option_root, registered=registered)
+    examine(kind, name, option_root, registered, random.Random(0), 4)
 
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), [*CASES, *SHIPPED], ids=str)
 def test_each_key_with_every_hostile_value(option_root, registered, kind, name):
-    options, train = case(kind, name)
     seed = int(os.environ.get("FUZZ_SEED", time.time()))
     print(f"FUZZ_SEED={seed}")
-    draw = random.Random(seed)
-    values = HOSTILE if kind == "base" else draw.sample(HOSTILE, 8)
-    for path in paths_of(options):
-        for value in values:
-            examine(options, path, value, train=train, root=option_root, registered=registered)
+    count = len(HOSTILE) if kind == "base" else 8
+    examine(kind, name, option_root, registered, random.Random(seed), count)

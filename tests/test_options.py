@@ -118,19 +118,14 @@ def test_good_options_to_test_pass(problems, testing):
 FAULTS = """
 name=- => name: missing; write `name: tiny_x4`
 scale=~ => scale: empty; write `scale: 4`
-num_gpu=- => num_gpu: missing
 path=~ => path: empty; write `path: {}`
-path=[a] => path: must be a section of keys; got ['a']
 logger=- => logger: missing; write a section with print_freq
-logger:use_tb_logger=- => logger:use_tb_logger: missing
 train:pixel_opt=- => train:pixel_opt: missing; write `pixel_opt: {type: L1Loss
 train:pixel_opt={loss_weight: 1} => train:pixel_opt:type: missing
-train:scheduler:milestones=- => train:scheduler:milestones: missing
 val:save_img=- => val:save_img: missing; write `save_img: false`
 val:metrics:psnr:crop_border=- => val:metrics:psnr:crop_border: missing; write `crop_border: 2`
 datasets:train=- => datasets:train: missing; write a section with name, type, batch
 datasets:train:name=- => datasets:train:name: missing; write `name: DIV2K`
-datasets:train:use_hflip=- => datasets:train:use_hflip: missing
 datasets:train:gt_size=- => datasets:train:gt_size: missing; write `gt_size: 192`
 datasets:val:io_backend=- => datasets:val:io_backend: missing … type
 datasets:val:dataroot_lq=- => datasets:val:dataroot_lq: missing; write `dataroot_lq: datasets/bench
@@ -141,24 +136,19 @@ name=4 => name: must be text; got 4; write it in quotes: '4'
 name=../mine => name: must have no /
 name=.. => name: must be the name of a folder
 name="a\\0b" => name: must have no / and no control characters
-datasets:val:name=a/b => datasets:val:name: must have no /
 manual_seed=4294967296 => manual_seed: must be at most 4,294,900,000
 num_gpu=all => num_gpu: is the text 'all', not a number
 train:optim_g:lr='5e-4' => train:optim_g:lr: is the text '5e-4', not a number; write 5e-4 without
-train:optim_g:lr=[1e-3] => train:optim_g:lr: must be a number
 train:optim_g:betas=[0.9, '0.99'] => train:optim_g:betas: is the text '0.99'
 train:optim_g:betas=0.9 => train:optim_g:betas: must be a list such as [0.9, 0.99]
-train:optim_g:betas=[0.9] => train:optim_g:betas: must have 2 values
 train:optim_g:betas=[0.9, 1] => train:optim_g:betas: must be less than 1
 train:total_iter=.inf => train:total_iter: must be a finite number
 train:total_iter=.nan => train:total_iter: must be a whole number
-train:total_iter=0.5 => train:total_iter: must be a whole number
 train:warmup_iter='-1' => train:warmup_iter: is the text '-1' … write -1 without quotes
 train:warmup_iter=~ => train:warmup_iter: is empty
 train:ema_decay=true => train:ema_decay: must be a number; got true
 train:ema_decay=1 => train:ema_decay: must be less than 1
 train:scheduler:milestones=200 => train:scheduler:milestones: must be a list such as
-train:scheduler:gamma={} => train:scheduler:gamma: must be a number
 train:pixel_opt:reduction='none' => train:pixel_opt:reduction: 'none' is not … 'mean', 'sum'
 train:pixel_opt:loss_weight=~ => train:pixel_opt:loss_weight: is empty
 train:optim_g:type=AdamW => train:optim_g:type: 'AdamW' is not known to this model; write Adam, or
@@ -166,22 +156,17 @@ train:optim_g:type=adam => train:optim_g:type: 'adam' is not known; did you mean
 datasets:train:gt_size=32.0 => datasets:train:gt_size: must be a whole number; got 32.0
 datasets:train:use_rot='no' => datasets:train:use_rot: must be true or false; got the text 'no'
 datasets:train:batch_size_per_gpu=65537 => datasets:train:batch_size_per_gpu: must be at most 65,536
-datasets:train:dataroot_gt=[a] => datasets:train:dataroot_gt: must be text
 datasets:train:filename_tmpl='{' => datasets:train:filename_tmpl: must have {} where
 datasets:val=~ => datasets:val: is empty
 datasets:val:num_worker_per_gpu=-1 => datasets:val:num_worker_per_gpu: must be 0 or above
 datasets:val:io_backend:type=file => datasets:val:io_backend:type: 'file' is … 'disk', 'lmdb',
 val:val_freq=0 => val:val_freq: must be above 0; got 0
 val:suffix=../x => val:suffix: must have no /
-val:metrics:psnr=3 => val:metrics:psnr: must be a section
 val:metrics:psnr:better=Higher => val:metrics:psnr:better: 'Higher' is not known; did you mean 'hig
-val:metrics:psnr:test_y_channel=1 => val:metrics:psnr:test_y_channel: must be true or false
 path:pretrain_network_g=~no-such-user/x => path:pretrain_network_g: names an unknown user … ./~no
 dist_params={port: 70000} => dist_params:port: must be at most 65,535
-network_g:groups=1000000 => network_g:groups: must be at most 1,000
 network_g:img_range=.inf => network_g:img_range: must be a finite number
 network_g:dim='12' => network_g:dim: is the text '12', not a number; write 12 without
-network_g:dim=50 => network_g: … dim … 50
 network_g:activation=1 => network_g:activation: 1 is not known; there are: 'relu'
 network_g:buildblock_type=sparsedge => network_g:buildblock_type: 'sparsedge' is … 'sparseedge'?
 
@@ -193,18 +178,12 @@ train:ema_deacy=0.9 => train:ema_deacy: SRModel does not read it; did you mean '
 train:amp=bf16 => train:amp: SRModel does not read it, DLGSANetModel would; delete it
 train:optim_g:wieght_decay=0 => train:optim_g:wieght_decay: Adam has no such argument; did you mean
 train:scheduler:gama=0.5 => train:scheduler:gama: MultiStepLR has no such argument; did you mean
-train:pixel_opt:loss_wight=1 => train:pixel_opt:loss_wight: L1Loss has no such argument
 val:metrics:psnr:colour=2 => val:metrics:psnr:colour: calculate_psnr has no such … 'crop_border'
-val:val_frequency=2 => val:val_frequency: SRModel does not read it; did you mean 'val_freq'?
 logger:keep_lats=2 => logger:keep_lats: not known; did you mean 'keep_last'?
-logger:wandb={projekt: ~} => logger:wandb:projekt: not known; did you mean 'project'?
-dist_params={timeuot: 5} => dist_params:timeuot: not known; did you mean 'timeout'?
 datasets:train:use_flip=true => datasets:train:use_flip: PairedImageDataset does not read it; did
-datasets:val:skip_bad_samples=1 => datasets:val:skip_bad_samples: PairedImageDataset does not
 datasets:val:io_backend:readahead=true => datasets:val:io_backend:readahead: the backend disk does
 datasets:val={name: a, type: Frames, dataroot_lqq: x} => datasets:val:dataroot_lqq: Frames does not
 path:pretrained_network_g=a => path:pretrained_network_g: not known … make a folder 'a'; did you
-path:pretrain_model_g=~ => path:pretrain_model_g: SRModel does not read it; did you mean
 network_g:windowsize=7 => network_g:windowsize: DLGSANet has no such argument; did you mean 'window
 network_g={type: SwinIR, mlp_ratoi: 2} => network_g:mlp_ratoi: SwinIR has no such … 'mlp_ratio'?
 network_g={type: denoiser, channels: 3, chanels: 3} => network_g:chanels: … did you mean 'channels'?
@@ -214,8 +193,6 @@ scale=4 & datasets:train:gt_size=32 => scale: is 4, but network_g enlarges by 2
 network_g:upsampler='' => scale: is 2, but network_g enlarges by 1, as without an upsampler
 network_g={type: SwinIR, upscale: 4} => network_g:upscale: is 4, but scale is 2
 datasets:train:gt_size=33 => datasets:train:gt_size: 33 is not a multiple of scale 2; write 32
-datasets:train:mean=[0.5] => datasets:train:mean: must have a value for each of 3 channels
-datasets:val:color=y => network_g:in_chans: is 3, but images of datasets:val have 1 channel (by
 train:scheduler:restarts=[0, 2] => train:scheduler:restart_weights: there are 1 for 2 restarts
 train:warmup_iter=4 => train:warmup_iter: must be less than train:total_iter 4
 val:tile=16 & val:tile_overlap=16 => val:tile_overlap: must be less than val:tile 16
@@ -230,9 +207,7 @@ datasets:train:prefetch_factor=2 => datasets:train:prefetch_factor: needs worker
 model_type=SrModel => model_type: no model is registered as 'SrModel'; did you mean 'SRModel'?
 network_g:type=DLGSAnet => network_g:type: no arch is registered as 'DLGSAnet'; did you mean
 network_g:type={a: 1} => network_g:type: must be text
-datasets:train:type=PairedDataset => datasets:train:type: no dataset is registered
 val:metrics:psnr:type=calculate_psrn => val:metrics:psnr:type: no metric is registered
-train:pixel_opt:type=L1loss => train:pixel_opt:type: no loss is … 'L1Loss'?
 
 datasets:train:dataroot_gt=gone => datasets:train:dataroot_gt: the HR images of the training set
 datasets:val:dataroot_lq=empty => datasets:val:dataroot_lq: the LR … empty holds no images
@@ -246,7 +221,6 @@ WITH_BASE = [
     (OURS, """
 train:amp=bf-16 => train:amp: 'bf-16' is not known; did you mean 'bf16'?
 train:accumulation=3 => train:accumulation: a batch of 2 has no 3 parts; write 2
-train:optim_g={type: SGD, lr: 1e-3, nesterov: true} => train:optim_g: SGD cannot be built … Nesterov
 """),
     (TWO_STEP, """
 train:total_itres=4 => train:total_itres: TwoStepModel does not read it; did you mean 'total_iter'?
@@ -274,17 +248,10 @@ val:tile=~ => datasets:val_2:name: datasets:val is named 'made_val' too
 """),
     (ESRGAN, """
 network_d=- => network_d: missing
-train:optim_d=- => train:optim_d: missing; write a section with type, lr
 train:gan_opt=- => train:gan_opt: missing; write a section with type
-datasets:train:gt_size=256 => network_d:input_size: is 128, but datasets:train:gt_size is 256
-network_d:input_size=192 => network_d:input_size: must be 128 or 256
 train:gan_opt:gan_type=gan => train:gan_opt:gan_type: 'gan' is not known
-train:gan_opt:real_label_val=[1] => train:gan_opt:real_label_val: must be a number
 train:optim_d:lr=~ => train:optim_d:lr: empty; write
 train:net_d_iters=0 => train:net_d_iters: must be above 0
-train:perceptual_opt:vgg_type=vgg18 => train:perceptual_opt:vgg_type: 'vgg18' is not known
-train:perceptual_opt:layer_weights={conv5_5: 1} => train:perceptual_opt:layer_weights:conv5_5: vgg19
-train:perceptual_opt:layer_weights={conv5_4: a} => train:perceptual_opt:layer_weights:conv5_4: must
 """),
     (SYNTHETIC, """
 gt_size=402 => gt_size: is 402, but BasicSR cuts images to 400
@@ -294,7 +261,6 @@ jpeg_range2=[30, 950] => jpeg_range2: must be at most 100
 """),
     (SWINIR, """
 network_g={type: SwinIR, upscale: 2} => network_g:window_size: missing
-network_g:embed_dim=1000000 => network_g:embed_dim: must be at most 9,600
 """),
 ]  # fmt: skip
 OF_TESTS = """

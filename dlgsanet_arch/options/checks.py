@@ -1,31 +1,19 @@
-"""What must fit together: sizes and scale, schedule and length, networks, losses, data and loaders.
+"""What must fit together: sizes and scale, schedule and length, losses, data and loaders.
 
 Checks see options in which every value has passed the table; a wrong one is None, and an absent key
-is absent. Each yields one line a problem: "path: what is wrong; the fix".
+is absent. Each yields one line a problem: "path: what is wrong; the fix". What only building and a
+step can show, such as arguments that a loss refuses, is found when the pipeline tries the run.
 """
 
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Iterator
 
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
-from dlgsanet_arch.options.context import Context, comes_from, optimizers
+from dlgsanet_arch.options.context import Context, optimizers
 from dlgsanet_arch.options.readers import matches, parameters_of
-from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_dataset, known_model
+from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_model
 
 _REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
-
-
-def _argument(section: Mapping[str, Any], thing: Any, *names: str) -> tuple[str, Any]:
-    """Return name and value, or default, of the first of some arguments that a network takes."""
-    parameters = parameters_of(thing)
-    name = next((name for name in names if name in parameters), names[0])
-    entry = parameters.get(name)
-    default = None if entry is None or entry.default is entry.empty else entry.default
-    return name, section.get(name, default)
 
 
 def _sizes(context: Context) -> Iterator[str]:
@@ -34,50 +22,17 @@ def _sizes(context: Context) -> Iterator[str]:
     if scale is None:
         return
     if network.get("type") == "DLGSANet":
-        _, upsampler = _argument(network, DLGSANet, "upsampler")
-        upscale = 1 if upsampler == "" else _argument(network, DLGSANet, "upscale")[1]
+        parameters = parameters_of(DLGSANet)
+        upsampler, upscale = (
+            network.get(name, parameters[name].default) for name in ("upsampler", "upscale")
+        )
+        upscale = 1 if upsampler == "" else upscale
         if None not in (upsampler, upscale) and upscale != scale:
             reason = " (its upscale)" if upsampler else ", as without an upsampler"
             yield f"scale: is {scale}, but network_g enlarges by {upscale}{reason}; make them equal"
     for name in ("upscale", "scale") if network.get("type") != "DLGSANet" else ():
         if network.get(name) not in (None, scale):
             yield f"network_g:{name}: is {network[name]}, but scale is {scale}; make them equal"
-
-
-def _channels(context: Context) -> Iterator[str]:
-    """Images have three channels, or one with `color: y`; networks must take and give as many."""
-    for phase, dataset in context.datasets():
-        if known_dataset(context, dataset.get("type")) is None:
-            continue
-        gray = dataset.get("color", "") not in ("", None)
-        channels, why = (1, "by `color: y`") if gray else (3, "without `color: y`")
-        for key in context.networks():
-            section = context.section(key)
-            thing = context.registered_as("arch", section.get("type"))
-            for alike in ("in_chans", "num_in_ch", "in_channels"), ("num_out_ch", "out_channels"):
-                name, value = _argument(section, thing, *alike)
-                if isinstance(value, int) and value != channels:
-                    yield (
-                        f"{key}:{name}: is {value}, but images of datasets:{phase} have "
-                        f"{channels} channel{'s' * (channels > 1)} ({why}); make them equal"
-                    )
-        for name in ("mean", "std"):
-            if len(dataset.get(name) or [0] * channels) != channels:
-                yield f"datasets:{phase}:{name}: must have a value for each of {channels} channels"
-
-
-def _networks(context: Context) -> Iterator[str]:
-    """A DLGSANet must build; one block without memory shows it."""
-    for key in context.networks():
-        section, known = context.section(key), parameters_of(DLGSANet)
-        if section.get("type") != "DLGSANet":
-            continue
-        given = {k: value for k, value in section.items() if k in known and value is not None}
-        try:
-            with torch.device("meta"):
-                DLGSANet(**{**given, "groups": 1, "blocks": 1})
-        except (TypeError, ValueError, RuntimeError) as error:
-            yield f"{key}: {error}"
 
 
 def _optimizers(context: Context) -> Iterator[str]:
@@ -137,61 +92,10 @@ def _losses(context: Context) -> Iterator[str]:
         )
 
 
-def _perceptual(context: Context) -> Iterator[str]:
-    """BasicSR looks layers of VGG up by name after the run began."""
-    path = "train:perceptual_opt"
-    section, vgg = context.section(path), sys.modules.get("basicsr.archs.vgg_arch")
-    kind = section.get("vgg_type", "vgg19")
-    if section.get("type") != "PerceptualLoss" or vgg is None or kind is None:
-        return
-    layers = {**vgg.NAMES, **{f"{k}_bn": vgg.insert_bn(names) for k, names in vgg.NAMES.items()}}
-    if kind not in layers:
-        yield f"{path}:vgg_type: {kind!r} is not known{suggest_or_list(kind, layers)}"
-        return
-    for name, weight in (section.get("layer_weights") or {}).items():
-        if name not in layers[kind]:
-            hint = suggest_or_list(name, layers[kind])
-            yield f"{path}:layer_weights:{name}: {kind} has no such layer{hint}"
-        elif not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            yield f"{path}:layer_weights:{name}: must be a number, 0 or above; got {weight!r}"
-
-
-def _trials(context: Context) -> Iterator[str]:
-    """Build optimizers and BasicSR's losses: their arguments may be wrong in ways of their own."""
-    for path, section in context.sections():
-        arguments = {str(key): value for key, value in section.items() if key != "type"}
-        kind, make = section.get("type"), None
-        if known_model(context) and matches(path, "train:optim_*"):
-            make = context.registered_as("optimizer", kind)
-            arguments["params"] = [torch.nn.Parameter(torch.zeros(1))]
-        elif matches(path, "train:*_opt") and kind != "PerceptualLoss":
-            make = context.registered_as("loss", kind)
-        if make is None or None in section.values() or not comes_from(make, "torch", "basicsr"):
-            continue
-        try:
-            make(**arguments)
-        except Exception as error:  # theirs are of any type
-            yield f"{path}: {kind} cannot be built with these arguments: {error}"
-
-
 def _is_synthetic(context: Context) -> bool:
     """Whether a model of Real-ESRGAN makes LR images and cuts the patches itself."""
     synthetic = context.options.get("high_order_degradation", True) is not False
     return context.train and known_model(context) in REAL and synthetic
-
-
-def _discriminator(context: Context) -> Iterator[str]:
-    """A discriminator in VGG's style takes images of one size; BasicSR has two of them."""
-    network, model = context.section("network_d"), known_model(context)
-    if not context.train or network.get("type") != "VGGStyleDiscriminator" or model not in GAN:
-        return
-    size = network.get("input_size", 128)
-    where = "gt_size" if _is_synthetic(context) else "datasets:train:gt_size"
-    gt_size = context.value(where)
-    if size not in (128, 256, None):
-        yield f"network_d:input_size: must be 128 or 256; got {size}"
-    elif None not in (size, gt_size) and size != gt_size:
-        yield f"network_d:input_size: is {size}, but {where} is {gt_size}; make them equal"
 
 
 # A value that must be less than another, or a multiple of it.
@@ -306,6 +210,6 @@ def _loggers(context: Context) -> Iterator[str]:
 
 
 CHECKS = (
-    *(_sizes, _channels, _networks, _optimizers, _schedule, _losses, _perceptual, _trials),
-    *(_discriminator, _numbers, _window, _phases, _best, _loaders, _loggers),
+    *(_sizes, _optimizers, _schedule, _losses, _numbers),
+    *(_window, _phases, _best, _loaders, _loggers),
 )

@@ -9,12 +9,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from dlgsanet_arch.hints import nearest
 from dlgsanet_arch.options import values
-from dlgsanet_arch.options.context import Context, comes_from, is_number, is_whole
+from dlgsanet_arch.options.context import Context, comes_from, is_number
 from dlgsanet_arch.options.schema import KEYS, Key, known_dataset, known_model
 
 _MISSPELT = 0.8  # how near a name must be where any name may stand
 _GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that are not options
-_LARGER = 100  # times its default: how large an argument of a network may be
 
 
 @dataclass(frozen=True)
@@ -150,21 +149,9 @@ def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
         kind = values.either(values.listed(values.number(), str(list(default))), values.number())
     elif isinstance(default, str):
         kind = values.text
-    if of_network and (default is entry.empty or is_whole(default)):
-        kind = _bounded(kind, _LARGER * max(10, default if is_whole(default) else 0))
     needed = "always" if default is entry.empty else ""
     empty = default is None or kind in (values.anything, values.text)
     return Key(name, kind, needed=needed, empty=empty)
-
-
-def _bounded(kind: values.Kind, most: int) -> values.Kind:
-    """Return a kind without numbers of layers or channels that would take memory without end."""
-
-    def fault(value: Any) -> str:
-        too_large = is_number(value) and value > most
-        return kind(value) or (f"must be at most {most:,}; got {value}" if too_large else "")
-
-    return fault
 
 
 def _source_names(thing: Any, name: str) -> bool:

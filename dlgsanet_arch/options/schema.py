@@ -116,34 +116,10 @@ def _pair(example: str) -> Kind:
     return listed(number("[0, 1e6]"), example, 2)
 
 
-def _degradations(end: str, resize: str, span: str, noise: str, poisson: str) -> tuple[Key, ...]:
-    """Return what the models of Real-ESRGAN read, with the published values."""
-    return (
-        Key(f"resize_prob{end}", weights(resize, 3), resize, **_real),
-        Key(f"resize_range{end}", listed(number("(0, 1e3]"), span, 2), span, **_real),
-        Key(f"gaussian_noise_prob{end}", _share, "0.5", **_real),
-        Key(f"noise_range{end}", _pair(noise), noise, **_real),
-        Key(f"poisson_scale_range{end}", _pair(poisson), poisson, **_real),
-        Key(f"gray_noise_prob{end}", _share, "0.4", **_real),
-        Key(f"jpeg_range{end}", listed(number("[0, 100]"), "[30, 95]", 2), "[30, 95]", **_real),
-    )
-
-
-def _blurs(end: str) -> tuple[Key, ...]:
-    """Return what the data set of Real-ESRGAN reads."""
-    shapes = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso", "aniso")))
-    at = "datasets:*:"
-    return (
-        Key(f"{at}blur_kernel_size{end}", whole("[1, 21]"), "21", **_blur),
-        Key(f"{at}kernel_list{end}", listed(shapes, "[iso, aniso]"), "[iso, aniso]", **_blur),
-        Key(f"{at}kernel_prob{end}", weights("[0.5, 0.5]"), "[0.5, 0.5]", **_blur),
-        Key(f"{at}sinc_prob{end}", _share, "0.1", **_blur),
-        Key(f"{at}blur_sigma{end}", _pair("[0.2, 3]"), "[0.2, 3]", **_blur),
-        Key(f"{at}betag_range{end}", _pair("[0.5, 4]"), "[0.5, 4]", **_blur),
-        Key(f"{at}betap_range{end}", _pair("[1, 2]"), "[1, 2]", **_blur),
-    )
-
-
+_shape = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso", "aniso")))
+_shapes = listed(_shape, "[iso, aniso]")
+_range = listed(number("(0, 1e3]"), "[0.15, 1.5]", 2)
+_percents = listed(number("[0, 100]"), "[30, 95]", 2)
 _FOLDER = "datasets/benchmark/Set5/X4/"
 _WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
 _numbers = listed(number(), "[0.5, 0.5, 0.5]")
@@ -158,9 +134,15 @@ _ROWS = (
     Key("find_unused_parameters", yes_no, empty=True),
     Key("x_*|x-*", anything, empty=True),  # whatever holds anchors
     Key("gt_size", _size, "256", **_real),
-    *_degradations("", "[0.2, 0.7, 0.1]", "[0.15, 1.5]", "[1, 30]", "[0.05, 3]"),
+    # of the models of Real-ESRGAN, with the published values; a 2 is of the second degradation
+    Key("resize_prob|resize_prob2", weights("[0.2, 0.7, 0.1]", 3), "[0.2, 0.7, 0.1]", **_real),
+    Key("resize_range|resize_range2", _range, "[0.15, 1.5]", **_real),
+    Key("gaussian_noise_prob|gaussian_noise_prob2", _share, "0.5", **_real),
+    Key("noise_range|noise_range2", _pair("[1, 30]"), "[1, 30]", **_real),
+    Key("poisson_scale_range|poisson_scale_range2", _pair("[0.05, 3]"), "[0.05, 3]", **_real),
+    Key("gray_noise_prob|gray_noise_prob2", _share, "0.4", **_real),
+    Key("jpeg_range|jpeg_range2", _percents, "[30, 95]", **_real),
     Key("second_blur_prob", _share, "0.8", **_real),
-    *_degradations("2", "[0.3, 0.4, 0.3]", "[0.3, 1.2]", "[1, 25]", "[0.05, 2.5]"),
     Key("queue_size", whole("[1, 1e6]"), by=REAL),
     Key("high_order_degradation", yes_no, by=REAL),
     Key("gt_usm", yes_no, "true", "synthetic", ("RealESRNetModel",)),
@@ -206,8 +188,13 @@ _ROWS = (
     Key("datasets:*:use_rot", yes_no, "true", "augmented", (*_PAIRED, *_REAL_SET)),
     Key("datasets:*:mean|std", _numbers, "[0.5, 0.5, 0.5]", "always", _FFHQ),
     Key("datasets:*:mean|std", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
-    *_blurs(""),
-    *_blurs("2"),
+    Key("datasets:*:blur_kernel_size|blur_kernel_size2", whole("[1, 21]"), "21", **_blur),
+    Key("datasets:*:kernel_list|kernel_list2", _shapes, "[iso, aniso]", **_blur),
+    Key("datasets:*:kernel_prob|kernel_prob2", weights("[0.5, 0.5]"), "[0.5, 0.5]", **_blur),
+    Key("datasets:*:sinc_prob|sinc_prob2", _share, "0.1", **_blur),
+    Key("datasets:*:blur_sigma|blur_sigma2", _pair("[0.2, 3]"), "[0.2, 3]", **_blur),
+    Key("datasets:*:betag_range|betag_range2", _pair("[0.5, 4]"), "[0.5, 4]", **_blur),
+    Key("datasets:*:betap_range|betap_range2", _pair("[1, 2]"), "[1, 2]", **_blur),
     Key("datasets:*:final_sinc_prob", _share, "0.8", **_blur),
     Key("datasets:*:io_backend", section, needed="known set"),
     Key("datasets:*:io_backend:type", choice("disk", "lmdb", "memcached"), "disk", "known set"),
