@@ -15,7 +15,7 @@ from helpers import tree
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark, workers
-from dlgsanet_arch.data.benchmark import build, folder_sha256, report
+from dlgsanet_arch.data.benchmark import Summary, build, folder_sha256, report
 from dlgsanet_arch.data.benchmarks import KNOWN, KnownSet, set_name
 from dlgsanet_arch.data.discovery import find_source
 from dlgsanet_arch.data.scores import Scores
@@ -32,17 +32,13 @@ def made(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     return (smooth + random.normal(0, 5, smooth.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def saved(path: Path, image: np.ndarray) -> Path:
+def save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fine, data = cv2.imencode(path.suffix, image)
-    assert fine
-    path.write_bytes(data.tobytes())
-    return path
+    assert cv2.imwrite(str(path), image)
 
 
 def read(path: Path) -> np.ndarray:
-    """The stored samples: dtype and channels as they are in the file."""
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     assert image is not None
     return image
 
@@ -58,15 +54,25 @@ def cropped(image: np.ndarray, scale: int) -> np.ndarray:
     return image[: height // scale * scale, : width // scale * scale]
 
 
-def source_of(folder: Path, count: int = 2) -> Path:
-    for number in range(count):
-        saved(folder / "HR" / f"p{number}.png", made(number))
-    return folder
+@pytest.fixture
+def source(tmp_path) -> Path:
+    for number in range(2):
+        save(tmp_path / "in" / "HR" / f"p{number}.png", made(number))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def make(source: Path, out: Path, *scales: int, name: str = "made", **options) -> Summary:
+    return build(name, source, out, scales or None, **options)
 
 
 def refused(match: str, *arguments, **options) -> str:
     with pytest.raises(UserError, match=match) as caught:
-        build(*arguments, **options)
+        make(*arguments, **options)
     return str(caught.value)
 
 
@@ -77,7 +83,7 @@ def test_set14_has_the_known_figures_at_every_scale(tmp_path, shared_data):
     source = shared_data / "data" / "Set14"
     if not source.is_dir():
         pytest.skip(f"the images of Set14 are not in {source}")
-    summary = build("set14", source, tmp_path)
+    summary = make(source, tmp_path, name="set14")
     measured = [(each.scale, each.bicubic.psnr, each.bicubic.ssim) for each in summary.scales]
     # NETWORK.md, measured by BasicSR's functions
     known = [(2, 30.33, 0.8700), (3, 27.63, 0.7760), (4, 26.09, 0.7050)]
@@ -91,34 +97,42 @@ def test_set14_has_the_known_figures_at_every_scale(tmp_path, shared_data):
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_hr_is_cropped_and_lr_is_its_bicubic(tmp_path, scale):
-    build("made", source_of(tmp_path / "in"), tmp_path / "out", [scale])
-    folder = tmp_path / "out" / f"X{scale}"
-    assert sorted(tree(folder)) == [
-        *("HR/p0.png", "HR/p1.png", "LR/p0.png", "LR/p1.png"),
-        "recipe.json",
-    ]
+def test_hr_is_cropped_lr_is_its_bicubic_and_figures_are_basicsrs(source, out, scale):
+    measured = make(source, out, scale).scales[0].bicubic
+    folder = out / f"X{scale}"
+    written = ["HR/p0.png", "HR/p1.png", "LR/p0.png", "LR/p1.png", "recipe.json"]
+    assert sorted(tree(folder)) == written
+    assert [path for path in out.iterdir() if path.name != ".lock"] == [folder]
+    scores = []
     for number in range(2):
         hr = cropped(made(number), scale)
         assert np.array_equal(read(folder / "HR" / f"p{number}.png"), hr)
         assert np.array_equal(read(folder / "LR" / f"p{number}.png"), resized(hr, 1 / scale))
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == [
-        folder.name
-    ]
-
-
-METRICS = (calculate_psnr, calculate_ssim)
-
-
-def test_figures_are_the_mean_of_basicsrs_metrics(tmp_path):
-    summary = build("made", source_of(tmp_path / "in"), tmp_path / "out", [3])
-    scores = []
-    for number in range(2):
-        hr = cropped(made(number), 3)
-        enlarged = resized(resized(hr, 1 / 3), 3)
-        scores.append([f(enlarged, hr, 3, test_y_channel=True) for f in METRICS])
-    measured = summary.scales[0].bicubic
+        enlarged = resized(resized(hr, 1 / scale), scale)
+        metrics = (calculate_psnr, calculate_ssim)
+        scores.append([f(enlarged, hr, scale, test_y_channel=True) for f in metrics])
     assert np.allclose([measured.psnr, measured.ssim], np.mean(scores, 0), rtol=0, atol=1e-9)
+
+
+def test_an_image_of_one_colour_does_not_hide_the_others(source, out, tmp_path):
+    alone = make(source, tmp_path / "alone", 2).scales[0]
+    save(source / "HR" / "flat.png", np.full((40, 40, 3), 90, np.uint8))
+    summary = make(source, out, 2)
+    assert summary.scales[0].bicubic.psnr == alone.bicubic.psnr
+    assert "bicubic restores 1 images without an error" in report(summary)
+
+
+def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
+    save(tmp_path / "datasets" / "set 5" / "HR" / "a.png", made(1))
+    (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
+    arguments = ["--root", str(tmp_path), "benchmark", "--name", "SET5", "--scale", "2"]
+    assert cmd_data.main(arguments) == 1
+    assert "b.png is empty: zero bytes" in capsys.readouterr().err
+    assert cmd_data.main([*arguments, "--skip-bad"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
+    assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
+    assert "Set5 has 5 images, here are 1" in said
 
 
 def sum_by_hand(folder: Path) -> str:
@@ -132,58 +146,33 @@ def sum_by_hand(folder: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_a_image_of_one_colour_does_not_hide_the_others(tmp_path):
-    saved(tmp_path / "in" / "a.png", made(1))
-    alone = build("set", tmp_path / "in", tmp_path / "alone", [2]).scales[0]
-    saved(tmp_path / "in" / "flat.png", np.full((40, 40, 3), 90, np.uint8))
-    summary = build("set", tmp_path / "in", tmp_path / "both", [2])
-    assert summary.scales[0].bicubic.psnr == alone.bicubic.psnr
-    assert "bicubic restores 1 images without an error" in report(summary)
-
-
-def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
-    saved(tmp_path / "datasets" / "set 5" / "HR" / "a.png", made(1))
-    (tmp_path / "datasets" / "set 5" / "HR" / "b.png").write_bytes(b"")
-    arguments = ["--root", str(tmp_path), "benchmark", "--name", "SET5", "--scale", "2"]
-    assert cmd_data.main(arguments) == 1
-    assert "b.png is empty: zero bytes" in capsys.readouterr().err
-    assert cmd_data.main([*arguments, "--skip-bad"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
-    assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
-    assert "Set5 has 5 images, here are 1" in said
-
-
-def test_sums_can_be_recomputed_by_their_description(tmp_path):
-    source = source_of(tmp_path / "in")
+def test_sums_can_be_recomputed_by_their_description(source, out):
     # as file names `p-1.png` comes before `p.png`, as names `p` before `p-1`
     for name in ("p", "p-1", "P", "p10"):
-        saved(source / "HR" / f"{name}.png", made(ord(name[-1])))
-    summary = build("made", source, tmp_path / "out")
-    for each in summary.scales:
+        save(source / "HR" / f"{name}.png", made(ord(name[-1])))
+    for each in make(source, out).scales:
         assert each.sha256 == {part: sum_by_hand(each.folder / part) for part in ("HR", "LR")}
-    image = tmp_path / "out" / "X2" / "HR" / "p.png"
+    image = out / "X2" / "HR" / "p.png"
     before = folder_sha256(image.parent)
     image.rename(image.with_name("q.png"))
     assert folder_sha256(image.parent) != before
 
 
-def test_names_that_basicsr_cannot_take_are_written_safely(tmp_path):
+def test_names_that_basicsr_cannot_take_are_written_safely(tmp_path, out):
     for name in ("night 1.bmp", "city/a.png", "ü.png"):
-        saved(tmp_path / "in" / "HR" / name, made(1))
-    build("made", tmp_path / "in", tmp_path / "out", [2])
-    names = ["%C3%BC.png", "city+a.png", "night%201.png"]
+        save(tmp_path / "in" / "HR" / name, made(1))
+    make(tmp_path / "in", out, 2)
     for part in ("HR", "LR"):
-        assert sorted(os.listdir(tmp_path / "out" / "X2" / part)) == names
+        names = sorted(os.listdir(out / "X2" / part))
+        assert names == ["%C3%BC.png", "city+a.png", "night%201.png"]
 
 
-def test_worker_processes_make_the_same_and_few_images_need_none(tmp_path, monkeypatch):
-    source = source_of(tmp_path / "in")
+def test_worker_processes_make_the_same_and_few_images_need_none(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(workers, "ProcessPoolExecutor", None)
-        build("made", source, tmp_path / "one", [2], workers=8)
+        make(source, tmp_path / "one", 2, workers=8)
     monkeypatch.setattr(workers, "ITEMS_A_WORKER", 1)
-    build("made", source, tmp_path / "two", [2], workers=2)
+    make(source, tmp_path / "two", 2, workers=2)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -213,283 +202,227 @@ def test_a_set_is_found_in_both_places_by_any_spelling(tmp_path):
         find_source("set5", tmp_path)
 
 
-# Layouts
-
-LAYOUTS = {
-    "flat": "{}.png",
-    "HR": "HR/{}.png",
-    "lower case": "hr/{}.png",
-    "GT": "GT/{}.png",
-    "original": "original/{}.bmp",
-    "with the set's name": "Set5_HR/{}.png",
-    "BasicSR's": "GTmod12/{}.png",
-    "SelfExSR": "image_SRF_4/{}_SRF_4_HR.png",
-    "SelfExSR's files alone": "{}_SRF_4_HR.png",
-    "ours": "X4/HR/{}.png",
-    "ours in lower case": "x4/hr/{}.png",
-}
-NAMES = ("baby", "img_002")
+LAYOUTS = [
+    "{}.png",
+    "HR/{}.png",
+    "Set5/hr/{}.png",
+    "GT/{}.png",
+    "Set5/original/{}.bmp",
+    "Set5_HR/{}.png",
+    "GTmod12/{}.png",
+    "Set5/image_SRF_4/{}_SRF_4_HR.png",
+    "{}_SRF_4_HR.png",
+    "X4/HR/{}.png",
+    "Set5/x4/hr/{}.png",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_are_found_by_looking(tmp_path, layout):
-    source, further = tmp_path / "in", "Set5/" if len(layout) % 2 else ""
-    for number, name in enumerate(NAMES):
-        saved(source / (further + LAYOUTS[layout].format(name)), made(number))
-    # beside them: what is not a HR
+def test_layouts_are_recognised(tmp_path, out, layout):
+    names = ("baby", "img_002")
+    for number, name in enumerate(names):
+        save(tmp_path / "in" / layout.format(name), made(number))
+    # beside them: other images than HR
+    further = "Set5" if layout.startswith("Set5/") else ""
     for name in ("LR_bicubic/X4/babyx4.png", "image_SRF_4/baby_SRF_4_bicubic.png"):
-        saved(source / further / name, made(7, (6, 8)))
-    summary = build("Set5", source, tmp_path / "out", [4])
-    written = {path.stem: read(path) for path in (tmp_path / "out" / "X4" / "HR").iterdir()}
-    assert sorted(written) == sorted(NAMES)
-    for number, name in enumerate(NAMES):
+        save(tmp_path / "in" / further / name, made(7, (6, 8)))
+    summary = make(tmp_path / "in", out, 4, name="Set5")
+    written = {path.stem: read(path) for path in (out / "X4" / "HR").iterdir()}
+    assert sorted(written) == sorted(names)
+    for number, name in enumerate(names):
         assert np.array_equal(written[name], cropped(made(number), 4))
     notices = [text for text in summary.notices if "Set5 has 5 images" not in text]
-    assert len(notices) == {"BasicSR's": 1, "flat": 1}.get(layout, 0)
+    assert len(notices) == (layout in ("{}.png", "GTmod12/{}.png"))
 
 
-def test_each_scale_takes_its_own_hr_of_selfexsr(tmp_path):
+def test_each_scale_takes_its_own_hr_of_selfexsr(tmp_path, out):
     for scale in (2, 4):
-        name = f"image_SRF_{scale}/img_001_SRF_{scale}_HR.png"
-        saved(tmp_path / "in" / name, made(scale))
-    build("made", tmp_path / "in", tmp_path / "out", [2, 4])
+        save(tmp_path / "in" / f"image_SRF_{scale}/img_001_SRF_{scale}_HR.png", made(scale))
+    make(tmp_path / "in", out, 2, 4)
     for scale in (2, 4):
-        hr = read(tmp_path / "out" / f"X{scale}" / "HR" / "img_001.png")
+        hr = read(out / f"X{scale}" / "HR" / "img_001.png")
         assert np.array_equal(hr, cropped(made(scale), scale))
-    refused("no HR images for x3.*--scale 2 4", "made", tmp_path / "in", tmp_path / "out", [2, 3])
-    assert not (tmp_path / "out" / "X3").exists()
+    refused("no HR images for x3.*--scale 2 4", tmp_path / "in", out, 2, 3)
+    assert not (out / "X3").exists()
     # without a wish, the scales that are there: Urban100 as it circulates has no x3
-    alone = build("made", tmp_path / "in", tmp_path / "alone")
+    alone = make(tmp_path / "in", tmp_path / "alone")
     assert [each.scale for each in alone.scales] == [2, 4]
     assert "no HR images for x3, which are not made" in report(alone)
-    saved(tmp_path / "in" / "HR" / "img_001.png", made(9))
-    build("made", tmp_path / "in", tmp_path / "out", [3])
-    hr = read(tmp_path / "out" / "X3" / "HR" / "img_001.png")
-    assert np.array_equal(hr, cropped(made(9), 3))
+    save(tmp_path / "in" / "HR" / "img_001.png", made(9))
+    make(tmp_path / "in", out, 3)
+    assert np.array_equal(read(out / "X3" / "HR" / "img_001.png"), cropped(made(9), 3))
 
 
-def test_uncropped_originals_go_before_cropped_ones(tmp_path):
-    saved(tmp_path / "in" / "original" / "baby.png", made(1))
-    saved(tmp_path / "in" / "GTmod12" / "baby.png", cropped(made(1), 12))
-    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
-    assert summary.source == tmp_path / "in" / "original"
-    assert read(tmp_path / "out" / "X2" / "HR" / "baby.png").shape[:2] == (26, 34)
+def test_of_several_folders_the_right_one_is_taken_or_all_are_named(tmp_path, out):
+    for number, name in enumerate(("Set5/HR", "Set14/original", "Set14/GTmod12")):
+        save(tmp_path / "in" / name / "baby.png", made(number))
+    summary = make(tmp_path / "in", out, 2, name="Set14")
+    assert summary.source == tmp_path / "in" / "Set14" / "original"  # before what was cropped
+    assert np.array_equal(read(out / "X2" / "HR" / "baby.png"), cropped(made(1), 2))
+    said = refused("more than one place.*--hr", tmp_path / "in", tmp_path / "other")
+    assert all(str(tmp_path / "in" / name) in said for name in ("Set5/HR", "Set14/original"))
 
 
-def test_two_candidates_are_refused_by_name(tmp_path):
-    for folder in ("HR", "original"):
-        saved(tmp_path / "in" / folder / "baby.png", made(1))
-    said = refused("more than one place", "made", tmp_path / "in", tmp_path / "out")
-    assert all(str(tmp_path / "in" / name) in said for name in ("HR", "original"))
-    assert "--hr" in said
-    build("made", tmp_path / "in" / "HR", tmp_path / "out", [2])
-
-
-def test_of_several_sets_the_named_one_is_taken(tmp_path):
-    for number, folder in enumerate(("Set5", "Set14")):
-        saved(tmp_path / "in" / folder / "HR" / "baby.png", made(number))
-    summary = build("Set14", tmp_path / "in", tmp_path / "out", [2])
-    assert summary.source == tmp_path / "in" / "Set14" / "HR"
-    refused("more than one place", "made", tmp_path / "in", tmp_path / "other")
-
-
-def test_images_in_folders_of_a_flat_set_are_missed_aloud(tmp_path):
-    saved(tmp_path / "in" / "a.png", made(1))
-    saved(tmp_path / "in" / "more" / "b.png", made(2))
-    summary = build("made", tmp_path / "in", tmp_path / "out", [2])
+def test_images_in_folders_of_a_flat_set_are_left_out_with_a_notice(tmp_path, out):
+    save(tmp_path / "in" / "a.png", made(1))
+    save(tmp_path / "in" / "more" / "b.png", made(2))
+    summary = make(tmp_path / "in", out, 2)
     assert summary.count == 1
     assert "left out: more;" in summary.notices[0]
 
 
-def test_a_folder_without_hr_is_refused(tmp_path):
-    saved(tmp_path / "in" / "a" / "b" / "c.png", made(1))
-    refused("no HR images of made", "made", tmp_path / "in", tmp_path / "out")
-    refused("does not exist", "made", tmp_path / "missing", tmp_path / "out")
-
-
-def test_images_of_one_name_are_refused(tmp_path):
+def test_a_folder_without_hr_or_with_two_images_of_one_name_is_refused(tmp_path, out):
+    save(tmp_path / "in" / "a" / "b" / "c.png", made(1))
+    refused("no HR images of made", tmp_path / "in", out)
+    refused("does not exist", tmp_path / "missing", out)
     for folder in ("image_SRF_2", "."):
-        saved(tmp_path / "in" / folder / "a_SRF_2_HR.png", made(1))
-    refused("have one name", "made", tmp_path / "in", tmp_path / "out", [2])
+        save(tmp_path / "in" / folder / "a_SRF_2_HR.png", made(1))
+    refused("have one name", tmp_path / "in", out, 2)
 
 
 # Bad images
 
 
-def test_all_bad_images_are_named_before_anything_is_written(tmp_path):
-    source = source_of(tmp_path / "in")
+def test_all_bad_images_are_named_before_anything_is_written(source, out):
     whole = (source / "HR" / "p0.png").read_bytes()
     (source / "HR" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (source / "HR" / "empty.jpg").write_bytes(b"")
-    saved(source / "HR" / "small.png", made(1, (16, 19)))
-    said = refused("3 of 5 images cannot be used", "made", source, tmp_path / "out")
+    save(source / "HR" / "small.png", made(1, (16, 19)))
+    said = refused("3 of 5 images cannot be used", source, out)
     reasons = {"cut": "is cut short", "empty": "zero bytes", "small": "too small"}
     for name, reason in reasons.items():
         assert [reason in line for line in said.splitlines() if f"{name}." in line] == [True]
-    assert not (tmp_path / "out").exists()
-    summary = build("made", source, tmp_path / "out", skip_bad=True)
+    assert not out.exists()
+    summary = make(source, out, skip_bad=True)
     assert (summary.count, len(summary.skipped)) == (2, 3)
-    assert sorted(os.listdir(tmp_path / "out" / "X4" / "LR")) == ["p0.png", "p1.png"]
+    assert sorted(os.listdir(out / "X4" / "LR")) == ["p0.png", "p1.png"]
     assert "left out (3):" in report(summary)
     assert "cut.png is cut short" in report(summary)
 
 
-def test_a_set_of_bad_images_alone_is_refused(tmp_path):
-    saved(tmp_path / "in" / "a.png", made(1, (8, 8)))
-    refused(
-        "1 of 1 images cannot be used.*nothing is left",
-        "made",
-        tmp_path / "in",
-        tmp_path / "out",
-        skip_bad=True,
-    )
-    assert not (tmp_path / "out").exists()
+def test_a_set_of_bad_images_alone_is_refused(tmp_path, out):
+    save(tmp_path / "in" / "a.png", made(1, (8, 8)))
+    refused("1 of 1 images cannot.*nothing is left", tmp_path / "in", out, skip_bad=True)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("scale", "least"), [(2, 16), (3, 18), (4, 20)])
-def test_the_border_leaves_a_window_of_ssim(tmp_path, scale, least):
+def test_the_border_leaves_a_window_of_ssim(tmp_path, out, scale, least):
     assert least - 2 * scale >= 11 > least - scale - 2 * scale
-    saved(tmp_path / "in" / "a.png", made(1, (least, 40)))
-    summary = build("made", tmp_path / "in", tmp_path / "out", [scale])
-    assert 0 < summary.scales[0].bicubic.ssim < 1
-    saved(tmp_path / "small" / "a.png", made(1, (40, least - 1)))
-    refused("too small", "made", tmp_path / "small", tmp_path / "other", [scale])
+    save(tmp_path / "in" / "a.png", made(1, (least, 40)))
+    assert 0 < make(tmp_path / "in", out, scale).scales[0].bicubic.ssim < 1
+    save(tmp_path / "small" / "a.png", made(1, (40, least - 1)))
+    refused("too small", tmp_path / "small", tmp_path / "other", scale)
 
 
-def test_scales_that_are_not_made_are_refused(tmp_path):
+def test_scales_that_are_not_made_are_refused(source, out):
     for scales in ([], [1], [2, 8]):
         with pytest.raises(ValueError, match="scales must be"):
-            build("made", source_of(tmp_path), tmp_path / "out", scales)
+            build("made", source, out, scales)
 
 
-# Whole or absent
+# Complete or absent
 
 
-def test_finished_scales_are_left_alone(tmp_path):
-    source = source_of(tmp_path / "in")
-    first = build("made", source, tmp_path / "out", [2])
-    before = (tmp_path / "out" / "X2").stat().st_ino
+def test_finished_scales_are_left_alone(source, out, tmp_path):
+    first = make(source, out, 2)
+    before = (out / "X2").stat().st_ino
     shutil.copytree(source, tmp_path / "moved")  # the same images
     for overwrite in (False, True):
-        again = build("made", tmp_path / "moved", tmp_path / "out", [2, 3], overwrite=overwrite)
-        assert (tmp_path / "out" / "X2").stat().st_ino == before
-        assert not again.scales[0].written
+        again = make(tmp_path / "moved", out, 2, 3, overwrite=overwrite)
+        assert (out / "X2").stat().st_ino == before
+        assert [each.written for each in again.scales] == [False, not overwrite]
         assert again.scales[0].bicubic == first.scales[0].bicubic
         assert again.scales[0].sha256 == first.scales[0].sha256
-        assert again.scales[1].written is not overwrite
     assert "was finished, left alone" in report(again)
 
 
-@pytest.mark.parametrize("change", ["pixels", "renamed", "fewer"])
-def test_a_scale_of_other_images_is_replaced_on_demand_only(tmp_path, change):
-    source = source_of(tmp_path / "in")
-    build("made", source, tmp_path / "out", [2])
-    before = tree(tmp_path / "out")
-    image = source / "HR" / "p0.png"
-    if change == "pixels":
-        saved(image, made(5))
-    elif change == "renamed":
-        image.rename(image.with_name("q.png"))
-    else:
-        image.unlink()
-    refused(
-        "X2 is another data set: of other images.*--overwrite",
-        "made",
-        source,
-        tmp_path / "out",
-        [2],
-    )
-    assert tree(tmp_path / "out") == before
-    summary = build("made", source, tmp_path / "out", [2], overwrite=True)
-    assert summary.scales[0].written
-    build("made", source, tmp_path / "fresh", [2])
-    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+HR, LR = "in/HR/p0.png", "out/X2/LR/p0.png"
+OTHER_IMAGES = "X2 is another data set: of other images.*--overwrite"
+WAS_CHANGED = "X2 was changed after it was made"
+CHANGES = {
+    "other HR": (HR, lambda path: save(path, made(5)), OTHER_IMAGES),
+    "another name": (HR, lambda path: path.rename(path.with_name("q.png")), OTHER_IMAGES),
+    "less HR": (HR, Path.unlink, OTHER_IMAGES),
+    "other LR": (LR, lambda path: save(path, read(path) ^ 1), WAS_CHANGED),
+    "less LR": (LR, Path.unlink, WAS_CHANGED),
+    "LR cut": (LR, lambda path: path.write_bytes(path.read_bytes()[:-30]), WAS_CHANGED),
+}
 
 
-@pytest.mark.parametrize("change", ["pixels", "missing", "cut"])
-def test_a_scale_that_was_changed_is_noticed(tmp_path, change):
-    source = source_of(tmp_path / "in")
-    build("made", source, tmp_path / "out", [2])
-    before = tree(tmp_path / "out")
-    image = tmp_path / "out" / "X2" / "LR" / "p0.png"
-    if change == "pixels":
-        saved(image, read(image) ^ 1)
-    elif change == "missing":
-        image.unlink()
-    else:
-        image.write_bytes(image.read_bytes()[:-30])
-    refused("X2 was changed after it was made", "made", source, tmp_path / "out", [2])
-    build("made", source, tmp_path / "out", [2], overwrite=True)
-    assert tree(tmp_path / "out") == before
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_scale_is_replaced_on_demand_only(source, out, tmp_path, change):
+    make(source, out, 2)
+    file, apply, reason = CHANGES[change]
+    apply(tmp_path / file)
+    before = tree(out)
+    refused(reason, source, out, 2)
+    assert tree(out) == before
+    assert make(source, out, 2, overwrite=True).scales[0].written
+    make(source, tmp_path / "fresh", 2)
+    assert tree(out) == tree(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("recipe", [None, b"{", b"[]", b'{"scale": 2, "train": []}'])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_others_made_is_never_touched(tmp_path, recipe, overwrite):
-    source = source_of(tmp_path / "in")
-    saved(tmp_path / "out" / "X3" / "HR" / "theirs.png", made(1))
+def test_what_others_made_is_never_touched(source, out, recipe):
+    save(out / "X3" / "HR" / "theirs.png", made(1))
     if recipe is not None:
-        (tmp_path / "out" / "X3" / "recipe.json").write_bytes(recipe)
-    before = tree(tmp_path / "out")
-    options = {"overwrite": overwrite}
-    refused("X3 .*not made by this command", "made", source, tmp_path / "out", **options)
-    assert tree(tmp_path / "out") == before  # X2 was not begun either
+        (out / "X3" / "recipe.json").write_bytes(recipe)
+    before = tree(out)
+    for overwrite in (False, True):
+        refused("X3 .*not made by this command", source, out, overwrite=overwrite)
+    assert tree(out) == before  # X2 was not begun either
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    source = source_of(tmp_path / "in")
-    make, calls = benchmark._make, []
+def test_an_interrupted_run_is_continued(source, out, tmp_path, monkeypatch):
+    whole, calls = benchmark._make, []
 
     def interrupted(source, scale, folder):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(scale)
-        return make(source, scale, folder)
+        return whole(source, scale, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "_make", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build("made", source, tmp_path / "out")
+            make(source, out)
     assert calls == [2, 2, 3]
-    folders = [path.name for path in sorted((tmp_path / "out").iterdir()) if path.name[0] != "."]
+    folders = [path.name for path in sorted(out.iterdir()) if path.name[0] != "."]
     assert folders == ["X2", "X3.unfinished"]
-    saved(tmp_path / "out" / "X3.unfinished" / "HR" / "stray.png", made(5))
-    summary = build("made", source, tmp_path / "out")
-    assert [each.written for each in summary.scales] == [False, True, True]
-    build("made", source, tmp_path / "fresh")
-    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    save(out / "X3.unfinished" / "HR" / "stray.png", made(5))
+    assert [each.written for each in make(source, out).scales] == [False, True, True]
+    make(source, tmp_path / "fresh")
+    assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_half_made(tmp_path, monkeypatch):
-    source = source_of(tmp_path / "in")
-
+def test_a_full_disk_is_named_and_leaves_nothing_half_made(source, out, monkeypatch):
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        refused("disk is full", "made", source, tmp_path / "out")
-    assert not any((tmp_path / "out" / f"X{scale}").exists() for scale in (2, 3, 4))
-    build("made", source, tmp_path / "out")
+        refused("disk is full", source, out)
+    assert not any((out / f"X{scale}").exists() for scale in (2, 3, 4))
+    make(source, out)
 
 
-def test_the_set_may_lie_where_the_tree_goes(tmp_path):
-    source_of(tmp_path)
-    first = build("made", tmp_path, tmp_path, [2])
-    both = build("made", tmp_path, tmp_path, [4, 2, 4])
+def test_the_set_may_lie_where_the_tree_goes(source):
+    first = make(source, source, 2)
+    both = make(source, source, 4, 2, 4)
     assert [each.scale for each in both.scales] == [2, 4]
     assert [each.written for each in both.scales] == [False, True]
-    assert both.source == tmp_path / "HR"
+    assert both.source == source / "HR"
     # what was made is enough to find it finished, and for nothing else
-    shutil.rmtree(tmp_path / "HR")
-    (tmp_path / "X3.unfinished").mkdir()
-    shutil.copytree(tmp_path / "X2", tmp_path / "X2.old")
-    alone = build("made", tmp_path, tmp_path, [2, 4])
+    shutil.rmtree(source / "HR")
+    (source / "X3.unfinished").mkdir()
+    shutil.copytree(source / "X2", source / "X2.old")
+    alone = make(source, source, 2, 4)
     assert [each.written for each in alone.scales] == [False, False]
     assert alone.scales[0].sha256 == first.scales[0].sha256
-    refused("no HR images for x3.*--scale 2 4", "made", tmp_path, tmp_path, [2, 3, 4])
-    saved(tmp_path / "X2" / "HR" / "p0.png", made(5))
-    refused("X2 was changed .*move it away", "made", tmp_path, tmp_path, [2])
+    refused("no HR images for x3.*--scale 2 4", source, source, 2, 3, 4)
+    save(source / "X2" / "HR" / "p0.png", made(5))
+    refused("X2 was changed .*move it away", source, source, 2)
 
 
 # The report
@@ -499,28 +432,21 @@ def test_the_set_may_lie_where_the_tree_goes(tmp_path):
     ("psnr", "ssim", "agrees"),
     [(0.009, -0.0004, True), (-0.009, 0.0004, True), (0.011, 0, False), (0, -0.0006, False)],
 )
-def test_figures_agree_within_the_tolerance(tmp_path, monkeypatch, psnr, ssim, agrees):
-    source = source_of(tmp_path / "in")
-    measured = build("made", source, tmp_path / "out", [2]).scales[0].bicubic
+def test_figures_agree_within_the_tolerance(source, out, monkeypatch, psnr, ssim, agrees):
+    unknown = make(source, out, 2)
+    assert "known" not in report(unknown)
+    assert "notices" not in report(unknown)
+    measured = unknown.scales[0].bicubic
     known = Scores(measured.psnr + psnr, measured.ssim + ssim)
-    paper = KnownSet(2, {2: known}, KNOWN["Set5"].tolerance)
-    monkeypatch.setitem(KNOWN, "made", paper)
-    text = report(build("made", source, tmp_path / "out", [2]))
+    monkeypatch.setitem(KNOWN, "made", KnownSet(2, {2: known}, KNOWN["Set5"].tolerance))
+    text = report(make(source, out, 2))
     assert ("  agrees\n" in text, "  differs: other images" in text) == (agrees, not agrees)
     assert f"known {known.psnr:.2f} dB / {known.ssim:.4f}" in text
 
 
-def test_sets_that_papers_do_not_know_have_no_known_figures(tmp_path):
-    summary = build("made", source_of(tmp_path / "in"), tmp_path / "out", [2])
-    assert (summary.scales[0].known, summary.scales[0].agrees) == (None, None)
-    assert "known" not in report(summary)
-    assert "notices" not in report(summary)
-
-
-def test_equal_notices_are_one_line(tmp_path):
-    deep = np.zeros((*SIZE, 3), np.uint16)
+def test_equal_notices_are_one_line(tmp_path, out):
     for number in range(7):
-        saved(tmp_path / "in" / f"p{number}.png", deep)
-    (notice,) = build("made", tmp_path / "in", tmp_path / "out", [2]).notices
+        save(tmp_path / "in" / f"p{number}.png", np.zeros((*SIZE, 3), np.uint16))
+    (notice,) = make(tmp_path / "in", out, 2).notices
     assert notice.startswith("7 x holds 16 bits")
     assert notice.endswith(": p0.png, p1.png, p2.png, p3.png, p4.png, and 2 more")
