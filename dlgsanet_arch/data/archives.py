@@ -6,7 +6,6 @@ import re
 import shutil
 import stat
 import tarfile
-import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -44,23 +43,18 @@ def _files(archive: Archive) -> Iterator[tuple[Info, str, int]]:
 
 def _images(path: Path, archive: Archive) -> Iterator[tuple[Info, PurePosixPath, int]]:
     """Yield the images, their paths and sizes, without hidden files and macOS's ``__MACOSX``."""
-    left, names = MAX_GROWTH * path.stat().st_size, set()
+    left = MAX_GROWTH * path.stat().st_size
     for info, name, size in _files(archive):
         image = PurePosixPath(name)
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in image.parts)
-        # equal if a file system ignores case or how characters are composed
-        folded = unicodedata.normalize("NFC", str(image)).casefold()
         if image.is_absolute() or ".." in image.parts or re.search(r"^[A-Za-z]:|\\", name):
             fault = "leads out of the folder"
         elif hidden or image.suffix.lower() not in SUFFIXES:
             continue
         elif not 0 <= size <= left:
             fault = "expands the archive too far"
-        elif folded in names:
-            fault = "has the same name as another"
         else:
             left -= size
-            names.add(folded)
             yield info, image, size
             continue
         raise UserError(f"{path} is refused: its member {name!r} {fault}")
@@ -81,7 +75,7 @@ def _unpack(path: Path, file: BinaryIO, folder: Path) -> None:
                 target = folder / image
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = archive.open(info) if is_zip else archive.extractfile(info)
-                with content, target.open("xb") as out:
+                with content, target.open("xb") as out:  # names occur once
                     shutil.copyfileobj(content, out)
                 bar.update(size)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlgsanet_arch.data.databases import find_entry, open_database
-from dlgsanet_arch.data.images import MAX_BYTES, Header, ImageError, read_header
+from dlgsanet_arch.data.images import Header, ImageError, read_header
 from dlgsanet_arch.data.listing import (
     Checked,
     Fault,
@@ -34,7 +34,7 @@ from dlgsanet_arch.options.paths import data_faults, owner
 from dlgsanet_arch.options.schema import known_dataset
 
 MOST_HEADERS = 2000
-HEAD = 2**16  # bytes of an LMDB's entry that are tried first
+HEAD = 2**20  # bytes of an LMDB's entry that hold its header
 FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
 
 
@@ -53,16 +53,14 @@ class Scan:
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def _file_header(path: Path) -> Header | None:
-    with suppress(OSError, ImageError), path.open("rb") as file:
+def _header(source: Path | bytes | memoryview) -> Header | None:
+    """Read the header of a file, or of an LMDB's entry; None if that fails."""
+    is_file = isinstance(source, Path)
+    with (
+        suppress(OSError, ImageError),
+        source.open("rb") if is_file else BytesIO(source[:HEAD]) as file,
+    ):
         return read_header(file)
-    return None
-
-
-def _entry_header(value: bytes | memoryview) -> Header | None:
-    for count in (HEAD, MAX_BYTES):
-        with suppress(ImageError):
-            return read_header(BytesIO(value[:count]))
     return None
 
 
@@ -70,9 +68,9 @@ def _headers(checked: Checked, side: Side, names: Sequence[str]) -> dict[str, He
     """Read headers; what cannot be read is a fault, and what BasicSR changes a warning."""
     if side.is_database:
         with open_database(side.path) as environment, environment.begin(buffers=True) as read:
-            found = {name: _entry_header(find_entry(read, name) or b"") for name in names}
+            found = {name: _header(find_entry(read, name) or b"") for name in names}
     else:
-        found = {name: _file_header(side.path / name) for name in names}
+        found = {name: _header(side.path / name) for name in names}
     unreadable = [name for name, header in found.items() if header is None]
     if unreadable:
         checked.add(
