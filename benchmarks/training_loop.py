@@ -560,7 +560,7 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
     from basicsr.data import build_dataloader, build_dataset
 
     from dlgsanet_arch.pipeline.adapter import adapt
-    from dlgsanet_arch.pipeline.images import build_loader
+    from dlgsanet_arch.pipeline.evaluation import Images
     from dlgsanet_arch.pipeline.processes import Processes
 
     options = {
@@ -584,7 +584,7 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
         return run
 
     def ours(workers: int) -> Callable[[], dict[str, float]]:
-        pictures = build_loader({**options, "num_worker_per_gpu": workers}, Processes())
+        pictures = Images({**options, "num_worker_per_gpu": workers}, Processes())
         return lambda: model.validation(pictures, 0, None, False).means
 
     adapt(model, Processes())

@@ -15,7 +15,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import re
 import sys
 import warnings
 import weakref
@@ -27,12 +26,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from dlgsanet_arch.errors import ResumeError, UserError
-
-# Its setup.py looks for Cython; without the two options pip would fetch torch again and tb-nightly.
-INSTALL_BASICSR = (
-    "pip install cython 'setuptools<81' wheel && "
-    "pip install --no-build-isolation --no-deps basicsr==1.4.2"
-)
 
 
 def basicsr_installed() -> bool:
@@ -50,8 +43,8 @@ def import_basicsr(name: str) -> ModuleType:
     """
     if not basicsr_installed():
         raise UserError(
-            "training and testing need BasicSR, which is not installed; run: "
-            f"{INSTALL_BASICSR} (`dlgsanet doctor --fix` does this, and adds what else is missing)"
+            "training and testing need BasicSR, which is not installed; run `dlgsanet doctor "
+            "--fix`, which shows what it would install, and asks"
         )
     try:
         return importlib.import_module(name)
@@ -69,12 +62,6 @@ def DLGSANetModel(opt: dict[str, Any]) -> Any:
     """Build the model of this name in training.py, which is imported here and not before.
 
     It imports basicsr.models, which is half-initialised while BasicSR itself is being imported.
-
-    Args:
-        opt: The parsed options, of which the model keeps what it is given.
-
-    Raises:
-        UserError: An option of the training step has a wrong value, or cannot work here.
     """
     return importlib.import_module("dlgsanet_arch.training").DLGSANetModel(opt)
 
@@ -110,22 +97,13 @@ def register() -> None:
 
 
 class Repair(NamedTuple):
-    """One fault of other packages, and what is done about it.
-
-    Attributes:
-        name: What is repaired, in a word or two.
-        reason: What goes wrong without the repair.
-        expiry: What has to happen before the repair can be removed.
-        target: The function that is replaced, as "module:attribute" or "module:Class.attribute";
-            for torchvision, the module.
-        replacement: Takes that function and returns what replaces it, or None where it has no
-            fault.
-    """
+    """One fault of other packages, and what is done about it."""
 
     name: str
-    reason: str
-    expiry: str
-    target: str
+    reason: str  # what goes wrong without the repair
+    expiry: str  # what has to happen before the repair can be removed
+    target: str  # "module:attribute" or "module:Class.attribute"; for torchvision, the module
+    # Takes the target and returns what replaces it, or None where it has no fault.
     replacement: Callable[[Callable], Callable | None] | None = None
 
     @property
@@ -193,24 +171,25 @@ class _Alias(Loader):
         _made.add("functional_tensor")
 
 
-def newest_state(folder: Path) -> Path | None:
-    """Return the `<iteration>.state` of the highest iteration in `folder`; None without one."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    states = [path for path in files if re.fullmatch(r"\d+\.state", path.name)]
-    return max(states, key=lambda path: int(path.stem), default=None)
+def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """Replace `basicsr.train.load_resume_state`: on any device, from the run's own folder.
 
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a training state that BasicSR saved, its tensors on the CPU.
-
-    Returns:
-        At least `epoch` and `iter`, whole numbers.
+    As BasicSR does it, `opt["path"]` is changed so that the networks saved with the state are
+    loaded. The state's tensors stay on the CPU; it is None for a new run.
 
     Raises:
-        ResumeError: The file is missing or damaged, or not a training state.
+        ResumeError: The state cannot be read.
     """
     import torch
+    from basicsr.utils import check_resume
 
+    path = opt["path"].get("resume_state")
+    if opt["auto_resume"]:
+        files = Path(opt["path"]["training_states"]).glob("*.state")
+        states = [path for path in files if path.stem.isdecimal()]
+        path = max(states, key=lambda path: int(path.stem), default=None)
+    if not path:
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         int(state["epoch"]), int(state["iter"])
@@ -219,34 +198,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} is not a complete training state ({type(error).__name__}: {error}); delete "
             "it to resume from the state before it"
         ) from error
-    return state
-
-
-def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    """Replace `basicsr.train.load_resume_state`: on any device, from the run's own folder.
-
-    Args:
-        opt: The parsed options of a training run. As BasicSR does it, `opt["path"]` is changed so
-            that the networks saved with the state are loaded.
-
-    Returns:
-        The state with its tensors on the CPU, from where the optimizers move them; None for a
-        new run.
-
-    Raises:
-        ResumeError: The state cannot be read.
-    """
-    from basicsr.utils import check_resume
-
-    if opt["auto_resume"]:
-        path = newest_state(Path(opt["path"]["training_states"]))
-        if path is not None:
-            opt["path"]["resume_state"] = str(path)
-    else:
-        path = opt["path"].get("resume_state")
-    if not path:
-        return None
-    state = read_state(path)
+    opt["path"]["resume_state"] = str(path)
     check_resume(opt, state["iter"])
     return state
 
@@ -288,15 +240,11 @@ def _share_environments(original: Callable) -> Callable | None:
     return open_shared
 
 
-def _reopened(backend: type, paths: list[str], keys: list[str]) -> Any:
-    return backend(paths, keys)
-
-
 def _pickle_by_path(original: Callable) -> Callable | None:
-    """Let a data set that has been read go to a spawned worker, which opens its LMDBs anew."""
+    """Let a data set that has been read go to a spawned worker, which opens its LMDBs again."""
 
     def reduce(self, protocol: int) -> tuple:
-        return _reopened, (type(self), list(self.db_paths), list(self._client))
+        return type(self), (list(self.db_paths), list(self._client))
 
     return reduce
 
@@ -439,11 +387,7 @@ def _is_complete(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Acts around the import of the modules that are registered in or repaired.
-
-    Args:
-        register_after: The module of BasicSR after whose import DLGSANet is registered.
-    """
+    """Acts around the import of what is repaired, and registers DLGSANet after one module's."""
 
     def __init__(self, register_after: str) -> None:
         self.register_after = register_after

@@ -6,16 +6,13 @@
 
 import copy
 import math
-import weakref
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-# Where a module keeps a tensor: the dict that holds it, and its name there.
-_Place = tuple[dict[str, Tensor | None], str]
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -29,53 +26,13 @@ def bare(network: nn.Module) -> nn.Module:
             return network
 
 
-def _places(network: nn.Module) -> dict[str, _Place]:
-    """Return where every parameter and every buffer that a checkpoint holds is, by its name."""
-    places: dict[str, _Place] = {}
-    for prefix, module in network.named_modules():
-        saved = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-        for kept, names in (
-            (module._parameters, list(module._parameters)),
-            (module._buffers, saved),
-        ):
-            for name in names:
-                if kept[name] is not None:
-                    places[f"{prefix}.{name}" if prefix else name] = (kept, name)
-    return places
-
-
-class _Pairs:
-    """The tensors of an averaged network beside those of the trained one.
-
-    Walking through the modules of a large network takes longer than averaging it, so the places
-    are found once. The tensors are looked up each time: a parameter may be replaced by another.
-    """
-
-    def __init__(self, ema: nn.Module, network: nn.Module) -> None:
-        self.network = weakref.ref(network)
-        theirs = _places(network)
-        self.averaged: list[tuple[_Place, _Place]] = []
-        self.copied: dict[torch.dtype, list[tuple[_Place, _Place]]] = {}
-        seen = set()  # a tensor that two modules share is averaged once
-        for name, (kept, key) in _places(ema).items():
-            tensor = kept[key]
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            pair = (kept, key), theirs[name]
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                self.averaged.append(pair)
-            else:
-                self.copied.setdefault(tensor.dtype, []).append(pair)
-
-
-_pairs: weakref.WeakKeyDictionary[nn.Module, _Pairs] = weakref.WeakKeyDictionary()
-
-
-def _tensors(pairs: list[tuple[_Place, _Place]]) -> tuple[list[Tensor], list[Tensor]]:
-    ours = [kept[name] for (kept, name), _ in pairs]
-    theirs = [kept[name] for _, (kept, name) in pairs]
-    return ours, theirs
+def networks_of(model: Any) -> Mapping[str, nn.Module]:
+    """Return a model's networks by the names of their attributes ("net_g", "net_g_ema", …)."""
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if name.startswith("net_") and isinstance(value, nn.Module)
+    }
 
 
 @torch.no_grad()
@@ -86,7 +43,7 @@ def average(ema: nn.Module, network: nn.Module, decay: float) -> None:
     holds are copied, as the running statistics of a BatchNorm are averages already.
 
     Args:
-        ema: The averaged network, of the same modules as `network`; these may not change later.
+        ema: The averaged network, of the same modules as `network`.
         network: The trained network; it may be in DataParallel, DistributedDataParallel or
             torch.compile.
         decay: From 0, which copies, to 1, which leaves the parameters as they are.
@@ -94,14 +51,19 @@ def average(ema: nn.Module, network: nn.Module, decay: float) -> None:
     Raises:
         KeyError: `network` lacks a tensor that `ema` has.
     """
-    ema, network = bare(ema), bare(network)
-    pairs = _pairs.get(ema)
-    if pairs is None or pairs.network() is not network:
-        pairs = _pairs[ema] = _Pairs(ema, network)
-    if pairs.averaged:
-        torch._foreach_lerp_(*_tensors(pairs.averaged), 1 - decay)
-    for copied in pairs.copied.values():  # tensors of one type are copied together
-        torch._foreach_copy_(*_tensors(copied))
+    theirs = bare(network).state_dict(keep_vars=True)
+    ours = bare(ema).state_dict(keep_vars=True)
+    # a tensor that two modules share is averaged once, with the tensor of its first name
+    pairs = {id(ours[name]): (ours[name], theirs[name]) for name in reversed(ours)}.values()
+    averaged, trained = [], []
+    for tensor, other in pairs:
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            averaged.append(tensor)
+            trained.append(other)
+        elif isinstance(tensor, torch.Tensor):
+            tensor.copy_(other)
+    if averaged:
+        torch._foreach_lerp_(averaged, trained, 1 - decay)
 
 
 class AveragesWeights:
@@ -117,7 +79,7 @@ def _factor(iteration: int, warmup_iter: int) -> float:
 
 
 def _replayed(scheduler: Any) -> list[float]:
-    """Return the rates of the scheduler's present step, found from the initial ones."""
+    """Return the rates of the scheduler's current step, found from the initial ones."""
     groups = [
         {"lr": group["initial_lr"], "initial_lr": group["initial_lr"]}
         for group in scheduler.optimizer.param_groups
@@ -132,7 +94,7 @@ def _replayed(scheduler: Any) -> list[float]:
 
 
 def _scheduled(scheduler: Any, factor: float) -> list[float]:
-    """Return the scheduler's present rates without the warm-up's factor.
+    """Return the scheduler's current rates without the warm-up's factor.
 
     The scheduler keeps them. Only a state that BasicSR's own loop saved during a warm-up holds
     others, as its warm-up feeds back into the schedule.

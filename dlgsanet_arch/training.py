@@ -4,7 +4,7 @@ Importing this module imports basicsr.models.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.options import schema
 
 
 class TrainingError(UserError):
@@ -38,42 +39,13 @@ class _Settings:
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> "_Settings":
-        """Read the whole option file.
-
-        Raises:
-            TrainingError: A value is not one of those that its key takes.
-        """
+        """Read the complete option file; a value that its key cannot have is a TrainingError."""
         train = options.get("train") or {}
-
-        def value(key: str, valid: Callable[[Any], bool], takes: str) -> Any:
-            given = train.get(key)
-            if given is None or given is False or valid(given):
-                return given
-            raise TrainingError(f"train:{key} is {given!r}; it takes {takes}")
-
-        def is_number(given: Any) -> bool:
-            return isinstance(given, (int, float)) and not isinstance(given, bool)
-
-        amp = value("amp", lambda v: isinstance(v, str) and v in _AMP, "bf16, fp16 or ~")
-        channels_last = value("channels_last", lambda v: v is True, "true or false")
-        backend = value(
-            "compile",
-            lambda v: v is True or (isinstance(v, str) and v),
-            "true, false or the name of a backend of torch.compile",
-        )
-        clip = value("clip_grad_norm", lambda v: is_number(v) and v > 0, "a number above 0, or ~")
-        accumulation = value(
-            "accumulation",
-            lambda v: is_number(v) and isinstance(v, int) and v >= 1,
-            "the number of parts of a batch, from 1",
-        )
-        settings = cls(
-            amp=_AMP.get(amp),
-            channels_last=bool(channels_last),
-            backend="inductor" if backend is True else backend or None,
-            clip_grad_norm=clip or None,
-            accumulation=int(accumulation or 1),
-        )
+        for key in schema.KEYS:
+            given = train.get(key.path.removeprefix("train:"))
+            if key.by == schema.OURS and given is not None and (fault := key.kind(given)):
+                raise TrainingError(f"{key.path}: {fault}")
+        amp, backend = train.get("amp") or None, train.get("compile") or None
         # DataParallel's threads do not inherit autocast's type, and its replicas would run the
         # compiled form of the first one.
         if options["num_gpu"] > 1 and not options["dist"] and (amp or backend):
@@ -81,7 +53,13 @@ class _Settings:
                 "train:amp and train:compile need a process for each GPU: start with `torchrun "
                 "--nproc_per_node=N train.py ... --launcher pytorch`, or set num_gpu: 1"
             )
-        return settings
+        return cls(
+            amp=_AMP.get(amp),
+            channels_last=bool(train.get("channels_last")),
+            backend="inductor" if backend is True else backend,
+            clip_grad_norm=train.get("clip_grad_norm") or None,
+            accumulation=train.get("accumulation") or 1,
+        )
 
 
 def _check_compiler(backend: str, device: torch.device) -> None:
@@ -105,10 +83,10 @@ def problems(options: Mapping[str, Any]) -> list[str]:
     """Say what keeps a DLGSANetModel from being trained with these options, before it is built.
 
     Args:
-        options: The whole option file's, `num_gpu` a number and `dist` as BasicSR sets it.
+        options: The complete option file's, `num_gpu` a number and `dist` as BasicSR sets it.
 
     Returns:
-        One line a problem; none for another model, and for a test.
+        One line a problem; nothing for another model, and for a test.
     """
     if options.get("model_type") != "DLGSANetModel" or "train" not in options:
         return []
@@ -139,10 +117,8 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     if name not in classes:
         hint = suggest_or_list(name, sorted(classes))
         raise TrainingError(f"torch.optim has no optimizer {name!r}{hint}")
-    if (
-        inspect.signature(classes[name].step).parameters["closure"].default
-        is inspect.Parameter.empty
-    ):
+    closure = inspect.signature(classes[name].step).parameters["closure"]
+    if closure.default is inspect.Parameter.empty:
         raise TrainingError(f"{name} evaluates the loss several times a step, which no loop does")
     return classes[name]
 
@@ -191,9 +167,6 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
         super().init_training_settings()
         if self.settings.channels_last and self.ema_decay > 0:
             _to_channels_last(self.net_g_ema)
-        self._check_losses()
-
-    def _check_losses(self) -> None:
         # The norm of a whole batch's difference is not a sum over its samples.
         frobenius = getattr(self.cri_perceptual, "criterion_type", None) == "fro"
         if self.settings.accumulation > 1 and frobenius:
@@ -236,11 +209,16 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
         count = min(self.settings.accumulation, len(self.lq))
         parts = zip(self.lq.tensor_split(count), self.gt.tensor_split(count), strict=True)
         outputs, logs = [], []
+        in_parallel = isinstance(self.net_g, DistributedDataParallel)
         for index, (lq, gt) in enumerate(parts, 1):
-            with self._gradients_shared(index == count):
-                output = self._forward(lq)
+            # processes average gradients in the last part of a batch alone
+            with self.net_g.no_sync() if in_parallel and index < count else nullcontext():
+                with self._autocast():
+                    output = self.net_g(lq)
+                output = output if self.settings.amp is None else output.float()
                 losses = self._losses(output, gt, len(lq) / len(self.lq))
-                self._backward(sum(losses.values()))
+                loss = sum(losses.values())
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             outputs.append(output.detach())
             logs.append({name: loss.detach() for name, loss in losses.items()})
         self.output = outputs[0] if count == 1 else torch.cat(outputs)
@@ -253,17 +231,6 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
         if self.settings.amp is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.settings.amp)
-
-    def _gradients_shared(self, last: bool) -> AbstractContextManager[object]:
-        """Have gradients averaged over the processes in the last part of a batch alone."""
-        if last or not isinstance(self.net_g, DistributedDataParallel):
-            return nullcontext()
-        return self.net_g.no_sync()
-
-    def _forward(self, lq: Tensor) -> Tensor:
-        with self._autocast():
-            output = self.net_g(lq)
-        return output if self.settings.amp is None else output.float()
 
     def _losses(self, output: Tensor, gt: Tensor, share: float) -> dict[str, Tensor]:
         """Return a part's losses by name, such that those of all parts add up to the batch's."""
@@ -279,9 +246,6 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
                 if loss is not None:
                     losses[name] = loss * share
         return losses
-
-    def _backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _step(self) -> None:
         scaler, optimizer = self.scaler, self.optimizer_g

@@ -1,6 +1,8 @@
 """Fixtures shared by every test module."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,20 @@ def option_root(tmp_path_factory) -> Path:
 def vgg(monkeypatch, option_root) -> None:
     """Weights of VGG-19, as far as the check of options goes."""
     monkeypatch.setenv("TORCH_HOME", str(option_root))
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The lines that BasicSR's logger is given."""
+    lines: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("basicsr")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,12 @@
 """Pairs of state and weights: written complete, found again, read once, restored."""
 
+import builtins
 import errno
 import io
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +18,13 @@ from torch import nn
 
 from dlgsanet_arch import files
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.pipeline import adapter, disk, edits, randomness
+from dlgsanet_arch.pipeline import adapter, loop, randomness, runs
 from dlgsanet_arch.pipeline.checkpoints import (
     Checkpoints,
     Progress,
     Start,
     find_start,
     numbered,
-    restore,
 )
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
@@ -48,18 +45,6 @@ def write(path: Path, size: int = 1000) -> dict:
     content = {"params": {"weight": torch.rand(size)}}
     save_whole(content, path)
     return content
-
-
-def test_what_is_saved_is_what_torch_loads(tmp_path):
-    path = tmp_path / "net_g_1.pth"
-    content = {"params": {"weight": torch.rand(3, 4)}, "iter": 7, "names": ["a", "b"]}
-    checksum = save_whole(content, path)
-    loaded = torch.load(path, weights_only=True)
-    assert torch.equal(loaded["params"]["weight"], content["params"]["weight"])
-    assert (loaded["iter"], loaded["names"]) == (7, ["a", "b"])
-    assert check_complete(path) == checksum
-    assert save_whole({"params": {"weight": torch.rand(3, 4)}}, path) != checksum
-    assert [entry.name for entry in tmp_path.iterdir()] == ["net_g_1.pth"]
 
 
 @pytest.mark.parametrize("cut", ["half", "directory", "record", "flipped", "nothing"])
@@ -120,35 +105,29 @@ def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path, monkeypatch, s
     assert [entry.name for entry in tmp_path.iterdir()] == ["net_g_latest.pth"]
 
 
-def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [0, 300])
+def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatch, lost):
     monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
+    path = tmp_path / "net_g_latest.pth"
+    content = write(path)
     real, faults = os.fsync, iter([OSError(errno.EIO, "gone"), OSError(errno.ESTALE, "stale")])
 
     def fsync(file):
-        if (fault := next(faults, None)) is not None:
+        if lost:  # a disk that says it wrote; what was written is read again
+            os.ftruncate(file, lost)
+        elif (fault := next(faults, None)) is not None:
             raise fault
         real(file)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    write(tmp_path / "a.pth")
-    check_complete(tmp_path / "a.pth")
-
-
-def test_what_was_written_is_read_again_before_it_takes_the_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlgsanet_arch.storage._SECONDS_BETWEEN", 0)
-    path = tmp_path / "net_g_latest.pth"
-    content = write(path)
-    real = os.fsync
-
-    def lose_bytes(file):  # a disk that says it wrote
-        os.ftruncate(file, 300)
-        real(file)
-
-    monkeypatch.setattr(files.os, "fsync", lose_bytes)
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        save_whole({"params": {"weight": torch.rand(5000)}}, path)
+    if lost:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            write(path)
+    else:
+        content = write(path)
     kept = torch.load(path, weights_only=True)["params"]["weight"]
     assert torch.equal(kept, content["params"]["weight"])
+    check_complete(path)
 
 
 def test_the_generators_go_on_from_a_state_that_weights_only_loads(tmp_path):
@@ -217,7 +196,7 @@ def test_a_pair_holds_all_that_a_run_is(model, run):
     other = built(run)
     other.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     others = saver(other)
-    assert restore(other, others, start, Processes(), apply_edits=False) == ""
+    assert others.restore(start, apply_edits=False) == ""
     assert torch.equal(torch.rand(3), drawn)
     assert other.scaler.get_scale() == 128.0
     assert torch.equal(other.queue_lr, model.queue_lr)
@@ -226,12 +205,13 @@ def test_a_pair_holds_all_that_a_run_is(model, run):
     assert others.best == {"value": 30.5, "iter": 4}
     other.optimizers.append(other.optimizers[0])
     with pytest.raises(ResumeError, match="has 1 optimizers and this SRModel has 2"):
-        restore(other, others, start, Processes(), apply_edits=False)
+        others.restore(start, apply_edits=False)
 
 
 def test_networks_are_saved_as_basicsr_saves_them(model, run):
     networks = [model.net_g, model.net_g_ema]
     model.basicsr_save(networks, "net_g", 3, param_key=["params", "params_ema"])
+    model.net_g = nn.DataParallel(model.net_g)
     saver(model).save(progress(4))
     theirs, ours = (torch.load(run / f"models/net_g_{n}.pth", weights_only=True) for n in (3, 4))
     assert theirs.keys() == ours.keys() == {"params", "params_ema"}
@@ -239,13 +219,6 @@ def test_networks_are_saved_as_basicsr_saves_them(model, run):
         assert weights.keys() == ours[key].keys()
         assert all(torch.equal(value, ours[key][name]) for name, value in weights.items())
     EDSR(**NETWORK).load_state_dict(ours["params"], strict=True)
-
-
-def test_names_of_parallel_networks_are_bare(model, run):
-    model.net_g = nn.DataParallel(model.net_g)
-    saver(model).save(progress(4))
-    weights = torch.load(run / "models/net_g_4.pth", weights_only=True)
-    EDSR(**NETWORK).load_state_dict(weights["params"], strict=True)
 
 
 class WithDiscriminator(SRModel):
@@ -271,11 +244,15 @@ def test_latest_and_best_are_no_pairs(run):
     assert {path.name for path in numbered(run)[5]} == {"net_d_5.pth", "net_g_5.pth"}
 
 
-def test_only_the_last_pairs_are_kept(model, run):
+def test_only_the_last_pairs_are_kept(model, run, monkeypatch):
     checkpoints = saver(model, keep_last=2)
     checkpoints.save_best(1.0, 1)
     for iteration in (5, 10, 15, 100):
         checkpoints.save(progress(iteration))
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": FullDisk(self, 500))
+    with pytest.raises(CheckpointError, match=r"net_g_110\.pth cannot be written"):
+        checkpoints.save(progress(110))
+    monkeypatch.undo()
     assert sorted(numbered(run)) == [15, 100]
     assert all(len(paths) == 2 for paths in numbered(run).values())
     assert (run / "models/net_g_best.pth").is_file()
@@ -289,35 +266,6 @@ def test_a_second_save_of_an_iteration_writes_the_state_alone(model, run):
     assert (run / "models/net_g_5.pth").stat().st_ino == written
     start = find_start(options(), run.parent.parent, auto_resume=True)
     assert Progress.from_state(start.state).validate is False
-
-
-def test_a_failed_save_names_the_file_and_leaves_the_pairs(model, run, monkeypatch):
-    checkpoints = saver(model, keep_last=1)
-    checkpoints.save(progress(5))
-    monkeypatch.setattr(Path, "open", lambda self, mode="r": FullDisk(self, 500))
-    with pytest.raises(CheckpointError, match=r"net_g_10\.pth cannot be written"):
-        checkpoints.save(progress(10))
-    monkeypatch.undo()
-    assert sorted(numbered(run)) == [5]
-
-
-def test_a_full_disk_for_real(tmp_path):
-    if os.name != "posix" or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        path = tmp_path / "net_g_latest.pth"
-        content = write(path, 10_000)
-        with pytest.raises(CheckpointError, match="the disk is full"):
-            write(path, 100_000)
-        kept = torch.load(path, weights_only=True)["params"]["weight"]
-        assert torch.equal(kept, content["params"]["weight"])
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def save_pair(run: Path, iteration: int, *, labels=("net_g",), checksums=True) -> None:
@@ -416,18 +364,15 @@ def test_every_network_of_a_pair_counts(run, tmp_path):
 
 
 def test_no_whole_pair_is_an_error_and_no_new_start(run, tmp_path):
+    for auto_resume in (True, False):
+        assert find_start(options(), tmp_path, auto_resume=auto_resume) == Start()
+    assert Start().iteration == 0
     save_pair(run, 10)
     truncate(run / "training_states/10.state")
     with pytest.raises(
         ResumeError, match=r"(?s)no complete pair.*drop the flag.*10.state is trunc"
     ):
         find_start(options(), tmp_path, auto_resume=True)
-
-
-def test_a_run_that_has_nothing_starts_at_0(tmp_path):
-    for auto_resume in (True, False):
-        assert find_start(options(), tmp_path, auto_resume=auto_resume) == Start()
-    assert Start().iteration == 0
 
 
 def test_a_named_state_finds_its_weights_beside_it_in_any_run(run, tmp_path):
@@ -440,42 +385,40 @@ def test_a_named_state_finds_its_weights_beside_it_in_any_run(run, tmp_path):
         find_start(named, tmp_path, auto_resume=False)
 
 
-READS = """
-import sys
-from pathlib import Path
-from dlgsanet_arch.pipeline.checkpoints import find_start
-opened = []
-sys.addaudithook(lambda event, arguments: event == "open" and opened.append(str(arguments[0])))
-options = {"name": "small", "network_g": {}, "network_d": {}, "path": {}}
-find_start(options, Path(sys.argv[1]), auto_resume=True)
-print(sorted(Path(name).name for name in opened if name.endswith((".pth", ".state"))))
-"""
-
-
-def test_each_file_of_a_pair_is_read_once(run, tmp_path):
+def test_each_file_of_a_pair_is_read_once(run, tmp_path, monkeypatch):
     for iteration in (10, 20):
         save_pair(run, iteration, labels=("net_g", "net_d"))
-    found = subprocess.run(
-        [sys.executable, "-c", READS, tmp_path], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == str(["20.state", "net_d_20.pth", "net_g_20.pth"])
+    opened, real = [], io.open
+
+    def counted(path, *arguments, **named):
+        opened.append(Path(path))
+        return real(path, *arguments, **named)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", counted)
+    find_start({**options(), "network_d": {}}, tmp_path, auto_resume=True)
+    monkeypatch.undo()
+    read = [path.name for path in opened if path.suffix in (".pth", ".state")]
+    assert sorted(read) == ["20.state", "net_d_20.pth", "net_g_20.pth"]
 
 
 def test_edits_are_found_wherever_they_are():
     before = {"train": {"optim_g": {"lr": 1e-3}, "total_iter": 10}, "scale": 2, "gone": 1}
     now = {"train": {"optim_g": {"lr": 1e-2}, "total_iter": 20}, "scale": 2, "new": [1, 2]}
-    found = edits.find(now, before)
+    found = loop.find_edits(now, before)
     assert found == {
         "train:optim_g:lr": (1e-3, 1e-2),
         "train:total_iter": (10, 20),
         "gone": (1, None),
         "new": (None, [1, 2]),
     }
-    assert [path for path in found if edits.is_kept_by_state(path)] == ["train:optim_g:lr"]
+    assert [path for path in found if path.startswith(loop._KEPT_BY_STATE)] == ["train:optim_g:lr"]
 
 
 class Model:
     """As much of a model as has optimizers and schedulers."""
+
+    opt = {"path": {"experiments_root": "run"}}  # noqa: RUF012
 
     def __init__(self, lr, make):
         weight = torch.nn.Parameter(torch.ones(2))
@@ -515,7 +458,7 @@ def test_applied_edits_hold_as_if_they_had_always_done(make, iteration):
     for part in ("optimizers", "schedulers"):
         state[part] = [each.state_dict() for each in getattr(old, part)]
     start = Start(Path("old.state"), state)
-    restore(resumed, SimpleNamespace(), start, Processes(), apply_edits=True)
+    saver(resumed).restore(start, apply_edits=True)
     found = [resumed.step(at) for at in range(iteration + 1, 13)]
     assert found == pytest.approx(expected[iteration:], rel=1e-12)
     assert resumed.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)
@@ -532,8 +475,8 @@ def test_the_room_for_checkpoints_is_estimated(run, monkeypatch):
 
     def with_room_for(pairs):
         usage = shutil._ntuple_diskusage(0, 0, int(pairs * size))
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)
-        return disk.room_warning(model, model.opt)
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: usage)
+        return runs.room_warning(model, model.opt)
 
     assert with_room_for(6.5) == ""
     assert "GB for 6; they will not all fit" in with_room_for(5)
@@ -544,11 +487,11 @@ def test_the_room_for_checkpoints_is_estimated(run, monkeypatch):
 
 
 def test_folders_must_take_what_is_written(tmp_path, monkeypatch):
-    disk.check_folder(tmp_path / "experiments/a")
+    runs.check_folder(tmp_path / "experiments/a")
     (tmp_path / "results").touch()
     with pytest.raises(UserError, match="results is not a folder"):
-        disk.check_folder(tmp_path / "results/a")
+        runs.check_folder(tmp_path / "results/a")
     closed, allowed = tmp_path, os.access
-    monkeypatch.setattr(disk.os, "access", lambda path, how: path != closed and allowed(path, how))
+    monkeypatch.setattr(runs.os, "access", lambda path, how: path != closed and allowed(path, how))
     with pytest.raises(UserError, match=f"{closed} cannot be written to"):
-        disk.check_folder(tmp_path / "experiments/a")
+        runs.check_folder(tmp_path / "experiments/a")

@@ -23,6 +23,7 @@ from training_runs import (
     small_options,
     train,
     weights,
+    without_validation,
 )
 
 from dlgsanet_arch.errors import UserError
@@ -173,7 +174,7 @@ def test_a_process_that_dies_ends_the_other_with_the_last_iteration_saved(root):
     options["train"]["scheduler"]["milestones"] = [50_000]
     options["logger"]["save_checkpoint_freq"] = 90_000
     options["dist_params"] = {"timeout": 0.1}
-    del options["val"], options["datasets"]["val"]
+    without_validation(options)
     runs = together(root, options)
     runs[0].reaches(2)
     runs[1].signal(signal.SIGKILL)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import run
 
-from dlgsanet_arch import DLGSANet, _basicsr, cli
+from dlgsanet_arch import DLGSANet, cli
 from dlgsanet_arch.cpu import library
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.tools import doctor, installing
@@ -86,11 +86,6 @@ def test_without_torch_doctor_says_how_to_install_it(dlgsanet):
     assert result.stderr.startswith("dlgsanet: an import of what all verbs need fails (")
     assert "torch" in result.stderr.splitlines()[0]
     assert "Traceback" not in result.stderr
-
-
-def test_basicsr_is_installed_by_the_commands_that_messages_name():
-    commands = [shlex.split(each) for each in _basicsr.INSTALL_BASICSR.split(" && ")]
-    assert commands == [["pip", *each] for each in installing.INSTALL_BASICSR]
 
 
 def missing(name):

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import helpers
 import pytest
-from training_runs import assert_equal, events, make_root, small_options, train, weights
+from training_runs import (
+    assert_equal,
+    events,
+    make_root,
+    small_options,
+    train,
+    weights,
+    without_validation,
+)
 
 from dlgsanet_arch import pipeline
 from dlgsanet_arch.pipeline import logs
-
-
-def without_validation(options: dict) -> dict:
-    del options["val"], options["datasets"]["val"]
-    return options
 
 
 def test_train_py_reads_by_spawned_workers(tmp_path, repository):

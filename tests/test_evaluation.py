@@ -1,7 +1,6 @@
 import copy
 import csv
 import json
-import logging
 import math
 import random
 import re
@@ -25,40 +24,24 @@ from basicsr.utils.registry import METRIC_REGISTRY
 from torch.nn.parallel import DistributedDataParallel
 
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline import evaluation, images, reports
+from dlgsanet_arch.pipeline import evaluation, reports
 from dlgsanet_arch.pipeline.adapter import adapt
-from dlgsanet_arch.pipeline.images import EvaluationError, build_loader
+from dlgsanet_arch.pipeline.evaluation import EvaluationError, Images
 from dlgsanet_arch.pipeline.processes import Processes, RemoteRankError
 from dlgsanet_arch.pipeline.reports import Evaluation, Row
 from dlgsanet_arch.tiles import self_ensemble
 
 IMAGES = 5
 
+
 NETWORKS = {
     "DLGSANet": dict(helpers.SMALL_NETWORK),
-    "EDSR": {
-        "type": "EDSR",
-        "num_in_ch": 3,
-        "num_out_ch": 3,
-        "num_feat": 8,
-        "num_block": 1,
-        "upscale": 2,
-    },
-    "SwinIR": {
-        "type": "SwinIR",
-        "upscale": 2,
-        "in_chans": 3,
-        "img_size": 14,
-        "window_size": 7,
-        "img_range": 1.0,
-        "depths": [1],
-        "embed_dim": 12,
-        "num_heads": [2],
-        "mlp_ratio": 1,
-        "upsampler": "pixelshuffledirect",
-        "resi_connection": "1conv",
-    },
+    "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 1},
+    "SwinIR": {"type": "SwinIR", "img_size": 14, "window_size": 7, "embed_dim": 12},
 }
+NETWORKS["EDSR"] |= {"num_in_ch": 3, "num_out_ch": 3, "upscale": 2}
+NETWORKS["SwinIR"] |= {"depths": [1], "num_heads": [2], "mlp_ratio": 1, "upscale": 2}
+NETWORKS["SwinIR"] |= {"upsampler": "pixelshuffledirect"}
 
 
 class ThirdParty(SRModel):
@@ -79,10 +62,13 @@ MODELS = {
     "a third party's": (ThirdParty, "EDSR"),
 }
 
+
 METRICS = {
     "psnr": {"type": "calculate_psnr", "crop_border": 2, "test_y_channel": True},
     "ssim": {"type": "calculate_ssim", "crop_border": 2, "test_y_channel": True},
     "rgb": {"type": "calculate_psnr", "crop_border": 0, "better": "higher"},
+    "level": {"type": "mean_level"},
+    "error": {"type": "largest_error", "better": "lower"},
 }
 
 
@@ -101,21 +87,6 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     helpers.write_pairs(folder, IMAGES)
     return folder
-
-
-@pytest.fixture
-def logged():
-    """The lines that BasicSR's logger is given."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("basicsr")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def said(logged: list[str]) -> str:
@@ -152,7 +123,7 @@ def evaluate(
     model: SRModel, opt: dict, processes: Processes | None = None, writer: Any = None
 ) -> Evaluation:
     processes = processes or Processes()
-    loader = build_loader(opt["datasets"]["val"], processes)
+    loader = Images(opt["datasets"]["val"], processes)
     adapt(model, processes)
     return model.validation(loader, 7, writer, opt["val"]["save_img"])
 
@@ -200,20 +171,15 @@ def test_figures_images_and_records_are_basicsr_s(kind, train, data, tmp_path, l
     assert our_line.startswith("Validation made_val\n\t # psnr: ")
 
 
-def test_what_comes_back_is_each_image_and_the_means(data, tmp_path):
-    opt = complete(tmp_path, data)
-    found = evaluate(built(SRModel, opt), opt)
-    assert (found.dataset, found.iteration, found.identical) == ("made_val", 7, 0)
-    assert [row.name for row in found.rows] == [f"image{i}" for i in range(IMAGES)]
-    for name, mean in found.means.items():
-        assert mean == pytest.approx(np.mean([row.values[name] for row in found.rows]), rel=1e-12)
-
-
 def test_workers_read_what_this_process_reads(data, tmp_path):
     opt = complete(tmp_path, data)
     alone = evaluate(built(SRModel, opt), opt)
     opt["datasets"]["val"]["num_worker_per_gpu"] = 2
     assert evaluate(built(SRModel, opt), opt) == alone
+    assert (alone.dataset, alone.iteration, alone.identical) == ("made_val", 7, 0)
+    assert [row.name for row in alone.rows] == [f"image{i}" for i in range(IMAGES)]
+    for name, mean in alone.means.items():
+        assert mean == pytest.approx(np.mean([row.values[name] for row in alone.rows]), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +276,7 @@ def test_ranks_find_together_what_one_finds_alone(world, data, tmp_path, monkeyp
         random.shuffle(dataset.paths)
         return dataset
 
-    monkeypatch.setattr(images, "build_dataset", as_another_disk_lists_it)
+    monkeypatch.setattr(evaluation, "build_dataset", as_another_disk_lists_it)
     opt = complete(tmp_path / "many", data)
     models = [built(SRModel, opt) for _ in range(world)]
     found = in_ranks(world, lambda each: evaluate(models[each.rank], opt, each))
@@ -364,10 +330,6 @@ def test_identical_images_are_counted_and_left_out_of_the_mean(data, tmp_path, l
     lines = said(logged).splitlines()
     assert lines[1].endswith("\tidentical (inf, not in the mean): 2 of 5")
     assert "identical" not in lines[2]
-
-
-def test_all_identical_is_infinite(data, tmp_path, logged):
-    opt = complete(tmp_path, data)
     model = built(Painter, opt)
     model.perfect = [f"image{i}" for i in range(IMAGES)]
     found = evaluate(model, opt)
@@ -380,7 +342,6 @@ def test_all_identical_is_infinite(data, tmp_path, logged):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
     opt = complete(tmp_path, data)
-    opt["val"]["metrics"]["level"] = {"type": "mean_level"}
     model = built(Painter, opt)
     model.broken = {"image3": value}
     found = evaluate(model, opt)
@@ -393,9 +354,8 @@ def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
 
 def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
     opt = complete(tmp_path, data)
-    opt["val"]["metrics"]["error"] = {"type": "largest_error", "better": "lower"}
     model = built(Painter, opt)
-    loader = build_loader(opt["datasets"]["val"], Processes())
+    loader = Images(opt["datasets"]["val"], Processes())
     adapt(model, Processes())
     first = model.validation(loader, 5, None)
     model.perfect = ("image0", "image1")
@@ -415,7 +375,6 @@ def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
 def test_a_set_without_ground_truth(data, tmp_path, logged):
     opt = complete(tmp_path, data)
     opt["datasets"]["val"]["type"] = "SingleImageDataset"
-    opt["val"]["metrics"] |= {"level": {"type": "mean_level"}, "error": {"type": "largest_error"}}
     model = built(SRModel, opt)
     model.gt = torch.zeros(1, 3, 48, 64)  # of the training's last batch
     found = evaluate(model, opt)
@@ -425,17 +384,6 @@ def test_a_set_without_ground_truth(data, tmp_path, logged):
     warnings = [line for line in logged if "no ground truth" in line]
     assert len(warnings) == 1
     assert "psnr, ssim, rgb, error of val:metrics" in warnings[0]
-
-
-def test_other_metrics_are_given_basicsr_s_images(data, tmp_path):
-    opt = complete(tmp_path, data)
-    opt["val"]["metrics"] = {
-        "error": {"type": "largest_error", "better": "lower"},
-        "level": {"type": "mean_level"},
-    }
-    found = evaluate(built(SRModel, opt), opt)
-    expected = of_basicsr(built(SRModel, opt), opt)
-    assert found.means == pytest.approx(expected, rel=1e-12)
 
 
 def test_nothing_to_measure_still_runs_and_saves(data, tmp_path):
@@ -517,19 +465,6 @@ class OwnWay(SRModel):
 
 def test_a_validation_of_a_class_s_own_is_left_alone(data, tmp_path, logged):
     opt = complete(tmp_path, data)
-    model = built(OwnWay, opt)
-    state = torch.get_rng_state()
-    found = evaluate(model, opt)
-    assert model.calls == ("made_val", IMAGES, 7, True)
-    assert [Path(path).stem for path in model.read] == [f"image{i}" for i in range(IMAGES)]
-    assert found == Evaluation("made_val", 7, (), {"psnr": 12.5})
-    assert torch.equal(torch.get_rng_state(), state)
-    said = [line for line in logged if "OwnWay has a method nondist_validation of its own" in line]
-    assert len(said) == 1
-
-
-def test_a_validation_of_a_class_s_own_gives_all_ranks_the_figures(data, tmp_path):
-    opt = complete(tmp_path, data)
     opt["dist"], models = False, [built(OwnWay, opt) for _ in range(2)]
 
     def run(processes):
@@ -538,24 +473,47 @@ def test_a_validation_of_a_class_s_own_gives_all_ranks_the_figures(data, tmp_pat
         return evaluate(model, opt, processes)
 
     assert in_ranks(2, run) == [Evaluation("made_val", 7, (), {"psnr": 12.5})] * 2
-    assert len(models[0].read) == IMAGES
+    assert models[0].calls == ("made_val", IMAGES, 7, True)
+    assert [Path(path).stem for path in models[0].read] == [f"image{i}" for i in range(IMAGES)]
     assert not hasattr(models[1], "read")
+    assert any("OwnWay has a method nondist_validation of its own" in line for line in logged)
 
 
-def test_images_that_cannot_be_compared_are_named(data, tmp_path):
+class WithoutInput(SRModel):
+    def feed_data(self, data):
+        self.given = data["lq"]
+
+
+def in_place_of_a_folder(opt):
+    Path(opt["path"]["visualization"]).write_text("a file")
+
+
+FAULTS = {
+    "border": (
+        lambda opt: opt["val"]["metrics"]["psnr"].update(crop_border=24),
+        r"metrics:psnr: image0 of the data set made_val of 64x48",
+    ),
+    "metric": (
+        lambda opt: opt["val"]["metrics"].update(n={"type": "calculate_niqe", "crop_border": 0}),
+        r"metrics:n: image0 of .* made_val of 64x48",
+    ),
+    "tiles": (lambda opt: opt["val"].update(tile=16), "WithoutInput has no `lq`"),
+    "folder": (in_place_of_a_folder, r"image0_7\.png cannot be written"),
+    "empty": (
+        lambda opt: opt["datasets"]["val"].update(type="SingleImageDataset", dataroot_lq="."),
+        "made_val has no image",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_metric_that_raises_anything_is_named_with_its_image(data, tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
     opt = complete(tmp_path, data)
-    opt["val"]["metrics"]["psnr"]["crop_border"] = 24
-    with pytest.raises(
-        EvaluationError, match=r"metrics:psnr: image0 of the data set made_val of 64x48"
-    ):
-        evaluate(built(SRModel, opt), opt)
-
-
-def test_a_metric_that_raises_anything_is_named_with_its_image(data, tmp_path):
-    opt = complete(tmp_path, data)
-    opt["val"]["metrics"]["niqe"] = {"type": "calculate_niqe", "crop_border": 0}
-    with pytest.raises(EvaluationError, match=r"metrics:niqe: image0 of .* made_val of 64x48"):
-        evaluate(built(SRModel, opt), opt)
+    change, message = FAULTS[fault]
+    change(opt)
+    with pytest.raises(UserError, match=message):
+        evaluate(built(WithoutInput if fault == "tiles" else SRModel, opt), opt)
 
 
 def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages(
@@ -564,39 +522,14 @@ def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages
     opt = complete(tmp_path, data)
     model = built(SRModel, opt)
     found = evaluate(model, opt)
-    assert found.bicubic.keys() == found.means.keys()
+    assert found.bicubic.keys() == {"psnr", "ssim", "rgb"}
     assert f"bicubic: {found.bicubic['psnr']:.4f}" in said(logged)
     assert 15 < found.bicubic["psnr"] < 60
     assert "99% are still the random weights of the start" in logged[-1]
-    images_again = build_loader(opt["datasets"]["val"], Processes())
+    images_again = Images(opt["datasets"]["val"], Processes())
     again = model.validation(images_again, 8, None)
     assert (again.bicubic, again.means) == ({}, found.means)
     assert "bicubic" not in said(logged)
-
-
-def test_a_model_without_lq_and_output_has_no_tiles(data, tmp_path):
-    class Other(SRModel):
-        def feed_data(self, data):
-            self.given = data["lq"]
-
-    opt = complete(tmp_path, data)
-    opt["val"]["tile"] = 16
-    with pytest.raises(EvaluationError, match="Other has no `lq`"):
-        evaluate(built(Other, opt), opt)
-
-
-def test_a_image_that_cannot_be_written_is_an_error(data, tmp_path):
-    opt = complete(tmp_path, data)
-    (tmp_path / "visualization").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match=r"image0_7\.png cannot be written"):
-        evaluate(built(SRModel, opt), opt)
-
-
-def test_an_empty_set_is_an_error(tmp_path, data):
-    opt = complete(tmp_path, data)
-    opt["datasets"]["val"] |= {"type": "SingleImageDataset", "dataroot_lq": str(tmp_path)}
-    with pytest.raises(EvaluationError, match="made_val has no image"):
-        build_loader(opt["datasets"]["val"], Processes())
 
 
 class Writer:
@@ -630,44 +563,10 @@ def test_tensorboard_shows_figures_and_the_first_images(data, tmp_path, monkeypa
     evaluate(built(SRModel, opt), opt, writer=writer)
     part = writer.images["validation/made_val/image3", 7]
     assert np.array_equal(part, image[:, 14:34, 22:42])
-
-
-def test_a_test_shows_no_images(data, tmp_path):
-    opt = complete(tmp_path, data, train=False)
-    writer = Writer()
+    writer.images.clear()
+    opt["is_train"] = False
     evaluate(built(SRModel, opt), opt, writer=writer)
     assert writer.images == {}
-
-
-def test_tensorboard_takes_what_it_is_given(data, tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    opt = complete(tmp_path, data)
-    with SummaryWriter(str(tmp_path / "tb")) as writer:
-        evaluate(built(SRModel, opt), opt, writer=writer)
-    assert sum(path.stat().st_size for path in (tmp_path / "tb").iterdir()) > 4 * 48 * 64
-
-
-def test_a_bar_counts_the_images_of_this_process(data, tmp_path, monkeypatch, capsys):
-    opt = complete(tmp_path, data)
-    bars = []
-
-    def watched(*arguments, hidden, **more):
-        bar = original(*arguments, hidden=hidden, **more)
-        if not hidden:
-            bars.append(bar)
-        return bar
-
-    original = evaluation.progress_bar
-    monkeypatch.setattr(evaluation, "progress_bar", watched)
-    evaluate(built(SRModel, opt), opt)
-    assert bars == []
-    del opt["val"]["pbar"]
-    evaluate(built(SRModel, opt), opt)
-    assert "image" not in capsys.readouterr().err.split("Validation")[0]  # no terminal, no bar
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    evaluate(built(SRModel, opt), opt)
-    assert [bar.n for bar in bars[1:]] == [IMAGES]
 
 
 def test_reports_hold_every_figure(tmp_path):
@@ -686,6 +585,8 @@ def test_reports_hold_every_figure(tmp_path):
         "results/Set5.csv",
         "results/evaluation.json",
     ]
+    with pytest.raises(UserError, match=r"reports in .*Set5\.csv cannot be written"):
+        reports.write(found, tmp_path / "results/Set5.csv")
     with (tmp_path / "results/Set5.csv").open() as file:
         table = list(csv.DictReader(file))
     assert table[1] == {"image": "b", "psnr": "inf", "ssim": "1.0"}
@@ -706,9 +607,3 @@ def test_reports_hold_every_figure(tmp_path):
         ],
     }
     assert report["Set14"]["means"] == {"psnr": "nan", "ssim": "nan"}
-
-
-def test_reports_that_cannot_be_written_are_an_error(tmp_path):
-    (tmp_path / "results").write_text("a file")
-    with pytest.raises(UserError, match=r"reports in .*results cannot be written"):
-        reports.write([], tmp_path / "results")

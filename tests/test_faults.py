@@ -6,26 +6,19 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import helpers
-import lmdb
 import pytest
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY
-from torch import nn
 from training_runs import (
-    SAMPLES,
     Forked,
     assert_equal,
     events,
     make_root,
     small_options,
-    train,
     weights,
 )
 
@@ -41,38 +34,12 @@ KILLS, SIGNALS = 15, 10  # of one seed
 PATIENCE = 300  # seconds, for a run of one
 
 
-class NoisyNet(nn.Module):
-    """Draws at random, has statistics of its own, and takes a while to be saved."""
-
-    def __init__(self, width: int = 48):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.Dropout(0.3),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
-        self.up = nn.Sequential(nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2))
-
-    def forward(self, x):
-        return self.up(self.body(x))
-
-
-if "NoisyNet" not in ARCH_REGISTRY:
-    ARCH_REGISTRY.register(NoisyNet)
-
-
 def options_of(name: str, **train_set) -> dict:
     """A run that writes a checkpoint at every iteration."""
     options = small_options(name, **train_set)
-    options["network_g"] = {"type": "NoisyNet"}
+    options["network_g"] = {"type": "NoisyNet", "width": 48}  # takes a while to be saved
     options["train"]["total_iter"] = TOTAL
     options["logger"]["save_checkpoint_freq"] = 1
-    return options
-
-
-def without_validation(options: dict) -> dict:
-    del options["val"], options["datasets"]["val"]
     return options
 
 
@@ -332,77 +299,6 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_with_more_room(root, undisturbe
         assert_equal(weights(made, "full"), undisturbed[0])
 
 
-def test_a_disk_that_others_fill_ends_the_run_with_a_message(root, undisturbed, tmp_path):
-    made = make_root(tmp_path)
-    options = options_of("filled")
-    options["logger"]["save_checkpoint_freq"] = 4
-    room = 50 * pair_size(root)
-
-    def fill_in_between() -> None:
-        real = loop.Training._save
-
-        def save_and_fill(self):
-            real(self)
-            logs = folder_of(made, "filled").glob("*.*l*")  # their last blocks have room, too
-            for path in (made / "experiments/filler", *logs):
-                with path.open("ab", buffering=0) as file, suppress(OSError):
-                    while file.write(b" " * (4096 if path.stem == "filler" else 1)):
-                        pass
-
-        loop.Training._save = save_and_fill
-
-    with small_disk(made / "experiments", room):
-        run = Forked(made, options, before=fill_in_between)
-        assert wait(run) == 1
-        said = run.output.read_text()
-        assert "Traceback" not in said
-        assert "full" in said
-        whole_files(folder_of(made, "filled"))
-        (made / "experiments/filler").unlink()
-        completes(made, options)
-        assert_equal(weights(made, "filled"), undisturbed[0])
-
-
-@pytest.mark.parametrize("damaged", ["training_states/10.state", "models/net_g_10.pth"])
-def test_a_damaged_newest_pair_is_passed_over(root, undisturbed, damaged):
-    options = options_of(f"damaged_{Path(damaged).stem}")
-    options["train"]["total_iter"] = 10
-    completes(root, options)
-    file = folder_of(root, options["name"]) / damaged
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    options["train"]["total_iter"] = TOTAL
-    run = Forked(root, options, "--auto_resume")
-    assert wait(run) == 0
-    said = run.output.read_text()
-    assert f"not complete, and passed over: 10: {file} is truncated" in said
-    assert "Resuming training from epoch: 2, iter: 9." in said
-    assert_equal(weights(root, options["name"]), undisturbed[0])
-
-
-def test_a_folder_s_order_on_the_disk_does_not_matter(root, monkeypatch):
-    names = ("forwards", "backwards")
-    real = os.scandir
-
-    class Reversed:
-        def __init__(self, path):
-            with real(path) as entries:
-                self._entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
-
-        def __iter__(self):
-            return iter(self._entries)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    for name in names:
-        train(root, options_of(name, num_worker_per_gpu=0))
-        monkeypatch.setattr(os, "scandir", Reversed)
-    assert_equal(*(weights(root, name) for name in names))
-
-
 @pytest.mark.parametrize("flags", [[], ["--auto_resume"]], ids=["new", "resuming"])
 def test_of_two_runs_started_together_one_runs(root, flags):
     name = "together_" + "_".join(flags).strip("-")
@@ -442,189 +338,3 @@ def test_of_two_runs_started_together_one_runs(root, flags):
         time.sleep(1)  # the name of what is renamed has the second
     folders = sorted(path.name for path in (root / "experiments").glob(f"{name}*"))
     assert len(folders) == (1 if flags else 3), folders
-
-
-def write_database(images: Path, out: Path, *, cut: str = "") -> None:
-    """Write an LMDB of a folder's images, the one named `cut` without its end."""
-    out.mkdir(parents=True)
-    names = sorted(path.stem for path in images.iterdir())
-    environment = lmdb.open(str(out), map_size=1 << 24)
-    with environment, environment.begin(write=True) as write:
-        for name in names:
-            data = (images / f"{name}.png").read_bytes()
-            write.put(name.encode(), data[:100] if name == cut else data)
-    lines = [f"{name}.png (48,64,3) 1\n" for name in names]
-    (out / "meta_info.txt").write_text("".join(lines))
-
-
-def from_databases(options: dict, root: Path, *, phases: tuple[str, ...]) -> None:
-    for phase in phases:
-        options["datasets"][phase] |= {
-            "dataroot_gt": str(root / "HR.lmdb"),
-            "dataroot_lq": str(root / "LR.lmdb"),
-            "io_backend": {"type": "lmdb"},
-        }
-
-
-def test_data_sets_share_a_database_in_a_run_with_any_workers(tmp_path):
-    root = make_root(tmp_path)
-    for part in ("HR", "LR"):
-        write_database(root / "data" / part, root / f"{part}.lmdb")
-    found = []
-    for kind, workers in ((None, 0), ("fork", 2), ("spawn", 1)):
-        options = options_of(
-            f"shared_{kind}", num_worker_per_gpu=workers, multiprocessing_context=kind
-        )
-        options["datasets"]["val_2"] = dict(options["datasets"]["val"], name="second")
-        options["datasets"]["val"]["num_worker_per_gpu"] = 0
-        from_databases(options, root, phases=("train", "val", "val_2"))
-        run = Forked(root, options)
-        assert wait(run) == 0, run.output.read_text()[-3000:]
-        validated = events(root, options["name"], "validation")
-        assert [entry["dataset"] for entry in validated] == ["made_val", "second"] * 4
-        assert all(
-            one["metrics"] == other["metrics"]
-            for one, other in zip(validated[::2], validated[1::2], strict=True)
-        )
-        found.append(weights(root, options["name"]))
-    for other in found[1:]:
-        assert_equal(other, found[0])
-
-
-@pytest.mark.parametrize("skipped", [0, 2], ids=["stop", "skip"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("backend", ["disk", "lmdb"])
-def test_a_corrupt_sample_is_named_in_each_mode(tmp_path, backend, workers, skipped):
-    root = make_root(tmp_path)
-    image = root / "data/LR/image3.png"
-    options = options_of("corrupt", num_worker_per_gpu=workers, skip_bad_samples=skipped)
-    without_validation(options)
-    if backend == "lmdb":
-        write_database(root / "data/HR", root / "HR.lmdb")
-        write_database(root / "data/LR", root / "LR.lmdb", cut="image3")
-        from_databases(options, root, phases=("train",))
-        named = f"{root / 'LR.lmdb'}, key 'image3'"
-    else:
-        image.write_bytes(image.read_bytes()[:100])
-        named = "data/LR/image3.png"
-    run = Forked(root, options)
-    status = run.wait(60)  # BasicSR's own would wait for ever: fault 23
-    said = run.output.read_text()
-    assert "Traceback" not in said
-    assert f"{named} of the data set made: cannot be decoded" in said
-    whole_files(folder_of(root, "corrupt"))
-    if not skipped:
-        assert status == 1
-        return
-    assert status == 0
-    assert said.count("bad sample 1 of 2 tolerated") == 1
-    state = torch.load(folder_of(root, "corrupt") / f"training_states/{TOTAL}.state")
-    ((_, sample, _),) = state["progress"]["bad_samples"]
-    assert sample.endswith(named)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_validation_image_is_named(tmp_path, workers):
-    root = make_root(tmp_path)
-    helpers.write_pairs(root / "other", SAMPLES)
-    image = root / "other/HR/image3.png"
-    image.write_bytes(image.read_bytes()[:100])
-    options = options_of("validated")
-    options["datasets"]["val"] |= {
-        "dataroot_gt": "other/HR",
-        "dataroot_lq": "other/LR",
-        "num_worker_per_gpu": workers,
-    }
-    run = Forked(root, options)
-    assert run.wait(60) == 1
-    said = run.output.read_text()
-    assert "Traceback" not in said
-    assert "other/HR/image3.png of the data set made_val: cannot be decoded" in said
-    assert newest_pair(folder_of(root, "validated")) == 4
-
-
-@pytest.fixture(scope="module")
-def quickly(tmp_path_factory) -> dict[str, str]:
-    """An environment in which imports are compiled once, where this one keeps no bytecode."""
-    if not sys.dont_write_bytecode:
-        return {}
-    folder = str(tmp_path_factory.mktemp("bytecode"))
-    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": folder}
-
-
-# A network that is slow to validate in one of two processes.
-SLOW_NETWORK = """
-import os
-import time
-
-from basicsr.utils.registry import ARCH_REGISTRY
-from torch import nn
-
-
-@ARCH_REGISTRY.register()
-class SlowNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2))
-
-    def forward(self, x):
-        if not self.training and os.environ["LOCAL_RANK"] == "0":
-            time.sleep(2.5)
-        return self.up(x)
-"""
-
-
-def test_torchrun_waits_for_a_validation_longer_than_a_collective(tmp_path, repository, quickly):
-    root = make_root(tmp_path)
-    (root / "slow_network.py").write_text(SLOW_NETWORK)
-    options = small_options("slow", num_worker_per_gpu=0, batch_size_per_gpu=1)
-    options["network_g"] = {"type": "SlowNet"}
-    options["train"]["total_iter"] = 6
-    options["dist_params"] = {"timeout": 0.15}  # 9 seconds; process 0 needs 10 for its 4 images
-    file = helpers.write_options(root / "slow.yml", options)
-    door = [repository / "train.py", "-opt", file, "--root", root, "--import", "slow_network"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, *door, "--launcher", "pytorch"]
-    result = helpers.run(command, root, quickly, timeout=PATIENCE)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert [entry["iter"] for entry in events(root, "slow", "validation")] == [4, 6]
-    assert [entry["iter"] for entry in events(root, "slow", "train")] == list(range(1, 7))
-
-
-# BasicSR's own loop, started by a script of a user's.
-SCRIPT = """
-import dlgsanet_arch
-from basicsr.train import train_pipeline
-
-if __name__ == "__main__":
-    import torch.multiprocessing
-
-    torch.multiprocessing.set_start_method("spawn")
-    train_pipeline({!r})
-"""
-
-
-def door_of(kind: str, root: Path, repository: Path) -> list[object]:
-    if kind == "script":
-        script = root / "my_training.py"
-        script.write_text(SCRIPT.format(str(root)))
-        return [script]
-    verb = [repository / "train.py"] if kind == "train.py" else ["-m", "dlgsanet_arch", "train"]
-    return [*verb, "--root", root]
-
-
-@pytest.mark.parametrize("kind", ["train.py", "verb", "script"])
-def test_spawned_workers_read_behind_each_door(tmp_path, repository, quickly, kind):
-    root = make_root(tmp_path)
-    options = small_options("spawned", num_worker_per_gpu=1)
-    if kind != "script":
-        options["datasets"]["train"]["multiprocessing_context"] = "spawn"
-    options["train"]["total_iter"] = 2
-    file = helpers.write_options(root / "spawned.yml", options)
-    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
-    command = [*door_of(kind, root, repository), "-opt", file]
-    result = helpers.run(command, root, {**quickly, "PYTHONPATH": path}, timeout=PATIENCE)
-    assert result.returncode == 0, result.stderr[-3000:]
-    models = folder_of(root, "spawned") / "models"
-    assert (models / "net_g_latest.pth").is_file()
-    assert "iter:       2," in result.stderr + result.stdout

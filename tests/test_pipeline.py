@@ -261,7 +261,7 @@ def test_a_refusal_is_a_message_and_an_exit_status(root, options, tmp_path, caps
     assert "dimm" in capsys.readouterr().err
     monkeypatch.setattr("dlgsanet_arch._basicsr.basicsr_installed", lambda: False)
     assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
-    assert "pip install --no-build-isolation --no-deps basicsr==1.4.2" in capsys.readouterr().err
+    assert "run `dlgsanet doctor --fix`" in capsys.readouterr().err
 
 
 def test_a_fixed_seed_repeats_a_run(root, options, tmp_path):

@@ -12,7 +12,8 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader, StackDataset
 
-from dlgsanet_arch.pipeline.samples import Draw, Samples, collate, start_worker
+from dlgsanet_arch.pipeline.samples import Samples, _start_worker, collate, load
+from dlgsanet_arch.pipeline.sampling import Draw
 
 
 class Dice(torch.utils.data.Dataset):
@@ -85,15 +86,8 @@ def test_a_worker_starts_where_opencv_has_threads_already():
     cv2.setNumThreads(2)
     large = np.zeros((2000, 2000, 3), np.uint8)
     cv2.resize(cv2.GaussianBlur(large, (9, 9), 2), None, fx=2, fy=2)  # starts its threads
-    loader = DataLoader(
-        Samples(Dice()),
-        batch_sampler=[[Draw(0, 0, 1)]],
-        num_workers=1,
-        collate_fn=collate,
-        worker_init_fn=start_worker,
-        multiprocessing_context="fork",
-        timeout=30,
-    )
+    settings = {"multiprocessing_context": "fork", "timeout": 30}
+    loader = load(Samples(Dice()), [[Draw(0, 0, 1)]], 1, pin_memory=False, **settings)
     ((batch, bad),) = loader
     assert batch["lq"][0, 0] == 1
     assert not bad
@@ -105,15 +99,8 @@ def test_workers_draw_what_the_process_itself_draws(workers):
     batches = [[Draw(0, place, place % 7) for place in range(at, at + 3)] for at in (0, 3, 6, 9)]
 
     def read(count):
-        loader = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=count,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),
-        )
-        return torch.stack([batch["lq"] for batch, _ in loader])
+        read = load(samples, batches, count, pin_memory=False)
+        return torch.stack([batch["lq"] for batch, _ in read])
 
     before = torch.get_rng_state()
     assert torch.equal(read(workers), read(0))
@@ -225,7 +212,7 @@ def test_two_data_sets_share_a_database_in_every_kind_of_worker(databases, start
         batch_sampler=[[Draw(0, 0, 1)]],
         num_workers=1,
         collate_fn=list,
-        worker_init_fn=start_worker,
+        worker_init_fn=_start_worker,
         multiprocessing_context=start_method,
     )
     ((found,),) = loader

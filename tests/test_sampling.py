@@ -1,20 +1,20 @@
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import pytest
 
-from dlgsanet_arch.pipeline.sampling import Batches, Place, Sampling
+from dlgsanet_arch.pipeline.sampling import Place, Sampling
 
 
 def draws(sampling: Sampling, place: Place, count: int) -> list:
-    return [draw for batch in Batches(sampling, place, count) for draw in batch]
+    return [draw for batch in sampling.batches(place, count) for draw in batch]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_draw_together_what_one_draws_alone(world):
-    alone = list(Batches(Sampling(37, 1, 4 * world, seed=5), Place(), 20))
+    alone = list(Sampling(37, 1, 4 * world, seed=5).batches(Place(), 20))
     pieces = [
-        list(Batches(Sampling(37, 1, 4, world, rank, seed=5), Place(), 20)) for rank in range(world)
+        list(Sampling(37, 1, 4, world, rank, seed=5).batches(Place(), 20)) for rank in range(world)
     ]
     together = [list(chain(*batches)) for batches in zip(*pieces, strict=True)]
     assert together == alone
@@ -39,25 +39,25 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 def test_any_iteration_can_be_gone_on_from():
     sampling = Sampling(11, 1, 2, 2, 1, seed=3)
-    whole = list(Batches(sampling, Place(), 15))
+    whole = list(sampling.batches(Place(), 15))
     place = Place()
     for iteration in range(1, 16):
         place = sampling.after(place)
         assert place == sampling.place_of(iteration)
-        rest = list(Batches(sampling, place, 15 - iteration))
+        rest = list(sampling.batches(place, 15 - iteration))
         assert rest == whole[iteration:]
 
 
 def test_the_incomplete_last_batch_of_an_epoch_is_left_out():
     sampling = Sampling(11, 1, 4)
-    epochs = [batch[0].epoch for batch in islice(Batches(sampling, Place(), 6), 6)]
+    epochs = [batch[0].epoch for batch in sampling.batches(Place(), 6)]
     assert sampling.batches_an_epoch == 2
     assert epochs == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_smaller_batch_goes_on_at_the_same_position():
     place = Sampling(20, 1, 8).place_of(1)
-    batch = next(iter(Batches(Sampling(20, 1, 4), place, 1)))
+    batch = next(Sampling(20, 1, 4).batches(place, 1))
     order = Sampling(20, 1, 4).shuffled(0)
     assert [draw.position for draw in batch] == [8, 9, 10, 11]
     assert [draw.index for draw in batch] == list(order[8:12])

@@ -11,7 +11,7 @@ import training_runs
 from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from test_gan import options_of, root, small_sharpener  # noqa: F401 - fixtures
 from torch import nn
-from training_runs import events, small_options, train
+from training_runs import events, small_options, train, without_validation
 
 from dlgsanet_arch import cli
 from dlgsanet_arch.errors import UserError
@@ -19,19 +19,6 @@ from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.pipeline import adapter
 
 STEPS = 10
-
-
-class NormedDrop(nn.Module):
-    """Draws at random, and has statistics of its own."""
-
-    def __init__(self, channels: int = 3):
-        super().__init__()
-        body = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.3)
-        self.body = nn.Sequential(*body)
-        self.up = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
-
-    def forward(self, x):
-        return self.up(self.body(x))
 
 
 class Fragile(nn.Sequential):
@@ -60,7 +47,7 @@ class Demanding(nn.Conv2d):
         return super().forward(x)
 
 
-for each in (NormedDrop, Fragile, Demanding):
+for each in (Fragile, Demanding):
     if each.__name__ not in ARCH_REGISTRY:
         ARCH_REGISTRY.register(each)
 
@@ -101,7 +88,7 @@ def test_a_trial_changes_nothing_of_a_run(root, repository, kind):  # noqa: F811
         else:
             options = small_options(f"{name}_{kind}", num_worker_per_gpu=0)
         if kind != "SRModel" and kind in KINDS[:3]:
-            options["network_g"] = {"type": "NormedDrop"}
+            options["network_g"] = {"type": "NoisyNet"}
         if kind == "fp16":
             options["model_type"], options["train"]["amp"] = "DLGSANetModel", "fp16"
         options["train"]["total_iter"] = STEPS
@@ -112,8 +99,7 @@ def test_a_trial_changes_nothing_of_a_run(root, repository, kind):  # noqa: F811
 
 
 def with_discriminator(options):
-    options["model_type"] = "ESRGANModel"
-    options["network_d"] = {"type": "Demanding"}
+    options |= {"model_type": "ESRGANModel", "network_d": {"type": "Demanding"}}
     options["train"]["optim_d"] = dict(options["train"]["optim_g"])
     options["train"]["gan_opt"] = {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1}
     options["train"]["gan_opt"] |= {"real_label_val": 1.0, "fake_label_val": 0.0}
@@ -130,8 +116,8 @@ def with_network(**network):
 FAULTS = {
     "discriminator": (with_discriminator, r"network_d: a step .*images of 64x64"),
     "metric": (with_metric, r"metrics:much: the smallest image of .*made_val, of 64x48 .*too sm"),
-    "channels": (with_network(type="NormedDrop", channels=1), r"network_g: a step .*1 channels"),
-    "building": (with_network(type="NormedDrop", channels=-1), r"network_g: building the model"),
+    "channels": (with_network(type="NoisyNet", channels=1), r"network_g: a step .*1 channels"),
+    "building": (with_network(type="NoisyNet", channels=-1), r"network_g: building the model"),
     "size": (with_network(type="SwinIR"), r"network_g: building .*more than 20 tensors"),
     "optimizer": (
         lambda options: options["train"]["optim_g"].update(betas=[0.9, 1.5]),
@@ -168,8 +154,7 @@ def test_a_damaged_first_sample_is_named_before_anything_is_created(tmp_path):
     made = training_runs.make_root(tmp_path)
     for image in (made / "data/LR").iterdir():
         image.write_bytes(image.read_bytes()[:100])
-    options = small_options("damaged")
-    del options["val"], options["datasets"]["val"]
+    options = without_validation(small_options("damaged"))
     with pytest.raises(UserError, match=r"image\d\.png of the data set made: cannot be decoded"):
         train(made, options)
     assert not (made / "experiments").exists()
@@ -180,8 +165,7 @@ def test_a_run_that_fails_in_its_first_iteration_replaces_nothing(root):  # noqa
     options["train"]["total_iter"] = 2
     train(root, options)
     before = listing(root / "experiments")
-    options["network_g"] = {"type": "Fragile"}
-    del options["val"], options["datasets"]["val"]
+    without_validation(options)["network_g"] = {"type": "Fragile"}
     for flags in ([], ["--no_trial"]):
         with pytest.raises(RuntimeError, match="out of luck"):
             train(root, options, *flags)

@@ -129,7 +129,7 @@ FAULTS = [
      "of another size: conv_first.weight"),
     (lambda weights: {"params": {f"x.{name}": weights[name] for name in weights}},
      {"strict_load_g": False},
-     "fits network_g; with path:strict_load_g false BasicSR would continue with random weights"),
+     "fits this EDSR; with strict_load false BasicSR would continue with random weights"),
 ]  # fmt: skip
 
 

@@ -14,10 +14,30 @@ from typing import Any
 
 import helpers
 import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
 
 from dlgsanet_arch import cli, pipeline
 
-SAMPLES = 7
+SAMPLES = 7  # an odd number, so that an epoch of pairs has an incomplete last batch
+
+
+class NoisyNet(nn.Module):
+    """A network of a third party that draws at random and has statistics of its own."""
+
+    def __init__(self, width: int = 8, channels: int = 3):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.3)
+        )
+        self.up = nn.Sequential(nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.body(x))
+
+
+if "NoisyNet" not in ARCH_REGISTRY:
+    ARCH_REGISTRY.register(NoisyNet)
 
 
 def make_root(folder: Path) -> Path:
@@ -34,6 +54,12 @@ def small_options(name: str, **train_set: Any) -> dict[str, Any]:
     options["val"]["val_freq"] = 4
     options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 5}
     options["datasets"]["train"] |= {"num_worker_per_gpu": 1, **train_set}
+    return options
+
+
+def without_validation(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the validation out of options."""
+    del options["val"], options["datasets"]["val"]
     return options
 
 

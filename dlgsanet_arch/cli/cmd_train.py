@@ -7,12 +7,11 @@ from pathlib import Path
 
 from dlgsanet_arch import pipeline
 from dlgsanet_arch.cli import exit_status
-from dlgsanet_arch.pipeline import flags
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
-    return flags.build_parser("train")
+    return pipeline.build_parser("train")
 
 
 @exit_status

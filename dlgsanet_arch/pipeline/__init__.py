@@ -5,22 +5,69 @@ validates and tests, `checkpoints` writes, finds and restores them. They run any
 BasicSR's for a network of single images.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from dlgsanet_arch import _basicsr
-from dlgsanet_arch.pipeline import flags
 
-__all__ = ["test", "train"]
+__all__ = ["build_parser", "test", "train"]
 
 
-def _runs() -> ModuleType:
-    """Import the runs, which need all of BasicSR; its absence is reported first."""
-    _basicsr.import_basicsr("basicsr")
-    from dlgsanet_arch.pipeline import runs
-
-    return runs
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of `train`, or of `test`: BasicSR's flags, and a few more."""
+    does = {"train": "Train a network", "test": "Test trained weights"}[verb]
+    parser = argparse.ArgumentParser(
+        prog=f"dlgsanet {verb}",
+        description=f"{does} as an option file says, through BasicSR.",
+        epilog="Relative paths in the option file, experiments/ and results/ are below --root.",
+    )
+    add = parser.add_argument
+    add(
+        "-opt",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the option file, a YAML file, or the name of a shipped one, such as tiny_x4",
+    )
+    add(
+        "--root",
+        type=Path,
+        metavar="FOLDER",
+        help="default: the folder of train.py and test.py, or the current folder",
+    )
+    add(
+        "--launcher",
+        choices=("none", "pytorch", "slurm"),
+        default="none",
+        help="what started the processes of a distributed run (default: none)",
+    )
+    add(
+        "--import",
+        dest="packages",
+        nargs="+",
+        metavar="PACKAGE",
+        default=[],
+        help="import packages that register networks, models, data sets, losses or metrics",
+    )
+    add(
+        "--force_yml",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="set values of the option file, such as train:total_iter=1000",
+    )
+    add("--local_rank", "--local-rank", type=int, default=0, help="given by some launchers")
+    for flag, text in (
+        ("auto_resume", "resume from the run's newest complete checkpoint; without it an old run "
+         "is renamed"),
+        ("apply_edits", "when resuming, take optimizer, schedule and seed from the option file as "
+         "it is now"),
+        ("no_trial", "do not try a sample, a step and the metrics before the run is created"),
+        ("debug", "name the run debug_…, and print and save often"),
+    ):  # fmt: skip
+        add(f"--{flag}", action="store_true", help=text)
+    return parser
 
 
 def train(root: Path, argv: Sequence[str]) -> None:
@@ -37,25 +84,23 @@ def train(root: Path, argv: Sequence[str]) -> None:
         UserError: BasicSR is missing, or something that the run needs is wrong: then nothing was
             created or renamed. Or the run met a bad sample, a loss that is not finite, or a
             checkpoint that cannot be written: then the checkpoints before are complete.
-        Interrupted: A signal asked for the end; the iteration at hand is saved.
+        Interrupted: A signal asked for the end; the current iteration is saved.
         SystemExit: The command line cannot be understood, or asks for help.
     """
-    arguments = flags.build_parser("train").parse_args(argv)
-    _runs().train(root, arguments)
+    arguments = build_parser("train").parse_args(argv)
+    _basicsr.import_basicsr("basicsr")  # its absence is reported first
+    from dlgsanet_arch.pipeline import runs
+
+    runs.train(root, arguments)
 
 
 def test(root: Path, argv: Sequence[str]) -> None:
     """Test weights as an option file says: measure, and save the images it asks for.
 
-    Args:
-        root: Folder that relative paths and ``results/`` are below, unless `argv` has
-            ``--root``.
-        argv: The command line without the program's name: ``-opt FILE`` and more flags.
-
-    Raises:
-        UserError: BasicSR is missing, or something that the test needs is wrong: then nothing was
-            created or renamed.
-        SystemExit: The command line cannot be understood, or asks for help.
+    Arguments and errors are those of `train`; what is written is below ``results/``.
     """
-    arguments = flags.build_parser("test").parse_args(argv)
-    _runs().test(root, arguments)
+    arguments = build_parser("test").parse_args(argv)
+    _basicsr.import_basicsr("basicsr")
+    from dlgsanet_arch.pipeline import runs
+
+    runs.test(root, arguments)

@@ -5,7 +5,7 @@ rate and validation come from, whichever class it is.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,7 @@ def _bounded_size() -> Iterator[None]:
 
 
 def build(opt: dict[str, Any], processes: Processes) -> Any:
-    """Build the model that the options name, its networks with weights as initialised.
-
-    Args:
-        opt: The run's options, complete.
-        processes: The processes of the run.
-    """
+    """Build the model that complete options name, its networks with weights as initialised."""
     paths = opt["path"]
     later = {key: paths[key] for key in _LOADED_LATER if key in paths}
     paths |= dict.fromkeys(later)
@@ -70,10 +65,16 @@ def build(opt: dict[str, Any], processes: Processes) -> Any:
     return model
 
 
-class _GathersNetworks:
-    """Saving: what a model's `save` would write is gathered, and `checkpoints` writes it."""
+class _Adapted:
+    """Saving and validation; what a model's `save` would write, `checkpoints` gathers and writes.
+
+    Attributes:
+        run_processes: The processes of the run.
+        foreign: Whether the model's class has a validation of its own, which it keeps.
+    """
 
     run_processes: Processes
+    foreign: bool
     gathered: dict[str, Any] | None = None
 
     def gathered_networks(self) -> dict[str, Any]:
@@ -102,10 +103,9 @@ class _GathersNetworks:
         keys = param_key if isinstance(param_key, list) else [param_key]
         content = {}
         for network, key in zip(networks, keys, strict=True):
-            weights = bare(network).state_dict()
             content[key] = {
                 name.removeprefix("module."): tensor.detach().cpu()
-                for name, tensor in weights.items()
+                for name, tensor in bare(network).state_dict().items()
             }
         if self.gathered is not None:
             self.gathered[net_label] = content
@@ -116,10 +116,6 @@ class _GathersNetworks:
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Do nothing: states hold more than a model knows, and `checkpoints` writes them."""
 
-
-class _Validates:
-    run_processes: Processes
-
     def validation(
         self,
         dataloader: evaluation.Images,
@@ -127,60 +123,32 @@ class _Validates:
         tb_logger: Any,
         save_img: bool = False,
     ) -> evaluation.Evaluation:
-        """Validate on all processes, each of which calls; see `evaluation.validate`."""
-        return evaluation.validate(
-            self, self.run_processes, dataloader, current_iter, tb_logger, save_img
-        )
-
-
-class _ValidatesItsOwnWay:
-    run_processes: Processes
-
-    def validation(
-        self,
-        dataloader: evaluation.Images,
-        current_iter: int | str,
-        tb_logger: Any,
-        save_img: bool = False,
-    ) -> evaluation.Evaluation:
-        """Validate as the class does, on the main process; every process calls."""
-        own = super().validation
-        return evaluation.validate_by(
-            own, self, self.run_processes, dataloader, current_iter, tb_logger, save_img
-        )
+        """Validate on all processes, or as the class does on the main one; every process calls."""
+        arguments = dataloader, current_iter, tb_logger, save_img
+        if self.foreign:
+            own = super().validation
+            return evaluation.validate_by(own, self, self.run_processes, *arguments)
+        return evaluation.validate(self, self.run_processes, *arguments)
 
 
 def adapt(model: Any, processes: Processes) -> None:
-    """Give a model of BasicSR's or a third party's the methods that a run relies on.
+    """Give a model that `build_model` returned the methods that a run relies on.
 
     A class that has its own method for averages, learning rate or validation keeps it, and the log
     says so.
-
-    Args:
-        model: As `build_model` returned it.
-        processes: The processes of the run.
     """
     own = type(model)
-    classes: list[type] = [_GathersNetworks]
+    classes: list[type] = [_Adapted]
     kept: dict[str, str] = {}
     for ours, name in ((AveragesWeights, "model_ema"), (FollowsSchedule, "update_learning_rate")):
         if getattr(own, name, None) is getattr(BaseModel, name):
             classes.append(ours)
         elif not issubclass(own, ours):
             kept[name] = "which stays"
-    if foreign := evaluation.foreign_method(own):
+    foreign = evaluation.foreign_method(own)
+    if foreign:
         kept[foreign] = "it validates and tests as that says, on the main process"
-    classes.append(_ValidatesItsOwnWay if foreign else _Validates)
-    contents = {"run_processes": processes, "__module__": own.__module__}
+    contents = {"run_processes": processes, "foreign": bool(foreign), "__module__": own.__module__}
     model.__class__ = type(own.__name__, (*classes, own), contents)
     for name, effect in kept.items():
         get_root_logger().warning(f"{own.__name__} has a method {name} of its own: {effect}")
-
-
-def networks_of(model: Any) -> Mapping[str, nn.Module]:
-    """Return a model's networks by the names of their attributes ("net_g", "net_g_ema", …)."""
-    return {
-        name: value
-        for name, value in vars(model).items()
-        if name.startswith("net_") and isinstance(value, nn.Module)
-    }

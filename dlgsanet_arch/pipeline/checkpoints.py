@@ -9,7 +9,8 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,132 +86,6 @@ def numbered(run: Path) -> dict[int, list[Path]]:
     return found
 
 
-# ---- written
-
-
-def _plain(value: Any) -> Any:
-    """Return numbers of NumPy's, which third parties' metrics give, as Python's."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _state_of(model: Any) -> dict[str, Any]:
-    """Return what a model holds beside networks, in a state's words."""
-    return {
-        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
-        "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
-        "scalers": {
-            name: value.state_dict()
-            for name, value in vars(model).items()
-            if isinstance(value, torch.amp.GradScaler)
-        },
-        "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
-        "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
-    }
-
-
-class Checkpoints:
-    """Writes the checkpoints of a run.
-
-    Args:
-        model: A model that was adapted, see `adapter`.
-        processes: The processes of the run.
-        keep_last: Number of pairs to keep, None for all.
-
-    Attributes:
-        best: Figure and iteration of the best weights, empty before there are any.
-    """
-
-    def __init__(self, model: Any, processes: Processes, keep_last: int | None = None) -> None:
-        self.best: dict[str, Any] = {}
-        self._model = model
-        self._processes = processes
-        self._keep_last = keep_last
-        self._run = Path(model.opt["path"]["experiments_root"])
-        self._written: tuple[int, dict[str, int]] | None = None  # iteration, networks' checksums
-
-    def save(self, progress: Progress) -> None:
-        """Write a pair; every process calls.
-
-        A second call for an iteration writes the state alone: the networks are the same.
-
-        Raises:
-            CheckpointError: A file cannot be written; what was there before is untouched.
-        """
-        generators = self._processes.gather(randomness.state())
-        self._agreed(lambda networks: self._write(progress, generators, networks))
-
-    def save_alone(self, progress: Progress) -> None:
-        """Write a pair without the other processes, which no longer answer: on the main one."""
-        self._write(progress, [randomness.state()], self._model.gathered_networks())
-
-    def save_latest(self) -> None:
-        """Write `net_*_latest.pth`; every process calls."""
-        self._agreed(lambda networks: self._write_networks(networks, "latest"))
-
-    def save_best(self, value: float, iteration: int) -> None:
-        """Write `net_g_best.pth`; every process calls."""
-        self._agreed(lambda all_of: self._write_networks({"net_g": all_of["net_g"]}, "best"))
-        self.best = {"value": value, "iter": iteration}
-
-    def _agreed(self, write: Callable[[Mapping[str, Any]], object]) -> None:
-        """Gather the networks and write them; an error on the main process is one on all."""
-        error: Exception | None = None
-        try:
-            networks = self._model.gathered_networks()
-            if self._processes.is_main:
-                write(networks)
-        except Exception as caught:  # a third party's save may raise anything
-            error = caught
-        self._processes.agree(error)
-
-    def _write_networks(self, networks: Mapping[str, Any], label: object) -> dict[str, int]:
-        folder = self._run / "models"
-        files = {f"{name}_{label}.pth": content for name, content in networks.items()}
-        return {name: save_whole(content, folder / name) for name, content in files.items()}
-
-    def _write(
-        self, progress: Progress, generators: Sequence[Any], networks: Mapping[str, Any]
-    ) -> None:
-        iteration = progress.iteration
-        if self._written is None or self._written[0] != iteration:
-            self._written = iteration, self._write_networks(networks, iteration)
-        state = {
-            "epoch": progress.place.epoch,
-            "iter": iteration,
-            "networks": self._written[1],
-            **_state_of(self._model),
-            "best": self.best,
-            "progress": progress.as_state(),
-            "randomness": list(generators),
-        }
-        save_whole(state, self._run / "training_states" / f"{iteration}.state")
-        self._remove_old(iteration)
-
-    def _remove_old(self, iteration: int) -> None:
-        """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
-
-        What a kill or a fault left of later iterations is not a pair to resume from, and does not
-        count; the run writes it anew when it comes there.
-        """
-        if self._keep_last is None:
-            return
-        files = numbered(self._run)
-        pairs = [
-            number
-            for number, paths in files.items()
-            if number <= iteration and any(path.suffix == ".state" for path in paths)
-        ]
-        oldest = sorted(pairs)[-self._keep_last :][0]
-        for number in sorted(files):
-            if number >= oldest:
-                break
-            # the state first: a pair without one is never resumed from
-            for path in sorted(files[number], key=lambda path: path.suffix != ".state"):
-                path.unlink(missing_ok=True)
-
-
 # ---- found and read
 
 
@@ -220,7 +95,7 @@ class Start(NamedTuple):
     Args:
         path: The state's file, None for a new run.
         state: What it holds.
-        networks: Content of the networks' files, by option key ("network_g").
+        networks: Path and content of the networks' files, by option key ("network_g").
         passed_over: Pairs that are newer and not complete, with the reason, one a line.
     """
 
@@ -236,11 +111,7 @@ class Start(NamedTuple):
 
 
 def _read(path: Path) -> tuple[Any, int]:
-    """Read a file of torch.save's once; return its content, and the checksum of `save_whole`.
-
-    Raises:
-        ResumeError: It is missing, damaged, or holds more than data.
-    """
+    """Read a file of torch.save's once; return its content, and the checksum of `save_whole`."""
     if not path.is_file():  # a pipe would be waited for
         raise ResumeError(f"{path} is not there")
     try:
@@ -275,9 +146,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
     """Read a state and its networks to the end, each file once.
 
-    Args:
-        path: The state.
-        options: Of the run: its networks, and `path:ignore_resume_networks`.
+    Of the options, the networks and `path:ignore_resume_networks` are used.
 
     Raises:
         ResumeError: The pair is not complete; the message names the file.
@@ -308,10 +177,9 @@ def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
 def _never_saved(run: Path) -> bool:
     """Whether a run of ours ended before its first pair was complete: nothing of it is lost."""
     try:
-        log = (run / LOG).read_text(encoding="utf-8")
+        return '"event": "save"' not in (run / LOG).read_text(encoding="utf-8")
     except OSError:
         return False
-    return '"event": "save"' not in log
 
 
 def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
@@ -335,22 +203,17 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
     for iteration in sorted(numbered(run), reverse=True):
         try:
             start = read_pair(run / "training_states" / f"{iteration}.state", options)
+            return start._replace(passed_over=tuple(passed_over))
         except ResumeError as error:
             passed_over.append(f"{iteration}: {error}")
-        else:
-            return start._replace(passed_over=tuple(passed_over))
     if _never_saved(run):
         return Start(passed_over=tuple(passed_over))
     if passed_over or [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]:
+        lines = "".join(f"\n  {line}" for line in passed_over)
         raise ResumeError(
-            "\n  ".join(
-                [
-                    f"--auto_resume finds no complete pair of state and weights in {run}, which "
-                    "holds saved models; drop the flag to start anew (that run is renamed), or set "
-                    "path:pretrain_network_g to start from its weights",
-                    *passed_over,
-                ]
-            )
+            f"--auto_resume finds no complete pair of state and weights in {run}, which holds "
+            "saved models; drop the flag to start anew (that run is renamed), or set "
+            f"path:pretrain_network_g to start from its weights{lines}"
         )
     if named:
         raise ResumeError(
@@ -360,64 +223,177 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
     return Start()
 
 
-# ---- restored
+# ---- written and restored
 
 
-def restore(
-    model: Any, checkpoints: Checkpoints, start: Start, processes: Processes, *, apply_edits: bool
-) -> str:
-    """Give a model, and this process's generators, what a state holds beside networks.
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy's, which third parties' metrics give, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _state_of(model: Any) -> dict[str, Any]:
+    """Return what a model holds beside networks, in a state's words."""
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
+        "scalers": {
+            name: value.state_dict()
+            for name, value in vars(model).items()
+            if isinstance(value, torch.amp.GradScaler)
+        },
+        "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
+        "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
+    }
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, and restores them.
 
     Args:
-        model: As built, with the networks that belong to the state.
-        checkpoints: Gets the best figure so far.
-        start: Of which the state may be BasicSR's own.
-        processes: The processes of the run.
-        apply_edits: Whether optimizer settings and schedule are those that the model was built
-            with, as if they had been so from the start; what the optimizers have learned stays.
+        model: A model that was adapted, see `adapter`.
+        processes: The processes of the run; all of them call each method.
+        keep_last: Number of pairs to keep, None for all.
 
-    Returns:
-        A warning, or "".
-
-    Raises:
-        ResumeError: The state is of another kind of model.
+    Attributes:
+        best: Figure and iteration of the best weights, empty before there are any.
     """
-    state, kind = start.state, type(model).__name__
-    for part in ("optimizers", "schedulers"):
-        here, there = len(getattr(model, part)), len(state[part])
-        if here != there:
+
+    def __init__(self, model: Any, processes: Processes, keep_last: int | None = None) -> None:
+        self.best: dict[str, Any] = {}
+        self._model = model
+        self._processes = processes
+        self._keep_last = keep_last
+        self._run = Path(model.opt["path"]["experiments_root"])
+        self._written: tuple[int, dict[str, int]] | None = None  # iteration, networks' checksums
+
+    def save(self, progress: Progress) -> None:
+        """Write a pair; a second call for an iteration writes the state alone.
+
+        Raises:
+            CheckpointError: A file cannot be written; what was there before is untouched.
+        """
+        generators = self._processes.gather(randomness.state())
+        with self._gathered() as networks:
+            self._write(progress, generators, networks)
+
+    def save_alone(self, progress: Progress) -> None:
+        """Write a pair on the main process, when the others no longer answer."""
+        self._write(progress, [randomness.state()], self._model.gathered_networks())
+
+    def save_latest(self) -> None:
+        """Write `net_*_latest.pth`."""
+        with self._gathered() as networks:
+            self._write_networks(networks, "latest")
+
+    def save_best(self, value: float, iteration: int) -> None:
+        """Write `net_g_best.pth`."""
+        with self._gathered() as networks:
+            self._write_networks({k: v for k, v in networks.items() if k == "net_g"}, "best")
+        self.best = {"value": value, "iter": iteration}
+
+    @contextmanager
+    def _gathered(self) -> Iterator[dict[str, Any]]:
+        """Gather the networks for a block; an error on the main process is one on all."""
+        with self._processes.agreed():
+            yield self._model.gathered_networks()
+
+    def _write_networks(self, networks: Mapping[str, Any], label: object) -> dict[str, int]:
+        folder = self._run / "models"
+        files = {f"{name}_{label}.pth": content for name, content in networks.items()}
+        return {name: save_whole(content, folder / name) for name, content in files.items()}
+
+    def _write(
+        self, progress: Progress, generators: Sequence[Any], networks: Mapping[str, Any]
+    ) -> None:
+        if not self._processes.is_main:
+            return
+        iteration = progress.iteration
+        if self._written is None or self._written[0] != iteration:
+            self._written = iteration, self._write_networks(networks, iteration)
+        state = {
+            "epoch": progress.place.epoch,
+            "iter": iteration,
+            "networks": self._written[1],
+            **_state_of(self._model),
+            "best": self.best,
+            "progress": progress.as_state(),
+            "randomness": list(generators),
+        }
+        save_whole(state, self._run / "training_states" / f"{iteration}.state")
+        self._remove_old(iteration)
+
+    def _remove_old(self, iteration: int) -> None:
+        """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
+
+        What a kill or a fault left of later iterations is not a pair to resume from, and does not
+        count; the run writes it again when it comes there.
+        """
+        if self._keep_last is None:
+            return
+        files = numbered(self._run)
+        pairs = [
+            number
+            for number, paths in files.items()
+            if number <= iteration and any(path.suffix == ".state" for path in paths)
+        ]
+        oldest = sorted(pairs)[-self._keep_last :][0]
+        for number in sorted(number for number in files if number < oldest):
+            # the state first: a pair without one is never resumed from
+            for path in sorted(files[number], key=lambda path: path.suffix != ".state"):
+                path.unlink(missing_ok=True)
+
+    def restore(self, start: Start, *, apply_edits: bool) -> str:
+        """Give the model, and this process's generators, what a state holds beside networks.
+
+        Args:
+            start: Of which the state may be BasicSR's own; the model has its networks.
+            apply_edits: Whether optimizer settings and schedule are those that the model was built
+                with, as if they had been so from the start; what the optimizers have learned stays.
+
+        Returns:
+            A warning, or "".
+
+        Raises:
+            ResumeError: The state is of another kind of model.
+        """
+        model, state, kind = self._model, start.state, type(self._model).__name__
+        for part in ("optimizers", "schedulers"):
+            here, there = len(getattr(model, part)), len(state[part])
+            if here != there:
+                raise ResumeError(
+                    f"{start.path} has {there} {part} and this {kind} has {here}: resume with the "
+                    "model_type of that run, or start a new run from its weights by "
+                    "path:pretrain_network_g"
+                )
+        built = _settings(model)
+        generators = state.get("randomness", ())
+        try:
+            model.resume_training(state)
+            for name, content in state.get("scalers", {}).items():
+                if isinstance(getattr(model, name, None), torch.amp.GradScaler):
+                    getattr(model, name).load_state_dict(content)
+            for name, value in state.get("pool", {}).items():
+                setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
+            if len(generators) == self._processes.world:
+                randomness.restore(generators[self._processes.rank])
+        except Exception as error:  # whatever a state of other types makes of it
             raise ResumeError(
-                f"{start.path} has {there} {part} and this {kind} has {here}: resume with the "
-                "model_type of that run, or start a new run from its weights by "
-                "path:pretrain_network_g"
+                f"{start.path} does not fit this {kind} ({type(error).__name__}: {error}); resume "
+                "with the options of that run"
+            ) from error
+        if apply_edits:
+            _apply(model, *built, start.iteration)
+        if state.get("best_metric_results"):
+            model.best_metric_results = state["best_metric_results"]
+        self.best = dict(state.get("best", {}))
+        if generators and len(generators) != self._processes.world:
+            return (
+                f"the run continues with {self._processes.world} processes and had "
+                f"{len(generators)}: what the network itself draws at random is drawn anew"
             )
-    built = _settings(model)
-    generators = state.get("randomness", ())
-    try:
-        model.resume_training(state)
-        for name, content in state.get("scalers", {}).items():
-            if isinstance(getattr(model, name, None), torch.amp.GradScaler):
-                getattr(model, name).load_state_dict(content)
-        for name, value in state.get("pool", {}).items():
-            setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
-        if len(generators) == processes.world:
-            randomness.restore(generators[processes.rank])
-    except Exception as error:  # whatever a state of other types makes of it
-        raise ResumeError(
-            f"{start.path} does not fit this {kind} ({type(error).__name__}: {error}); resume with "
-            "the options of that run"
-        ) from error
-    if apply_edits:
-        _apply(model, *built, start.iteration)
-    if state.get("best_metric_results"):
-        model.best_metric_results = state["best_metric_results"]
-    checkpoints.best = dict(state.get("best", {}))
-    if generators and len(generators) != processes.world:
-        return (
-            f"the run continues with {processes.world} processes and had {len(generators)}: what "
-            "the network itself draws at random is drawn anew"
-        )
-    return ""
+        return ""
 
 
 def _settings(model: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:

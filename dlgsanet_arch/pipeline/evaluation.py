@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from basicsr.data import build_dataset
 from basicsr.metrics import calculate_metric
 from basicsr.models.base_model import BaseModel
 from basicsr.models.realesrgan_model import RealESRGANModel
@@ -23,16 +24,17 @@ from basicsr.models.realesrnet_model import RealESRNetModel
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dlgsanet_arch import metrics
-from dlgsanet_arch.averaging import bare
+from dlgsanet_arch.averaging import bare, networks_of
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.pipeline import randomness, reports
-from dlgsanet_arch.pipeline.images import EvaluationError, Images
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.reports import Evaluation, Row
+from dlgsanet_arch.pipeline.samples import Samples, load
 from dlgsanet_arch.progress import progress_bar
 from dlgsanet_arch.tiles import Run, run_in_tiles, self_ensemble
 
@@ -45,6 +47,8 @@ _ON_DEVICE: dict[str, Callable[[metrics.Compared], Tensor]] = {
     "calculate_psnr": metrics.Compared.psnr,
     "calculate_ssim": metrics.Compared.ssim,
 }
+Wanted = Mapping[str, Mapping[str, Any]]  # `val:metrics`
+Figures = dict[str, Tensor | float]  # by metric; tensors where the output is on a device
 
 # The Real-ESRGAN models' own method sets is_train to False around SRModel's, and so do we.
 _WITHOUT_SYNTHESIS = (RealESRGANModel.nondist_validation, RealESRNetModel.nondist_validation)
@@ -55,7 +59,63 @@ _REPLACED = {
 }
 
 
-def _run_otherwise(model: Any) -> None:
+class EvaluationError(UserError):
+    """An image that cannot be read, run, measured or written; the message names it."""
+
+
+class Images:
+    """A validation or test set's images in the order of their paths, one at a time.
+
+    Iterated over, it gives all of them, as BasicSR's own validations want; `share` gives those of
+    this process.
+
+    Args:
+        dataset_opt: A `val` or `test` entry of `datasets`; `num_worker_per_gpu` (default 1) says
+            how many workers read.
+        processes: The processes of the run, among which the images are divided.
+
+    Raises:
+        EvaluationError: The data set has no image.
+    """
+
+    def __init__(self, dataset_opt: Mapping[str, Any], processes: Processes) -> None:
+        self.dataset = Samples(build_dataset(dataset_opt))
+        if len(self) == 0:
+            raise EvaluationError(f"the data set {dataset_opt['name']} has no image")
+        self.shared = range(processes.rank, len(self), processes.world)
+        workers = dataset_opt.get("num_worker_per_gpu")
+        self._workers = 1 if workers is None else int(workers)
+        self._pin_memory = bool(dataset_opt.get("pin_memory")) and torch.cuda.is_available()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (batch for _, batch in self._read(range(len(self))))
+
+    def share(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield number and content of each image of this process: every world-th from its rank.
+
+        Raises:
+            EvaluationError: An image cannot be read.
+        """
+        return self._read(self.shared)
+
+    def _read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
+        workers = min(self._workers, len(numbers))
+        each_alone = [[number] for number in numbers]
+        read = load(self.dataset, each_alone, workers, pin_memory=self._pin_memory)
+        for number, (batch, bad) in zip(numbers, read, strict=True):
+            if batch is None:
+                fix = "; fix the file or take it out (`dlgsanet data verify` names all)"
+                raise EvaluationError(f"{bad[0]}{fix if bad[0].sample else ''}")
+            yield number, batch
+
+
+# ---- one image
+
+
+def _test(model: Any) -> None:
     """Do what `model.test()` does, with the ensemble and the tiles that the options ask for."""
     wanted = model.opt["val"]
     tile = int(wanted.get("tile") or 0)
@@ -89,18 +149,25 @@ def _tensor_of(model: Any, name: str) -> Tensor:
     return value
 
 
-def _result(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Return output and ground truth of the image at hand, on the device where they can be."""
-    if type(model).get_current_visuals is SRModel.get_current_visuals:
-        return model.output.detach(), getattr(model, "gt", None)
-    visuals = model.get_current_visuals()
-    return visuals["result"], visuals.get("gt")
-
-
 def _forget_image(model: Any) -> None:
-    """Free the image at hand; a set without ground truth would be given the last one's."""
+    """Free the current image; a set without ground truth would be given the last one's."""
     for name in ("lq", "gt", "output"):
         vars(model).pop(name, None)
+
+
+def _result(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return output, ground truth and LR of an image, on the device where they can be."""
+    _forget_image(model)
+    model.feed_data(batch)
+    _test(model)
+    if type(model).get_current_visuals is SRModel.get_current_visuals:
+        output, target = model.output.detach(), getattr(model, "gt", None)
+    else:
+        visuals = model.get_current_visuals()
+        output, target = visuals["result"], visuals.get("gt")
+    lq = getattr(model, "lq", None)
+    _forget_image(model)
+    return output, target, lq
 
 
 def needs_target(metric: Mapping[str, Any]) -> bool:
@@ -111,9 +178,7 @@ def needs_target(metric: Mapping[str, Any]) -> bool:
     return "img2" in parameters and parameters["img2"].default is inspect.Parameter.empty
 
 
-def measure(
-    output: Tensor, target: Tensor | None, wanted: Mapping[str, Mapping[str, Any]], image: str
-) -> dict[str, Tensor | float]:
+def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -> Figures:
     """Return the figures of one image, PSNR and SSIM as tensors where the output is.
 
     Args:
@@ -125,7 +190,7 @@ def measure(
     Raises:
         EvaluationError: A metric cannot be computed.
     """
-    figures: dict[str, Tensor | float] = {}
+    figures: Figures = {}
     compared: dict[tuple[int, bool], metrics.Compared] = {}
     images: dict[str, np.ndarray] = {}
     for name, metric in wanted.items():
@@ -153,15 +218,25 @@ def measure(
     return figures
 
 
-def _file(opt: Mapping[str, Any], dataset: str, name: str, iteration: int | str) -> Path:
-    """Where BasicSR saves an image of a validation or test."""
+def _bicubic(lq: Tensor | None, target: Tensor, wanted: Wanted) -> Figures:
+    """Return PSNR and SSIM of LR enlarged by bicubic interpolation, for comparison."""
+    wanted = {name: metric for name, metric in wanted.items() if metric["type"] in _ON_DEVICE}
+    if lq is None or lq.shape[1] != target.shape[1]:
+        return {}
+    # With antialias PyTorch's kernel is the usual one (a = -0.5); enlarging, nothing is smoothed.
+    enlarged = F.interpolate(
+        lq.float(), size=target.shape[-2:], mode="bicubic", antialias=True, align_corners=False
+    )
+    return measure(enlarged, target, wanted, "the bicubic enlargement")
+
+
+def _save(image: Tensor, opt: Mapping[str, Any], dataset: str, name: str, label: object) -> None:
+    """Save an image of a validation or test where BasicSR does."""
     folder = Path(opt["path"]["visualization"])
     if opt["is_train"]:
-        return folder / name / f"{name}_{iteration}.png"
-    return folder / dataset / f"{name}_{opt['val'].get('suffix') or opt['name']}.png"
-
-
-def _save(image: Tensor, path: Path) -> None:
+        path = folder / name / f"{name}_{label}.png"
+    else:
+        path = folder / dataset / f"{name}_{opt['val'].get('suffix') or opt['name']}.png"
     with disk_faults_named(f"the image {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, cv2.imencode(".png", tensor2img([image]))[1].tobytes())
@@ -176,16 +251,22 @@ def _shown(image: Tensor) -> np.ndarray:
     return metrics.to_8_bits(image).nan_to_num().to(torch.uint8).cpu().numpy()
 
 
+# ---- a data set
+
+
 class _Measured(NamedTuple):
-    """An image: its place in the data set, its row, what TensorBoard is to show, and bicubic's."""
+    """An image: its place in the data set, its figures, bicubic's, and what TensorBoard shows."""
 
     number: int
     row: Row
-    shown: np.ndarray | None
     bicubic: dict[str, float]
+    shown: np.ndarray | None
 
 
-def _fetch(figures: Sequence[dict[str, Tensor | float]]) -> list[dict[str, float]]:
+_FINITE = "output is finite"  # beside the metrics, until the figures are fetched
+
+
+def _fetch(figures: Sequence[Figures]) -> list[dict[str, float]]:
     """Return figures as numbers; those on a device come in one piece."""
     on_device = [value for each in figures for value in each.values() if torch.is_tensor(value)]
     numbers = iter(torch.stack([each.double() for each in on_device]).tolist() if on_device else ())
@@ -195,61 +276,22 @@ def _fetch(figures: Sequence[dict[str, Tensor | float]]) -> list[dict[str, float
     ]
 
 
-_FINITE = "output is finite"  # beside the metrics, until the figures are fetched
-
-
-def _bicubic(
-    lq: Tensor | None, target: Tensor, wanted: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Tensor | float]:
-    """Return PSNR and SSIM of LR enlarged by bicubic interpolation, for comparison."""
-    wanted = {name: metric for name, metric in wanted.items() if metric["type"] in _ON_DEVICE}
-    if lq is None or lq.shape[1] != target.shape[1]:
-        return {}
-    # With antialias PyTorch's kernel is the usual one (a = -0.5); enlarging, nothing is smoothed.
-    enlarged = F.interpolate(
-        lq.float(), size=target.shape[-2:], mode="bicubic", antialias=True, align_corners=False
-    )
-    return measure(enlarged, target, wanted, "the bicubic enlargement")
-
-
 def _measure_share(
-    model: Any,
-    images: Images,
-    iteration: int | str,
-    processes: Processes,
-    *,
-    save_img: bool,
-    shown: int,
-    first: bool,
+    model: Any, images: Images, label: int | str, processes: Processes, save_img: bool, shown: int
 ) -> list[_Measured]:
-    """Run, measure and save the images of this process.
+    """Run, measure and save the images of this process, of the set's first `shown` for TensorBoard.
 
-    Args:
-        model: Of any class that BasicSR's validation works with.
-        images: What is read.
-        iteration: In names of files.
-        processes: The processes of the run.
-        save_img: Whether images are saved.
-        shown: Number of images of the data set that TensorBoard shows.
-        first: Whether bicubic enlargement is measured as well.
-
-    Raises:
-        EvaluationError: An image cannot be read or measured.
-        UserError: An image cannot be written.
+    In a training's first validation of a set bicubic enlargement is measured as well.
     """
     opt, dataset = model.opt, images.dataset.opt["name"]
     wanted = dict(opt["val"].get("metrics") or {})
+    first = opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
     names, figures, bicubic, thumbnails = [], [], [], []
     hidden = not opt["val"].get("pbar", True) or not processes.is_main
     with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
         for number, batch in images.share():
             name = Path(batch["lq_path"][0]).stem
-            _forget_image(model)
-            model.feed_data(batch)
-            _run_otherwise(model)
-            output, target = _result(model)
-            lq = getattr(model, "lq", None)
-            _forget_image(model)
+            output, target, lq = _result(model, batch)
             if target is None:
                 wanted = _without_target(wanted, dataset)
             finite = output.isfinite().all()  # before tensor2img, which clamps in place on a CPU
@@ -260,12 +302,12 @@ def _measure_share(
             names.append(name)
             thumbnails.append(_shown(output) if number < shown else None)
             if save_img:
-                _save(output, _file(opt, dataset, name, iteration))
+                _save(output, opt, dataset, name, label)
             bar.set_postfix_str(name)
             bar.update()
-    found = _fetch(figures)
-    rows = [_row(name, values, dataset) for name, values in zip(names, found, strict=True)]
-    parts = zip(images.shared, rows, thumbnails, _fetch(bicubic), strict=True)
+    found = zip(names, _fetch(figures), strict=True)
+    rows = [_row(name, values, dataset) for name, values in found]
+    parts = zip(images.shared, rows, _fetch(bicubic), thumbnails, strict=True)
     return [_Measured(*each) for each in parts]
 
 
@@ -300,11 +342,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     and processes with one image less would be waited for. The Real-ESRGAN models take images as
     they are.
     """
-    networks = {
-        name: value
-        for name, value in vars(model).items()
-        if name.startswith("net_") and isinstance(value, nn.Module)
-    }
+    networks = networks_of(model)
     modes = [(each, each.training) for net in networks.values() for each in net.modules()]
     is_train = model.is_train
     if type(model).nondist_validation in _WITHOUT_SYNTHESIS:
@@ -333,30 +371,14 @@ def validate(
     Raises:
         UserError: An image cannot be read, measured or written.
     """
-    dataset = images.dataset.opt["name"]
     shows = processes.share(tb_logger is not None and model.opt["is_train"])
-    first = model.opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
-    measured: list[_Measured] = []
-    error: Exception | None = None
-    try:
-        with _undisturbed(model):
-            measured = _measure_share(
-                model,
-                images,
-                iteration,
-                processes,
-                save_img=save_img,
-                shown=_SHOWN_IMAGES if shows else 0,
-                first=first,
-            )
-    except Exception as caught:  # the others wait for this process, and are to learn of it
-        error = caught
-    processes.agree(error)
+    shown = _SHOWN_IMAGES if shows else 0
+    with processes.agreed(), _undisturbed(model):
+        measured = _measure_share(model, images, iteration, processes, save_img, shown)
     everything = [each for share in processes.gather(measured) for each in share]
     everything.sort(key=lambda each: each.number)
-    wanted = model.opt["val"].get("metrics") or {}
-    bicubic = [each.bicubic for each in everything]
-    rows = [each.row for each in everything]
+    dataset, wanted = images.dataset.opt["name"], model.opt["val"].get("metrics") or {}
+    rows, bicubic = ([getattr(each, part) for each in everything] for part in ("row", "bicubic"))
     found = reports.summarise(dataset, iteration, rows, wanted, bicubic)
     if wanted:
         reports.keep(model, found)
@@ -375,17 +397,11 @@ def validate_by(
     processes: Processes,
     images: Images,
     iteration: int | str,
-    tb_logger: Any,
-    save_img: bool,
+    *arguments: Any,
 ) -> Evaluation:
     """Call the validation that a model's class brings, which works on the main process alone."""
-    error: Exception | None = None
-    try:
-        with _undisturbed(model):
-            own(images, iteration, tb_logger, save_img)
-    except Exception as caught:  # as in validate
-        error = caught
-    processes.agree(error)
+    with processes.agreed(), _undisturbed(model):
+        own(images, iteration, *arguments)
     results = getattr(model, "metric_results", None) or {}
     means = processes.share({name: float(value) for name, value in results.items()})
     return Evaluation(images.dataset.opt["name"], iteration, (), means)

@@ -1,9 +1,4 @@
-"""One run of a name at a time, on one machine or on several that share a file system.
-
-The lock is a file beside the run's folder, because a new run renames an old folder. The kernel
-releases it when the process ends, however it ends. The file names its holder, for messages; a run
-that ends empties it.
-"""
+"""One run of a name at a time, on one machine or on several that share a file system."""
 
 import errno
 import os
@@ -25,37 +20,38 @@ class LockedError(UserError):
     """Another process is working on the run."""
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Take the kernel's lock, or raise an OSError.
-
-    `lockf` and not `flock`, which forked workers inherit: those that outlive a killed run by some
-    seconds would hold its lock.
-    """
+def _lock(file: IO[bytes]) -> OSError | None:
+    """Take the kernel's lock, or return why it cannot be taken."""
     if fcntl is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    try:
+        # Not `flock`: workers that outlive a killed run by some seconds would hold its lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
 
 
 @contextmanager
 def one_run(path: Path, what: str) -> Iterator[str]:
     """Exclude other processes from a run inside the block.
 
-    Where files cannot be locked, a file that names a holder counts as locked until somebody
-    deletes it.
+    The kernel releases the lock of a process that ends, however it ends. The file names its holder,
+    for messages. Where files cannot be locked, a file that names one counts as locked.
 
     Args:
-        path: The lock's file; its folder is created.
+        path: The lock's file, beside the run's folder, which a new run renames.
         what: What is locked, for the message: "the run NAME".
 
     Yields:
-        A warning, or "". The last holder was on another host and did not empty the file: it was
-        killed, or it still works and the file system does not share locks between hosts.
+        A warning where the last holder was on another host and did not empty the file, else "": it
+        was killed, or it still works and the file system does not share locks between hosts.
 
     Raises:
         LockedError: Another process is working on the run; its pid and host are named.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
+    host, warning = socket.gethostname(), ""
     try:
         opened = path.open("a+b", buffering=0)
     except OSError as error:
@@ -64,11 +60,7 @@ def one_run(path: Path, what: str) -> Iterator[str]:
             "`name`"
         ) from error
     with opened as file:
-        failure = None
-        try:
-            _lock(file)
-        except OSError as error:
-            failure = error
+        failure = _lock(file)
         file.seek(0)
         holder = file.read().decode(errors="replace")
         if isinstance(failure, (BlockingIOError, PermissionError)):
@@ -81,7 +73,6 @@ def one_run(path: Path, what: str) -> Iterator[str]:
                 f"{what} is being worked on by {holder}, or was when that was killed: files cannot "
                 f"be locked here ({failure.strerror}); if it has ended, delete {path}"
             )
-        warning = ""
         if holder and not holder.endswith(f" on {host}"):
             warning = (
                 f"{what} was last held by {holder}, which did not end properly: if it still runs, "

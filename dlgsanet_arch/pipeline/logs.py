@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from dlgsanet_arch.pipeline.processes import Processes
 
-_FORMAT = "%(asctime)s %(levelname)s: %(message)s"
+_FORMAT = logging.Formatter("%(asctime)s %(levelname)s: %(message)s")
 _NAME = "basicsr"
 LOG = "log.jsonl"  # of each run, in its folder
 _LONG = 10  # lines of a message, such as a network's modules or all options
@@ -35,17 +36,6 @@ class _Console(logging.Handler):
         text = self.format(record)
         if record.levelno > logging.INFO or text.count("\n") < _LONG:
             tqdm.write(text, file=sys.stderr)
-
-
-class _Kept(logging.Handler):
-    """Keeps lines until there is a folder for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
 
 class _File(logging.FileHandler):
@@ -73,44 +63,33 @@ class RunLog:
     What is said before `open` is kept, and shown then: a run that cannot start says why, and
     nothing else.
 
-    Args:
-        processes: The processes of the run.
-
     Attributes:
         tensorboard: TensorBoard's writer, None where it is not used.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.tensorboard: Any = None
-        self.handlers: list[logging.Handler] = [_Kept()]
+        self._kept = MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
+        self.handlers: list[logging.Handler] = [self._kept]
         self._logger = logging.getLogger(_NAME)
         self._is_main = processes.is_main
         self._json_lines: Path | None = None
-        self._events: list[str] = []
+        self._waiting: list[str] = []
 
     def open(self, folder: Path, text_log: str, first: Sequence[str] = ()) -> None:
-        """Write to the run's folder and the console from here on.
-
-        Args:
-            folder: The run's folder.
-            text_log: Name of the text log in it, as BasicSR names it.
-            first: Lines that come before what was kept.
-        """
-        (kept,) = self.handlers
+        """Write to the console and `text_log` in the run's folder, `first` and what was kept."""
         self.handlers = [_Console()]
         if self._is_main:
             self.handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
             self._json_lines = folder / LOG
         for handler in self.handlers:
-            handler.setFormatter(logging.Formatter(_FORMAT))
+            handler.setFormatter(_FORMAT)
         self._logger.handlers[:] = self.handlers
         for line in first:
             self.info(line)
-        for record in kept.records:
+        for record in self._kept.buffer:
             self._logger.handle(record)
-        events, self._events = self._events, []
-        for line in events:
-            self._append(line)
+        self._write()
 
     def info(self, text: str) -> None:
         """Write a line."""
@@ -122,24 +101,24 @@ class RunLog:
 
     def record(self, event: str, **values: Any) -> None:  # free-form by nature
         """Append a JSON line: time, event and values."""
+        if not self._is_main:
+            return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"time": now, "event": event, **_readable(values)}
-        line = json.dumps(content, ensure_ascii=False)
-        if self._json_lines is not None:
-            self._append(line)
-        elif self._is_main:
-            self._events.append(line)
+        self._waiting.append(json.dumps(content, ensure_ascii=False))
+        self._write()
 
-    def _append(self, line: str) -> None:
-        if self._json_lines is None:
+    def _write(self) -> None:
+        if self._json_lines is None or not self._waiting:
             return
+        lines, self._waiting = self._waiting, []
         try:
             with self._json_lines.open("ab+") as file:
                 if file.seek(0, os.SEEK_END):
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":  # a full disk or a kill cut this line short
                         file.write(b"\n")
-                file.write(f"{line}\n".encode())
+                file.write("".join(f"{line}\n" for line in lines).encode())
         except OSError as error:  # a checkpoint that cannot be written ends the run, not its log
             self.warning(f"{self._json_lines} cannot be written: {error}")
 
@@ -171,32 +150,25 @@ def run_log(processes: Processes) -> Iterator[RunLog]:
 def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first: int) -> None:
     """Start wandb and TensorBoard as the options ask; what is missing is one warning.
 
-    Args:
-        log: Gets the writer.
-        opt: The run's options.
-        processes: The processes of the run.
-        first: The first iteration to come; what TensorBoard has of later ones is replaced.
+    TensorBoard's entries from the iteration `first`, the next one, are replaced.
     """
     wanted = opt["logger"]
     if not processes.is_main or "debug" in opt["name"]:
         return
-    wants_wandb = (wanted.get("wandb") or {}).get("project") is not None
-    wants_tensorboard = bool(wanted.get("use_tb_logger")) or wants_wandb
-    missing = [
-        name
-        for name, asked in (("tensorboard", wants_tensorboard), ("wandb", wants_wandb))
-        if asked and find_spec(name) is None
-    ]
+    wandb = (wanted.get("wandb") or {}).get("project") is not None
+    asked = ["tensorboard"] * bool(wanted.get("use_tb_logger") or wandb) + ["wandb"] * wandb
+    missing = [name for name in asked if find_spec(name) is None]
     if missing:
         log.warning(
             f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
             f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the same"
         )
-    if wants_wandb and "wandb" not in missing:
+    started = [name for name in asked if name not in missing]
+    if "wandb" in started:
         from basicsr.utils import init_wandb_logger
 
         init_wandb_logger(opt)  # before TensorBoard's writer, whose files it follows
-    if wants_tensorboard and "tensorboard" not in missing:
+    if "tensorboard" in started:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
@@ -228,10 +200,7 @@ class Pace:
         self._since += seconds
 
     def take(self, iteration: int) -> dict[str, float]:
-        """Return time and waiting an iteration, samples a second and time left, in seconds.
-
-        All but the last since the call before.
-        """
+        """Return what an iteration took since the last call, and the seconds left for the run."""
         now = time.perf_counter()
         count = max(1, self._iterations)
         each = max(1e-9, (now - self._since) / count)

@@ -4,6 +4,7 @@ The order of an iteration is the learning rate, the step, the log, the checkpoin
 A state that is saved before its iteration's validation says so, and a resumed run validates first.
 """
 
+import json
 import math
 import time
 import warnings
@@ -13,33 +14,46 @@ from typing import Any
 
 import torch
 from basicsr.data import build_dataset
-from torch.utils.data import DataLoader
 
-from dlgsanet_arch.averaging import bare
+from dlgsanet_arch.averaging import bare, networks_of
 from dlgsanet_arch.errors import Interrupted, UserError
-from dlgsanet_arch.pipeline import checkpoints, edits, trial
-from dlgsanet_arch.pipeline.adapter import networks_of
+from dlgsanet_arch.pipeline import trial
 from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
-from dlgsanet_arch.pipeline.images import build_loader
+from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
 from dlgsanet_arch.pipeline.losses import FiniteLosses
-from dlgsanet_arch.pipeline.processes import LostProcessError, Processes, answered
+from dlgsanet_arch.pipeline.processes import Flag, LostProcessError, Processes
 from dlgsanet_arch.pipeline.reports import Evaluation
-from dlgsanet_arch.pipeline.samples import (
-    BadSamples,
-    ReadingError,
-    Samples,
-    batches,
-    collate,
-    start_worker,
-)
-from dlgsanet_arch.pipeline.sampling import Batches, Sampling
+from dlgsanet_arch.pipeline.samples import BadSamples, ReadingError, Samples, load
+from dlgsanet_arch.pipeline.sampling import Sampling
 from dlgsanet_arch.pipeline.signals import stop_on_signals
 from dlgsanet_arch.progress import progress_bar
+
+# What a state holds and the option file says too; the state's is what a resumed run uses.
+_KEPT_BY_STATE = ("train:optim_", "train:scheduler", "manual_seed")
 
 
 def _is_due(iteration: int, every: Any) -> bool:
     return every is not None and iteration % int(every) == 0
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}:{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def find_edits(options: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return path, value of the run so far and value now of each option that was edited."""
+    now = dict(_flat(json.loads(json.dumps(options, default=str))))
+    before = dict(_flat(saved))
+    return {
+        path: (before.get(path), now.get(path))
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    }
 
 
 class Training:
@@ -83,19 +97,9 @@ class Training:
         self._progress = self._progress_at(start.iteration, said)
         self.model = build()
         self._checkpoints = Checkpoints(self.model, processes, opt["logger"].get("keep_last"))
-        self._saved_at: int | None = None
-        if start.path is not None:
-            self._saved_at = start.iteration
-            warning = checkpoints.restore(
-                self.model, self._checkpoints, start, processes, apply_edits=apply_edits
-            )
-            if warning:
-                log.warning(warning)
-        self._bad = BadSamples(
-            self._progress.bad_samples,
-            int(opt["datasets"]["train"].get("skip_bad_samples") or 0),
-            log,
-        )
+        self._saved_at = start.iteration if start.path else None
+        if start.path and (warning := self._checkpoints.restore(start, apply_edits=apply_edits)):
+            log.warning(warning)
         self._losses = FiniteLosses(processes)
         self._begin: Callable[[], None] | None = None
         at = f"from epoch: {self._progress.place.epoch}, iter: {start.iteration}"
@@ -107,8 +111,8 @@ class Training:
         with trial.explained("opening the data set", opt["as_given"], option="datasets:train"):
             dataset = build_dataset(train_opt)
         self._workers = int(train_opt["num_worker_per_gpu"]) * copies
-        replace_bad = int(train_opt.get("skip_bad_samples") or 0) > 0
-        self._samples = Samples(dataset, opt["manual_seed"], replace_bad=replace_bad)
+        self._tolerated = int(train_opt.get("skip_bad_samples") or 0)
+        self._samples = Samples(dataset, opt["manual_seed"], replace_bad=self._tolerated > 0)
         self._sampling = sampling = Sampling(
             samples=len(dataset),
             ratio=train_opt.get("dataset_enlarge_ratio", 1),
@@ -129,7 +133,7 @@ class Training:
             f"{sampling.batches_an_epoch} iterations an epoch; {self._total} in all"
         )
         self.validations = [
-            build_loader(dataset_opt, processes)
+            Images(dataset_opt, processes)
             for phase, dataset_opt in opt["datasets"].items()
             if phase.split("_")[0] == "val" and opt.get("val") is not None
         ]
@@ -144,12 +148,11 @@ class Training:
             seed=self._opt["manual_seed"],
             options=self._opt["as_given"],
         )
-        if said is None:
-            return progress
-        progress.place = said.place
-        progress.validate = said.validate
-        progress.bad_samples = said.bad_samples
-        if said.epoch_length != length:
+        self._bad = BadSamples(said.bad_samples if said else (), self._tolerated, self._log)
+        if said is not None:
+            progress.place, progress.validate = said.place, said.validate
+            progress.bad_samples = said.bad_samples
+        if said is not None and said.epoch_length != length:
             self._log.warning(
                 f"an epoch of the training set has {length} positions and had "
                 f"{said.epoch_length}: the run continues with the next epoch"
@@ -159,10 +162,9 @@ class Training:
 
     def _report_edits(self, said: Progress, *, applied: bool) -> None:
         """Name the options that were edited since, and which of them a resume leaves out."""
-        changed = edits.find(self._opt["as_given"], said.options)
-        for path, (before, now) in changed.items():
+        for path, (before, now) in find_edits(self._opt["as_given"], said.options).items():
             change = f"{path}: was {before!r}, is {now!r} in the option file"
-            if not edits.is_kept_by_state(path):
+            if not path.startswith(_KEPT_BY_STATE):
                 self._log.info(f"edited since the run began: {change}")
             elif applied:
                 self._log.info(f"edited since the run began, and applied: {change}")
@@ -178,7 +180,7 @@ class Training:
         Raises:
             TrialError: It cannot be taken.
         """
-        draws = next(iter(Batches(self._sampling, self._progress.place, 1)))
+        draws = next(self._sampling.batches(self._progress.place, 1))
         trial.step(self.model, self._samples, draws, self._opt["as_given"])
 
     # ---- the loop
@@ -202,13 +204,8 @@ class Training:
             self._finish_again()
             return
         hidden = not self._processes.is_main
-        with (
-            warnings.catch_warnings(),
-            stop_on_signals() as self._stop,
-            progress_bar(
-                "", self._total, "iter", done=done, transient=True, hidden=hidden
-            ) as self._bar,
-        ):
+        bar = progress_bar("", self._total, "iter", done=done, transient=True, hidden=hidden)
+        with warnings.catch_warnings(), stop_on_signals() as self._stop, bar as self._bar:
             # BasicSR steps the schedule before the optimizer, in a resumed run before any step
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._pace = Pace(done, self._total, self._sampling.taken)
@@ -237,15 +234,14 @@ class Training:
 
     def _iterate(self, count: int) -> None:
         warmup = int(self._opt["train"].get("warmup_iter") or -1)
-        stop_flag = self._processes.flag()
+        stop_flag = Flag(self._processes)
         for iteration, batch in enumerate(self._batches(count), self._progress.iteration + 1):
             self._step(iteration, batch, warmup)
             progress, logger = self._progress, self._opt["logger"]
             progress.iteration = iteration
             progress.place = self._sampling.after(progress.place)
-            progress.validate = bool(self.validations) and _is_due(
-                iteration, self._val.get("val_freq")
-            )
+            val_due = _is_due(iteration, self._val.get("val_freq"))
+            progress.validate = val_due and bool(self.validations)
             self._bar.update()
             if _is_due(iteration, logger["print_freq"]):
                 self._print()
@@ -263,24 +259,16 @@ class Training:
     def _batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of the iterations to come, and note how long each was waited for."""
         train_opt = self._opt["datasets"]["train"]
-        with_workers = {}
-        if self._workers:
-            with_workers = {
-                "multiprocessing_context": train_opt.get("multiprocessing_context"),
-                "prefetch_factor": train_opt.get("prefetch_factor") or 2,
-            }
-        loader = DataLoader(
+        batches = load(
             self._samples,
-            batch_sampler=Batches(self._sampling, self._progress.place, count),
-            num_workers=self._workers,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
+            self._sampling.batches(self._progress.place, count),
+            self._workers,
             pin_memory=train_opt.get("pin_memory", self.model.device.type == "cuda"),
-            generator=torch.Generator(),  # or starting to read would draw from the global one
-            **with_workers,
+            multiprocessing_context=train_opt.get("multiprocessing_context"),
+            prefetch_factor=train_opt.get("prefetch_factor") or 2,
         )
         since = time.perf_counter()
-        for batch, bad in batches(loader):
+        for batch, bad in batches:
             if bad or batch is None:
                 self._bad.add(bad, replaced=batch is not None)
             self._pace.waited(time.perf_counter() - since)
@@ -290,7 +278,7 @@ class Training:
     def _step(self, iteration: int, batch: Mapping[str, Any], warmup: int) -> None:
         model = self.model
         model.update_learning_rate(iteration, warmup_iter=warmup)
-        with answered(self._processes.control):
+        with self._processes.answered():
             model.feed_data(batch)
             model.optimize_parameters(iteration)
         losses = {
@@ -327,16 +315,18 @@ class Training:
     def _save(self) -> None:
         self._losses.check()
         since = time.perf_counter()
-        bad = dict.fromkeys(
-            each for found in self._processes.gather(list(self._bad.found)) for each in found
-        )
-        self._bad.add(list(bad))
-        self._progress.bad_samples = tuple(bad)
+        shares = self._processes.gather(list(self._bad.found))
+        bad = tuple(dict.fromkeys(each for share in shares for each in share))
+        self._bad.add(bad)
+        self._progress.bad_samples = bad
         self._log.info("Saving models and training states.")
         self._checkpoints.save(self._progress)
+        self._saved()
+        self._pace.paused(time.perf_counter() - since)
+
+    def _saved(self) -> None:
         self._saved_at = self._progress.iteration
         self._log.record("save", iter=self._saved_at)
-        self._pace.paused(time.perf_counter() - since)
 
     def _save_unsaved(self) -> None:
         """Save where the last checkpoint is older than the last iteration."""
@@ -357,8 +347,7 @@ class Training:
             return
         if len(self.model.optimizers) == 1 and self._processes.is_main:
             self._checkpoints.save_alone(self._progress)
-            self._saved_at = self._progress.iteration
-            self._log.record("save", iter=self._saved_at)
+            self._saved()
 
     def _saved_note(self) -> str:
         at = self._saved_at
@@ -378,13 +367,8 @@ class Training:
         self._progress.validate = False
         for result in results:
             bicubic = {"bicubic": result.bicubic} if result.bicubic else {}
-            self._log.record(
-                "validation",
-                iter=iteration,
-                dataset=result.dataset,
-                metrics=result.means,
-                **bicubic,
-            )
+            found = {"dataset": result.dataset, "metrics": result.means, **bicubic}
+            self._log.record("validation", iter=iteration, **found)
         self._keep_best(results)
         self._pace.paused(time.perf_counter() - since)
 

@@ -35,9 +35,6 @@ class FiniteLosses:
     Losses on a GPU are kept there until `check`, so that no iteration waits for them; others are
     checked when they come. With several processes nothing is raised before `check`.
 
-    Args:
-        processes: The processes of the run.
-
     Attributes:
         folder: Gets `non_finite_<iteration>.json`: the run's, None where it is not made yet.
     """
@@ -51,12 +48,7 @@ class FiniteLosses:
     def watch(
         self, iteration: int, samples: Sequence[str], losses: Mapping[str, float | Tensor]
     ) -> None:
-        """Take in an iteration.
-
-        Args:
-            iteration: Its number.
-            samples: The names of its samples.
-            losses: Its losses by name: numbers, or tensors on one device.
+        """Take in an iteration: the names of its samples, its losses as numbers or tensors.
 
         Raises:
             NonFiniteError: As `check`, where a loss is a number or on the CPU, in a single process.
@@ -72,9 +64,7 @@ class FiniteLosses:
             self.check()
 
     def check(self) -> None:
-        """Check all losses so far; called before anything is printed, saved or validated.
-
-        Every process calls.
+        """Check all losses before anything is printed, saved or validated; every process calls.
 
         Raises:
             NonFiniteError: A loss is not finite. Iteration, losses and the names of the samples of
@@ -113,13 +103,13 @@ class FiniteLosses:
         where = f"the batch's samples: {', '.join(samples)}"
         if self.folder is not None:
             path = self.folder / f"non_finite_{iteration}.json"
-            where = f"the batch's samples are named in {path}"
-        if self.folder is not None and self._processes.is_main:
             report = {"iteration": iteration, "losses": losses, "samples": samples}
             try:
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                if self._processes.is_main:
+                    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                where = f"the batch's samples are named in {path}"
             except OSError as error:
-                where = f"{path} cannot be written ({error}); the batch's samples: {samples}"
+                where = f"{path} cannot be written ({error}); {where}"
         values = ", ".join(f"{name} {value}" for name, value in losses.items())
         return NonFiniteError(
             f"iteration {iteration} gave a value that is not finite ({values}); {where}. Check "

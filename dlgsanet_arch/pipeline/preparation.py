@@ -67,30 +67,7 @@ class Prepared(NamedTuple):
     start: Start
     weights: dict[str, weights.Source]
     smallest: dict[str, tuple[int, int]]
-    notes: tuple[tuple[bool, str], ...]
-
-
-class _Found(NamedTuple):
-    """What the main process found and the others need: see Prepared."""
-
-    state: Path | None
-    smallest: dict[str, tuple[int, int]]
-    notes: tuple[tuple[bool, str], ...]
-
-
-def _gpu_problem(options: Mapping[str, Any]) -> list[str]:
-    asked, there = options.get("num_gpu"), torch.cuda.device_count()
-    if isinstance(asked, int) and asked > there:
-        return [
-            f"num_gpu: is {asked}, but PyTorch sees {there} CUDA devices here; write `num_gpu: "
-            f"auto`, or add --force_yml num_gpu={there}"
-        ]
-    return []
-
-
-def _copies(options: Mapping[str, Any], processes: Processes) -> int:
-    """Return how many processes, or GPUs of a single one, take a batch each."""
-    return processes.world if processes.distributed else max(1, _gpus(options))
+    notes: list[tuple[bool, str]]
 
 
 def _gpus(options: Mapping[str, Any]) -> int:
@@ -148,7 +125,7 @@ def read(
     """Read the option file that a command line names, by its path or by a shipped one's name.
 
     Returns:
-        The arguments, `opt` and `root` as whole paths; and the options with `--force_yml` applied.
+        The arguments, `opt` and `root` as absolute paths; and the options with `--force_yml`.
     """
     arguments = argparse.Namespace(**vars(arguments))
     arguments.root = (arguments.root or root).expanduser().resolve()
@@ -176,24 +153,16 @@ def prepare(
     """
     _import_packages(arguments.packages, arguments.root)
     context = Context(options, train, arguments.root, registered())
-    found = start = sources = None
-    error: Exception | None = None
-    try:
+    start = sources = smallest = notes = None
+    with processes.agreed():
         if processes.is_main:
-            found, start, sources = _check(context, arguments, processes)
-    except UserError as caught:
-        error = caught
-    processes.agree(error)
-    found = processes.share(found)
-    try:
+            start, sources, smallest, notes = _check(context, arguments, processes)
+    state, smallest, notes = processes.share((start and start.path, smallest, notes))
+    with processes.agreed():
         if not processes.is_main:  # each process reads for itself
-            read = checkpoints.read_pair(found.state, options) if found.state else Start()
-            start = read
-            sources, problems, _ = weights.sources(context, read)
+            start = checkpoints.read_pair(state, options) if state else Start()
+            sources, problems, _ = weights.sources(context, start)
             option_files.refuse(problems)
-    except UserError as caught:
-        error = caught
-    processes.agree(error)
     opt = _for_parts(options, arguments.root, processes, train=train)
     opt["auto_resume"] = train and arguments.auto_resume
     if start.path is not None:
@@ -202,40 +171,43 @@ def prepare(
         label = key.removeprefix("network_")
         opt["path"] |= {f"pretrain_{key}": str(path), f"strict_load_{label}": True}
         opt["path"][f"param_key_{label}"] = "params"
-    return Prepared(opt, arguments, start, sources, found.smallest, found.notes)
+    return Prepared(opt, arguments, start, sources, smallest, notes)
 
 
 def _check(
     context: Context, arguments: argparse.Namespace, processes: Processes
-) -> tuple[_Found, Start, dict[str, weights.Source]]:
+) -> tuple[Start, dict[str, weights.Source], dict[str, tuple[int, int]], list[tuple[bool, str]]]:
     """Check options, data and files; raise one error for all problems."""
     from dlgsanet_arch import training  # imports BasicSR's models
 
-    options, root, train = context.options, context.root, context.train
-    known = context.registered
+    options, root, train, known = context.options, context.root, context.train, context.registered
+    gpus, asked = _gpus(options), options.get("num_gpu")
     problems = option_files.problems(options, train=train, root=root, registered=known)
-    problems += _gpu_problem(options)
-    problems += training.problems(
-        {**options, "num_gpu": _gpus(options), "dist": processes.distributed}
-    )
+    if is_whole(asked) and asked > gpus:
+        problems.append(
+            f"num_gpu: is {asked}, but PyTorch sees {gpus} CUDA devices here; write `num_gpu: "
+            f"auto`, or add --force_yml num_gpu={gpus}"
+        )
+    problems += training.problems({**options, "num_gpu": gpus, "dist": processes.distributed})
     scanned = check.scan(options, root, train=train, registered=known)
     problems += scanned.problems
     notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
     start, sources = Start(), {}
     if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
-        if train:
-            try:
+        try:
+            if train:
                 start = checkpoints.find_start(options, root, auto_resume=arguments.auto_resume)
-            except ResumeError as error:
-                problems.append(str(error))
+        except ResumeError as error:
+            problems.append(str(error))
         sources, wrong, lines = weights.sources(context, start)
         problems += wrong
         notes += [(False, line) for line in lines]
     notes += [(True, f"not complete, and passed over: {line}") for line in start.passed_over]
     if train:
-        problems += check.batch_problems(options, scanned.samples, _copies(options, processes))
+        copies = processes.world if processes.distributed else max(1, gpus)
+        problems += check.batch_problems(options, scanned.samples, copies)
     option_files.refuse(problems)
     smallest = {
         options["datasets"][phase]["name"]: size for phase, size in scanned.smallest.items()
     }
-    return _Found(start.path, smallest, tuple(notes)), start, sources
+    return start, sources, smallest, notes

@@ -17,6 +17,11 @@ from dlgsanet_arch.errors import UserError
 # a process that died is noticed by its launcher, not by this.
 _PATIENCE = timedelta(days=30)
 _DEFAULT_PORT = "29500"  # PyTorch's own
+# What starts the processes, and the variables that it sets.
+_LAUNCHERS = {
+    "pytorch": ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+    "slurm": ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
+}
 
 
 class RemoteRankError(UserError):
@@ -27,28 +32,6 @@ class LostProcessError(UserError):
     """Another process of the run does not answer any longer."""
 
 
-@contextmanager
-def answered(group: Any) -> Iterator[None]:
-    """Turn the failure of a collective into a message.
-
-    Args:
-        group: None for a single process, whose errors are others.
-
-    Raises:
-        LostProcessError: Another process has ended, or waits for something else.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # gloo's and NCCL's have no class of their own everywhere
-        said = str(error)
-        if group is None or not any(each in said for each in ("onnection", "imed out", "NCCL")):
-            raise
-        raise LostProcessError(
-            f"another process of the run has ended ({said.strip().splitlines()[0]}); its own "
-            "output says why"
-        ) from error
-
-
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
@@ -56,13 +39,11 @@ class Processes:
     Args:
         rank: Number of this process, from 0.
         world: Number of processes.
-        local_rank: Number of this process on its machine, and of the GPU it uses.
         control: CPU group for `gather`; None for a single process.
     """
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
     control: Any = None
 
     @property
@@ -75,12 +56,31 @@ class Processes:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """Turn the failure of a collective in the block into a message.
+
+        Raises:
+            LostProcessError: Another process has ended, or waits for something else.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's have no class of their own everywhere
+            said = str(error)
+            lost = any(each in said for each in ("onnection", "imed out", "NCCL"))
+            if not self.distributed or not lost:
+                raise
+            raise LostProcessError(
+                f"another process of the run has ended ({said.strip().splitlines()[0]}); its own "
+                "output says why"
+            ) from error
+
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes in the order of their ranks; each must call."""
         if self.control is None:
             return [value]
         values = [None] * self.world
-        with answered(self.control):
+        with self.answered():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -88,27 +88,25 @@ class Processes:
         """Return the value that the main process gave; each must call."""
         return self.gather(value if self.is_main else None)[0]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.gather(None)
-
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every process if one has an error; each must call.
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Let an exception in the block on one process end it on all; each must enter.
 
         Raises:
-            Exception: `error` itself, on the process that has it.
+            Exception: The block's own, on the process that has it.
             RemoteRankError: On the others.
         """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # the others wait for this process, and are to learn of it
+            error = caught
         found = self.gather(None if error is None else str(error).partition("\n")[0])
         if error is not None:
             raise error
         for rank, text in enumerate(found):
             if text is not None:
                 raise RemoteRankError(f"process {rank} stopped: {text}")
-
-    def flag(self) -> "Flag":
-        """Return a flag that any process may raise and all see at the same iteration."""
-        return Flag(self.control)
 
 
 class Flag:
@@ -119,30 +117,27 @@ class Flag:
     it at the same iteration, and the network's delay passes beside the computation.
     """
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
         self._sent = torch.zeros((), dtype=torch.int64)
         self._pending: Any = None
 
     def exchange(self, value: int) -> int:
         """Spread `value`; return the largest of all processes' values, one call late."""
-        if self._group is None:
+        if not self._processes.distributed:
             return value
-        largest = 0
-        if self._pending is not None:
-            with answered(self._group):
-                self._pending.wait()
-            largest = int(self._sent)
+        self.settle()
+        largest = int(self._sent)
         self._sent = torch.tensor(value)
         self._pending = dist.all_reduce(
-            self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            self._sent, op=dist.ReduceOp.MAX, group=self._processes.control, async_op=True
         )
         return largest
 
     def settle(self) -> None:
         """Wait for what is still being spread; every process calls it at the same iteration."""
         if self._pending is not None:
-            with answered(self._group):
+            with self._processes.answered():
                 self._pending.wait()
             self._pending = None
 
@@ -163,29 +158,20 @@ def _first_host(hosts: str) -> str:
     return names.stdout.split()[0]
 
 
-def _environment(launcher: str, dist_params: Mapping[str, Any]) -> dict[str, str]:
-    """Return the variables that torch.distributed reads, as the launcher gives them."""
-    names = {
-        "pytorch": {"RANK": "RANK", "WORLD_SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK"},
-        "slurm": {
-            "RANK": "SLURM_PROCID",
-            "WORLD_SIZE": "SLURM_NTASKS",
-            "LOCAL_RANK": "SLURM_LOCALID",
-        },
-    }[launcher]
-    for name in names.values():
-        if name not in os.environ:
-            starter = "torchrun" if launcher == "pytorch" else "srun"
+def _set_environment(launcher: str, dist_params: Mapping[str, Any]) -> None:
+    """Set the variables that torch.distributed reads, as the launcher gives them."""
+    starter, names = _LAUNCHERS[launcher]
+    for ours, theirs in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+        if theirs not in os.environ:
             raise UserError(
-                f"--launcher {launcher} needs to be started by {starter}, which sets {name}; it "
+                f"--launcher {launcher} needs to be started by {starter}, which sets {theirs}; it "
                 "is not set; for a single process leave the flag out"
             )
-    found = {ours: os.environ[theirs] for ours, theirs in names.items()}
+        os.environ[ours] = os.environ[theirs]
     if launcher == "slurm":
-        port = str(dist_params.get("port") or os.environ.get("MASTER_PORT", _DEFAULT_PORT))
+        port = dist_params.get("port") or os.environ.get("MASTER_PORT", _DEFAULT_PORT)
         host = os.environ.get("MASTER_ADDR") or _first_host(os.environ.get("SLURM_NODELIST", ""))
-        found |= {"MASTER_ADDR": host, "MASTER_PORT": port}
-    return found
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
 @contextmanager
@@ -204,27 +190,22 @@ def started(launcher: str, options: Mapping[str, Any]) -> Iterator[Processes]:
         yield Processes()
         return
     dist_params = options.get("dist_params") or {}
-    environment = _environment(launcher, dist_params)
-    os.environ.update(environment)
-    local_rank, gpus = int(environment["LOCAL_RANK"]), torch.cuda.device_count()
-    uses_gpu = gpus > 0 and options.get("num_gpu") != 0
-    if uses_gpu:
+    _set_environment(launcher, dist_params)
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    backend = "gloo"
+    if gpus > 0 and options.get("num_gpu") != 0:
         if local_rank >= gpus:
             raise UserError(
                 f"process {local_rank} of this machine has no GPU: there are {gpus}; start at most "
                 f"{gpus} processes on it"
             )
         torch.cuda.set_device(local_rank)
-    backend = str(dist_params.get("backend") or "nccl") if uses_gpu else "gloo"
+        backend = str(dist_params.get("backend") or "nccl")
     minutes = dist_params.get("timeout")
     timeout = None if minutes is None else timedelta(minutes=float(minutes))
     dist.init_process_group(backend=backend, timeout=timeout)
     try:
-        yield Processes(
-            rank=dist.get_rank(),
-            world=dist.get_world_size(),
-            local_rank=local_rank,
-            control=dist.new_group(backend="gloo", timeout=_PATIENCE),
-        )
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        yield Processes(dist.get_rank(), dist.get_world_size(), control)
     finally:
         dist.destroy_process_group()

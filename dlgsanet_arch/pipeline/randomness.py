@@ -10,11 +10,7 @@ import torch
 
 
 def state(*, cuda: bool = True) -> dict[str, Any]:
-    """Return the state of all generators, as tensors and numbers.
-
-    Args:
-        cuda: Whether the present GPU's is among them, where there is one.
-    """
+    """Return the state of all generators, of the current GPU's as well if `cuda`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     found = {
         "python": random.getstate(),
@@ -38,7 +34,7 @@ def restore(found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def preserved(*, cuda: bool = True) -> Iterator[None]:
-    """Put the generators back as they were; without CUDA in a worker, which may not ask for it."""
+    """Put the generators back at the end; a worker may not ask for CUDA's."""
     before = state(cuda=cuda)
     try:
         yield

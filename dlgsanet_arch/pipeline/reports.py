@@ -17,12 +17,9 @@ _SETTLED = 0.01  # part of the first weights in their average that no longer sho
 
 
 class Row(NamedTuple):
-    """One image.
+    """One image: its name, and the figure of each metric.
 
-    Args:
-        name: Its file's name without suffix.
-        values: The figure of each metric: inf for the PSNR of identical images, nan where the
-            network's output was not finite.
+    PSNR is inf for identical images; figures are nan where the network's output was not finite.
     """
 
     name: str
@@ -68,15 +65,7 @@ def summarise(
     wanted: Mapping[str, Mapping[str, Any]],
     bicubic: Sequence[Mapping[str, float]] = (),
 ) -> Evaluation:
-    """Return the means of rows.
-
-    Args:
-        dataset: As Evaluation has it.
-        iteration: As Evaluation has it.
-        rows: Of all images.
-        wanted: `val:metrics`.
-        bicubic: Figures of bicubic enlargement for each image, if they were measured.
-    """
+    """Return the means of all images' rows over `val:metrics`, and of bicubic's figures."""
     means = {
         name: _mean([row.values[name] for row in rows], rises=_rises(metric))
         for name, metric in wanted.items()
@@ -154,32 +143,25 @@ def _for_json(values: Mapping[str, float]) -> dict[str, float | str]:
 def write(evaluations: Sequence[Evaluation], folder: Path) -> None:
     """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
 
-    Infinite figures are written as ``inf``, and undefined ones as ``nan``.
-
-    Args:
-        evaluations: Of different data sets.
-        folder: Is made where it is missing; earlier reports are replaced.
+    Figures that are not finite are written as ``inf`` and ``nan``; earlier reports are replaced.
 
     Raises:
         UserError: A file cannot be written.
     """
+    content = {}
     with disk_faults_named(f"the reports in {folder} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         for each in evaluations:
             text = io.StringIO()
             table = csv.writer(text, lineterminator="\n")
             table.writerow(["image", *each.means])
-            table.writerows(
-                [row.name, *(row.values[name] for name in each.means)] for row in each.rows
-            )
+            for row in each.rows:
+                table.writerow([row.name, *(row.values[name] for name in each.means)])
             write_atomically(folder / f"{each.dataset}.csv", text.getvalue().encode())
-        content = {
-            each.dataset: {
+            content[each.dataset] = {
                 "iteration": each.iteration,
                 "means": _for_json(each.means),
                 "identical": each.identical,
                 "images": [{"image": row.name, **_for_json(row.values)} for row in each.rows],
             }
-            for each in evaluations
-        }
         write_json(folder / REPORT, content)

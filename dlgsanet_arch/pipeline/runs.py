@@ -3,8 +3,9 @@
 import argparse
 import itertools
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from basicsr.utils import get_env_info, get_time_str, set_random_seed
 from basicsr.utils.options import copy_opt_file, dict2str
 
+from dlgsanet_arch.averaging import bare, networks_of
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import UNFINISHED, disk_faults_named
-from dlgsanet_arch.pipeline import adapter, disk, preparation, reports, trial, weights
+from dlgsanet_arch.pipeline import adapter, preparation, reports, trial, weights
 from dlgsanet_arch.pipeline.checkpoints import numbered
-from dlgsanet_arch.pipeline.images import Images, build_loader
+from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.lock import one_run
 from dlgsanet_arch.pipeline.logs import RunLog, run_log, start_trackers
 from dlgsanet_arch.pipeline.loop import Training
@@ -25,47 +27,74 @@ from dlgsanet_arch.pipeline.preparation import Prepared
 from dlgsanet_arch.pipeline.processes import Processes, started
 from dlgsanet_arch.pipeline.samples import system_limit
 
-
-@contextmanager
-def _current_folder(root: Path) -> Iterator[None]:
-    """Data sets and losses of BasicSR's find relative paths from the current folder."""
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+_FEWEST_PAIRS = 2  # there must be room for: the old one stays until the new one is complete
 
 
-@contextmanager
-def _alone(name: str, processes: Processes, folder: Path) -> Iterator[str]:
-    """Hold the run's lock in the main process, for all of them; yield its warning, or ""."""
-    warning, error = "", None
-    with ExitStack() as stack:
-        if processes.is_main:
-            lock = one_run(folder.with_name(f".{folder.name}.lock"), f"the run {name}")
-            try:
-                warning = stack.enter_context(lock)
-            except Exception as caught:
-                error = caught
-        processes.agree(error)
-        yield warning
+# ---- the disk
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a UserError if a folder, which may not be there yet, cannot be written to."""
+    there = _nearest_existing(folder)
+    if not there.is_dir():
+        raise UserError(f"{there} is not a folder, but {folder} is to be written; rename it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{there} cannot be written to, but {folder} is to be; choose another --root"
+        )
+
+
+def _pair_size(model: Any) -> int:
+    """Return about how many bytes a saved pair has: all networks, and Adam's two moments."""
+    tensors = [
+        tensor
+        for network in networks_of(model).values()
+        for tensor in bare(network).state_dict().values()
+    ]
+    for optimizer in model.optimizers:
+        tensors += 2 * [each for group in optimizer.param_groups for each in group["params"]]
+    return sum(4 * tensor.numel() + 400 for tensor in tensors)  # float32, and a record of the file
+
+
+def room_warning(model: Any, opt: Mapping[str, Any]) -> str:
+    """Return a warning where a run's checkpoints will not all fit on the disk, or "".
+
+    Raises:
+        UserError: The disk cannot hold two.
+    """
+    run, logger = Path(opt["path"]["experiments_root"]), opt["logger"]
+    size = _pair_size(model)
+    saved = max(1, int(opt["train"]["total_iter"] // logger["save_checkpoint_freq"]))
+    count = min(saved, logger.get("keep_last") or saved) + 1  # and what the end or the best leaves
+    free = shutil.disk_usage(_nearest_existing(run)).free
+    text = (
+        f"{run} has {free / 1e9:.3g} GB free, and a checkpoint of weights and state takes about "
+        f"{size / 1e9:.3g} GB"
+    )
+    if free < _FEWEST_PAIRS * size:
+        needed = _FEWEST_PAIRS * size / 1e9
+        raise UserError(f"logger: {text}: make room for at least two, {needed:.3g} GB")
+    if free < count * size:
+        return (
+            f"logger:keep_last: {text}, {count * size / 1e9:.3g} GB for {count}; they will not all "
+            "fit: write a number to keep, or save less often"
+        )
+    return ""
 
 
 def _archive(folder: Path) -> Path:
     """Rename a folder as BasicSR does, and number what two runs within one second leave."""
     name = f"{folder.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"
     free = (folder.with_name(f"{name}_{n}" if n > 1 else name) for n in itertools.count(1))
-    target = next(path for path in free if not path.exists())
-    return folder.rename(target)
+    return folder.rename(next(path for path in free if not path.exists()))
 
 
 def _make_folders(prepared: Prepared, folder: Path) -> list[str]:
-    """Rename what an earlier run left, where this one is new, and make the run's folders.
-
-    Returns:
-        Lines for the log.
-    """
+    """Make the run's folders, a new one in place of an earlier run's; return lines for the log."""
     opt, path, lines = prepared.opt, prepared.opt["path"], []
     is_new = prepared.start.path is None
     with disk_faults_named(f"the run's folder {folder} cannot be made"):
@@ -84,6 +113,20 @@ def _make_folders(prepared: Prepared, folder: Path) -> list[str]:
     return lines
 
 
+# ---- a run
+
+
+@contextmanager
+def _current_folder(root: Path) -> Iterator[None]:
+    """Data sets and losses of BasicSR's find relative paths from the current folder."""
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 class _Run:
     """A run that was prepared: what it does is set up, tried, and then begun.
 
@@ -95,25 +138,21 @@ class _Run:
 
     def __init__(self, prepared: Prepared, processes: Processes, log: RunLog) -> None:
         self.prepared, self.processes, self.log = prepared, processes, log
-        self.opt = prepared.opt
+        self.opt, self.start = prepared.opt, prepared.start
         kind = "experiments_root" if self.opt["is_train"] else "results_root"
         self.folder = Path(self.opt["path"][kind])
         self._warning = ""
         for is_warning, line in prepared.notes:
             (log.warning if is_warning else log.info)(line)
 
-    def set_up(self, make: Callable[["_Run"], Any]) -> Any:
-        """Call `make` on every process; an error on one is one on all."""
-        work, error = None, None
-        try:
-            disk.check_folder(self.folder)
+    @contextmanager
+    def set_up(self) -> Iterator[None]:
+        """Set up and try what is to be done; an error on one process is one on all."""
+        with self.processes.agreed():
+            check_folder(self.folder)
             torch.backends.cudnn.benchmark = True
             set_random_seed(self.opt["manual_seed"] + self.processes.rank)
-            work = make(self)
-        except Exception as caught:  # the others wait for this process, and are to learn of it
-            error = caught
-        self.processes.agree(error)
-        return work
+            yield
 
     def model(self) -> Any:
         """Build the model, its networks with the weights that the run starts from."""
@@ -123,32 +162,35 @@ class _Run:
             self.log.info(line)
         return model
 
-    def try_measurements(self, images: Images) -> None:
-        """Try the metrics on a set, unless the command line leaves trials out."""
-        if not self.prepared.arguments.no_trial:
+    def try_measurements(self, sets: list[Images]) -> None:
+        """Try the metrics on data sets, unless the command line leaves trials out."""
+        if self.prepared.arguments.no_trial:
+            return
+        for images in sets:
             smallest = self.prepared.smallest.get(images.dataset.opt["name"])
             trial.measurements(images, smallest, self.opt["as_given"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run's lock."""
+        """Hold the run's lock in the main process, for all of them."""
         seen = numbered(self.folder)
-        with _alone(self.opt["name"], self.processes, self.folder) as self._warning:
-            changed = self.prepared.start.path and numbered(self.folder).keys() - seen.keys()
+        with ExitStack() as stack:
+            with self.processes.agreed():
+                if self.processes.is_main:
+                    path = self.folder.with_name(f".{self.folder.name}.lock")
+                    lock = one_run(path, f"the run {self.opt['name']}")
+                    self._warning = stack.enter_context(lock)
+            changed = self.start.path and numbered(self.folder).keys() - seen.keys()
             if self.processes.share(bool(changed)):
                 raise UserError(f"another process continued {self.folder}; run this again")
             yield
 
     def begin(self) -> None:
         """Make the folders and open the logs; every process calls."""
-        lines, error = [], None
-        opt, processes = self.opt, self.processes
-        try:
-            if processes.is_main:
+        lines, opt = [], self.opt
+        with self.processes.agreed():
+            if self.processes.is_main:
                 lines = _make_folders(self.prepared, self.folder)
-        except Exception as caught:
-            error = caught
-        processes.agree(error)
         text_log = f"{'train' if opt['is_train'] else 'test'}_{opt['name']}_{get_time_str()}.log"
         shown = {key: value for key, value in opt.items() if key != "as_given"}
         self.log.open(self.folder, text_log, [get_env_info(), dict2str(shown), *lines])
@@ -173,53 +215,37 @@ def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iter
             raise
 
 
-def _training(run: _Run) -> Training:
-    """Set a training up and try it."""
-    start = run.prepared.start
-    arguments = run.prepared.arguments
-    training = Training(
-        run.opt, run.processes, run.log, start, run.model, apply_edits=arguments.apply_edits
-    )
-    if not arguments.no_trial:
-        training.try_step()
-    for images in training.validations:
-        run.try_measurements(images)
-    if run.processes.is_main and (warning := disk.room_warning(training.model, run.opt)):
-        run.log.warning(warning)
-    return training
-
-
 def train(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.train`."""
     with _prepared(root, arguments, train=True) as run:
-        training = run.set_up(_training)
+        apply_edits = arguments.apply_edits
+        with run.set_up():
+            training = Training(
+                run.opt, run.processes, run.log, run.start, run.model, apply_edits=apply_edits
+            )
+            if not arguments.no_trial:
+                training.try_step()
+            run.try_measurements(training.validations)
+            if run.processes.is_main and (warning := room_warning(training.model, run.opt)):
+                run.log.warning(warning)
 
         def begin() -> None:
             run.begin()
-            first = run.prepared.start.iteration + 1
-            start_trackers(run.log, run.opt, run.processes, first)
+            start_trackers(run.log, run.opt, run.processes, run.start.iteration + 1)
 
         with run.locked():
-            run.log.record("start", iter=run.prepared.start.iteration, options=run.opt["as_given"])
+            run.log.record("start", iter=run.start.iteration, options=run.opt["as_given"])
             training.run(begin)
-
-
-def _testing(run: _Run) -> tuple[Any, list[Images]]:
-    """Set a test up and try it."""
-    sets = [
-        build_loader(dataset_opt, run.processes)
-        for _, dataset_opt in sorted(run.opt["datasets"].items())
-    ]
-    model = run.model()
-    for images in sets:
-        run.try_measurements(images)
-    return model, sets
 
 
 def test(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.test`."""
     with _prepared(root, arguments, train=False) as run:
-        model, sets = run.set_up(_testing)
+        with run.set_up():
+            datasets = sorted(run.opt["datasets"].items())
+            sets = [Images(dataset_opt, run.processes) for _, dataset_opt in datasets]
+            model = run.model()
+            run.try_measurements(sets)
         with run.locked():
             run.begin()
             results = []

@@ -1,16 +1,15 @@
 """Samples of BasicSR's data sets: drawn by position, and named where they are bad.
 
-Whatever a sample draws at random is a function of (seed, epoch, position) alone, so it does not
-matter which process, which worker, and which run before or after a resume reads it. A sample that
-cannot be read comes back as a `BadSample` instead of an error: a worker's traceback would name the
-line that failed, and never the file.
+Whatever a sample draws at random is a function of (seed, epoch, position) alone, whichever process,
+worker or resumed run reads it. A sample that cannot be read comes back as a `BadSample` instead of
+an error: a worker's traceback would name the line that failed, and never the file.
 """
 
 import errno
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import randomness
 from dlgsanet_arch.pipeline.logs import RunLog
+from dlgsanet_arch.pipeline.sampling import Draw
 
 try:
     import resource
@@ -32,20 +32,6 @@ _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of sin
 
 class ReadingError(UserError):
     """A data set cannot be read further; the iterations so far are not touched by it."""
-
-
-class Draw(NamedTuple):
-    """One sample of a training run.
-
-    Args:
-        epoch: Counted from 0.
-        position: Place within the epoch, counted over all processes.
-        index: Index of the sample in its data set.
-    """
-
-    epoch: int
-    position: int
-    index: int
 
 
 class BadSample(NamedTuple):
@@ -68,15 +54,13 @@ class BadSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What was read.
-
-    Args:
-        content: As the data set of BasicSR gives it; None where nothing could be read.
-        bad: Samples that were found bad on the way.
-    """
+    """What was read, None where nothing could be, and the bad samples on the way."""
 
     content: dict[str, Any] | None
     bad: tuple[BadSample, ...] = ()
+
+
+Batch = tuple[dict[str, Any] | None, list[BadSample]]  # None: a sample of it could not be read
 
 
 def system_limit(error: BaseException) -> str:
@@ -131,26 +115,22 @@ def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
     in_lmdb = getattr(client, "backend", None) == "lmdb"
     paths = getattr(dataset, "paths", None)
     entry = paths[index] if isinstance(paths, Sequence) and index < len(paths) else f"#{index}"
-    if isinstance(entry, Mapping):
-        places = {str(k).removesuffix("_path"): str(v) for k, v in entry.items()}
-    else:
-        places = {"lq": str(entry)}
-    shown = {}
+    places = entry if isinstance(entry, Mapping) else {"lq": entry}
+    shown = []
     for key, place in places.items():
+        key, place = str(key).removesuffix("_path"), str(place)
         folder = options.get(f"dataroot_{key}")
-        shown[key] = f"{folder}, key {place!r}" if in_lmdb and folder else place
-        fault = _fault(client, place, key) if client is not None else ""
-        if fault:
-            return BadSample(name, shown[key], fault)
+        shown.append(f"{folder}, key {place!r}" if in_lmdb and folder else place)
+        if client is not None and (fault := _fault(client, place, key)):
+            return BadSample(name, shown[-1], fault)
     said = " ".join(map(str, error.args))
-    return BadSample(name, " and ".join(shown.values()), f"{type(error).__name__}: {said}")
+    return BadSample(name, " and ".join(shown), f"{type(error).__name__}: {said}")
 
 
 def _in_order(dataset: Any) -> list[int]:
     """Return a data set's indices by path: BasicSR lists a folder in the order of the disk.
 
-    A run that resumes from a copy of the folder would otherwise draw other samples, and machines
-    that each have one would divide it each in its own way.
+    A copy of the folder, or the one of another machine, would otherwise give other samples.
     """
     paths = getattr(dataset, "paths", None)
     if not isinstance(paths, Sequence) or len(paths) != len(dataset):
@@ -164,10 +144,10 @@ def _in_order(dataset: Any) -> list[int]:
 
 
 class Samples(Dataset):
-    """A data set of BasicSR's, the only kind that goes to a loader's workers.
+    """A data set of BasicSR's in the order of its paths, the only kind that workers are given.
 
-    Its samples are in the order of their paths. A worker that is spawned imports this package, and
-    with it the repairs, before it unpickles what belongs to BasicSR.
+    A worker that is spawned imports this package, and with it the repairs, before it unpickles what
+    belongs to BasicSR.
 
     Args:
         dataset: A data set of BasicSR's or a third party's.
@@ -208,12 +188,8 @@ class Samples(Dataset):
         return Sample(None, tuple(bad))
 
 
-def collate(samples: Sequence[Sample]) -> tuple[dict[str, Any] | None, list[BadSample]]:
-    """Make a batch of samples.
-
-    Returns:
-        The batch, None where one of its samples could not be read; and the bad samples.
-    """
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Make a batch of samples, and name the bad ones."""
     bad = [each for sample in samples for each in sample.bad]
     contents = [sample.content for sample in samples]
     if any(content is None for content in contents):
@@ -221,25 +197,20 @@ def collate(samples: Sequence[Sample]) -> tuple[dict[str, Any] | None, list[BadS
     try:
         return default_collate(contents), bad
     except RuntimeError as error:
+        if limit := system_limit(error):
+            return None, [*bad, BadSample("training", "", limit)]
         sizes = {
             str(content.get("gt_path", content.get("lq_path", "?"))): {
                 key: tuple(value.shape) for key, value in content.items() if torch.is_tensor(value)
             }
             for content in contents
         }
-        limit = system_limit(error)
-        reason = limit or str(error).splitlines()[0]
-        return None, [*bad, BadSample("training", "" if limit else f"the batch {sizes}", reason)]
+        reason = str(error).splitlines()[0]
+        return None, [*bad, BadSample("training", f"the batch {sizes}", reason)]
 
 
 class BadSamples:
-    """Counts the different bad samples of a run, and refuses one too many.
-
-    Args:
-        known: Those of the run so far.
-        tolerated: `skip_bad_samples`.
-        log: Where each is named once.
-    """
+    """The different bad samples of a run: those in its state, and new ones up to a number."""
 
     def __init__(self, known: Sequence[BadSample], tolerated: int, log: RunLog) -> None:
         self.found = dict.fromkeys(known)
@@ -247,7 +218,7 @@ class BadSamples:
         self._log = log
 
     def add(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
-        """Take in the bad samples of a batch.
+        """Take in the bad samples of a batch; each is named once in the log.
 
         Raises:
             ReadingError: There are too many, or nothing could take the place of one.
@@ -275,12 +246,36 @@ class BadSamples:
             self._log.record("bad_sample", sample=each.sample, reason=each.reason)
 
 
-def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[BadSample]]]:
-    """Yield what a loader whose `collate_fn` is `collate` gives.
+def load(
+    samples: Samples,
+    batches: Iterable[list],
+    workers: int,
+    *,
+    pin_memory: bool,
+    **more: Any,
+) -> Iterator[Batch]:
+    """Read batches of samples, by worker processes unless `workers` is 0.
+
+    Args:
+        samples: What is read from.
+        batches: Draws or indices of each batch.
+        workers: Number of processes that read.
+        pin_memory: As for a DataLoader.
+        more: A DataLoader's arguments that concern workers.
 
     Raises:
         ReadingError: A worker died, or a limit of the system is reached.
     """
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or starting to read would draw from the global one
+        **(more if workers else {}),
+    )
     try:
         reader = iter(loader)
         if threading.current_thread() is threading.main_thread():
@@ -291,7 +286,7 @@ def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[Ba
         limit = system_limit(error)
         # A batch may be half-way through a socket when its worker dies.
         cut = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
-        if not limit and not (cut and loader.num_workers) and "DataLoader worker" not in str(error):
+        if not limit and not (cut and workers) and "DataLoader worker" not in str(error):
             raise
         said = str(error).partition("\n")[0] or type(error).__name__
         raise ReadingError(
@@ -301,15 +296,12 @@ def batches(loader: DataLoader) -> Iterator[tuple[dict[str, Any] | None, list[Ba
         ) from error
 
 
-def start_worker(worker: int) -> None:
-    """Prepare a loader's worker; `worker_init_fn` of every loader.
+def _start_worker(worker: int) -> None:
+    """Leave Ctrl-C and a scheduler's signals, which reach all processes, to the main one.
 
-    Ctrl-C and a scheduler's signal reach all processes: the main one ends the run and its
-    workers with it, and until then needs the samples of the iteration at hand.
+    It needs the samples of the iteration at hand, and ends its workers at its own end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for name in ("SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     # OpenCV's number of threads stays: to change it in a fork waits for threads that are not there.

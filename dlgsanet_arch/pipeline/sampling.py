@@ -1,9 +1,9 @@
 """Which samples each iteration trains on, from any point of a run.
 
 An epoch is a shuffled list of positions, the same for every number of processes and workers. Each
-iteration takes the next `batch * world` positions, and each process its own piece of those: so
-processes together draw the batch that a single one of the same size would, and a run continues at
-any position without reading what was drawn before.
+iteration takes the next `batch * world` positions, and each process its own piece of those. So
+processes together draw the batch that a single one would, and a run resumes at any position without
+reading what was drawn before.
 """
 
 import math
@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlgsanet_arch.pipeline.samples import Draw
+
+class Draw(NamedTuple):
+    """One sample: its position in an epoch of all processes, and its index in the data set."""
+
+    epoch: int
+    position: int
+    index: int
 
 
 class Place(NamedTuple):
-    """How far a run has come in its samples.
-
-    Args:
-        epoch: Counted from 0.
-        position: Positions of that epoch that are done.
-    """
+    """How far a run has come: `position` positions of an epoch are done, epochs count from 0."""
 
     epoch: int = 0
     position: int = 0
@@ -63,15 +64,14 @@ class Sampling:
         """Iterations of an epoch; an incomplete last batch is left out."""
         return self.epoch_length // self.taken
 
-    def start_of_next(self, place: Place) -> Place:
-        """Return where the next iteration begins: at `place`, or in the next epoch."""
+    def _start_of_next(self, place: Place) -> Place:
         if place.position + self.taken > self.epoch_length:
             return Place(place.epoch + 1, 0)
         return place
 
     def after(self, place: Place) -> Place:
         """Return the place after one more iteration."""
-        start = self.start_of_next(place)
+        start = self._start_of_next(place)
         return Place(start.epoch, start.position + self.taken)
 
     def place_of(self, iteration: int) -> Place:
@@ -87,25 +87,14 @@ class Sampling:
         generator = np.random.RandomState([self.seed % 2**32, epoch])
         return generator.permutation(self.epoch_length) % self.samples
 
-
-class Batches:
-    """Sampler of batches for a DataLoader: from a place on, as many as are asked for."""
-
-    def __init__(self, sampling: Sampling, place: Place, count: int) -> None:
-        self._sampling = sampling
-        self._place = place
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        sampling, place, epoch, order = self._sampling, self._place, -1, np.empty(0, np.int64)
-        for _ in range(self._count):
-            start = sampling.start_of_next(place)
+    def batches(self, place: Place, count: int) -> Iterator[list[Draw]]:
+        """Yield this process's next `count` batches after a place."""
+        epoch, order = -1, np.empty(0, np.int64)
+        for _ in range(count):
+            start = self._start_of_next(place)
             if start.epoch != epoch:
-                epoch, order = start.epoch, sampling.shuffled(start.epoch)
-            first = start.position + sampling.rank * sampling.batch
-            positions = range(first, first + sampling.batch)
+                epoch, order = start.epoch, self.shuffled(start.epoch)
+            first = start.position + self.rank * self.batch
+            positions = range(first, first + self.batch)
             yield [Draw(epoch, position, int(order[position])) for position in positions]
-            place = sampling.after(place)
+            place = self.after(place)

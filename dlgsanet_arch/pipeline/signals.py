@@ -13,11 +13,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class StopRequest:
-    """Whether a signal has asked this process to end.
-
-    Attributes:
-        signal: The signal's number, 0 while there is none.
-    """
+    """Whether a signal has asked this process to end; `signal` is its number, else 0."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -51,12 +47,10 @@ class StopRequest:
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Collect the signals of the block; outside the main thread there are none to collect."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    before = {number: signal.signal(number, request.receive) for number in numbers}
+    request, before = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+        before = {number: signal.signal(number, request.receive) for number in numbers}
     try:
         yield request
     finally:

@@ -1,27 +1,26 @@
 """A run tried before anything of it is created: one sample, one step, each metric once.
 
-Whatever is raised is one message that names the option and the fix. Afterwards the model and the
-generators are as they were.
+Whatever is raised is one message that names the option and the fix. The model and the generators
+stay as they were.
 """
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlgsanet_arch.averaging import bare
+from dlgsanet_arch.averaging import bare, networks_of
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation, randomness
-from dlgsanet_arch.pipeline.adapter import networks_of
-from dlgsanet_arch.pipeline.images import Images
-from dlgsanet_arch.pipeline.samples import Draw, Sample, Samples, collate
+from dlgsanet_arch.pipeline.evaluation import Images
+from dlgsanet_arch.pipeline.samples import Sample, Samples, collate
+from dlgsanet_arch.pipeline.sampling import Draw
 
 
 class TrialError(UserError):
@@ -42,13 +41,7 @@ def _section_of(section: Mapping[str, Any], kind: object) -> str | None:
 
 
 def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -> str:
-    """Find the option that an error of BasicSR's comes from, by where it was raised.
-
-    Args:
-        error: It was raised while a model was built, or took a step.
-        options: As given.
-        model: The model, None while it is built.
-    """
+    """Find the option that an error comes from by where it was raised; `model` if it is built."""
     train = options.get("train") or {}
     parts = {id(value): name for name, value in vars(model).items()} if model is not None else {}
     found = "model_type"
@@ -77,16 +70,9 @@ def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -
 def explained(
     doing: str, options: Mapping[str, Any], model: Any = None, option: str = ""
 ) -> Iterator[None]:
-    """Turn whatever the block raises into one message.
+    """Turn what the block raises while `doing` something into a TrialError.
 
-    Args:
-        doing: What is tried, such as "a step on a sample of datasets:train".
-        options: As given.
-        model: The model, where it is built.
-        option: The option at fault, where that is known.
-
-    Raises:
-        TrialError: Names the option and the fix.
+    It names `option`, or the one found to be at fault with a `model` that is built.
     """
     try:
         yield
@@ -101,76 +87,27 @@ def explained(
         ) from error
 
 
-# ---- put back
-
-
-class _Kept:
-    """What a step changes in a model, and how it is put back."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._attributes = dict(vars(model))
-        modules = {
-            id(module): module
-            for network in vars(model).values()
-            if isinstance(network, nn.Module)
-            for module in network.modules()
-        }.values()
-        self._modules = [(vars(module), dict(vars(module))) for module in modules]
-        self._dicts = [
-            (kept, dict(kept)) for each in modules for kept in (each._parameters, each._buffers)
-        ]
-        tensors = {id(x): x for _, kept in self._dicts for x in kept.values() if x is not None}
-        self._tensors = [
-            (tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors.values()
-        ]
-        self._others = [
-            (vars(each), copy.deepcopy(vars(each)))
-            for each in vars(model).values()
-            if isinstance(each, torch.amp.GradScaler)
-        ]
-        for optimizer in model.optimizers:
-            groups = [(group, dict(group)) for group in optimizer.param_groups]
-            self._others += [(vars(optimizer), dict(vars(optimizer))), *groups]
-            optimizer.state = defaultdict(dict)  # the step's own; the old one comes back
-
-    def put_back(self) -> None:
-        """Make the model what it was."""
-        vars(self._model).clear()
-        vars(self._model).update(self._attributes)
-        for target, content in (*self._modules, *self._dicts, *self._others):
-            target.clear()
-            target.update(content)
-        with torch.no_grad():
-            for tensor, content, requires_grad in self._tensors:
-                tensor.copy_(content)
-                tensor.requires_grad_(requires_grad)
-                tensor.grad = None
-
-
-@contextmanager
-def _put_back(model: Any) -> Iterator[None]:
-    """Let a block use a model uncompiled and by itself; then put it and all generators back."""
-    kept, is_distributed = _Kept(model), model.opt["dist"]
-    networks = networks_of(model)
-    compiled = any(bare(each)._compiled_call_impl is not None for each in networks.values())
-    vars(model).update({name: bare(network) for name, network in networks.items()})
-    model.opt["dist"] = False  # no process waits for another: one of them may fail
-    try:
-        with (
-            randomness.preserved(),
-            torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
-        ):
-            yield
-    finally:
-        model.opt["dist"] = is_distributed
-        kept.put_back()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
 # ---- tried
+
+
+def _copy(model: Any) -> Any:
+    """Copy a model, its networks uncompiled and by themselves.
+
+    No process waits for another: one of them may fail.
+    """
+    alone = copy.copy(model)
+    vars(alone).update({name: bare(network) for name, network in networks_of(model).items()})
+    tensors = (
+        value
+        for network in networks_of(alone).values()
+        for module in network.modules()
+        for value in vars(module).values()
+        if torch.is_tensor(value)
+    )  # a weight norm's product has a history, which cannot be copied, and is computed again
+    memo = {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
+    tried = copy.deepcopy(alone, memo)
+    tried.opt["dist"] = False
+    return tried
 
 
 def _good(sample: Sample) -> dict[str, Any]:
@@ -186,10 +123,10 @@ def _iteration(train: Mapping[str, Any]) -> int:
 
 
 def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[str, Any]) -> None:
-    """Take one step on a real sample, at the true patch size.
+    """Take one step of a copy of the model on a real sample, at the true patch size.
 
     Args:
-        model: As built; it is put back.
+        model: As built.
         samples: The training set.
         draws: The first samples that the run will draw.
         options: As given.
@@ -197,22 +134,22 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
     Raises:
         TrialError: A sample cannot be read, or the step cannot be taken.
     """
-    normed = any(
-        isinstance(module, _BatchNorm)
-        for network in networks_of(model).values()
-        for module in network.modules()
-    )
-    with _put_back(model):
+    modules = (each for network in networks_of(model).values() for each in network.modules())
+    count = 2 if any(isinstance(each, _BatchNorm) for each in modules) else 1  # for its variance
+    with randomness.preserved():
         with explained("a sample of the training set", options, option="datasets:train"):
-            count = 2 if normed else 1  # a batch norm cannot train on one value
             contents = [_good(samples[draw]) for draw in draws[:count]]
-            drawn = [Sample(content) for content in (contents * count)[:count]]
-            batch, bad = collate(drawn)
+            batch, bad = collate([Sample(content) for content in (contents * count)[:count]])
             if batch is None:
                 raise TrialError(f"datasets:train: {bad[-1]}")
-        with explained("a step on a sample of the training set", options, model):
-            model.feed_data(batch)
-            model.optimize_parameters(_iteration(options["train"]))
+        tried = _copy(model)
+        with explained("a step on a sample of the training set", options, tried):
+            tried.feed_data(batch)
+            tried.optimize_parameters(_iteration(options["train"]))
+    if model.device.type == "cuda":
+        del tried
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def measurements(
@@ -220,10 +157,7 @@ def measurements(
 ) -> None:
     """Draw one sample of a validation or test set, and call each metric once.
 
-    Args:
-        images: The set.
-        smallest: Height and width of its smallest HR image, None where they are not known.
-        options: As given.
+    `smallest` is height and width of the set's smallest HR image, None where they are not known.
 
     Raises:
         TrialError: The sample cannot be read, or a metric cannot be called.
@@ -234,7 +168,9 @@ def measurements(
         lq, gt = content.get("lq"), content.get("gt")
         if lq is None:
             return
-        output, target = _pair(lq, gt, options.get("scale", 1), smallest)
+        size = smallest or tuple(options.get("scale", 1) * side for side in lq.shape[-2:])
+        output = F.interpolate(lq[None].float(), size=size)
+        target = None if gt is None else F.interpolate(gt[None].float(), size=size)
         wanted = (options.get("val") or {}).get("metrics") or {}
         possible = {
             key: metric
@@ -242,12 +178,3 @@ def measurements(
             if target is not None or not evaluation.needs_target(metric)
         }
         evaluation.measure(output, target, possible, f"the smallest image of the data set {name},")
-
-
-def _pair(
-    lq: Tensor, gt: Tensor | None, scale: int, smallest: tuple[int, int] | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return an output and a ground truth (1, C, H, W) of the smallest size."""
-    size = smallest or tuple(scale * side for side in lq.shape[-2:])
-    output = F.interpolate(lq[None].float(), size=size)
-    return output, None if gt is None else F.interpolate(gt[None].float(), size=size)

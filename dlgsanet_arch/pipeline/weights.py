@@ -5,7 +5,7 @@ misspelt `param_key_g` it takes other weights, and with `strict_load_g: false` i
 tensor fits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +45,7 @@ class Source(NamedTuple):
 
 
 def _keys_of(file: Path) -> list[str]:
-    """Return the top-level keys of a checkpoint, its tensors left on the disk where that works.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds no mapping.
-    """
+    """Return the top-level keys of a checkpoint, its tensors left on the disk where that works."""
     if file.suffix == ".safetensors":
         return []
     try:
@@ -62,22 +58,16 @@ def _keys_of(file: Path) -> list[str]:
     return [str(key) for key in content]
 
 
-def _key_of(context: Context, file: Path, label: str) -> str | None:
-    """Return the key of a file that holds the weights to use, None for the file itself.
+def _key_of(context: Context, file: Path, label: str, keys: Sequence[str]) -> str | None:
+    """Return which of a file's keys holds the weights to use, None for the file itself.
 
     Where the options do not say, BasicSR always takes `params`; a test then takes the averaged
     weights `params_ema` where there are any, as the training's own validation does.
-
-    Raises:
-        CheckpointError: It is not a complete checkpoint, or what is asked for is not in it.
     """
-    paths, keys = context.section("path"), _keys_of(file)
+    paths, chosen = context.section("path"), f"param_key_{label}"
     wanted = _KEYS_TO_TRAIN if context.train else _KEYS_TO_TEST
     there = next((key for key in wanted if key in keys), None)
-    chosen = f"param_key_{label}"
-    if chosen not in paths:
-        return there
-    asked = paths[chosen]
+    asked = paths.get(chosen, there)
     if asked is None and there is not None:
         raise CheckpointError(
             f"{file} is not a bare state dict, as path:{chosen} ~ says; write {chosen}: {there}"
@@ -88,33 +78,37 @@ def _key_of(context: Context, file: Path, label: str) -> str | None:
 
 
 def _named(context: Context, key: str) -> Source | None:
-    """Read the weights that the options name for a network, if they name any.
-
-    Raises:
-        CheckpointError: They cannot be used.
-    """
+    """Read the weights that the options name for a network, if they name any."""
     paths, label = context.section("path"), key.removeprefix("network_")
     given = paths.get(f"pretrain_{key}")
     if not isinstance(given, str) or not (file := context.weights(given)).is_file():
         return None  # whether it is there is a question to the options
-    used = _key_of(context, file, label)
+    keys = _keys_of(file)
+    used = _key_of(context, file, label, keys)
     weights = averaged = read_weights(file, used)
     decay = context.section("train").get("ema_decay", 0)
-    if context.train and label == "g" and is_number(decay) and decay > 0:
-        keys = _keys_of(file)
-        if keys and not {"params", "params_ema"} & set(keys):
+    if keys and context.train and label == "g" and is_number(decay) and decay > 0:
+        other = next((each for each in ("params_ema", "params") if each in keys), None)
+        if other is None:
             raise CheckpointError(
                 f"{file} has neither the key params nor params_ema, one of which BasicSR needs to "
                 "start the averaged weights of train:ema_decay; save the state dict under params"
             )
-        other = "params_ema" if "params_ema" in keys else "params"
-        averaged = read_weights(file, other) if keys and other != used else weights
+        averaged = weights if other == used else read_weights(file, other)
     strict = bool(paths.get(f"strict_load_{label}", True))
     return Source(f"path:pretrain_{key}", file, used, weights, averaged, strict)
 
 
+def _saved(key: str, path: Path, content: Any) -> Source:
+    """Return the weights of a network that is resumed."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("params"), Mapping):
+        raise CheckpointError(f"{path} has no 'params'")
+    weights = content["params"]
+    return Source(key, path, "params", weights, content.get("params_ema", weights))
+
+
 def sources(context: Context, start: Start) -> tuple[dict[str, Source], list[str], list[str]]:
-    """Read the weights that a run starts from, each file of a pair once.
+    """Read the weights that a run starts from.
 
     Args:
         context: The options; what is wrong with them by themselves is passed over.
@@ -125,51 +119,21 @@ def sources(context: Context, start: Start) -> tuple[dict[str, Source], list[str
     """
     found, problems, notes = {}, [], []
     for key in context.networks():
-        label = key.removeprefix("network_")
+        resumed = key in start.networks
         try:
-            if key in start.networks:
-                path, content = start.networks[key]
-                parts = content if isinstance(content, Mapping) else {}
-                if not isinstance(parts.get("params"), Mapping):
-                    raise CheckpointError(f"{path} has no 'params'")
-                averaged = parts.get("params_ema", parts["params"])
-                found[key] = Source(key, path, "params", parts["params"], averaged)
-            elif (context.train or label == "g") and (source := _named(context, key)):
+            if resumed:
+                found[key] = _saved(key, *start.networks[key])
+            elif (context.train or key == "network_g") and (source := _named(context, key)):
                 found[key] = source
                 does = f"{key} starts from" if context.train else "testing"
                 notes.append(f"{does} {source.key or 'the weights'} of {source.file}")
         except CheckpointError as error:
-            option = key if key in start.networks else f"path:pretrain_{key}"
-            problems.append(f"{option}: {error}")
+            problems.append(f"{key if resumed else f'path:pretrain_{key}'}: {error}")
     return found, problems, notes
 
 
-def _differences(network: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """Name the first tensors that differ."""
-    parts = []
-    for what, names in (
-        ("absent from the file", [name for name in network if name not in weights]),
-        ("unknown to the network", [name for name in weights if name not in network]),
-        (
-            "of another size",
-            [
-                name
-                for name, tensor in network.items()
-                if name in weights and weights[name].shape != tensor.shape
-            ],
-        ),
-    ):
-        if names:
-            parts.append(f"{what}: {named(names, 3)}")
-    return "; ".join(parts)
-
-
 def _fitting(
-    network: nn.Module,
-    weights: Mapping[str, Tensor],
-    source: Source,
-    key: str,
-    section: Mapping[str, Any],
+    network: nn.Module, weights: Mapping[str, Tensor], source: Source, section: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return the weights that a network takes.
 
@@ -178,38 +142,39 @@ def _fitting(
     """
     there = bare(network).state_dict()
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    differing = _differences(there, weights)
-    if source.strict and differing:
+    both = [name for name in there if name in weights]
+    fits = {n: weights[n] for n in both if weights[n].shape == there[n].shape}
+    differing = {
+        "absent from the file": [name for name in there if name not in weights],
+        "unknown to the network": [name for name in weights if name not in there],
+        "of another size": [name for name in both if name not in fits],
+    }
+    if source.strict and any(differing.values()):
         try:
             if section["type"] == "DLGSANet":  # then it can be said by arguments
                 check_compatible(weights, section)
         except CheckpointError as error:
             raise CheckpointError(f"{source.file}: {error}") from error
+        parts = [f"{what}: {named(names, 3)}" for what, names in differing.items() if names]
         raise CheckpointError(
             f"{source.file}: the weights are of another network than this {section['type']}; "
-            f"{differing}"
+            f"{'; '.join(parts)}"
         )
-    fits = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in there and there[name].shape == tensor.shape
-    }
     if there and not fits:
         raise CheckpointError(
-            f"{source.file}: none of its {len(weights)} tensors fits {key}; with "
-            f"path:strict_load_{key.removeprefix('network_')} false BasicSR would continue with "
-            "random weights"
+            f"{source.file}: none of its {len(weights)} tensors fits this {section['type']}; with "
+            "strict_load false BasicSR would continue with random weights"
         )
     return fits
 
 
 def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) -> list[str]:
-    """Load weights into the networks of a model, and into the average of the first.
+    """Load weights that `sources` returned into a model's networks, and the average of the first.
 
     Args:
         model: As built; what its class loads by itself stays.
         options: The run's, as given: the networks' sections.
-        found: As `sources` returns it.
+        found: The weights by option key.
 
     Returns:
         Notes for the log.
@@ -220,12 +185,15 @@ def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) ->
     notes = []
     for key, source in found.items():
         label = key.removeprefix("network_")
-        for name, weights in ((f"net_{label}", source.weights), ("net_g_ema", source.averaged)):
+        targets = [(f"net_{label}", source.weights)]
+        if label == "g":
+            targets.append(("net_g_ema", source.averaged))
+        for name, weights in targets:
             network = getattr(model, name, None)
-            if not isinstance(network, nn.Module) or (name == "net_g_ema" and label != "g"):
+            if not isinstance(network, nn.Module):
                 continue
             try:
-                fits = _fitting(network, weights, source, key, options[key])
+                fits = _fitting(network, weights, source, options[key])
             except CheckpointError as error:
                 raise CheckpointError(f"{source.option}: {error}") from error
             bare(network).load_state_dict(fits, strict=source.strict)
