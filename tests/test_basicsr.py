@@ -183,44 +183,30 @@ def test_basicsr_does_not_import_without_functional_tensor(symptoms):
     assert "torchvision.transforms.functional_tensor" in symptoms("functional_tensor")["imports"]
 
 
-@pytest.fixture
-def torchvision(tmp_path):
-    """A folder with a made torchvision whose C++ half does not load."""
+OPERATORS = "torchvision operators"
+MISMATCH = "raise RuntimeError('CUDA 12 and CUDA 13')"
+
+
+@pytest.mark.parametrize(
+    ("init", "extension", "without", "active", "error"),
+    [
+        (TORCHVISION, EXTENSION, (), [OPERATORS], ""),
+        (TORCHVISION, EXTENSION, (OPERATORS,), [], "operator torchvision::nms does not exist"),
+        (TORCHVISION, LOADED_EXTENSION, (), [], ""),
+        (MISMATCH, EXTENSION, (), [], "RuntimeError: CUDA 12 and CUDA 13"),
+    ],
+)
+def test_torchvision_imports_without_its_operators_once_repaired(
+    tmp_path, repository, init, extension, without, active, error
+):
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text(TORCHVISION)
-    (package / "extension.py").write_text(EXTENSION)
-    return package
-
-
-def test_torchvision_without_its_operators_imports_once_repaired(torchvision, repository):
-    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[0] == "['torchvision operators']"
-
-
-def test_torchvision_without_its_operators_fails_unrepaired(torchvision, repository):
-    result = _run(
-        IMPORT_TORCHVISION,
-        "torchvision operators",
-        folder=torchvision.parent,
-        repository=repository,
-    )
-    assert "operator torchvision::nms does not exist" in result.stderr
-
-
-def test_torchvision_with_its_operators_is_left_alone(torchvision, repository):
-    (torchvision / "extension.py").write_text(LOADED_EXTENSION)
-    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[0] == "[]"
-
-
-def test_another_fault_of_torchvision_stays_visible(torchvision, repository):
-    (torchvision / "__init__.py").write_text("raise RuntimeError('CUDA 12 and CUDA 13')")
-    result = _run(IMPORT_TORCHVISION, folder=torchvision.parent, repository=repository)
-    assert result.stdout.split("\n")[0] == "[]"
-    assert "RuntimeError: CUDA 12 and CUDA 13" in result.stderr
+    (package / "__init__.py").write_text(init)
+    (package / "extension.py").write_text(extension)
+    result = _run(IMPORT_TORCHVISION, *without, folder=tmp_path, repository=repository)
+    assert result.stdout.split("\n")[0] == str(active)
+    assert error in result.stderr
+    assert bool(result.returncode) == bool(error)
 
 
 def _resume_options(folder: Path, **changes) -> dict:
@@ -242,28 +228,25 @@ def test_resumes_from_the_highest_iteration(tmp_path):
     assert opt["path"]["pretrain_network_g"] == "/models/net_g_10.pth"
 
 
-@pytest.mark.parametrize("folder", ["", "absent"])
-def test_nothing_to_resume_from_is_a_new_run(tmp_path, folder):
-    opt = _resume_options(tmp_path / folder)
-    assert _basicsr._load_resume_state(opt) is None
-    assert _basicsr._load_resume_state({**opt, "auto_resume": False}) is None
+def test_nothing_to_resume_from_is_a_new_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        opt = _resume_options(folder)
+        assert _basicsr._load_resume_state(opt) is None
+        assert _basicsr._load_resume_state({**opt, "auto_resume": False}) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", "other", "absent"])
 def test_a_damaged_state_is_named(tmp_path, content):
     torch.save({"epoch": 0, "iter": 1}, tmp_path / "1.state")
-    if content is None:
-        torch.save({"params": {}}, tmp_path / "2.state")
+    opt, state = _resume_options(tmp_path), tmp_path / "2.state"
+    if content == "absent":
+        opt = {**_resume_options(tmp_path, resume_state=str(state)), "auto_resume": False}
+    elif content == "other":
+        torch.save({"params": {}}, state)
     else:
-        (tmp_path / "2.state").write_bytes(content)
+        state.write_bytes(content)
     with pytest.raises(ResumeError, match=r"2\.state"):
-        _basicsr._load_resume_state(_resume_options(tmp_path))
-
-
-def test_a_named_state_that_is_absent_is_named(tmp_path):
-    opt = _resume_options(tmp_path, resume_state=str(tmp_path / "3.state"))
-    with pytest.raises(ResumeError, match=r"3\.state"):
-        _basicsr._load_resume_state({**opt, "auto_resume": False})
+        _basicsr._load_resume_state(opt)
 
 
 def test_a_function_without_the_fault_is_left_alone():

@@ -1,8 +1,11 @@
+import fcntl
 import json
 import logging
 import os
 import pty
+import struct
 import sys
+import termios
 import types
 
 import pytest
@@ -65,15 +68,13 @@ def test_json_lines_hold_what_json_cannot_and_are_appended(tmp_path):
     assert all(entry["event"] == "validation" for entry in entries)
 
 
-def test_a_line_that_was_cut_short_stays_the_only_one(log, tmp_path):
+def test_a_log_that_cannot_be_written_does_not_end_the_run(log, tmp_path, capsys):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"event": "start"}\n{"event": "tr')
+    path.write_text('{"event": "start"}\n{"event": "tr')  # cut short
     log.record("end", iter=7)
     assert json.loads(path.read_text().splitlines()[-1])["iter"] == 7
-
-
-def test_a_log_that_cannot_be_written_does_not_end_the_run(log, tmp_path, capsys):
-    (tmp_path / "log.jsonl").mkdir()
+    path.unlink()
+    path.mkdir()
     log.record("end", iter=7)
     assert "log.jsonl cannot be written" in capsys.readouterr().err
 
@@ -95,29 +96,21 @@ def test_what_is_not_installed_is_one_warning(log, tmp_path, monkeypatch, missin
     assert f"pip install {' '.join(missing)}" in warnings[0]
 
 
-def test_tensorboard_is_written_below_the_root(log, tmp_path):
-    opt = {"name": "small", "root_path": str(tmp_path), "logger": {"use_tb_logger": True}}
-    start_trackers(log, opt, Processes(), 6)
-    log.tensorboard.add_scalar("losses/l_pix", 0.5, 6)
-    assert list((tmp_path / "tb_logger/small").glob("events.*"))
-
-
-def test_wandb_starts_before_tensorboard(log, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_wandb", [False, True])
+def test_tensorboard_is_written_below_the_root(log, tmp_path, monkeypatch, with_wandb):
     started = []
     wandb = types.SimpleNamespace(
-        init=lambda **values: started.append(values["project"]),
+        init=lambda **values: started.append((values["project"], log.tensorboard)),
         util=types.SimpleNamespace(generate_id=lambda: "id"),
+        __spec__=object(),
     )
-    wandb.__spec__ = object()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    opt = {
-        "name": "small",
-        "root_path": str(tmp_path),
-        "logger": {"use_tb_logger": False, "wandb": {"project": "sr"}},
-    }
-    start_trackers(log, opt, Processes(), 1)
-    assert started == ["sr"]
-    assert log.tensorboard is not None  # which wandb follows
+    wanted = {"use_tb_logger": not with_wandb, "wandb": {"project": "sr" if with_wandb else None}}
+    opt = {"name": "small", "root_path": str(tmp_path), "logger": wanted}
+    start_trackers(log, opt, Processes(), 6)
+    assert started == [("sr", None)] * with_wandb  # before TensorBoard, which it follows
+    log.tensorboard.add_scalar("losses/l_pix", 0.5, 6)
+    assert list((tmp_path / "tb_logger/small").glob("events.*"))
 
 
 def test_the_time_left_counts_from_the_resume(monkeypatch):
@@ -147,25 +140,16 @@ def test_the_line_is_basicsr_s_with_the_pace_added():
 
 
 @pytest.mark.parametrize("columns", [0, 100])
-def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, columns):
-    import fcntl
-    import struct
-    import termios
-
+def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, tmp_path, columns):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    with os.fdopen(theirs, "w") as terminal:
+    with os.fdopen(theirs, "w") as terminal, (tmp_path / "out").open("w") as file:
         monkeypatch.setattr(sys, "stderr", terminal)
         with progress_bar("", 10, "iter", done=4, transient=True) as bar:
             bar.update()
             bar.refresh()
-        shown = os.read(ours, 10_000).decode()
-        assert "5/10" in shown
+        assert "5/10" in os.read(ours, 10_000).decode()
         assert progress_bar("", 10, "iter", hidden=True).disable
-    os.close(ours)
-
-
-def test_a_file_gets_no_bar(tmp_path, monkeypatch):
-    with (tmp_path / "out").open("w") as file:
         monkeypatch.setattr(sys, "stderr", file)
         assert progress_bar("", 10, "iter", transient=True).disable
+    os.close(ours)

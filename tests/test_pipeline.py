@@ -122,16 +122,10 @@ def edit(path: str, value):
 
 
 TRAIN_FAULTS = {
-    "network argument": (edit("network_g:window_sise", 7), r"window_sise.*window_size"),
-    "network value": (edit("network_g:window_size", 4), r"window_size.*4"),
     "missing folder": (
         edit("datasets:train:dataroot_gt", "nowhere"),
         r"(?s)dataroot_gt.*training set made.*nowhere",
     ),
-    "empty folder": (edit("datasets:val:dataroot_lq", "empty"), r"validation set made_val.*empty"),
-    "required key": (edit("logger:print_freq", None), r"logger:print_freq"),
-    "model": (edit("model_type", "SRModle"), r"SRModle.*SRModel"),
-    "metric": (edit("val:metrics:psnr:type", "calculate_pnsr"), r"calculate_psnr"),
     "GPUs": (
         edit("num_gpu", 64),
         r"^the options have a problem:\n  num_gpu: is 64.*`num_gpu: auto`",
@@ -144,12 +138,6 @@ TRAIN_FAULTS = {
     "cut weights": (edit("path:pretrain_network_g", "cut.pth"), r"cut\.pth is truncated"),
     "no weights": (edit("path:pretrain_network_g", "text.pth"), r"text\.pth is not a checkpoint"),
     "bare weights": (edit("path:pretrain_network_g", "bare.pth"), r"neither the key params"),
-    "type of amp": (
-        lambda options: options.update(
-            model_type="DLGSANetModel", train={**options["train"], "amp": "fp8"}
-        ),
-        r"train:amp.*fp8.*bf16",
-    ),
     "backend": (
         lambda options: options.update(
             model_type="DLGSANetModel", train={**options["train"], "compile": "fastest"}
@@ -200,34 +188,11 @@ def test_training_refuses_wrong_flags(root, options, tmp_path, monkeypatch, argv
     assert listing(root) == [path for path in listing(root) if path.startswith("data")]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("name: [unclosed", "not YAML"), (None, r"option file .* does not exist")],
-)
-def test_training_refuses_what_is_no_option_file(root, tmp_path, text, message):
-    file = tmp_path / "train.yml"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(UserError, match=message):
-        pipeline.train(root, ["-opt", str(file)])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pretrain_network_g": None}, "path:pretrain_network_g"),
-        ({"param_key_g": "params_emma"}, "has no 'params_emma': it has the keys params$"),
-        ({"pretrain_network_g": "cut.pth"}, "truncated"),
-        ({"param_key_g": "params", "strict_load_g": False}, "none of its .* tensors fits"),
-    ],
-)
-def test_testing_refuses_before_anything_is_created(bad_root, tmp_path, changes, message):
-    torch.save({"params": {"elsewhere": torch.zeros(1)}}, bad_root / "elsewhere.pth")
-    options = helpers.small_test_options(Path("data"), Path("elsewhere.pth"))
-    options["path"] |= changes
+def test_testing_refuses_before_anything_is_created(bad_root, tmp_path):
+    options = helpers.small_test_options(Path("data"), Path("cut.pth"))
     file = helpers.write_options(tmp_path / "test.yml", options)
     before = listing(bad_root)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"cut\.pth is truncated"):
         pipeline.test(bad_root, ["-opt", str(file)])
     assert listing(bad_root) == before
 
@@ -262,16 +227,3 @@ def test_a_refusal_is_a_message_and_an_exit_status(root, options, tmp_path, caps
     monkeypatch.setattr("dlgsanet_arch._basicsr.basicsr_installed", lambda: False)
     assert cmd_train.main(["--root", str(root), "-opt", str(file)]) == 1
     assert "run `dlgsanet doctor --fix`" in capsys.readouterr().err
-
-
-def test_a_fixed_seed_repeats_a_run(root, options, tmp_path):
-    del options["val"]
-    file = helpers.write_options(tmp_path / "train.yml", options)
-    weights = []
-    for _ in range(2):
-        pipeline.train(root, ["-opt", str(file)])
-        weights.append(torch.load(root / "experiments/small/models/net_g_latest.pth")["params"])
-    archived = [path.name for path in (root / "experiments").glob("[!.]*")]
-    assert len(archived) == 2
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert all(tensor.isfinite().all() for tensor in weights[0].values())

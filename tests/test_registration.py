@@ -3,12 +3,15 @@
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from basicsr.archs import build_network
+from basicsr.utils.registry import MODEL_REGISTRY
 from helpers import SMALL_NETWORK, run, small_train_options, write_options, write_pairs
 
 import dlgsanet_arch
@@ -50,72 +53,49 @@ def python(repository):
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    """An empty registry in the place of BasicSR's own."""
+def registries(monkeypatch):
+    """BasicSR's registries of networks and models, empty."""
     module = importlib.import_module("basicsr.utils.registry")
-    monkeypatch.setattr(module, "ARCH_REGISTRY", module.Registry("arch"))
-    return module.ARCH_REGISTRY
-
-
-@pytest.fixture
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+    for kind in ("ARCH", "MODEL"):
+        monkeypatch.setattr(module, f"{kind}_REGISTRY", module.Registry(kind.lower()))
+    return module
 
 
 def test_importing_registers_in_basicsr():
-    from basicsr.archs import build_network
-
     assert type(build_network(SMALL_NETWORK)) is DLGSANet
+    assert MODEL_REGISTRY.get("DLGSANetModel") is _basicsr.DLGSANetModel
 
 
-def test_importing_registers_a_model_whose_module_comes_later():
-    registry = importlib.import_module("basicsr.utils.registry").MODEL_REGISTRY
-    assert registry.get("DLGSANetModel") is _basicsr.DLGSANetModel
-
-
-def test_a_models_name_that_is_taken_stays_with_its_owner(registry, monkeypatch):
-    module = importlib.import_module("basicsr.utils.registry")
-    models = module.Registry("model")
-    monkeypatch.setattr(module, "MODEL_REGISTRY", models)
-    theirs = type("DLGSANetModel", (), {"__module__": "their_plugin.models"})
-    models.register(theirs)
-    message = r"their_plugin\.models\.DLGSANetModel.*dlgsanet_arch\._basicsr\.DLGSANetModel"
-    with pytest.warns(RuntimeWarning, match=message):
-        _basicsr.register()
-    assert models.get("DLGSANetModel") is theirs
-    assert list(registry) == [("DLGSANet", DLGSANet)]
-
-
-def test_a_second_registration_and_a_reload_change_nothing(registry, no_warnings):
-    _basicsr.register()
-    _basicsr.register()
-    importlib.reload(_basicsr)
-    importlib.reload(dlgsanet_arch)
-    assert list(registry) == [("DLGSANet", DLGSANet)]
-
-
-def test_a_class_of_a_reloaded_module_is_still_ours(registry, no_warnings):
-    registry.register(type("DLGSANet", (), {"__module__": DLGSANet.__module__}))
-    _basicsr.register()
-
-
-def test_another_plugin_beside_it_keeps_its_own(registry, no_warnings):
+def test_a_second_registration_a_reload_and_other_plugins_change_nothing(registries):
     other = type("OtherNet", (torch.nn.Module,), {})
-    registry.register(other)
-    _basicsr.register()
-    assert list(registry) == [("OtherNet", other), ("DLGSANet", DLGSANet)]
+    ours = type("DLGSANet", (), {"__module__": DLGSANet.__module__})  # of a reloaded module
+    registries.ARCH_REGISTRY.register(other)
+    registries.ARCH_REGISTRY.register(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _basicsr.register()
+        _basicsr.register()
+        importlib.reload(_basicsr)
+        importlib.reload(dlgsanet_arch)
+    assert list(registries.ARCH_REGISTRY) == [("OtherNet", other), ("DLGSANet", ours)]
 
 
-def test_a_name_that_is_taken_stays_with_its_owner(registry):
-    theirs = type("DLGSANet", (torch.nn.Module,), {"__module__": "their_plugin.archs"})
+@pytest.mark.parametrize(
+    ("kind", "name", "ours"),
+    [
+        ("ARCH", "DLGSANet", "dlgsanet_arch.network.DLGSANet"),
+        ("MODEL", "DLGSANetModel", "dlgsanet_arch._basicsr.DLGSANetModel"),
+    ],
+)
+def test_a_name_that_is_taken_stays_with_its_owner(registries, kind, name, ours):
+    theirs = type(name, (), {"__module__": "their_plugin"})
+    registry = getattr(registries, f"{kind}_REGISTRY")
     registry.register(theirs)
-    message = r"their_plugin\.archs\.DLGSANet.*dlgsanet_arch\.network\.DLGSANet"
+    message = re.escape(f"their_plugin.{name}") + ".*" + re.escape(ours)
     with pytest.warns(RuntimeWarning, match=message) as caught:
         _basicsr.register()
     assert len(caught) == 1
-    assert registry.get("DLGSANet") is theirs
+    assert registry.get(name) is theirs
 
 
 USE_NETWORK = """

@@ -33,24 +33,14 @@ _NUMBERED = re.compile(r"(?:net_.+_)?(\d+)\.(?:pth|state)")
 
 @dataclass
 class Progress:
-    """How far a run has come; what a state says of it beyond networks and optimizers.
+    """How far a run has come; what a state says of it beyond networks and optimizers."""
 
-    Args:
-        iteration: Iterations done.
-        place: How far the run has come in its samples.
-        epoch_length: Positions of an epoch.
-        seed: `manual_seed` of the run.
-        validate: Whether this iteration's validation is still to come.
-        bad_samples: Bad samples that were replaced, of all processes.
-        options: The options of the run.
-    """
-
-    iteration: int
+    iteration: int  # iterations done
     place: Place
-    epoch_length: int
-    seed: int
-    validate: bool = False
-    bad_samples: Sequence[BadSample] = ()
+    epoch_length: int  # positions of an epoch
+    seed: int  # `manual_seed`
+    validate: bool = False  # whether this iteration's validation is still to come
+    bad_samples: Sequence[BadSample] = ()  # that were replaced, of all processes
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def as_state(self) -> dict[str, Any]:
@@ -90,19 +80,12 @@ def numbered(run: Path) -> dict[int, list[Path]]:
 
 
 class Start(NamedTuple):
-    """Where a run starts.
+    """Where a run starts: a state, its networks, and newer pairs that are not complete."""
 
-    Args:
-        path: The state's file, None for a new run.
-        state: What it holds.
-        networks: Path and content of the networks' files, by option key ("network_g").
-        passed_over: Pairs that are newer and not complete, with the reason, one a line.
-    """
-
-    path: Path | None = None
+    path: Path | None = None  # the state's file, None for a new run
     state: Mapping[str, Any] = {}
-    networks: Mapping[str, tuple[Path, Any]] = {}
-    passed_over: tuple[str, ...] = ()
+    networks: Mapping[str, tuple[Path, Any]] = {}  # file and content by option key ("network_g")
+    passed_over: tuple[str, ...] = ()  # one line a pair, with the reason
 
     @property
     def iteration(self) -> int:
@@ -271,8 +254,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Write a pair; a second call for an iteration writes the state alone.
 
-        Raises:
-            CheckpointError: A file cannot be written; what was there before is untouched.
+        A file that cannot be written is a CheckpointError; what was there before is untouched.
         """
         generators = self._processes.gather(randomness.state())
         with self._gathered() as networks:
@@ -325,11 +307,7 @@ class Checkpoints:
         self._remove_old(iteration)
 
     def _remove_old(self, iteration: int) -> None:
-        """Remove what is older than the pairs to keep, of which the one of `iteration` is the last.
-
-        What a kill or a fault left of later iterations is not a pair to resume from, and does not
-        count; the run writes it again when it comes there.
-        """
+        """Remove what is older than the pairs to keep; later files, which a kill left, stay."""
         if self._keep_last is None:
             return
         files = numbered(self._run)

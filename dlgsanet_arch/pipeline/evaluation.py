@@ -94,11 +94,7 @@ class Images:
         return (batch for _, batch in self._read(range(len(self))))
 
     def share(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield number and content of each image of this process: every world-th from its rank.
-
-        Raises:
-            EvaluationError: An image cannot be read.
-        """
+        """Yield number and content of each image of this process: every world-th from its rank."""
         return self._read(self.shared)
 
     def _read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -181,11 +177,7 @@ def needs_target(metric: Mapping[str, Any]) -> bool:
 def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -> Figures:
     """Return the figures of one image, PSNR and SSIM as tensors where the output is.
 
-    Args:
-        output: (1, C, H, W), RGB in [0, 1].
-        target: The ground truth, of the same shape, if there is one.
-        wanted: `val:metrics`.
-        image: What is measured, for the message.
+    Output and ground truth are (1, C, H, W), RGB in [0, 1]; `image` names them in messages.
 
     Raises:
         EvaluationError: A metric cannot be computed.

@@ -46,12 +46,12 @@ class _File(logging.FileHandler):
         tqdm.write(f"the log {self.baseFilename} cannot be written: {error}", file=sys.stderr)
 
 
-def _readable(value: Any) -> Any:
+def readable(value: Any) -> Any:
     """Return what JSON can hold: it knows neither infinity nor NaN."""
     if isinstance(value, Mapping):
-        return {str(key): _readable(entry) for key, entry in value.items()}
+        return {str(key): readable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_readable(entry) for entry in value]
+        return [readable(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
@@ -104,7 +104,7 @@ class RunLog:
         if not self._is_main:
             return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"time": now, "event": event, **_readable(values)}
+        content = {"time": now, "event": event, **readable(values)}
         self._waiting.append(json.dumps(content, ensure_ascii=False))
         self._write()
 

@@ -67,12 +67,7 @@ class Training:
         log: Its logs.
         start: What it resumes from.
         build: Builds the model, its networks with their weights.
-        apply_edits: Whether optimizer, schedule and seed are those of the options, where the run
-            so far had others.
-
-    Attributes:
-        model: The model.
-        validations: The validation sets.
+        apply_edits: Whether optimizer, schedule and seed are the options', if the run had others.
     """
 
     def __init__(
@@ -175,11 +170,7 @@ class Training:
                 )
 
     def try_step(self) -> None:
-        """Take one step on the first samples to come, and put everything back.
-
-        Raises:
-            TrialError: It cannot be taken.
-        """
+        """Try a step on the first samples to come; see `trial.step`."""
         draws = next(self._sampling.batches(self._progress.place, 1))
         trial.step(self.model, self._samples, draws, self._opt["as_given"])
 
@@ -188,9 +179,8 @@ class Training:
     def run(self, begin: Callable[[], None]) -> None:
         """Train.
 
-        Args:
-            begin: Makes the run's folders and opens its logs; in a new run it is called when the
-                first iteration has worked, so that a run that fails there replaces nothing.
+        `begin` makes the run's folders and opens its logs. A new run calls it when the first
+        iteration has worked, so that a run that fails there replaces nothing.
 
         Raises:
             Interrupted: A signal asked for the end; everything is saved.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.pipeline.logs import readable
 from dlgsanet_arch.pipeline.processes import Processes
 
 _KEPT = 1000  # iterations after which losses on a device are fetched at the latest
@@ -95,10 +96,7 @@ class FiniteLosses:
 
     def _report(self, batches: Sequence[_Batch]) -> NonFiniteError:
         iteration = batches[0].iteration
-        losses = {  # JSON knows no NaN
-            name: value if math.isfinite(value) else str(value)
-            for name, value in batches[0].losses.items()
-        }
+        losses = batches[0].losses
         samples = [name for batch in batches for name in batch.samples]
         where = f"the batch's samples: {', '.join(samples)}"
         if self.folder is not None:
@@ -106,7 +104,7 @@ class FiniteLosses:
             report = {"iteration": iteration, "losses": losses, "samples": samples}
             try:
                 if self._processes.is_main:
-                    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                    path.write_text(json.dumps(readable(report), indent=2) + "\n", encoding="utf-8")
                 where = f"the batch's samples are named in {path}"
             except OSError as error:
                 where = f"{path} cannot be written ({error}); {where}"

@@ -51,23 +51,14 @@ def registered() -> dict[str, dict[str, Any]]:
 
 
 class Prepared(NamedTuple):
-    """A run whose options, data and files are right.
+    """A run whose options, data and files are right."""
 
-    Args:
-        opt: Its options as BasicSR's parts take them, with `root_path`, `as_given` and paths.
-        arguments: The command line's; `opt` is the option file.
-        start: What a training resumes from.
-        weights: What the networks start from, by option key.
-        smallest: Height and width of the smallest HR image of each data set, by its name.
-        notes: What the log should say, as (is a warning, line).
-    """
-
-    opt: dict[str, Any]
-    arguments: argparse.Namespace
+    opt: dict[str, Any]  # as BasicSR's parts take them, with `root_path`, `as_given` and paths
+    arguments: argparse.Namespace  # of the command line; `opt` is the option file
     start: Start
-    weights: dict[str, weights.Source]
-    smallest: dict[str, tuple[int, int]]
-    notes: list[tuple[bool, str]]
+    weights: dict[str, weights.Source]  # by option key
+    smallest: dict[str, tuple[int, int]]  # height and width of each data set's smallest HR image
+    notes: list[tuple[bool, str]]  # for the log: whether it is a warning, and the line
 
 
 def _gpus(options: Mapping[str, Any]) -> int:

@@ -34,17 +34,11 @@ class LostProcessError(UserError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
-
-    Args:
-        rank: Number of this process, from 0.
-        world: Number of processes.
-        control: CPU group for `gather`; None for a single process.
-    """
+    """This process, the one of number `rank`, among the `world` processes of the run."""
 
     rank: int = 0
     world: int = 1
-    control: Any = None
+    control: Any = None  # CPU group for `gather`; None for a single process
 
     @property
     def distributed(self) -> bool:
@@ -58,11 +52,7 @@ class Processes:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """Turn the failure of a collective in the block into a message.
-
-        Raises:
-            LostProcessError: Another process has ended, or waits for something else.
-        """
+        """Turn the failure of a collective in the block into a LostProcessError."""
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's have no class of their own everywhere
@@ -90,11 +80,9 @@ class Processes:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Let an exception in the block on one process end it on all; each must enter.
+        """Let an exception in the block on one process be a RemoteRankError on the others.
 
-        Raises:
-            Exception: The block's own, on the process that has it.
-            RemoteRankError: On the others.
+        Each must enter.
         """
         error: Exception | None = None
         try:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from basicsr.utils import get_root_logger
 
 from dlgsanet_arch.files import disk_faults_named, write_atomically, write_json
+from dlgsanet_arch.pipeline.logs import readable
 
-REPORT = "evaluation.json"
 _SETTLED = 0.01  # part of the first weights in their average that no longer shows
 
 
@@ -28,24 +28,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a validation or a test found.
+    """What a validation or a test found."""
 
-    Args:
-        dataset: Name of the data set.
-        iteration: The iteration validated, or in a test the name of the run.
-        rows: All images in the order of their paths; none where a model has a validation of
-            its own.
-        means: Of each metric, over all images but the identical ones; inf where all are.
-        identical: Number of images that equal the ground truth, so that their PSNR is inf.
-        bicubic: Means of bicubic enlargement, of a run's first validation.
-    """
-
-    dataset: str
-    iteration: int | str
-    rows: tuple[Row, ...]
-    means: dict[str, float]
-    identical: int = 0
-    bicubic: dict[str, float] = field(default_factory=dict)
+    dataset: str  # its name
+    iteration: int | str  # in a test the name of the run
+    rows: tuple[Row, ...]  # in the order of paths; none of a model with its own validation
+    means: dict[str, float]  # of each metric, without identical images; inf where all are
+    identical: int = 0  # images that equal the ground truth, so that their PSNR is inf
+    bicubic: dict[str, float] = field(default_factory=dict)  # means, of a first validation
 
 
 def _mean(values: Sequence[float], *, rises: bool = True) -> float:
@@ -135,11 +125,6 @@ def _averages_note(model: Any, found: Evaluation) -> str:
     )
 
 
-def _for_json(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Return figures for JSON, which has no inf and nan, as numbers or words."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
 def write(evaluations: Sequence[Evaluation], folder: Path) -> None:
     """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
 
@@ -160,8 +145,8 @@ def write(evaluations: Sequence[Evaluation], folder: Path) -> None:
             write_atomically(folder / f"{each.dataset}.csv", text.getvalue().encode())
             content[each.dataset] = {
                 "iteration": each.iteration,
-                "means": _for_json(each.means),
+                "means": each.means,
                 "identical": each.identical,
-                "images": [{"image": row.name, **_for_json(row.values)} for row in each.rows],
+                "images": [{"image": row.name, **row.values} for row in each.rows],
             }
-        write_json(folder / REPORT, content)
+        write_json(folder / "evaluation.json", readable(content))

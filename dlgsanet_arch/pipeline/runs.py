@@ -128,13 +128,7 @@ def _current_folder(root: Path) -> Iterator[None]:
 
 
 class _Run:
-    """A run that was prepared: what it does is set up, tried, and then begun.
-
-    Args:
-        prepared: Its options and files.
-        processes: The processes of the run.
-        log: Its logs, not open yet.
-    """
+    """A run that was prepared: what it does is set up, tried, locked and then begun."""
 
     def __init__(self, prepared: Prepared, processes: Processes, log: RunLog) -> None:
         self.prepared, self.processes, self.log = prepared, processes, log

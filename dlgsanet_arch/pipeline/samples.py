@@ -35,16 +35,10 @@ class ReadingError(UserError):
 
 
 class BadSample(NamedTuple):
-    """A sample that cannot be used.
+    """A sample that cannot be used."""
 
-    Args:
-        dataset: Name of the data set in the option file.
-        sample: Its file, or its LMDB and key; "" where a limit of the system is at fault.
-        reason: What is wrong with it.
-    """
-
-    dataset: str
-    sample: str
+    dataset: str  # its name in the option file
+    sample: str  # file, or LMDB and key; "" where a limit of the system is at fault
     reason: str
 
     def __str__(self) -> str:
@@ -254,14 +248,9 @@ def load(
     pin_memory: bool,
     **more: Any,
 ) -> Iterator[Batch]:
-    """Read batches of samples, by worker processes unless `workers` is 0.
+    """Read batches, given as draws or indices, by `workers` processes, or by this one if 0.
 
-    Args:
-        samples: What is read from.
-        batches: Draws or indices of each batch.
-        workers: Number of processes that read.
-        pin_memory: As for a DataLoader.
-        more: A DataLoader's arguments that concern workers.
+    What concerns workers in `more` is a DataLoader's.
 
     Raises:
         ReadingError: A worker died, or a limit of the system is reached.

@@ -31,23 +31,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a training set is drawn.
+    """How a training set is drawn."""
 
-    Args:
-        samples: Number of samples of the data set.
-        ratio: Its `dataset_enlarge_ratio`: how often an epoch has each of them.
-        batch: Samples that one process takes an iteration.
-        world: Number of processes.
-        rank: Number of this process.
-        seed: Shuffles the epochs.
-    """
-
-    samples: int
-    ratio: float
-    batch: int
+    samples: int  # of the data set
+    ratio: float  # `dataset_enlarge_ratio`: how often an epoch has each of them
+    batch: int  # samples that one process takes an iteration
     world: int = 1
     rank: int = 0
-    seed: int = 0
+    seed: int = 0  # shuffles the epochs
 
     @property
     def epoch_length(self) -> int:

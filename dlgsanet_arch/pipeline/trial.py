@@ -123,13 +123,7 @@ def _iteration(train: Mapping[str, Any]) -> int:
 
 
 def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[str, Any]) -> None:
-    """Take one step of a copy of the model on a real sample, at the true patch size.
-
-    Args:
-        model: As built.
-        samples: The training set.
-        draws: The first samples that the run will draw.
-        options: As given.
+    """Take one step of a copy of the model on the first samples that the run will draw.
 
     Raises:
         TrialError: A sample cannot be read, or the step cannot be taken.

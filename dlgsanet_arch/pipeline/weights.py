@@ -25,23 +25,14 @@ _KEYS_TO_TEST = ("params_ema", "params", "state_dict")
 
 
 class Source(NamedTuple):
-    """Weights of one network.
+    """Weights of one network."""
 
-    Args:
-        option: The option that they come from.
-        file: Where they are.
-        key: The file's key that holds them, None for the file itself.
-        weights: A state dict.
-        averaged: The averaged weights beside them, or the same.
-        strict: Whether all tensors must fit.
-    """
-
-    option: str
+    option: str  # that they come from
     file: Path
-    key: str | None
+    key: str | None  # of the file, None for the file itself
     weights: Mapping[str, Tensor]
-    averaged: Mapping[str, Tensor]
-    strict: bool = True
+    averaged: Mapping[str, Tensor]  # beside them, or the same
+    strict: bool = True  # whether all tensors must fit
 
 
 def _keys_of(file: Path) -> list[str]:
@@ -135,11 +126,7 @@ def sources(context: Context, start: Start) -> tuple[dict[str, Source], list[str
 def _fitting(
     network: nn.Module, weights: Mapping[str, Tensor], source: Source, section: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Return the weights that a network takes.
-
-    Raises:
-        CheckpointError: They are of another network, or none fits.
-    """
+    """Return the weights that a network takes, or raise a CheckpointError."""
     there = bare(network).state_dict()
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     both = [name for name in there if name in weights]
@@ -171,13 +158,7 @@ def _fitting(
 def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) -> list[str]:
     """Load weights that `sources` returned into a model's networks, and the average of the first.
 
-    Args:
-        model: As built; what its class loads by itself stays.
-        options: The run's, as given: the networks' sections.
-        found: The weights by option key.
-
-    Returns:
-        Notes for the log.
+    What the model's class loads by itself stays. Returns notes for the log.
 
     Raises:
         CheckpointError: They are of other networks.
