@@ -106,10 +106,10 @@ def missing(name):
 )
 def test_a_missing_or_broken_basicsr(monkeypatch, python, version, error, fix):
     monkeypatch.setattr(sys, "version_info", (*python, 0))
-    problem = doctor.basicsr_problem(Package("basicsr", version, error))
+    problem = doctor.package_problem(Package("basicsr", version, error))
     assert fix in problem.fix
     if error is None:
-        assert problem.commands == installing.INSTALL_BASICSR
+        assert problem.commands == [*installing.INSTALL_BASICSR]
     else:
         assert type(error).__name__ in problem.cause
     assert [path.name for path in installing.build_paths()] == ["build_repair"] * (python[1] > 12)
@@ -118,11 +118,11 @@ def test_a_missing_or_broken_basicsr(monkeypatch, python, version, error, fix):
 @pytest.mark.filterwarnings("ignore:BasicSR's name")
 def test_a_taken_name_is_a_problem(monkeypatch):
     module = importlib.import_module("basicsr.utils.registry")
-    installed = Package("basicsr", "1.4.2")
-    assert doctor.basicsr_problem(installed) is None
+    assert doctor.package_problem(Package("basicsr", "1.4.2")) is None
+    assert doctor.name_problem() is None
     monkeypatch.setattr(module, "ARCH_REGISTRY", module.Registry("arch"))
     module.ARCH_REGISTRY.register(type("DLGSANet", (), {"__module__": "their_plugin"}))
-    assert "their_plugin.DLGSANet" in doctor.basicsr_problem(installed).cause
+    assert "their_plugin.DLGSANet" in doctor.name_problem().cause
 
 
 # Says yes to every command, and notes it with what Python would import first.

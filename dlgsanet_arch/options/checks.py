@@ -11,7 +11,7 @@ from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options.context import Context, optimizers
 from dlgsanet_arch.options.readers import matches, parameters_of
-from dlgsanet_arch.options.schema import GAN, OURS, REAL, SCHEDULERS, known_model
+from dlgsanet_arch.options.schema import OURS, REAL, SCHEDULERS, known_model
 
 _REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
 
@@ -78,17 +78,6 @@ def _schedule(context: Context) -> Iterator[str]:
         yield (
             f"{path}:restart_weights: there are {len(weights)} for {len(starts)} {name}; "
             "write one for each"
-        )
-
-
-def _losses(context: Context) -> Iterator[str]:
-    """BasicSR's models refuse to train without a loss after they built everything else."""
-    train, model = context.section("train"), known_model(context)
-    losses = train.get("pixel_opt") or train.get("perceptual_opt")
-    if context.train and train and model and model not in GAN and not losses:
-        yield (
-            "train:pixel_opt: missing; write "
-            "`pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}`"
         )
 
 
@@ -210,6 +199,6 @@ def _loggers(context: Context) -> Iterator[str]:
 
 
 CHECKS = (
-    *(_sizes, _optimizers, _schedule, _losses, _numbers),
+    *(_sizes, _optimizers, _schedule, _numbers),
     *(_window, _phases, _best, _loaders, _loggers),
 )

@@ -34,7 +34,8 @@ from dlgsanet_arch.options.values import (
 OURS = ("DLGSANetModel",)  # the one that takes every optimizer of PyTorch
 GAN = ("SRGANModel", "ESRGANModel", "RealESRGANModel")  # train a discriminator
 REAL = ("RealESRNetModel", "RealESRGANModel")  # make LR images from HR ones while they train
-MODELS = ("SRModel", "SwinIRModel", *OURS, *GAN, "RealESRNetModel")
+_PIXEL_MODELS = ("SRModel", "SwinIRModel", *OURS, "RealESRNetModel")
+MODELS = (*_PIXEL_MODELS, *GAN)
 _PAIRED = ("PairedImageDataset", "RealESRGANPairedDataset")
 _SINGLE, _REAL_SET, _FFHQ = ("SingleImageDataset",), ("RealESRGANDataset",), ("FFHQDataset",)
 DATASETS = (*_PAIRED, *_SINGLE, *_REAL_SET, *_FFHQ)
@@ -62,6 +63,11 @@ WHEN: dict[str, Callable[[Context, str], bool]] = {
     ),
     "known set": lambda c, at: _type(c, at.removesuffix(":io_backend")) in DATASETS,
     "listed": lambda c, at: _type(c, at) in _REAL_SET and _type(c, f"{at}:io_backend") != "lmdb",
+    "no other loss": lambda c, at: (
+        c.train
+        and c.options.get("model_type") in _PIXEL_MODELS
+        and not c.value("train:perceptual_opt")
+    ),
     "images saved": lambda c, at: not c.train and bool(c.section("val").get("save_img")),
     "border": lambda c, at: str(_type(c, at)).startswith(_WITH_BORDER),
 }
@@ -120,6 +126,7 @@ _shape = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso
 _shapes = listed(_shape, "[iso, aniso]")
 _range = listed(number("(0, 1e3]"), "[0.15, 1.5]", 2)
 _percents = listed(number("[0, 100]"), "[30, 95]", 2)
+_LOSS = "{type: L1Loss, loss_weight: 1.0, reduction: mean}"
 _FOLDER = "datasets/benchmark/Set5/X4/"
 _WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
 _numbers = listed(number(), "[0.5, 0.5, 0.5]")
@@ -246,7 +253,8 @@ _ROWS = (
     Key("train:scheduler:restart_weights", listed(number("[0, 1e6]"), "[1]"), by=SCHEDULERS),
     Key("train:scheduler:eta_min", number("[0, 1e6]"), by=SCHEDULERS[2:]),
     Key("train:scheduler:last_epoch", whole("[-1, 1e9]"), by=SCHEDULERS),
-    Key("train:pixel_opt|perceptual_opt", section, empty=True),
+    Key("train:pixel_opt", section, _LOSS, "no other loss", empty=True),
+    Key("train:perceptual_opt", section, empty=True),
     Key("train:gan_opt", section, needed="gan", by=GAN),
     Key("train:ldl_opt", section, by=GAN, empty=True),
     Key("train:*_opt:type", Named("loss"), "L1Loss", "train"),

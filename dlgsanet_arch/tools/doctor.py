@@ -105,52 +105,48 @@ def _missing_package(package: Package) -> str | None:
     return PIP_NAMES.get(needed, needed) if importlib.util.find_spec(needed) is None else None
 
 
-def requirement_problem(package: Package) -> Problem | None:
-    """Return a problem where a package that training imports is absent or broken."""
-    name, missing = package.name, _missing_package(package)
+def package_problem(package: Package) -> Problem | None:
+    """Return a problem where BasicSR, or what training imports, is absent or broken."""
+    name = {"basicsr": "BasicSR"}.get(package.name, package.name)
+    missing, again = _missing_package(package), (FORCE,) if package.error else ()
     if package.version is None:
-        again, cause = (), f"{name} is not installed; training needs it"
+        cause = f"{name} is not installed; training needs it"
     elif package.error is not None:
-        again = (FORCE,)
         cause = f"{name} is installed, but its import fails: {_describe(package.error)}"
     else:
         return None
     if missing is not None:
-        commands = [("install", missing)]
-    elif name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
+        return Problem(cause, [("install", missing)])
+    if name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
         # Its windows need a desktop's libraries; the headless build has no windows.
-        commands = [("uninstall", "-y", "opencv-python"), ("install", "opencv-python-headless")]
-    elif name == "torchvision":
-        commands = [("install", *again, "--no-deps", _matching_torchvision())]
-    else:
-        commands = [("install", *again, PIP_NAMES[name])]
-    return Problem(cause, commands)
+        headless = ("install", "opencv-python-headless")
+        return Problem(cause, [("uninstall", "-y", "opencv-python"), headless])
+    if name == "torchvision":
+        return Problem(cause, [("install", *again, "--no-deps", _matching_torchvision())])
+    if name != "BasicSR":
+        return Problem(cause, [("install", *again, PIP_NAMES[name])])
+    if getattr(package.error, "name", None) == "basicsr.version":
+        # A checkout has no version.py until its setup.py ran.
+        checkout = shlex.join(["pip", "install", *installing.BUILD_OPTIONS, "-e", "."])
+        return Problem(cause, advice=f"in the BasicSR checkout: {checkout}")
+    python = f"on Python {platform.python_version()} BasicSR builds only with a repair"
+    advice = f"dlgsanet doctor --fix  ({python})" if installing.build_paths() else ""
+    return Problem(cause, _basicsr_commands(*again), advice)
 
 
-def basicsr_problem(basicsr: Package) -> Problem | None:
-    """Return a problem of BasicSR itself, or of the name DLGSANet in its registry; else None."""
-    *first, install = installing.INSTALL_BASICSR
-    reinstall = (*first, ("install", FORCE, *install[1:]))
-    if basicsr.version is None:
-        python = f"on Python {platform.python_version()} BasicSR builds only with a repair"
-        advice = f"dlgsanet doctor --fix  ({python})" if installing.build_paths() else ""
-        return Problem("BasicSR is not installed", installing.INSTALL_BASICSR, advice)
-    if basicsr.error is not None:
-        cause = f"BasicSR is installed, but its import fails: {_describe(basicsr.error)}"
-        missing = _missing_package(basicsr)
-        if missing is not None:
-            return Problem(cause, [("install", missing)])
-        if getattr(basicsr.error, "name", None) == "basicsr.version":
-            # A checkout has no version.py until its setup.py ran.
-            checkout = shlex.join(["pip", "install", *installing.BUILD_OPTIONS, "-e", "."])
-            return Problem(cause, advice=f"in the BasicSR checkout: {checkout}")
-        return Problem(cause, reinstall)
+def _basicsr_commands(*options: str) -> list[Command]:
+    *first, (verb, *rest) = installing.INSTALL_BASICSR
+    return [*first, (verb, *options, *rest)]
+
+
+def name_problem() -> Problem | None:
+    """Return a problem where the name DLGSANet in BasicSR's registry is not this package's."""
     try:
         _basicsr.register()
         found = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY.get("DLGSANet")
     except Exception as failure:
         cause = f"DLGSANet cannot be registered in BasicSR: {_describe(failure)}"
-        return Problem(cause, reinstall)
+        return Problem(cause, _basicsr_commands(FORCE))
     if (found.__module__, found.__qualname__) == (DLGSANet.__module__, DLGSANet.__qualname__):
         return None
     place = getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
@@ -230,10 +226,10 @@ def report() -> list[Problem]:
     """Print versions, repairs, devices, warnings and problems; return the problems."""
     packages = {name: look_for(name) for name in REQUIREMENTS}
     basicsr, tensorboard = look_for("basicsr"), look_for("tensorboard")
-    problems = list(filter(None, map(requirement_problem, packages.values())))
+    problems = list(filter(None, map(package_problem, packages.values())))
     # Where a requirement fails, BasicSR fails for the same cause, which is listed already.
     if not problems or basicsr.version is None:
-        problems += filter(None, [basicsr_problem(basicsr)])
+        problems += filter(None, [package_problem(basicsr) or name_problem()])
     fault = library.why_not()
     hint = " (needed where use_tb_logger is true: pip install tensorboard)"
     rows = {
