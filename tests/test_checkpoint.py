@@ -28,34 +28,20 @@ from dlgsanet_arch.checkpoint import (
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
 
-# Every argument that the weights tell, with values that are not the defaults.
+# Every argument that the weights show, with values that are not the defaults.
 SMALL = {
-    "in_chans": 3,
-    "dim": 24,
-    "groups": 2,
-    "blocks": 3,
-    "buildblock_type": "sparseedge",
-    "window_size": 5,
-    "idynamic_num_heads": 4,
-    "idynamic_ffn_type": "GDFN",
-    "idynamic_ffn_expansion_factor": 3.0,
-    "idynamic": True,
-    "restormer_num_heads": 3,
-    "restormer_ffn_type": "GDFN",
-    "restormer_ffn_expansion_factor": 1.5,
-    "upscale": 2,
-    "upsampler": "pixelshuffledirect",
-    "body_norm": False,
+    **{"in_chans": 3, "dim": 24, "groups": 2, "blocks": 3, "buildblock_type": "sparseedge"},
+    **{"window_size": 5, "idynamic": True, "idynamic_num_heads": 4},
+    **{"idynamic_ffn_type": "GDFN", "idynamic_ffn_expansion_factor": 3.0},
+    **{"restormer_num_heads": 3, "restormer_ffn_type": "GDFN"},
+    **{"restormer_ffn_expansion_factor": 1.5, "body_norm": False},
+    **{"upscale": 2, "upsampler": "pixelshuffledirect"},
 }
 LOCAL = [name for name in SMALL if name.startswith("idynamic")] + ["window_size"]
 GLOBAL = [name for name in SMALL if name.startswith("restormer")]
 TINY_X4 = {
-    "dim": 48,
-    "groups": 3,
-    "blocks": 3,
-    "buildblock_type": "sparseedge",
-    "upscale": 4,
-    "upsampler": "pixelshuffledirect",
+    **{"dim": 48, "groups": 3, "blocks": 3, "buildblock_type": "sparseedge"},
+    **{"upscale": 4, "upsampler": "pixelshuffledirect"},
 }
 
 
@@ -87,7 +73,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize(
-    ("changes", "not_told"),
+    ("changes", "not_shown"),
     [
         ({}, []),
         ({"in_chans": 1, "groups": 1, "blocks": 1}, []),
@@ -105,12 +91,12 @@ def equal(one, other):
     ],
     ids=str,
 )
-def test_the_configuration_is_detected_from_the_weights(changes, not_told):
+def test_the_configuration_is_detected_from_the_weights(changes, not_shown):
     config = {**SMALL, **changes}
     weights = weights_of(**config)
     inferred = infer_config(weights)
-    told = [name for name in config if name not in not_told]
-    assert {name: inferred[name] for name in told} == {name: config[name] for name in told}
+    shown = {name: value for name, value in config.items() if name not in not_shown}
+    assert inferred.items() >= shown.items()
     assert infer_config(weights_of(**inferred)) == inferred
     check_compatible(weights, inferred)
     check_compatible(weights, {"type": "DLGSANet", **config})
@@ -175,11 +161,13 @@ def test_weights_are_found_under_every_key_and_prefix(tmp_path, weights):
 
 
 def test_a_key_that_is_absent_is_an_error(tmp_path, weights):
-    torch.save({"params": weights, "params_ema": weights}, tmp_path / "both.pth")
-    message = refusal(read_weights, tmp_path / "both.pth", "params_emma")
-    assert "no 'params_emma': it has the keys params, params_ema" in message
-    torch.save(weights, tmp_path / "bare.pth")
-    assert "bare state dict" in refusal(read_weights, tmp_path / "bare.pth", "params")
+    for content, said in (
+        ({"params": weights, "params_ema": weights}, "it has the keys params, params_ema"),
+        (weights, "it is a bare state dict"),
+    ):
+        torch.save(content, tmp_path / "weights.pth")
+        message = refusal(read_weights, tmp_path / "weights.pth", "params_emma")
+        assert f"no 'params_emma': {said}" in message
 
 
 def _cut(path, content, part, **how):
@@ -265,7 +253,7 @@ def test_only_arguments_that_make_a_difference_are_named(weights, asked, said):
     assert message.endswith(said)
 
 
-def test_arguments_that_the_weights_do_not_tell_do_not_matter():
+def test_arguments_that_the_weights_do_not_show_do_not_matter():
     other = {"buildblock_type": "edge", "tlc_flag": False, "img_range": 255.0}
     check_compatible(weights_of(**TINY_X4), {**TINY_X4, **other})
     message = refusal(check_compatible, weights_of(**TINY_X4), {**TINY_X4, **other, "dim": 60})
@@ -273,14 +261,12 @@ def test_arguments_that_the_weights_do_not_tell_do_not_matter():
     assert "img_range" not in message
 
 
-def test_what_is_no_dlgsanet_is_refused():
+def test_what_is_not_a_dlgsanet_is_refused():
     message = refusal(check_compatible, {"conv_first.weight": torch.ones(8, 3, 3, 3)}, TINY_X4)
     assert "not weights of a DLGSANet: overlap_embed.0.proj.weight is absent" in message
-    damaged = weights_of(**TINY_X4)
-    del damaged["deep_feature_extraction.1.body.3.norm3.body.weight"]
-    assert "deep_feature_extraction.1.body.3.norm3.body.weight" in refusal(
-        check_compatible, damaged, TINY_X4
-    )
+    damaged, name = weights_of(**TINY_X4), "deep_feature_extraction.1.body.3.norm3.body.weight"
+    del damaged[name]
+    assert name in refusal(check_compatible, damaged, TINY_X4)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -322,21 +308,16 @@ def test_files_of_other_programs_are_read_by_their_weights(tmp_path, weights):
         assert equal(read.weights, weights)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("net_g_5000.pth", 5000), ("net_g_latest.pth", None), ("tiny_x4.pth", None)],
-)
-def test_the_iteration_is_stated_by_basicsrs_names(tmp_path, name, expected, weights):
-    torch.save({"params": weights}, tmp_path / name)
-    assert read_checkpoint(tmp_path / name).iteration == expected
+def test_the_iteration_is_stated_by_basicsrs_names(tmp_path, weights):
+    for name, expected in (("net_g_5000", 5000), ("net_g_latest", None), ("tiny_x4", None)):
+        torch.save({"params": weights}, tmp_path / f"{name}.pth")
+        assert read_checkpoint(tmp_path / f"{name}.pth").iteration == expected
 
 
 def test_what_is_known_better_is_taken(tmp_path, weights):
     torch.save(weights, tmp_path / "net.pth")
     read = read_checkpoint(tmp_path / "net.pth", config={"tlc_flag": False})
     assert read.config["tlc_flag"] is False
-    message = refusal(read_checkpoint, tmp_path / "net.pth", None, {"tlcflag": False})
-    assert "no argument 'tlcflag'" in message
     message = refusal(read_checkpoint, tmp_path / "net.pth", None, {"activation": "tanh"})
     assert "net.pth" in message
     assert "tanh" in message

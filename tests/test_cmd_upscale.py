@@ -2,11 +2,9 @@
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 
 import cv2
 import numpy as np
@@ -98,28 +96,6 @@ def test_16_bit_gray_with_alpha(call, expected, tmp_path):
     ):
         call(tmp_path / "a.png", tmp_path / "out", "--format", format)
         assert np.array_equal(read(tmp_path / "out" / f"a.{suffix}"), expected(array))
-
-
-def test_palettes_and_their_transparency(call, tmp_path):
-    indexed = Image.fromarray(image(20, 30)).quantize(16)
-    indexed.save(tmp_path / "opaque.png")
-    indexed.save(tmp_path / "clear.png", transparency=3)
-    call(tmp_path)
-    assert opened(tmp_path / "out" / "opaque.png").shape == (40, 60, 3)
-    alpha = opened(tmp_path / "out" / "clear.png")[::2, ::2, 3]
-    assert alpha.min() < 50
-    assert alpha.max() > 200
-
-
-def test_cmyk_is_converted_and_said(call, tmp_path):
-    rgb = image(30, 40)
-    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "a.jpg", quality=98)
-    said = call(tmp_path / "a.jpg").err
-    assert "holds CMYK colours; they were converted to sRGB" in said
-    with Image.open(tmp_path / "out" / "a.jpg") as made:
-        small = np.asarray(made.resize((40, 30), Image.Resampling.BOX)).astype(int)
-    assert small.shape == rgb.shape
-    assert np.abs(small - rgb).mean() < 15
 
 
 @pytest.mark.parametrize(
@@ -309,29 +285,20 @@ def test_terminals_see_no_escapes(call, tmp_path):
 
 def test_bad_files_are_named_and_the_rest_is_done(call, tmp_path):
     folder = tmp_path / "in"
-    save(folder / "a.png", image(8, 10))
-    save(folder / "z.jpg", image(8, 10))
-    whole = (folder / "a.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "cut.jpg").write_bytes((folder / "z.jpg").read_bytes()[:300])
+    for name in ("a.png", "z.jpg", "cut.jpg"):
+        save(folder / name, image(8, 10))
+    os.truncate(folder / "cut.jpg", 300)
     (folder / "text.png").write_text("This is not an image.")
     (folder / "empty.png").touch()
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
-    for chunk in (header, b"\0\0\0\0IDAT", b"\0\0\0\0IEND"):
-        bomb += chunk + struct.pack(">I", zlib.crc32(chunk.removeprefix(b"\0\0\0\0")))
-    (folder / "bomb.png").write_bytes(bomb)
     said = call(folder, status=1)
     assert said.out.startswith("2 images upscaled x2 into ")
-    assert said.out.endswith(", 6 FAILED\n")
+    assert said.out.endswith(", 4 FAILED\n")
     for name, reason in {
-        "cut.png": "cut short",
         "cut.jpg": "cut short",
         "text.png": "is not an image",
         "empty.png": "is empty",
         "gone.png": "cannot be opened",
-        "bomb.png": "claims 100000 x 100000 pixels",
     }.items():
         start = f"FAILED {folder}/{name}"
         (line,) = [each for each in said.err.splitlines() if each.startswith(start)]
@@ -379,21 +346,20 @@ def test_two_processes_may_write_one_file(tmp_path):
 def test_existing_results_are_skipped(call, tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / "in" / name, image(5, 6))
-    save(tmp_path / "out" / "a.png", image(1, 1))
+    kept, made = (tmp_path / "out" / name for name in ("a.png", "b.png"))
+    save(kept, image(1, 1))
     said = call(tmp_path / "in", tmp_path / "out", "--skip-existing").out
-    result = tmp_path / "out" / "b.png"
-    assert said.startswith(f"1 image upscaled x2 into {result} (6x5 to 12x10) by ")
+    assert said.startswith(f"1 image upscaled x2 into {made} (6x5 to 12x10) by ")
     assert said.endswith(", 1 skipped, as their results are there\n")
-    assert opened(tmp_path / "out" / "a.png").shape == (1, 1, 3)
+    assert opened(kept).shape == (1, 1, 3)
 
 
 def test_parts_make_the_whole(call, tmp_path):
     for index in range(7):
         save(tmp_path / "in" / f"{index}.png", image(5, 6))
-    seen = []
     for part in ("1/3", "2/3", "3/3"):
         call(tmp_path / "in", tmp_path / part[0], "--shard", part)
-        seen.append(made_in(tmp_path / part[0]))
+    seen = [made_in(tmp_path / part) for part in "123"]
     assert [len(each) for each in seen] == [3, 2, 2]
     assert len(set.union(*seen)) == 7
 
@@ -461,12 +427,7 @@ def test_an_interrupted_run_leaves_complete_images(weights, tmp_path, number, st
     assert all(opened(path).shape == (300, 300, 3) for path in made)
 
 
-# The reader and the writer
-
-
-def test_opaque_alpha_is_left_out_and_colours_stay_bit_for_bit(tmp_path):
-    array = np.dstack([image(6, 7), np.full((6, 7), 255, np.uint8)])
-    assert np.array_equal(read_stored(save(tmp_path / "a.png", array)).pixels, array[..., :3])
+# The writer of 16-bit PNG files
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -481,9 +442,6 @@ def test_16_bit_png_files_hold_what_they_were_given(tmp_path, channels, size):
         found.load()
         assert found.info["icc_profile"] == SRGB
         assert found.info["exif"] == b"Exif\0\0MM\0*"
-
-
-def test_smooth_16_bit_png_files_are_small(tmp_path):
     slope = np.add.outer(np.arange(200) * 90, np.arange(300) * 70).astype(np.uint16)
     writing.write_image(tmp_path / "a.png", slope[..., None])
     assert (tmp_path / "a.png").stat().st_size < slope.nbytes / 20

@@ -16,7 +16,7 @@ import dlgsanet_arch
 from dlgsanet_arch import memory
 from dlgsanet_arch.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.inference import Upscaler, arrays, upscale
+from dlgsanet_arch.inference import Upscaler, upscale
 from dlgsanet_arch.memory import UpscaleError
 from dlgsanet_arch.network import DLGSANet
 
@@ -220,19 +220,6 @@ def test_opaque_stays_opaque_and_clear_stays_clear(scale):
     assert (upscaler(array)[..., 3] == 77).all()
 
 
-def test_only_what_nobody_sees_is_filled():
-    rng = np.random.default_rng(0)
-    colour, alpha = rng.integers(0, 256, (21, 30, 3), np.uint8), np.zeros((21, 30, 1), np.uint8)
-    alpha[5:9, 7:12] = rng.integers(1, 256, (4, 5, 1))
-    filled = arrays.fill_transparent(colour, alpha)
-    seen = alpha[..., 0] > 0
-    assert np.array_equal(filled[seen], colour[seen])
-    assert filled.min() >= colour[seen].min()
-    assert filled.max() <= colour[seen].max()
-    for other in (np.zeros_like(alpha), np.full_like(alpha, 3)):
-        assert np.array_equal(arrays.fill_transparent(colour, other), colour)
-
-
 # Tiles
 
 
@@ -266,12 +253,15 @@ def test_how_far_tiles_are_off_is_measured(small, local):
         assert mean < 1
 
 
-def test_tiles_are_counted(small):
+def test_tiles_are_counted_and_nothing_is_printed(small, capfd):
     counted = []
     tiled = Upscaler(small, device="cpu", tile=32, overlap=8)
-    tiled(image(40, 60, 4), lambda *done: counted.append(done))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiled(image(40, 60, 4), lambda *done: counted.append(done))
     total = counted[0][1]
     assert counted == [(done, total) for done in range(1, total + 1)]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_ensemble_turns_with_the_image(ours, small):
@@ -501,10 +491,3 @@ def test_large_images_take_little_more_than_their_result(tmp_path, small, size):
     bound = 3 * pixels + 3 * height * width + 3 * 4 * 3 * (2 * 256 * 2 * width)
     assert int(done.stdout) < bound + (32 << 20)
     assert int(done.stdout) < 12 * pixels  # the whole result in float32
-
-
-def test_nothing_is_printed(small, capfd):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Upscaler(small, device="cpu", tile=32)(image(40, 40))
-    assert capfd.readouterr() == ("", "")

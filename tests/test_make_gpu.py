@@ -82,18 +82,14 @@ def test_gpu_tests_and_benchmarks_import_neither_basicsr_nor_lmdb(tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_the_order_of_pieces(monkeypatch):
+def test_the_order_of_pieces_and_their_time(monkeypatch):
     pieces = gpu_script.pieces()
     assert pieces[:4] == ["tests", "network", "training_step", "training_loop"]
     assert pieces[-1] == "dynamic_dwconv"
+    assert gpu_script.SECONDS["tests"][1] <= 140
+    assert sum(gpu_script.SECONDS[name][0] for name in pieces[:3]) <= 330
     monkeypatch.setattr(gpu_script, "find_spec", lambda name: None)
     assert gpu_script.pieces() == [p for p in pieces if p not in reporting.BESIDE_BASICSR]
-
-
-def test_the_first_pieces_fit_their_time():
-    first = ("tests", "network", "training_step")
-    assert gpu_script.SECONDS["tests"][1] <= 140
-    assert sum(gpu_script.SECONDS[name][0] for name in first) <= 330
 
 
 def test_outcomes_of_tests_are_read(tmp_path):
@@ -198,19 +194,21 @@ def test_pieces_by_name(executed, results, capsys):
     assert "no piece formula" in capsys.readouterr().err
 
 
-def test_nothing_is_measured_after_tests_that_could_not_be_collected(executed, results, capsys):
-    for _ in range(2):  # and the next call tries again
-        assert gpu_script.main(["--results", str(results)]) == 1
+def test_nothing_is_measured_without_tests_that_passed(executed, results, capsys, monkeypatch):
+    call = ["--results", str(results)]
+    for _ in range(2):  # they could not be collected, and the next call tries again
+        assert gpu_script.main(call) == 1
         assert "nothing else is started" in capsys.readouterr().out
     assert len(executed) == 2
-
-
-def test_nothing_is_measured_while_the_gate_is_red(executed, results, capsys):
+    executed.clear()
     store_tests(results, failed=[OPERATORS])
-    assert gpu_script.main(["--results", str(results)]) == 1
+    assert gpu_script.main(call) == 1
     out = capsys.readouterr().out
     assert f"failed: {OPERATORS}" in out
     assert "network is not measured" in out
+    monkeypatch.setenv("DLGSANET_SHARED", str(results / "elsewhere"))
+    assert gpu_script.main(call) == 1
+    assert "no golden files in" in capsys.readouterr().err
     assert executed == []
 
 
@@ -224,13 +222,6 @@ def test_the_plan_runs_nothing(executed, results, capsys, monkeypatch):
     assert lines[0] == "network                    expected   75 s, at most  120 s"
     assert lines[1] == "training_step              expected   75 s, at most  105 s"
     assert lines[3].endswith("left to the next call")
-    assert executed == []
-
-
-def test_without_golden_files_nothing_starts(executed, results, capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("DLGSANET_SHARED", str(tmp_path / "elsewhere"))
-    assert gpu_script.main(["--results", str(results)]) == 1
-    assert "no golden files in" in capsys.readouterr().err
     assert executed == []
 
 
