@@ -285,12 +285,9 @@ def test_a_verb_that_is_not_there(arguments, message, capsys):
     assert not captured.out
 
 
-def test_version_and_help_need_neither_basicsr_nor_what_it_needs(dlgsanet):
-    absent = ("basicsr", "torchvision", "cv2", "lmdb", "scipy")
-    result = dlgsanet("--help", absent=absent)
-    assert result.returncode == 0, result.stderr
-    assert all(f"\n  {verb} " in result.stdout for verb in cli.VERBS)
-    assert dlgsanet("--version", absent=absent).stdout == f"dlgsanet {__version__}\n"
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dlgsanet {__version__}\n"
 
 
 # One thing has one spelling in all verbs.

@@ -143,6 +143,8 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel, repository):
     sources = {path.relative_to(repository) for path in repository.glob("dlgsanet_arch/**/*.py")}
     assert sources <= names
     assert Path("dlgsanet_arch/py.typed") in names
+    templates = {name.name for name in names if name.parent.name == "templates"}
+    assert templates == {"train.yml", "test.yml"}
     # Of the kernels what was compiled, if anything could be: tests/test_build.py.
     kernels = {name.name.partition(".")[0] for name in names if name.suffix in (".so", ".c")}
     assert kernels in ({"_avx2", "_avx512"}, {"_neon"}, set())
@@ -153,18 +155,16 @@ def test_metadata_gives_version_python_and_no_basicsr(metadata):
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"
     needed = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    assert "2.4.0" in next(need.specifier for need in needed if need.name == "torch")
-    names = {need.name for need in needed}
-    assert next(need.marker for need in needed if need.name == "safetensors") is None
+    hard = {need.name: str(need.specifier) for need in needed if need.marker is None}
+    assert {*hard} == {"torch", "numpy", "pyyaml", "safetensors"}
+    assert hard["torch"] == ">=2.4"
     extras = {
-        extra: {
-            need.name for need in needed if need.marker and need.marker.evaluate({"extra": extra})
-        }
+        extra: {n.name for n in needed if n.marker and n.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
     }
     everything = extras.pop("all")
     assert everything == set().union(*extras.values()) > {"matplotlib", "torchvision"}
-    assert not [name for name in names if name == "basicsr" or name.startswith("opencv")]
+    assert not [n.name for n in needed if n.name == "basicsr" or n.name.startswith("opencv")]
 
 
 def test_requirements_pin_what_was_tested_and_cover_setup(repository, metadata):
@@ -296,7 +296,7 @@ def test_make_finds_a_python_that_runs(repository, tmp_path, there, chosen):
         assert result.stdout[:-1].endswith(chosen)
 
 
-def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
+def test_a_failed_install_does_not_count_and_starts_over(repository, tmp_path):
     checkout = tmp_path / "checkout"
     for name in ("scripts", "dlgsanet_arch"):
         shutil.copytree(repository / name, checkout / name)
@@ -307,27 +307,27 @@ def test_a_failed_install_does_not_count_and_is_made_anew(repository, tmp_path):
     stamp, left = checkout / ".venv" / ".dlgsanet-install", checkout / ".venv" / "left"
     stamp.touch()
     left.touch()
-    make = ["sh", "scripts/environment.sh", ".venv"]
-    failed = call(*make, cwd=checkout, PYTHON=sys.executable, PIP_NO_INDEX="1")
+
+    def make():
+        command = ["sh", "scripts/environment.sh", ".venv"]
+        return call(*command, cwd=checkout, PYTHON=sys.executable, PIP_NO_INDEX="1")
+
+    failed = make()
     assert failed.returncode == 1, failed.stdout + failed.stderr
     assert "Making .venv" in failed.stdout
     assert "could not install requirements.txt" in failed.stderr
     assert stamp.read_text() == ""
     assert not left.exists()
     # Finished, it is used as it is, until a requirement or the kernels' source changes.
-    (checkout / "finish.py").write_text(
-        "import sys; sys.path.insert(0, 'scripts'); import install\n"
-        "install.STAMP.write_text(install.fingerprint())"
-    )
-    for name, change in (
-        ("dlgsanet_arch/cpu/dynamic.c", "/* changed */"),
-        ("requirements.txt", "hypothetical>=1\n"),
-    ):
-        succeed(sys.executable, "finish.py", cwd=checkout)
-        assert succeed(*make, cwd=checkout, PIP_NO_INDEX="1") == ""
+    finish = "import sys; sys.path.insert(0, 'scripts'); import install\n"
+    finish += "install.STAMP.write_text(install.fingerprint())"
+    changes = {"dlgsanet_arch/cpu/dynamic.c": "/* changed */", "requirements.txt": "new>=1\n"}
+    for name, change in changes.items():
+        succeed(sys.executable, "-c", finish, cwd=checkout)
+        assert make().stdout == ""
         with open(checkout / name, "a") as file:
             file.write(change)
-        result = call(*make, cwd=checkout, PIP_NO_INDEX="1")
+        result = make()
         assert result.returncode == 1
         assert "Installing torch" in result.stdout
         assert "Making .venv" not in result.stdout
@@ -360,14 +360,15 @@ def test_make_fetches_a_compiler_for_the_build_alone(
     asked = []
     monkeypatch.setattr(install, "run_pip", lambda *words: asked.append(words) or fetched)
     monkeypatch.setattr(install, "ROOT", tmp_path)
-    (tmp_path / "setup.py").write_text("ZIG = 'ziglang>=9'\ndef needs_zig(): return True")
+    setup = "ZIG = 'ziglang>=9'\ndef needs_zig(): return {}"
+    (tmp_path / "setup.py").write_text(setup.format(True))
     with install.compiler(Path(sys.executable)) as (folder,):
         command = ("install", "--no-deps", "--target", str(folder), "ziglang>=9")
         assert asked == [(Path(sys.executable), *command)]
         assert folder.is_dir()
     assert not folder.exists()
     assert ("could not fetch it" in capsys.readouterr().out) is not fetched
-    (tmp_path / "setup.py").write_text("ZIG = 'ziglang>=9'\ndef needs_zig(): return  False")
+    (tmp_path / "setup.py").write_text(setup.format("  False"))  # of another length: not cached
     with install.compiler(Path(sys.executable)) as folders:
         assert folders == []
     assert len(asked) == 1

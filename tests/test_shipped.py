@@ -1,7 +1,5 @@
 """Shipped option files, found by name."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,18 +53,3 @@ def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeyp
     assert shipped.names(train=True) == ["right"]
     with pytest.raises(OptionsError, match="the installation is not complete"):
         shipped.path_of("tiny_x4", train=False)
-
-
-def test_the_package_is_built_with_them(repository, tmp_path):
-    names = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dlgsanet_arch", "options")
-    for name in names:
-        (tmp_path / name).symlink_to(repository / name)
-    built = tmp_path / "built"
-    command = [sys.executable, "setup.py", "build_py", "--build-lib", str(built)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    files = {
-        path.relative_to(repository / "options") for path in repository.glob("options/*/*.yml")
-    }
-    inside = built / "dlgsanet_arch" / "option_files"
-    assert {path.relative_to(inside) for path in inside.rglob("*.yml")} == files
-    assert len(list((built / "dlgsanet_arch/tools/templates").glob("*.yml"))) == 2
