@@ -90,8 +90,8 @@ def test_good_databases_pass(root, options):
 def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
     from basicsr.utils import FileClient
 
-    write_database(root / "hr.lmdb", {"a": image()})
-    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
+    for name, scale in (("hr.lmdb", 1), ("lr.lmdb", 2)):
+        write_database(root / name, {"a": image()}, scale=scale)
     use_databases(options, "val")
     held = FileClient("lmdb", db_paths=[str(root / "hr.lmdb")], client_keys=["gt"])
     assert scan(options, root, train=True).problems == []

@@ -132,7 +132,8 @@ def _open_database(checked: Checked, part: str, path: Path, isolated: bool) -> S
 
 def _open_folder(checked: Checked, part: str, path: Path) -> Side:
     """Take a folder's files, as BasicSR does."""
-    entries = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+    with os.scandir(path) as found:
+        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     inner = [each.name for each in entries if each.is_dir()]
     files = [each.name for each in entries if each.is_file()]
     images = [name for name in files if Path(name).suffix.lower() in READ_BY_OPENCV]
