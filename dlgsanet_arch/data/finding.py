@@ -35,11 +35,6 @@ class ImageEntry(NamedTuple):
     key: str
 
 
-def _normal(name: str) -> str:
-    """Write a name the one way: é may be one character or two, by the system that wrote it."""
-    return unicodedata.normalize("NFC", name)
-
-
 def image_key(relative: PurePath) -> str:
     """The key of an image, given by its path from the data set's folder, in LMDBs and test sets.
 
@@ -48,7 +43,8 @@ def image_key(relative: PurePath) -> str:
     stands for the slash, and every other character's UTF-8 bytes are written as `%` and two hex
     digits: ``city/night 1.png`` has the key ``city+night%201``. A long key ends in `~` and a hash.
     """
-    name = _normal(relative.with_suffix("").as_posix())
+    # é may be one character or two, by the system that wrote it
+    name = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())
     # surrogateescape: names that are not UTF-8 come from the file system with surrogates
     parts = (quote(part, safe="", errors="surrogateescape") for part in name.split("/"))
     key = "+".join(parts).replace(".", "%2E").replace("~", "%7E")
@@ -58,17 +54,10 @@ def image_key(relative: PurePath) -> str:
     return f"{key[: KEY_LENGTH - len(digest) - 1]}~{digest}"
 
 
-def _natural_order(relative: PurePath) -> tuple[list[list[str | int]], str]:
-    """Sort numbers by value, upper and lower case together, folder by folder."""
-    # the split alternates: text at even places, digits at odd ones, so like meets like
-    parts: list[list[str | int]] = [
-        [
-            int(piece) if place % 2 else piece
-            for place, piece in enumerate(re.split("([0-9]+)", _normal(part).casefold()))
-        ]
-        for part in relative.with_suffix("").parts
-    ]
-    return parts, str(relative)
+def _natural_order(relative: PurePath) -> tuple[list[str | int], str]:
+    """Sort numbers by value, and upper and lower case together."""
+    pieces = re.split("([0-9]+)", relative.as_posix().casefold())
+    return [int(each) if n % 2 else each for n, each in enumerate(pieces)], str(relative)
 
 
 def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
