@@ -82,11 +82,7 @@ def _check_compiler(backend: str, device: torch.device) -> None:
 def problems(options: Mapping[str, Any]) -> list[str]:
     """Say what keeps a DLGSANetModel from being trained with these options, before it is built.
 
-    Args:
-        options: The complete option file's, `num_gpu` a number and `dist` as BasicSR sets it.
-
-    Returns:
-        One line a problem; nothing for another model, and for a test.
+    They are the complete option file's, `num_gpu` a number and `dist` as BasicSR sets it.
     """
     if options.get("model_type") != "DLGSANetModel" or "train" not in options:
         return []
@@ -180,8 +176,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     ) -> torch.optim.Optimizer:
         """Build the optimizer of torch.optim that has this name, with the option file's arguments.
 
-        Raises:
-            TrainingError: There is none, or it does not take the arguments.
+        A name that torch.optim lacks, or arguments it does not take, are a TrainingError.
         """
         optimizer = _optimizer_class(optim_type)
         try:
@@ -190,11 +185,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             raise TrainingError(f"{optim_type} does not take these arguments: {error}") from error
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
-        """Move a batch to the device; from pinned memory nothing waits for it.
-
-        Args:
-            data: `lq` (B, C, H, W) and, except where there is none, `gt`.
-        """
+        """Move `lq` (B, C, H, W) and any `gt` to the device; with pinned memory nothing waits."""
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         moved = {
             key: data[key].to(self.device, non_blocking=True, memory_format=layout)

@@ -245,22 +245,6 @@ def test_a_run_killed_in_its_very_first_save_can_be_started_the_same_way(root, u
     assert_equal(weights(root, "first"), undisturbed[0])
 
 
-def test_what_a_kill_left_does_not_push_out_what_is_saved_after(root, undisturbed):
-    options = options_of("orphan")
-    options["logger"] |= {"keep_last": 1, "save_checkpoint_freq": 5}
-    run = Forked(root, options, before=dying_in("replace", 4))  # weights of 10, and no state
-    assert wait(run) == -signal.SIGKILL
-    run = Forked(root, options, "--auto_resume")
-    run.reaches(2)
-    run.signal(signal.SIGTERM)
-    assert wait(run) == 143
-    stopped_at = events(root, "orphan", "stop")[-1]["iter"]
-    if stopped_at < 10:
-        assert newest_pair(folder_of(root, "orphan")) == stopped_at
-    completes(root, options)
-    assert_equal(weights(root, "orphan"), undisturbed[0])
-
-
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
     """A disk with room for `size` bytes, mounted at `folder`; yields what gives it another size."""

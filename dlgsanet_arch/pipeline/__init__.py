@@ -23,49 +23,24 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         epilog="Relative paths in the option file, experiments/ and results/ are below --root.",
     )
     add = parser.add_argument
-    add(
-        "-opt",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the option file, a YAML file, or the name of a shipped one, such as tiny_x4",
-    )
-    add(
-        "--root",
-        type=Path,
-        metavar="FOLDER",
-        help="default: the folder of train.py and test.py, or the current folder",
-    )
-    add(
-        "--launcher",
-        choices=("none", "pytorch", "slurm"),
-        default="none",
-        help="what started the processes of a distributed run (default: none)",
-    )
-    add(
-        "--import",
-        dest="packages",
-        nargs="+",
-        metavar="PACKAGE",
-        default=[],
-        help="import packages that register networks, models, data sets, losses or metrics",
-    )
-    add(
-        "--force_yml",
-        nargs="+",
-        metavar="KEY=VALUE",
-        default=[],
-        help="set values of the option file, such as train:total_iter=1000",
-    )
+    file = "the option file (YAML), or the name of a shipped one, such as tiny_x4"
+    add("-opt", type=Path, required=True, metavar="FILE", help=file)
+    root = "default: the folder of train.py and test.py, or the current folder"
+    add("--root", type=Path, metavar="FOLDER", help=root)
+    launchers = ("none", "pytorch", "slurm")
+    started = "what started the processes of a distributed run (default: none)"
+    add("--launcher", choices=launchers, default="none", help=started)
+    packages = "import packages that register networks, models, data sets, losses or metrics"
+    add("--import", dest="packages", nargs="+", metavar="PACKAGE", default=[], help=packages)
+    values = "set values of the option file, such as train:total_iter=1000"
+    add("--force_yml", nargs="+", metavar="KEY=VALUE", default=[], help=values)
     add("--local_rank", "--local-rank", type=int, default=0, help="given by some launchers")
     for flag, text in (
-        ("auto_resume", "resume from the run's newest complete checkpoint; without it an old run "
-         "is renamed"),
-        ("apply_edits", "when resuming, take optimizer, schedule and seed from the option file as "
-         "it is now"),
+        ("auto_resume", "resume from the run's newest complete checkpoint, else it is renamed"),
+        ("apply_edits", "when resuming, take optimizer, schedule and seed from the option file"),
         ("no_trial", "do not try a sample, a step and the metrics before the run is created"),
         ("debug", "name the run debug_…, and print and save often"),
-    ):  # fmt: skip
+    ):
         add(f"--{flag}", action="store_true", help=text)
     return parser
 

@@ -325,13 +325,8 @@ class Checkpoints:
     def restore(self, start: Start, *, apply_edits: bool) -> str:
         """Give the model, and this process's generators, what a state holds beside networks.
 
-        Args:
-            start: Of which the state may be BasicSR's own; the model has its networks.
-            apply_edits: Whether optimizer settings and schedule are those that the model was built
-                with, as if they had been so from the start; what the optimizers have learned stays.
-
-        Returns:
-            A warning, or "".
+        The state may be BasicSR's own. With `apply_edits`, settings of optimizers and schedules
+        stay as the model was built with them. Returns a warning, or "".
 
         Raises:
             ResumeError: The state is of another kind of model.
@@ -345,10 +340,9 @@ class Checkpoints:
                     "model_type of that run, or start a new run from its weights by "
                     "path:pretrain_network_g"
                 )
-        built = _settings(model)
         generators = state.get("randomness", ())
         try:
-            model.resume_training(state)
+            model.resume_training(_with_edits(model, state) if apply_edits else state)
             for name, content in state.get("scalers", {}).items():
                 if isinstance(getattr(model, name, None), torch.amp.GradScaler):
                     getattr(model, name).load_state_dict(content)
@@ -361,8 +355,6 @@ class Checkpoints:
                 f"{start.path} does not fit this {kind} ({type(error).__name__}: {error}); resume "
                 "with the options of that run"
             ) from error
-        if apply_edits:
-            _apply(model, *built, start.iteration)
         if state.get("best_metric_results"):
             model.best_metric_results = state["best_metric_results"]
         self.best = dict(state.get("best", {}))
@@ -374,23 +366,19 @@ class Checkpoints:
         return ""
 
 
-def _settings(model: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return settings of all optimizers' groups, and states of all schedulers."""
-    groups = [
-        [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        for groups in (optimizer.param_groups for optimizer in model.optimizers)
-    ]
-    return groups, [scheduler.state_dict() for scheduler in model.schedulers]
+def _with_edits(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with the settings and schedules of a model that was just built.
 
-
-def _apply(model: Any, groups: Sequence, schedules: Sequence, iteration: int) -> None:
-    """Set a restored model's optimizers and schedules as they were built."""
-    for optimizer, settings in zip(model.optimizers, groups, strict=True):
-        for group, each in zip(optimizer.param_groups, settings, strict=True):
-            group.update(each)
-    for scheduler, built in zip(model.schedulers, schedules, strict=True):
-        scheduler.load_state_dict(built)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the optimizer did not step in between
-            for _ in range(iteration - 1):  # BasicSR steps before every iteration but the first
+    They are as if they had been so from the start; what the optimizers have learned stays.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer did not step in between
+        for scheduler in model.schedulers:
+            for _ in range(state["iter"] - 1):  # BasicSR steps before every iteration but the first
                 scheduler.step()
+    optimizers = [
+        {**saved, "param_groups": optimizer.state_dict()["param_groups"]}
+        for saved, optimizer in zip(state["optimizers"], model.optimizers, strict=True)
+    ]
+    schedulers = [scheduler.state_dict() for scheduler in model.schedulers]
+    return {**state, "optimizers": optimizers, "schedulers": schedulers}

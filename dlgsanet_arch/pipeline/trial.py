@@ -136,7 +136,8 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
             batch, bad = collate([Sample(content) for content in (contents * count)[:count]])
             if batch is None:
                 raise TrialError(f"datasets:train: {bad[-1]}")
-        tried = _copy(model)
+        with explained("a copy of the model (not needed with --no_trial)", options, model):
+            tried = _copy(model)
         with explained("a step on a sample of the training set", options, tried):
             tried.feed_data(batch)
             tried.optimize_parameters(_iteration(options["train"]))
