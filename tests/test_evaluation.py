@@ -4,9 +4,7 @@ import json
 import math
 import random
 import re
-import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.models.swinir_model import SwinIRModel
 from basicsr.utils.registry import METRIC_REGISTRY
 from torch.nn.parallel import DistributedDataParallel
+from training_runs import in_ranks
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation, reports
@@ -229,40 +228,6 @@ def test_tiles_of_a_network_that_sees_little_change_nothing(data, tmp_path):
     opt["val"] |= {"tile": 30, "tile_overlap": 28}  # 7 pixels: 5 layers of 3x3, one of them at x2
     tiled = evaluate(built(SRModel, opt), opt)
     assert tiled.means == pytest.approx(plain.means, abs=1e-4)
-
-
-@dataclass(frozen=True)
-class Thread(Processes):
-    """One of several processes, in threads of this one."""
-
-    board: tuple[threading.Barrier, list] = ()
-
-    def gather(self, value):
-        barrier, values = self.board
-        values[self.rank] = value
-        barrier.wait(timeout=60)
-        gathered = list(values)
-        barrier.wait(timeout=60)
-        return gathered
-
-
-def in_ranks(world: int, run) -> list:
-    """Call run(processes) once for each of several ranks; return results or errors."""
-    board = threading.Barrier(world), [None] * world
-    results = [None] * world
-
-    def call(rank):
-        try:
-            results[rank] = run(Thread(rank, world, board=board))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])

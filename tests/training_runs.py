@@ -5,10 +5,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from dlgsanet_arch import cli, pipeline
+from dlgsanet_arch.pipeline.processes import Processes
 
 SAMPLES = 7  # an odd number, so that an epoch of pairs has an incomplete last batch
 
@@ -171,3 +175,33 @@ class Forked:
     def signal_all(self, number: int) -> None:
         """Send a signal to it and its workers, as a terminal and a scheduler do."""
         os.killpg(self.pid, number)
+
+
+@dataclass(frozen=True)
+class Thread(Processes):
+    """One of several processes, in threads of this one."""
+
+    distributed = True
+    board: tuple[threading.Barrier, list] = ()
+
+    def gather(self, value: Any) -> list:
+        barrier, values = self.board
+        values[self.rank] = value
+        barrier.wait(timeout=60)
+        gathered = list(values)
+        barrier.wait(timeout=60)
+        return gathered
+
+
+def in_ranks(world: int, run: Callable[[Processes], Any]) -> list:
+    """Call run(processes) once for each of several ranks; return results or errors."""
+    board = threading.Barrier(world), [None] * world
+
+    def call(rank: int) -> Any:
+        try:
+            return run(Thread(rank, world, board=board))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world) as ranks:
+        return list(ranks.map(call, range(world)))
