@@ -114,18 +114,9 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 def page(result: Mapping[str, Any]) -> str:
     """Write docs/ablations.md from the stored results."""
     described = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
-    table = [result["columns"], ["---"] * len(result["columns"]), *result["rows"]]
-    return "\n".join(
-        [
-            "# The paper's ablations in small",
-            "",
-            f"`{result['command']}` on {described}.",
-            *result["notes"],
-            "",
-            *(f"| {' | '.join(line)} |" for line in table),
-            "",
-        ]
-    )
+    head = ["# The paper's ablations in small", "", f"`{result['command']}` on {described}."]
+    table = reporting.table(result["columns"], result["rows"])
+    return "\n".join([*head, *result["notes"], "", *table, ""])
 
 
 def save(

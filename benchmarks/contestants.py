@@ -10,7 +10,7 @@ in every attention. Both replace the forwards of a built DLGSANet, so that weigh
 import functools
 import importlib.util
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -99,6 +99,12 @@ def absent(device: str) -> dict[str, str]:
     if importlib.util.find_spec("basicsr") is None:
         reasons |= dict.fromkeys(PEERS, "BasicSR is not installed")
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def taking_part(device: str, forms: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Leave out of forms, which begin with a contestant, those that are absent."""
+    missing = absent(device)
+    return [form for form in forms if form[0] not in missing]
 
 
 def absence_notes(device: str, names: list[str]) -> list[str]:

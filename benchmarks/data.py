@@ -17,7 +17,7 @@ import cv2
 import measuring
 import numpy as np
 import torch
-from measuring import Cell, Record, Run, Section, Setting
+from measuring import Cell, Record, Section, Setting
 from numpy.typing import NDArray
 
 from dlgsanet_arch.data import demo
@@ -182,10 +182,7 @@ def read(cell: Cell, setting: Setting) -> Record:
                 pass
 
         # The warm-up starts the workers, which open the database.
-        def prepare() -> Run:
-            return run
-
-        measured = measuring.measure(prepare, setting)
+        measured = measuring.measure(lambda: run, setting)
     return {**measured, "items": BATCH * cell["batches"]}
 
 

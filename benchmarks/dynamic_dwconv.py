@@ -17,7 +17,7 @@ import published_kernels
 import torch
 import torch.nn.functional as F
 from contestants import DEFINITION, OURS, PUBLISHED, PYTORCH, PYTORCH_MAP
-from measuring import DTYPES, Cell, Record, Run, Section, Setting
+from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,11 +122,8 @@ def convolve(cell: Cell, setting: Setting) -> Record:
         turn = (turn + 1) % len(many)
         return _work(cell, many[turn], grad)
 
-    def prepare() -> Run:
-        return run
-
     with measuring.numerics(cell["dtype"], device), contestants.operators(cell["form"]):
-        measured = measuring.measure(prepare, setting)
+        measured = measuring.measure(lambda: run, setting)
     return {**measured, "operations": operations(cell), "bytes": least_bytes(cell)}
 
 
@@ -178,7 +175,7 @@ def _forms(device: str) -> list[tuple[str, str, str]]:
             *((OURS, dtype, CHANNELS_LAST) for dtype in ("bf16", "tf32", "fp32")),
             (OURS, "bf16", "NCHW"),
         ]
-    return [form for form in forms if form[0] not in contestants.absent(device)]
+    return contestants.taking_part(device, forms)
 
 
 def _works(asked: argparse.Namespace) -> list[tuple[str, tuple[int, int, int]]]:

@@ -185,11 +185,6 @@ def _contestants(device: str, everywhere: bool) -> list[tuple[str, str]]:
     ]
 
 
-def _taking_part(device: str, asked: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    absent = contestants.absent(device)
-    return [(name, dtype) for name, dtype in asked if name not in absent]
-
-
 def _group(cell: Cell) -> object:
     return cell.get("variant"), cell.get("scale"), str(cell.get("size")), cell["measure"]
 
@@ -205,7 +200,7 @@ def network_section(asked: argparse.Namespace) -> Section:
     variant = contestants.QUICK if asked.quick else "tiny"
     cells = [
         _forward_cell(name, variant, 4, dtype, _input(4, asked.quick))
-        for name, dtype in _taking_part(asked.device, _contestants(asked.device, False))
+        for name, dtype in contestants.taking_part(asked.device, _contestants(asked.device, False))
     ]
     return Section(
         name="network",
@@ -221,14 +216,14 @@ def network_section(asked: argparse.Namespace) -> Section:
 def configurations_section(asked: argparse.Namespace) -> Section:
     """All published configurations for a 1280x720 output."""
     variants = [contestants.QUICK] if asked.quick else contestants.VARIANTS
-    every = _taking_part(asked.device, _contestants(asked.device, True))
+    every = contestants.taking_part(asked.device, _contestants(asked.device, True))
     peers = [(peer, dtype) for peer in contestants.PEERS for dtype in ("bf16", "tf32")]
     cells = []
     for variant in variants:
         for scale in reversed(contestants.SCALES):
             names = list(every)
             if asked.device == "cuda" and variant == variants[0]:
-                names += _taking_part(asked.device, peers)
+                names += contestants.taking_part(asked.device, peers)
             for name, dtype in names:
                 cell = _forward_cell(name, variant, scale, dtype, _input(scale, asked.quick))
                 cells.append({**cell, "once": True} if asked.device == "cpu" else cell)
@@ -378,7 +373,7 @@ def curve_section(asked: argparse.Namespace) -> Section:
         title="Tiny x2 against the input's pixels",
         cells=[
             cell
-            for name, dtype in _taking_part(asked.device, names)
+            for name, dtype in contestants.taking_part(asked.device, names)
             for cell in _size_cells(asked.device, name, variant, 2, dtype, sizes)
         ],
         columns=_SIZE_COLUMNS,

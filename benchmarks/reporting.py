@@ -231,7 +231,8 @@ def command(section: str, device: str, options: Iterable[str] = ()) -> str:
     return " ".join(["python", *arguments(section, device), *options])
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
     columns = list(columns)
     return [
         f"| {' | '.join(columns)} |",
@@ -253,7 +254,7 @@ def _shown(result: dict[str, Any]) -> str:
             f"`{result['command']}` on {described}.",
             *notes,
             "",
-            *_table(result["columns"], result["rows"]),
+            *table(result["columns"], result["rows"]),
             *(["", f"![{result['title']}](results/{picture})"] if picture else []),
             "",
         ]
@@ -276,7 +277,7 @@ def _unmeasured(shown: list[dict[str, Any]]) -> list[str]:
     return [
         "## Not measured yet\n\n"
         "No figure for these is known or estimated. `make gpu` measures all that needs a GPU.\n",
-        *_table(
+        *table(
             ("section", "device", "command"),
             (
                 (section, "GPU" if kind == "cuda" else "CPU", f"`{command(section, kind)}`")

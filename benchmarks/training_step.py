@@ -141,7 +141,7 @@ def _contestants(device: str) -> list[tuple[str, str]]:
             (PUBLISHED, "fp32"),
             (DEFINITION, "fp32"),
         ]
-    return [(name, dtype) for name, dtype in names if name not in contestants.absent(device)]
+    return contestants.taking_part(device, names)
 
 
 def step_section(asked: argparse.Namespace) -> Section:
