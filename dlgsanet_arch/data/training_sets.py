@@ -74,37 +74,32 @@ def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
     return folder
 
 
-def _partners(hr: Path, lr: Path, scale: int) -> dict[str, Path]:
-    """LR images by HR's keys; a and a.png or ax4.png are one."""
-    by_key = {file.key: file.path for file in find_images(lr)}
-    partners, lonely = {}, []
-    for file in find_images(hr):
-        names = (file.key, f"{file.key}x{scale}", f"{file.key}X{scale}")
-        match = next((name for name in names if name in by_key), None)
-        if match is None:
-            lonely.append(str(file.path.relative_to(hr)))
-        else:
-            partners[file.key] = by_key.pop(match)
-    without = [str(path.relative_to(lr)) for path in by_key.values()]
-    said = [
-        f"{len(names)} in {where} have none: {named(names)}"
-        for names, where in ((lonely, hr), (without, lr))
-        if names
-    ]
-    if said:
+def _partners(hr: Mapping[str, Path], folder: Path, scale: int) -> dict[str, Path]:
+    """LR images in a folder by HR's keys; a and a.png or ax4.png are one."""
+    lr = {file.key: file.path for file in find_images(folder)}
+    partners = {}
+    for key in hr:
+        names = (key, f"{key}x{scale}", f"{key}X{scale}")
+        match = next((name for name in names if name in lr), None)
+        if match is not None:
+            partners[key] = lr.pop(match)
+    lonely = [str(path) for key, path in hr.items() if key not in partners]
+    lonely += map(str, lr.values())
+    if lonely:
         raise UserError(
-            f"HR and LR images of scale {scale} do not pair by name (a and a or ax{scale}): "
-            f"{'; '.join(said)}"
+            f"HR and LR images of scale {scale} do not pair by name (a and a or ax{scale}); "
+            f"{len(lonely)} have no partner: {named(lonely)}"
         )
     return partners
 
 
 def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
     """Find HR images and the LR images of the same names, in a folder for each scale."""
-    partners = {scale: _partners(hr, folder, scale) for scale, folder in lr.items()}
+    found = {file.key: file.path for file in find_images(hr)}
+    partners = {scale: _partners(found, folder, scale) for scale, folder in lr.items()}
     return [
-        Source(file.key, file.path, {scale: each[file.key] for scale, each in partners.items()})
-        for file in find_images(hr)
+        Source(key, path, {scale: each[key] for scale, each in partners.items()})
+        for key, path in found.items()
     ]
 
 
