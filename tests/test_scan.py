@@ -37,8 +37,7 @@ def write_database(path, images, lines=None, scale=1):
     """Write an LMDB of images by key, as BasicSR's tools do, or with other lines."""
     with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as put:
         for key, image in images.items():
-            data = encode_png(image[::scale, ::scale]) if image is not None else b""
-            put.put(key.encode(), data)
+            put.put(key.encode(), encode_png(image[::scale, ::scale]))
     lines = [f"{key}.png (48,64,3) 1" for key in images] if lines is None else lines
     (path / "meta_info.txt").write_text("".join(f"{line}\n" for line in lines))
 
@@ -47,8 +46,12 @@ def image(height=48, width=64):
     return np.full((height, width, 3), 127, np.uint8)
 
 
-def use_databases(options, phase="train", hr="hr.lmdb", lr="lr.lmdb"):
-    options["datasets"][phase] |= {"dataroot_gt": hr, "dataroot_lq": lr, "io_backend": DATABASE}
+def use_databases(options, root, hr, lr, phase="train", lines=None):
+    """Make a set of LMDBs of some keys."""
+    write_database(root / "hr.lmdb", {key: image() for key in hr}, lines)
+    write_database(root / "lr.lmdb", {key: image() for key in lr}, scale=2)
+    roots = {"dataroot_gt": "hr.lmdb", "dataroot_lq": "lr.lmdb"}
+    options["datasets"][phase] |= {**roots, "io_backend": DATABASE}
 
 
 def basicsr_reads(options, phase, root):
@@ -75,11 +78,8 @@ def test_good_folders_pass(root, options):
 
 
 def test_good_databases_pass(root, options):
-    images = {f"a{index}": image() for index in range(4)}
-    write_database(root / "hr.lmdb", images)
-    write_database(root / "lr.lmdb", images, scale=2)
-    use_databases(options, "train")
-    use_databases(options, "val")
+    use_databases(options, root, "abcd", "abcd")
+    options["datasets"]["val"] = options["datasets"]["train"] | {"name": "other"}
     found = scan(options, root, train=True)
     assert (found.problems, found.warnings) == ([], [])
     assert found.samples == {"train": 4, "val": 4}
@@ -90,20 +90,18 @@ def test_good_databases_pass(root, options):
 def test_a_database_that_an_earlier_run_holds_open_is_read(root, options):
     from basicsr.utils import FileClient
 
-    for name, scale in (("hr.lmdb", 1), ("lr.lmdb", 2)):
-        write_database(root / name, {"a": image()}, scale=scale)
-    use_databases(options, "val")
+    use_databases(options, root, "a", "a", "val")
     held = FileClient("lmdb", db_paths=[str(root / "hr.lmdb")], client_keys=["gt"])
     assert scan(options, root, train=True).problems == []
     assert held.get("a", "gt")  # and is not closed
 
 
 DATABASE_FAULTS = [
-    (["a.png (48,64,3) 1"], {"a": 1, "b": 1}, "holds 1 images that meta_info.txt does not list"),
-    (["a.png", "b.png", "c.png"], {"a": 1, "b": 1}, "lists keys that it does not hold: 'c'"),
-    (["a.png", "", "b.png"], {"a": 1, "b": 1}, "has 1 blank lines"),
-    (["a.png", "a.png", "b.png"], {"a": 1, "b": 1}, "lists keys more than once", "'a'"),
-    (["a.x4.png", "b.png"], {"a.x4": 1, "b": 1}, "that it does not hold (keys end at their first "
+    (["a.png (48,64,3) 1"], "ab", "holds 1 images that meta_info.txt does not list"),
+    (["a.png", "b.png", "c.png"], "ab", "lists keys that it does not hold: 'c'"),
+    (["a.png", "", "b.png"], "ab", "has 1 blank lines"),
+    (["a.png", "a.png", "b.png"], "ab", "lists keys more than once", "'a'"),
+    (["a.x4.png", "b.png"], ["a.x4", "b"], "that it does not hold (keys end at their first "
      "dot: name them without): 'a'"),
 ]  # fmt: skip
 
@@ -112,10 +110,7 @@ DATABASE_FAULTS = [
     ("lines", "entries", "expected"), [(a, b, c) for a, b, *c in DATABASE_FAULTS]
 )
 def test_what_is_wrong_with_a_database_is_said(root, options, lines, entries, expected):
-    contents = {key: image() if filled else None for key, filled in entries.items()}
-    write_database(root / "hr.lmdb", contents, lines)
-    write_database(root / "lr.lmdb", {"a": image(), "b": image()}, scale=2)
-    use_databases(options)
+    use_databases(options, root, entries, "ab", lines=lines)
     problem = only(scan(options, root, train=True).problems)
     assert problem.startswith("datasets:train:dataroot_gt: the training set made: ")
     assert all(part in problem for part in expected)
@@ -123,9 +118,7 @@ def test_what_is_wrong_with_a_database_is_said(root, options, lines, entries, ex
 
 
 def test_unequal_keys_are_named(root, options):
-    write_database(root / "hr.lmdb", {"a": image(), "b": image()})
-    write_database(root / "lr.lmdb", {"a": image(), "c": image()}, scale=2)
-    use_databases(options)
+    use_databases(options, root, "ab", "ac")
     without, spare = scan(options, root, train=True).problems
     assert f"1 of 2 images in {root / 'hr.lmdb'} have no partner in" in without
     assert f"in {root / 'lr.lmdb'}: 'b'" in without
@@ -136,23 +129,18 @@ def test_unequal_keys_are_named(root, options):
 
 @pytest.mark.parametrize("length", [10, 5000, -1])
 def test_a_cut_database_is_named(root, options, length):
-    write_database(root / "hr.lmdb", {"a": image()})
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
-    write_database(root / "lr.lmdb", {"a": noise})
+    use_databases(options, root, "a", "abcdefghijklmnopqrstuvwxyz")
     data = root / "lr.lmdb" / "data.mdb"
     data.write_bytes(data.read_bytes()[:length])
-    use_databases(options)
     assert "cut short" in only(scan(options, root, train=True).problems)
 
 
 def test_a_damaged_database_is_named(root, options):
-    write_database(root / "hr.lmdb", {"a": image()})
-    write_database(root / "lr.lmdb", {f"a{index}": image() for index in range(200)})
+    use_databases(options, root, "a", map(str, range(200)))
     data = root / "lr.lmdb" / "data.mdb"
     content = data.read_bytes()
     # Page 0 and 1 describe the database; any other may be its root.
     data.write_bytes(content[:8192] + bytes([255]) * (len(content) - 8192))
-    use_databases(options)
     problem = only(scan(options, root, train=True).problems)
     assert "lr.lmdb cannot be read" in problem
     assert "MDB_CORRUPTED" in problem
@@ -160,12 +148,10 @@ def test_a_damaged_database_is_named(root, options):
 
 @pytest.mark.parametrize("entry", [b"no image", b""])
 def test_an_entry_that_is_no_image_is_named(root, options, entry):
-    write_database(root / "hr.lmdb", {"a": image()})
-    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
+    use_databases(options, root, "a", "a")
     environment = lmdb.open(str(root / "lr.lmdb"))
     with environment, environment.begin(write=True) as put:
         put.put(b"a", entry)
-    use_databases(options)
     problem = only(scan(options, root, train=True).problems)
     assert "1 of 1 files checked" in problem
     assert "are not images that can be read: 'a'" in problem
@@ -363,12 +349,10 @@ def test_of_many_images_headers_of_some_are_read(root, options, monkeypatch):
 def test_a_long_preamble_hides_no_header(root, options):
     profile = np.random.default_rng(0).bytes(100_000)
     Image.new("RGB", (64, 48)).save(root / "a.png", icc_profile=profile, compress_level=0)
-    write_database(root / "hr.lmdb", {"a": image()})
-    write_database(root / "lr.lmdb", {"a": image()}, scale=2)
+    use_databases(options, root, "a", "a")
     environment = lmdb.open(str(root / "hr.lmdb"))
     with environment, environment.begin(write=True) as put:
         put.put(b"a", (root / "a.png").read_bytes())
-    use_databases(options)
     assert scan(options, root, train=True).problems == []
 
 
