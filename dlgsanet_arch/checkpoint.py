@@ -45,9 +45,9 @@ from dlgsanet_arch.storage import (
 WEIGHT_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net_g")
 # What wrappers put before all names: DataParallel and DDP, compilers, modules of trainers.
 _PREFIXES = ("module.", "_orig_mod.", "net_g.", "model.")
-_ARCHITECTURE = "DLGSANet"  # as it stands beside the configuration
-# What stands beside weights and is not a note; "format" is the library's own.
-_BESIDE = ("architecture", "config", "iteration", "checksum", "format")
+_ARCHITECTURE = "DLGSANet"  # as stated with the configuration
+# What is stored with weights and is not a note; "format" is the library's own.
+_NOT_NOTES = ("architecture", "config", "iteration", "checksum", "format")
 
 
 def bundled_weights() -> dict[str, Path]:
@@ -116,7 +116,7 @@ def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wrappers put before the names, and what they keep beside the network."""
+    """Take off what wrappers put before the names, and what they keep with the network."""
     bare = {name.replace("_orig_mod.", ""): each for name, each in weights.items()}
     anchors = [name.removesuffix(ANCHOR) for name in bare if name.endswith(f".{ANCHOR}")]
     if len(anchors) == 1 and ANCHOR not in bare:
@@ -129,14 +129,14 @@ def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping[Any, Any]]:
-    """Read a state dict, and what stands beside it in the file."""
+    """Read a state dict, and what else is in the file."""
     if is_safetensors(path):
-        weights, beside = read_safetensors(path)
+        weights, extra = read_safetensors(path)
     else:
-        beside = read_pth(path)
-        weights = _state_dict_in(beside, path, param_key)
+        extra = read_pth(path)
+        weights = _state_dict_in(extra, path, param_key)
     _check_tensors(weights, path)
-    return _bare(weights), beside
+    return _bare(weights), extra
 
 
 def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Tensor]:
@@ -200,11 +200,11 @@ class Checkpoint:
         return network.eval()
 
 
-def _stated_config(beside: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    """Take the configuration from what stands beside the weights; others' files have none."""
-    if beside.get("architecture") != _ARCHITECTURE:
+def _stated_config(extra: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Take the configuration that the file states; others' files state none."""
+    if extra.get("architecture") != _ARCHITECTURE:
         return {}
-    config = beside.get("config")
+    config = extra.get("config")
     with suppress(ValueError, RecursionError):
         config = json.loads(config) if isinstance(config, str) else config
     if not isinstance(config, dict):
@@ -244,16 +244,16 @@ def read_checkpoint(
             it or in `config` is not that of its weights.
     """
     path = find_weights(path)
-    weights, beside = _read(path, param_key)
-    stated = _stated_config(beside, path)
+    weights, extra = _read(path, param_key)
+    stated = _stated_config(extra, path)
     complete = _complete(weights, {**stated, **(config or {})}, path)
     # Where the file does not state it, it is in BasicSR's names.
-    iteration = re.fullmatch("([0-9]{1,18})", str(beside.get("iteration", "")))
+    iteration = re.fullmatch("([0-9]{1,18})", str(extra.get("iteration", "")))
     iteration = iteration or re.fullmatch(r"net_\w+?_([0-9]{1,18})", path.stem)
     notes = {
         name: text
-        for name, text in beside.items()
-        if isinstance(name, str) and isinstance(text, str) and name not in _BESIDE
+        for name, text in extra.items()
+        if isinstance(name, str) and isinstance(text, str) and name not in _NOT_NOTES
     }
     trained = int(iteration[1]) if iteration else None
     return Checkpoint(weights, complete, bool(stated), trained, notes)
@@ -271,13 +271,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     path = Path(path)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     known = {"architecture": _ARCHITECTURE, "config": json.dumps(dict(checkpoint.config))}
-    beside = {**checkpoint.notes, **known}
+    extra = {**checkpoint.notes, **known}
     if checkpoint.iteration is not None:
-        beside["iteration"] = str(checkpoint.iteration)
+        extra["iteration"] = str(checkpoint.iteration)
     if path.suffix == ".pth":
-        save_whole({"params": weights, "params_ema": weights, **beside}, path)
+        save_whole({"params": weights, "params_ema": weights, **extra}, path)
     elif path.suffix == ".safetensors":
-        write_safetensors(weights, beside, path)
+        write_safetensors(weights, extra, path)
     else:
         raise CheckpointError(f"{path} is to be written: its suffix must be .pth or .safetensors")
 

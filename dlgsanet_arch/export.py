@@ -48,34 +48,20 @@ class ExportError(UserError):
 
 
 class Comparison(NamedTuple):
-    """The exported network beside the network itself, on one image.
+    """The exported network compared with the network itself, on one image."""
 
-    Args:
-        shape: Of the input, (B, C, H, W).
-        difference: The largest, of the output.
-        seconds: The exported network took, the best of some runs.
-        seconds_in_pytorch: The network itself took.
-    """
-
-    shape: tuple[int, ...]
-    difference: float
-    seconds: float
+    shape: tuple[int, ...]  # of the input, (B, C, H, W)
+    difference: float  # the largest, of the output
+    seconds: float  # that the exported network took, the best of some runs
     seconds_in_pytorch: float
 
 
 class Exported(NamedTuple):
-    """A file that was written, and how that went.
-
-    Args:
-        path: The file.
-        seconds: What exporting took.
-        has_windows: Whether the test-time windows (TLC) are in it.
-        comparisons: With the network, in the order that they were made.
-    """
+    """A file that was written, and how that went."""
 
     path: Path
-    seconds: float
-    has_windows: bool
+    seconds: float  # that exporting took
+    has_windows: bool  # whether the test-time windows (TLC) are in it
     comparisons: list[Comparison]
 
 
@@ -308,7 +294,7 @@ def _check_arguments(
     if path.suffix not in FORMATS:
         raise ExportError(f"{path}: the name must end in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}; make it first")
+        raise ExportError(f"{path}: the folder {path.parent} does not exist; make it first")
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be {', '.join(DTYPES)}; got {dtype!r}")
     if size is not None and min(size) < 1:
@@ -376,8 +362,8 @@ def export(
     seconds = time.perf_counter() - start
     network, comparisons = fitting.network(), []
 
-    def check(beside: Path) -> None:
-        run = _onnx_runner(beside) if path.suffix == ".onnx" else _pt2_runner(beside)
+    def check(written: Path) -> None:
+        run = _onnx_runner(written) if path.suffix == ".onnx" else _pt2_runner(written)
         shapes = CHECKED_SIZES if size is None else [(batch, *size) for batch in CHECKED_BATCHES]
         random = torch.Generator().manual_seed(0)
         for batch, *sides in shapes:

@@ -32,22 +32,22 @@ def unfinished(path: Path) -> Path:
 def written_atomically(
     path: Path, check: Callable[[Path], None] | None = None
 ) -> Iterator[IO[bytes]]:
-    """Open a file beside and rename it at the end: after a crash it is the old or the new one.
+    """Open a temporary file, renamed at the end: after a crash `path` is the old or the new file.
 
     `check` is called with the written file before that; what it raises keeps the old one.
     """
     # Of a name of its own: two processes may write one file, and the name may be a long one.
-    beside = path.with_name(f".{os.urandom(8).hex()}{UNFINISHED}")
+    temporary = path.with_name(f".{os.urandom(8).hex()}{UNFINISHED}")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if check is not None:
-            check(beside)
-        os.replace(beside, path)
+            check(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the new name, too, has to reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
@@ -64,7 +64,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -75,8 +75,7 @@ def _check_pickle(path: Path, start: bytes) -> None:
 def save_whole(content: Any, path: Path) -> int:
     """Save as torch.save does, so that after a crash the file is the old one or the new one.
 
-    The file is written beside, flushed to the disk, read again and checked before it takes its
-    name.
+    It is written under a temporary name, flushed to the disk, read again and checked first.
 
     Returns:
         The checksum that `check_complete` returns for it.
@@ -89,7 +88,7 @@ def save_whole(content: Any, path: Path) -> int:
     while True:
         try:
             with written_atomically(
-                path, lambda beside: checksums.append(check_complete(beside))
+                path, lambda written: checksums.append(check_complete(written))
             ) as file:
                 torch.save(content, file)
             return checksums[-1]
@@ -100,7 +99,7 @@ def save_whole(content: Any, path: Path) -> int:
             if is_full or attempts == _ATTEMPTS:
                 reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
                 raise CheckpointError(
-                    f"{path} cannot be written ({reason}); what was there before is untouched; "
+                    f"{path} cannot be written ({reason}); the file from before is untouched; "
                     "free space or fix the cause; a training run then resumes with --auto_resume"
                 ) from error
             time.sleep(_SECONDS_BETWEEN)

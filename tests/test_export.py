@@ -199,7 +199,7 @@ def test_a_network_that_gives_no_numbers_is_refused(folder, checkpoint):
     ("name", "options", "message"),
     [
         ("x.pb", {}, r"must end in \.onnx or \.pt2"),
-        ("none/x.onnx", {}, "there is no folder"),
+        ("none/x.onnx", {}, "none does not exist"),
         ("x.onnx", {"dtype": "bf16"}, r"bf16 in ONNX cannot be checked.*a \.pt2 file"),
         ("x.onnx", {"dtype": "int8"}, "dtype must be fp32, fp16, bf16; got 'int8'"),
         ("x.onnx", {"size": (0, 4)}, "size must be 1x1 or more; got 0x4"),

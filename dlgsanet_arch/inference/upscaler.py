@@ -111,21 +111,14 @@ class Upscaler:
         config: Mapping[str, Any] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        for right, said in (
-            (dtype in _DTYPES, f"dtype must be fp32, bf16 or fp16; got {dtype!r}"),
-            (
-                tile == "auto" or (isinstance(tile, int) and (tile == 0 or tile >= LEAST_TILE)),
-                f"tile must be 'auto', 0 or {LEAST_TILE} or more; got {tile!r}",
-            ),
-            (overlap >= 0, f"overlap must be 0 or more; got {overlap}"),
-            (batch >= 1, f"batch must be 1 or more; got {batch}"),
-            (
-                scale is None or 0 < scale <= 64,
-                f"scale must be more than 0 and at most 64; got {scale}",
-            ),
-        ):
-            if not right:
-                raise UpscaleError(said)
+        if dtype not in _DTYPES:
+            raise UpscaleError(f"dtype must be fp32, bf16 or fp16; got {dtype!r}")
+        if tile not in ("auto", 0) and not (isinstance(tile, int) and tile >= LEAST_TILE):
+            raise UpscaleError(f"tile must be 'auto', 0 or {LEAST_TILE} or more; got {tile!r}")
+        if overlap < 0 or batch < 1:
+            raise UpscaleError(f"overlap must be 0 or more, batch 1 or more; {overlap=}, {batch=}")
+        if scale is not None and not 0 < scale <= 64:
+            raise UpscaleError(f"scale must be more than 0 and at most 64; got {scale}")
         if not isinstance(weights, Checkpoint):
             path = default_weights(scale) if weights is None else weights
             weights = read_checkpoint(path, config=config)
