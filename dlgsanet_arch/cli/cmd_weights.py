@@ -24,7 +24,7 @@ ACTIONS = {
     "average": "Average the weights of several checkpoints of one configuration.",
     "transfer": """Make weights of one scale a start for another, such as x4 out of x2.
 
-    All weights are kept but the upsampler's, which start new. Train with
+    All weights are kept but the upsampler's, which are initialised. Train with
     path: pretrain_network_g: OUTPUT.""",
 }
 
@@ -127,13 +127,13 @@ def _report(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(asked: argparse.Namespace) -> int:
     from dlgsanet_arch.checkpoint import read_checkpoint
 
     damaged = False
-    for path in arguments.weights:
-        facts = _described(path, read_checkpoint(path, arguments.param_key))
-        print(json.dumps(facts) if arguments.json else printable(_report(facts)))
+    for path in asked.weights:
+        facts = _described(path, read_checkpoint(path, asked.param_key))
+        print(json.dumps(facts) if asked.json else printable(_report(facts)))
         damaged |= bool(facts["not_finite"])
     return int(damaged)
 
@@ -159,33 +159,28 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _average(arguments: argparse.Namespace) -> int:
+def _average(asked: argparse.Namespace) -> int:
     from dlgsanet_arch.checkpoint import average, read_checkpoint, save_checkpoint
 
-    mean = average([read_checkpoint(path, arguments.param_key) for path in arguments.weights])
-    save_checkpoint(mean, arguments.output)
-    print(f"{arguments.output}: {mean.name}, the mean of {len(arguments.weights)}")
+    mean = average([read_checkpoint(path, asked.param_key) for path in asked.weights])
+    save_checkpoint(mean, asked.output)
+    print(f"{asked.output}: {mean.name}, the mean of {len(asked.weights)}")
     return 0
 
 
-def _transfer(arguments: argparse.Namespace) -> int:
+def _transfer(asked: argparse.Namespace) -> int:
     from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint, transfer
 
-    checkpoint = read_checkpoint(arguments.weights, arguments.param_key)
-    start = transfer(checkpoint, arguments.scale, arguments.seed)
-    save_checkpoint(start, arguments.output)
-    out = arguments.output
-    print(f"{out}: {start.name}, a start from {checkpoint.name}; the upsampler is new")
+    checkpoint = read_checkpoint(asked.weights, asked.param_key)
+    start = transfer(checkpoint, asked.scale, asked.seed)
+    save_checkpoint(start, asked.output)
+    print(f"{asked.output}: {start.name}, a start from {checkpoint.name}; the upsampler is new")
     return 0
 
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the action that `argv` names.
-
-    Returns:
-        0, or 1 where an inspected file has weights that are not finite.
-    """
-    arguments = build_parser().parse_args(argv)
+    """Run the action; 1 where an inspected file has weights that are not finite."""
+    asked = build_parser().parse_args(argv)
     clean_up_on_sigterm()
-    return arguments.run(arguments)
+    return asked.run(asked)

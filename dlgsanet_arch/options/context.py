@@ -36,19 +36,12 @@ def is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Context:
-    """Options with what is needed to judge them, and ways through them.
+    """Options with what is needed to judge them, and ways through them."""
 
-    Args:
-        options: As `load` returns them; any YAML mapping.
-        train: Whether they are to train, else to test.
-        root: The folder that relative paths start from.
-        registered: What is registered, or None where that is not known.
-    """
-
-    options: Mapping[str, Any]
-    train: bool
-    root: Path
-    registered: Registered | None
+    options: Mapping[str, Any]  # as `load` returns them; any YAML mapping
+    train: bool  # whether they are to train, else to test
+    root: Path  # the folder that relative paths start from
+    registered: Registered | None  # None where it is not known
 
     def value(self, path: str) -> Any:
         """Return the value at "a:b" ("" is the complete file), None where it is absent."""

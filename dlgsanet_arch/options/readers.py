@@ -18,21 +18,13 @@ _GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that
 
 @dataclass(frozen=True)
 class Known:
-    """The keys of a section.
+    """The keys of a section."""
 
-    Args:
-        keys: Rows of the table, those that apply before others of the name.
-        reader: Who reads them, for messages; "" where it is BasicSR or the pipeline.
-        thing: What may read others, where that is known.
-        open: Whether others may be read; only what looks like a misspelling is refused then.
-        is_call: Whether they are arguments of the reader.
-    """
-
-    keys: tuple[Key, ...]
-    reader: str = ""
-    thing: Any = None
-    open: bool = False
-    is_call: bool = False
+    keys: tuple[Key, ...]  # rows of the table, those that apply before others of the name
+    reader: str = ""  # who reads them, for messages; "" where it is BasicSR or the pipeline
+    thing: Any = None  # what may read others, where that is known
+    open: bool = False  # others may be read; only what looks like a misspelling is refused then
+    is_call: bool = False  # they are arguments of the reader
 
     def find(self, name: str) -> Key | None:
         """Return the row of a key."""

@@ -75,23 +75,14 @@ WHEN: dict[str, Callable[[Context, str], bool]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """A row of the table.
+    """A row of the table."""
 
-    Args:
-        path: Where it stands, "section:key"; * stands for any text.
-        kind: What its value may be.
-        example: What to write where it is missing; $scale stands for that of the file.
-        needed: When it must be there, a key of WHEN.
-        by: Who reads it; () for all.
-        empty: Whether it may be ~.
-    """
-
-    path: str
-    kind: Kind
-    example: str = ""
-    needed: str = ""
-    by: tuple[str, ...] = ()
-    empty: bool = False
+    path: str  # where it stands, "section:key"; * stands for any text
+    kind: Kind  # what its value may be
+    example: str = ""  # what to write where it is missing; $scale stands for that of the file
+    needed: str = ""  # when it must be there, a key of WHEN
+    by: tuple[str, ...] = ()  # who reads it; () for all
+    empty: bool = False  # whether it may be ~
 
     @property
     def section(self) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import Upscaler
 from dlgsanet_arch.progress import progress_bar
 from dlgsanet_arch.tools.figure import compare_images
-from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED
+from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED, Network
 
 IMAGES = "images.csv"
 _PARTS = ("HR", "LR")
@@ -36,6 +36,12 @@ SSIM_BASICSR = "11x11 Gaussian windows inside the image (BasicSR)"
 SSIM_UNIFORM = "7x7 uniform windows, sample covariance (scikit-image's default)"
 
 
+_PROTOCOL = (
+    "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of `scale` pixels cut "
+    f"off. SSIM: {SSIM_BASICSR}. A cell counts as reproduced if its PSNR is within {{:g}} dB of "
+    "the published one. 're-trained' is the authors' own second training. *: weights of another "
+    "configuration, next to the nearest published one."
+)
 # The columns of images.csv: where the image stands, its scores (PSNR in dB, inf for identical
 # images; the SSIM of scikit-image empty without it), and what must be the same for the scores to
 # hold: SHA-256 of weights and files; kind of device, precision, tiles, ensemble.
@@ -204,6 +210,17 @@ def make_cell(
     }
 
 
+def _empty_cells(networks: Iterable[Network], datasets: Sequence[str]) -> list[Cell]:
+    """Make the published cells that no weights are given for."""
+    missing = "no weights of {} x{} are given; --weights FILE measures them"
+    cells = [
+        make_cell(*network, name, missing=missing.format(*network))
+        for network in networks
+        for name in datasets
+    ]
+    return [cell for cell in cells if cell["published"]]
+
+
 def reproduce(
     weights: Sequence[Weights],
     folder: Path,
@@ -248,17 +265,11 @@ def reproduce(
             more["missing"] = faults[key]
             cells.append(make_cell(each.network, each.scale, name, measured, tolerance, **more))
     given = {(each.network, each.scale) for each in weights}
-    for network, scale in PUBLISHED.keys() - given:
-        missing = f"no weights of {network} x{scale} are given; --weights FILE measures them"
-        empty = [make_cell(network, scale, name, missing=missing) for name in datasets]
-        cells += [cell for cell in empty if cell["published"]]
+    cells += _empty_cells(PUBLISHED.keys() - given, datasets)
     order = list(PUBLISHED)
     cells.sort(key=lambda cell: order.index((cell["network"], cell["scale"])))  # stable
     return {
-        "protocol": "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of "
-        f"`scale` pixels cut off. SSIM: {SSIM_BASICSR}. A cell counts as reproduced if its PSNR is "
-        f"within {tolerance:g} dB of the published one. 're-trained' is the authors' own second "
-        "training. *: weights of another configuration, next to the nearest published one.",
+        "protocol": _PROTOCOL.format(tolerance),
         "ssim": SSIM_BASICSR,
         "ssim_uniform": SSIM_UNIFORM,
         "tolerance_db": tolerance,
