@@ -4,7 +4,6 @@ import builtins
 import errno
 import io
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from dlgsanet_arch import files
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.pipeline import adapter, loop, randomness, runs
+from dlgsanet_arch.pipeline import adapter, loop, runs
 from dlgsanet_arch.pipeline.checkpoints import (
     Checkpoints,
     Progress,
@@ -110,15 +109,6 @@ def test_a_moment_s_fault_of_the_file_system_is_tried_again(tmp_path, monkeypatc
     kept = torch.load(path, weights_only=True)["params"]["weight"]
     assert torch.equal(kept, content["params"]["weight"])
     check_complete(path)
-
-
-def test_the_generators_go_on_from_a_state_that_weights_only_loads(tmp_path):
-    random.random(), np.random.randn(), torch.rand(2)
-    save_whole({"randomness": randomness.state()}, tmp_path / "1.state")
-    drawn = [random.gauss(0, 1), np.random.randn(), torch.rand(()).item()]
-    state = torch.load(tmp_path / "1.state", weights_only=True)
-    randomness.restore(state["randomness"])
-    assert [random.gauss(0, 1), np.random.randn(), torch.rand(()).item()] == drawn
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ PATIENCE = 300  # seconds, for a run of one
 def options_of(name: str, **train_set) -> dict:
     """A run that writes a checkpoint at every iteration."""
     options = small_options(name, **train_set)
-    options["network_g"] = {"type": "NoisyNet", "width": 48}  # takes a while to be saved
+    options["network_g"] = {"type": "NoisyNet", "width": 128}  # takes a while to be saved
     options["train"]["total_iter"] = TOTAL
     options["logger"]["save_checkpoint_freq"] = 1
     return options

@@ -303,9 +303,7 @@ def _measure_share(
     return [_Measured(*each) for each in parts]
 
 
-def _without_target(
-    wanted: dict[str, Mapping[str, Any]], dataset: str
-) -> dict[str, Mapping[str, Any]]:
+def _without_target(wanted: Wanted, dataset: str) -> dict[str, Mapping[str, Any]]:
     """Leave out the metrics that compare, with a warning the first time."""
     possible = {name: metric for name, metric in wanted.items() if not needs_target(metric)}
     if left_out := [name for name in wanted if name not in possible]:
@@ -370,7 +368,7 @@ def validate(
     everything = [each for share in processes.gather(measured) for each in share]
     everything.sort(key=lambda each: each.number)
     dataset, wanted = images.dataset.opt["name"], model.opt["val"].get("metrics") or {}
-    rows, bicubic = ([getattr(each, part) for each in everything] for part in ("row", "bicubic"))
+    rows, bicubic = [each.row for each in everything], [each.bicubic for each in everything]
     found = reports.summarise(dataset, iteration, rows, wanted, bicubic)
     if wanted:
         reports.keep(model, found)
@@ -383,17 +381,11 @@ def validate(
     return found
 
 
-def validate_by(
-    own: Callable[..., None],
-    model: Any,
-    processes: Processes,
-    images: Images,
-    iteration: int | str,
-    *arguments: Any,
-) -> Evaluation:
+def validate_by(own: Callable, model: Any, processes: Processes, *arguments: Any) -> Evaluation:
     """Call the validation that a model's class brings, which works on the main process alone."""
+    images, iteration, *_ = arguments
     with processes.agreed(), _undisturbed(model):
-        own(images, iteration, *arguments)
+        own(*arguments)
     results = getattr(model, "metric_results", None) or {}
     means = processes.share({name: float(value) for name, value in results.items()})
     return Evaluation(images.dataset.opt["name"], iteration, (), means)
