@@ -35,29 +35,22 @@ def paired(folder: Path, **changes) -> dict:
     return {**options, "phase": "train", "scale": 2, **changes}
 
 
-def write_database(images: Path, out: Path, *, leave_out=(), empty=()) -> None:
-    names = sorted(path.stem for path in images.iterdir())
-    out.mkdir(parents=True)
-    environment = lmdb.open(str(out), map_size=1 << 24)
-    with environment, environment.begin(write=True) as write:
-        for name in names:
-            if name not in leave_out:
-                data = b"" if name in empty else (images / f"{name}.png").read_bytes()
-                write.put(name.encode(), data)
-    lines = [f"{name}.png (48,64,3) 1\n" for name in names]
-    (out / "meta_info.txt").write_text("".join(lines))
-
-
 @pytest.fixture
 def databases(tmp_path):
+    """Options of a training set in LMDBs."""
     helpers.write_pairs(tmp_path / "data", 4)
-    for part in ("HR", "LR"):
-        write_database(tmp_path / "data" / part, tmp_path / f"{part}.lmdb")
-    return {
-        "dataroot_gt": str(tmp_path / "HR.lmdb"),
-        "dataroot_lq": str(tmp_path / "LR.lmdb"),
-        "io_backend": {"type": "lmdb"},
-    }
+    options = {"io_backend": {"type": "lmdb"}}
+    for key, part in (("dataroot_gt", "HR"), ("dataroot_lq", "LR")):
+        out = options[key] = str(tmp_path / f"{part}.lmdb")
+        with (
+            lmdb.open(out, map_size=1 << 24) as environment,
+            environment.begin(write=True) as write,
+        ):
+            for path in (tmp_path / "data" / part).iterdir():
+                write.put(path.stem.encode(), path.read_bytes())
+        lines = [f"image{number}.png (48,64,3) 1\n" for number in range(4)]
+        Path(out, "meta_info.txt").write_text("".join(lines))
+    return options
 
 
 def test_a_sample_depends_on_seed_epoch_and_position_alone():
@@ -67,19 +60,16 @@ def test_a_sample_depends_on_seed_epoch_and_position_alone():
         return of[Draw(*draw)].content["lq"].tolist()
 
     once = drawn(1, 20, 7)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    assert drawn(1, 20, 7) == once
+    assert random.getstate() == before[0]  # the process's generators are as they were
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
     random.random(), np.random.rand(), torch.rand(3)
     assert drawn(1, 20, 7) == once
     others = [drawn(2, 20, 7), drawn(1, 21, 7), drawn(1, 20, 7, of=Samples(Dice(), seed=4))]
     for other in others:
         assert all(mine != theirs for mine, theirs in zip(once[1:], other[1:], strict=True))
-
-
-def test_the_generators_of_the_process_are_left_as_they_were():
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    Samples(Dice())[Draw(0, 0, 0)]
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_a_worker_starts_where_opencv_has_threads_already():
@@ -138,20 +128,16 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    ("left", "reason"), [("leave_out", "the LMDB has no such key"), ("empty", "is empty")]
+    ("data", "reason"), [(None, "the LMDB has no such key"), (b"", "is empty")]
 )
-def test_a_bad_entry_of_a_database_is_named_by_database_and_key(tmp_path, left, reason):
-    helpers.write_pairs(tmp_path / "data", 3)
-    write_database(tmp_path / "data/HR", tmp_path / "HR.lmdb")
-    write_database(tmp_path / "data/LR", tmp_path / "LR.lmdb", **{left: ("image1",)})
-    backend = {
-        "dataroot_gt": str(tmp_path / "HR.lmdb"),
-        "dataroot_lq": str(tmp_path / "LR.lmdb"),
-        "io_backend": {"type": "lmdb"},
-    }
-    sample = Samples(build_dataset(paired(tmp_path, **backend)))[1]
-    (bad,) = sample.bad
-    assert bad.sample == f"{tmp_path / 'LR.lmdb'}, key 'image1'"
+def test_a_bad_entry_of_a_database_is_named_by_database_and_key(databases, data, reason):
+    folder = databases["dataroot_lq"]
+    with lmdb.open(folder) as environment, environment.begin(write=True) as write:
+        write.delete(b"image1")
+        if data is not None:
+            write.put(b"image1", data)
+    (bad,) = Samples(build_dataset(paired(Path("unused"), **databases)))[1].bad
+    assert bad.sample == f"{folder}, key 'image1'"
     assert bad.reason == reason
 
 
