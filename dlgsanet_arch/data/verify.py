@@ -155,16 +155,16 @@ def _judge(checked: Checked, samples: Mapping[str, Sample]) -> None:
     """Note what is wrong with samples, each by itself and among the others."""
     checked.scale = next((one.scale for one in samples.values() if one.scale), None)
     psnrs = [one.psnr for one in samples.values() if one.psnr is not None]
-    middle = median(psnrs) if psnrs else None
-    if middle is not None and middle >= BICUBIC:
+    middle = median(psnrs) if psnrs else 0
+    if middle >= BICUBIC:
         checked.notes.append("LR is MATLAB's bicubic of HR")
-    elif middle is not None:
+    elif psnrs:
         checked.add(
             "kernel",
             f"LR is not the bicubic of HR: PSNR {middle:.1f} dB, the median of the images; it is "
             "shifted, or made by another kernel. Make LR from HR again, as `train --hr` does",
         )
-    least = BICUBIC if middle is not None and middle >= BICUBIC else UNRELATED
+    least = BICUBIC if middle >= BICUBIC else UNRELATED
     first: dict[str, str] = {}
     for name, one in samples.items():
         faults = [*one.faults]
