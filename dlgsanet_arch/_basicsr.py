@@ -319,7 +319,7 @@ def _degrade_on_cpu(original: type) -> type | None:
 REPAIRS = (
     Repair(
         "torchvision operators",
-        "torchvision's C++ operators do not load beside this torch, and its import fails",
+        "torchvision's C++ operators do not load with this torch, and its import fails",
         "torchvision can be imported without its operators",
         "torchvision",
     ),

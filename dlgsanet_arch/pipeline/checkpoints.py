@@ -45,14 +45,10 @@ class Progress:
 
     def as_state(self) -> dict[str, Any]:
         """Return it in types that any reader of states takes."""
-        return {
-            "place": list(self.place),
-            "epoch_length": self.epoch_length,
-            "seed": self.seed,
-            "validate": self.validate,
-            "bad_samples": [list(each) for each in self.bad_samples],
-            "options": json.dumps(self.options, default=str),
-        }
+        plain = {name: getattr(self, name) for name in ("epoch_length", "seed", "validate")}
+        bad_samples = [list(each) for each in self.bad_samples]
+        options = json.dumps(self.options, default=str)
+        return {"place": list(self.place), "bad_samples": bad_samples, "options": options, **plain}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress | None":
@@ -172,8 +168,8 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         options: The run's options, `name` as the run will use it.
         root: Folder that holds ``experiments/`` and that relative paths are below.
         auto_resume: Whether to resume from the newest complete pair of the run's own folder; a run
-            that ended within its first save starts anew. Else ``path:resume_state`` names a
-            state, if anything does. Its networks are beside it.
+            that ended within its first save starts over. Else ``path:resume_state`` may name a
+            state, whose networks are in the same run's folder.
 
     Raises:
         ResumeError: There is something to resume from, but no complete pair.
@@ -195,7 +191,7 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
         lines = "".join(f"\n  {line}" for line in passed_over)
         raise ResumeError(
             f"--auto_resume finds no complete pair of state and weights in {run}, which holds "
-            "saved models; drop the flag to start anew (that run is renamed), or set "
+            "saved models; drop the flag to start over (that run is renamed), or set "
             f"path:pretrain_network_g to start from its weights{lines}"
         )
     if named:
@@ -217,7 +213,7 @@ def _plain(value: Any) -> Any:
 
 
 def _state_of(model: Any) -> dict[str, Any]:
-    """Return what a model holds beside networks, in a state's words."""
+    """Return what a model holds except networks, in a state's words."""
     return {
         "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
         "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
@@ -323,7 +319,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def restore(self, start: Start, *, apply_edits: bool) -> str:
-        """Give the model, and this process's generators, what a state holds beside networks.
+        """Give the model, and this process's generators, what a state holds except networks.
 
         The state may be BasicSR's own. With `apply_edits`, settings of optimizers and schedules
         stay as the model was built with them. Returns a warning, or "".
@@ -361,7 +357,7 @@ class Checkpoints:
         if generators and len(generators) != self._processes.world:
             return (
                 f"the run continues with {self._processes.world} processes and had "
-                f"{len(generators)}: what the network itself draws at random is drawn anew"
+                f"{len(generators)}: random numbers of the network itself differ from here"
             )
         return ""
 

@@ -125,13 +125,13 @@ def _test(model: Any) -> None:
         return _tensor_of(model, "output")
 
     given = _tensor_of(model, "lq")
-    whole: Run = partial(self_ensemble, run) if wanted.get("self_ensemble") else run
+    compute: Run = partial(self_ensemble, run) if wanted.get("self_ensemble") else run
     if tile:
         overlap = wanted.get("tile_overlap")
         overlap = min(DEFAULT_OVERLAP, tile // 2) if overlap is None else int(overlap)
-        output = run_in_tiles(whole, given, model.opt.get("scale", 1), tile, overlap)
+        output = run_in_tiles(compute, given, model.opt.get("scale", 1), tile, overlap)
     else:
-        output = whole(given)
+        output = compute(given)
     model.lq, model.output = given, output
 
 
@@ -255,7 +255,7 @@ class _Measured(NamedTuple):
     shown: np.ndarray | None
 
 
-_FINITE = "output is finite"  # beside the metrics, until the figures are fetched
+_FINITE = "output is finite"  # among the metrics, until the figures are fetched
 
 
 def _fetch(figures: Sequence[Figures]) -> list[dict[str, float]]:

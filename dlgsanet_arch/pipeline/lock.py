@@ -40,7 +40,7 @@ def one_run(path: Path, what: str) -> Iterator[str]:
     for messages. Where files cannot be locked, a file that names one counts as locked.
 
     Args:
-        path: The lock's file, beside the run's folder, which a new run renames.
+        path: The lock's file, outside the run's folder, which a new run renames.
         what: What is locked, for the message: "the run NAME".
 
     Yields:

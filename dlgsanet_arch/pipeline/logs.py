@@ -204,12 +204,12 @@ class Pace:
         now = time.perf_counter()
         count = max(1, self._iterations)
         each = max(1e-9, (now - self._since) / count)
-        whole = (now - self._began) / max(1, iteration - self._start)
+        overall = (now - self._began) / max(1, iteration - self._start)
         taken = {
             "time": each,
             "data_time": self._waited / count,
             "samples_per_second": self._samples / each,
-            "eta": whole * (self._total - iteration),
+            "eta": overall * (self._total - iteration),
         }
         self._since, self._waited, self._iterations = now, 0.0, 0
         return taken

@@ -30,7 +30,7 @@ _REGISTRIES = ("arch", "model", "dataset", "metric", "loss")
 def _import_packages(names: Sequence[str], root: Path) -> None:
     """Import third-party packages, which register their networks and models in BasicSR."""
     if str(root) not in sys.path:
-        sys.path.append(str(root))  # a file beside train.py can be named, too
+        sys.path.append(str(root))  # a file in the folder of train.py can be named, too
     for name in names:
         try:
             importlib.import_module(name)

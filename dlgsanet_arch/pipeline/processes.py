@@ -102,7 +102,7 @@ class Flag:
 
     `exchange` is called once an iteration by every process: it starts to spread this process's
     value, and returns the largest value that was spread by the call before. So all processes see
-    it at the same iteration, and the network's delay passes beside the computation.
+    it at the same iteration, and the network's delay passes during the computation.
     """
 
     def __init__(self, processes: Processes) -> None:

@@ -288,7 +288,7 @@ def load(
 def _start_worker(worker: int) -> None:
     """Leave Ctrl-C and a scheduler's signals, which reach all processes, to the main one.
 
-    It needs the samples of the iteration at hand, and ends its workers at its own end.
+    It needs the samples of the current iteration, and ends its workers at its own end.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):

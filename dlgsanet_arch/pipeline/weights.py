@@ -31,7 +31,7 @@ class Source(NamedTuple):
     file: Path
     key: str | None  # of the file, None for the file itself
     weights: Mapping[str, Tensor]
-    averaged: Mapping[str, Tensor]  # beside them, or the same
+    averaged: Mapping[str, Tensor]  # in the same file, or the same
     strict: bool = True  # whether all tensors must fit
 
 
