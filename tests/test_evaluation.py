@@ -134,14 +134,6 @@ def of_basicsr(model: SRModel, opt: dict) -> dict[str, float]:
     return model.metric_results
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_figures_images_and_records_are_basicsr_s(kind, train, data, tmp_path, logged):
@@ -151,7 +143,7 @@ def test_figures_images_and_records_are_basicsr_s(kind, train, data, tmp_path, l
         opt = complete(folder, data, network, train=train)
         model = built(model_class, opt)
         validate(model, opt)
-        made.append((model, files(folder), said(logged)))
+        made.append((model, helpers.tree(folder), said(logged)))
     (ours, our_files, our_line), (theirs, their_files, their_line) = made
     for name, value in theirs.metric_results.items():
         close = 1e-6 if name == "ssim" else 1e-4
@@ -224,7 +216,7 @@ def test_ensemble_and_tiles_go_through_the_model_s_own_test(model_class, network
 def test_ranks_find_together_what_one_finds_alone(world, data, tmp_path, monkeypatch):
     opt = complete(tmp_path / "one", data)
     alone = evaluate(built(SRModel, opt), opt)
-    whole = files(tmp_path / "one")
+    whole = helpers.tree(tmp_path / "one")
 
     def as_another_disk_lists_it(dataset_opt):
         dataset = build_dataset(dataset_opt)
@@ -236,7 +228,7 @@ def test_ranks_find_together_what_one_finds_alone(world, data, tmp_path, monkeyp
     models = [built(SRModel, opt) for _ in range(world)]
     found = in_ranks(world, lambda each: evaluate(models[each.rank], opt, each))
     assert found == [alone] * world  # to the bit
-    assert files(tmp_path / "many") == whole
+    assert helpers.tree(tmp_path / "many") == whole
     bests = [model.best_metric_results for model in models]
     assert bests == [bests[0]] * world
 
@@ -347,7 +339,7 @@ def test_nothing_to_measure_still_runs_and_saves(data, tmp_path):
     found = evaluate(built(SRModel, opt), opt)
     assert found.means == {}
     assert found.rows[4] == Row("image4", {})
-    assert len(files(tmp_path)) == IMAGES
+    assert len(helpers.tree(tmp_path)) == IMAGES
 
 
 class Careless(SRModel):
@@ -535,7 +527,7 @@ def test_reports_hold_every_figure(tmp_path):
         Evaluation("Set14", "run", broken, {"psnr": math.nan, "ssim": math.nan}),
     ]
     reports.write(found, tmp_path / "results")
-    assert sorted(files(tmp_path)) == [
+    assert sorted(helpers.tree(tmp_path)) == [
         "results/Set14.csv",
         "results/Set5.csv",
         "results/evaluation.json",
