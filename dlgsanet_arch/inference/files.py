@@ -210,17 +210,12 @@ def run(
     skip_existing: bool = False,
     quality: int = QUALITY,
 ) -> None:
-    """Enlarge images one after another; those of one size together, as many as its batch.
+    """Enlarge the images of `plan`; those of one size together, as many as the upscaler's batch.
 
-    Args:
-        upscaler: What enlarges them.
-        jobs: As `plan` returns them.
-        tell: Called with what happened to an image, its path and a text: "written" with the
-            result, "skipped" as its result is there, "bad" with its fault; once for each image.
-            Before, any number of times: "notice" with a sentence.
-        progress: Called with the number of an image's tiles done and of all.
-        skip_existing: Whether images whose results are there are skipped.
-        quality: Of JPEG and WebP, 1 to 100.
+    `tell` is called with what happened to an image, its path and a text: "written" with the result,
+    "skipped" as its result is there, "bad" with its fault; once for each image. Before that, any
+    number of times: "notice" with a sentence. `progress` is called with the number of an image's
+    tiles done and of all; see `write_image` for `quality`.
     """
     group: list[tuple[Path, Path, StoredImage]] = []
 
