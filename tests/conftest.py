@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dlgsanet_arch  # noqa: F401 - repairs BasicSR before a test module imports it
+from dlgsanet_arch.cpu import library
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -75,6 +76,29 @@ def logged() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of PyTorch's threads, and set it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+RUNNABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
+    torch.backends.cpu.get_cpu_capability(), [library.variant()]
+)
+
+
+@pytest.fixture(params=RUNNABLE)
+def variant(request, monkeypatch):
+    """Take the C library of each instruction set that this machine runs."""
+    monkeypatch.setattr(library, "variant", lambda: request.param)
+    library._library.cache_clear()
+    assert library.load() is not None
+    yield request.param
+    library._library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -18,33 +18,11 @@ from dlgsanet_arch.network import GDFN, LayerNorm
 pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=f"no C library: {cpu.why_not()}")
 FUSED = ("add_gdfn", "add_mhdlsa", "attention_sums", "add_attended", "convolve3x3")
 
-RUNNABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
-    torch.backends.cpu.get_cpu_capability(), [library.variant()]
-)
-
-
-@pytest.fixture(params=RUNNABLE)
-def variant(request, monkeypatch):
-    """Take the C library of each instruction set that this machine runs."""
-    monkeypatch.setattr(library, "variant", lambda: request.param)
-    library._library.cache_clear()
-    assert library.load() is not None
-    yield request.param
-    library._library.cache_clear()
-
 
 @pytest.fixture(params=[(1, 1), (3, 5), (100, 100)], ids="{0[0]}x{0[1]}".format)
 def tile(request, monkeypatch):
     """Work in tiles of this size: smaller than any filter, across the borders of windows, whole."""
     monkeypatch.setattr(c_layers, "_tile", lambda *_: request.param)
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads, and set it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 class Operators(TorchDispatchMode):
@@ -451,16 +429,3 @@ def test_a_whole_network_counts_alike_with_gradients_and_without():
             net(torch.rand(2, 3, 13, 9))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
-
-
-def test_inference_mode_leaves_nothing_that_training_trips_over():
-    net = build({}, torch.float32).eval()
-    x = images(net, 1, (13, 9))
-    c_layers._cells.cache_clear()
-    with torch.inference_mode():
-        inferred = net(x)
-    out, ran = run(net, x)
-    assert ran
-    assert torch.equal(out, inferred)
-    net.train()(x).mean().backward()
-    assert all(p.grad.isfinite().all() for p in net.parameters())

@@ -205,14 +205,6 @@ def test_eval_twice_gives_the_same_bits_and_keeps_no_state():
     assert set(net.__dict__) == before
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads, and set it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("batch", "size"), [(2, (20, 14)), (1, (40, 24))])
 def test_threads_change_no_bit_of_a_training_step(batch, size, training, threads):

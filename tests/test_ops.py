@@ -32,9 +32,6 @@ from dlgsanet_arch.ops import (
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference, projected_dwconv_reference
 
 needs_c = pytest.mark.skipif(bool(cpu.why_not()), reason=f"no C library: {cpu.why_not()}")
-RUNNABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
-    torch.backends.cpu.get_cpu_capability(), [library.variant()]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -44,24 +41,6 @@ def _fill_new_memory_with_nan():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=RUNNABLE)
-def variant(request, monkeypatch):
-    """Take the C library of each instruction set that this machine runs."""
-    monkeypatch.setattr(library, "variant", lambda: request.param)
-    library._library.cache_clear()
-    assert library.load() is not None
-    yield request.param
-    library._library.cache_clear()
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads, and set it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ---- the operators and their definitions
