@@ -88,7 +88,9 @@ def test_what_passes_the_check_runs_or_leaves_nothing(tmp_path, registered, runs
     while runs:
         options = small_train_options(Path("data"))
         options["train"]["total_iter"] = 2
-        path = draw.choice([path for path in paths_of(options) if not path.endswith("name")])
+        sections = Context(options, True, None, None).sections()
+        keys = [f"{at}:{key}".lstrip(":") for at, content in sections for key in content]
+        path = draw.choice([key for key in keys if not key.endswith("name")])
         value = draw.choice([*HOSTILE, *NUMBERS])
         options = changed(options, {path: value}) | {"name": f"run{runs}"}
         if option_files.problems(

@@ -204,7 +204,7 @@ def test_without_basicsr_verbs_say_what_to_install(clean, tmp_path, verb):
     options = write_options(tmp_path / "x.yml", {"name": "x"})
     result = call(clean.parent / "dlgsanet", *verb.split(), cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "basicsr==1.4.2" in result.stdout + result.stderr
+    assert "dlgsanet doctor --fix" in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == [options]
 

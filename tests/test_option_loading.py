@@ -96,10 +96,13 @@ def test_override_refuses_what_is_no_assignment_and_changes_nothing():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: " + "[" * 90 + "]" * 90, "nested too deeply"), ("a: " + "[" * 900, "recursion"),
+        ("a: " + "[" * 90 + "]" * 90, "nested too deeply"), ("a: " + "[" * 9000, "recursion"),
         ("&z {a: *z}", "refers to itself"),
         ("\n".join(["x0: &a0 [1]", *(f"x{n}: &a{n} [{10 * f'*a{n - 1}, '}]" for n in range(1, 9))]),
          "expand to more than"),
+        ("\n".join(["x0: &a0 {a: 1}", *(f"x{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 10}]}}"
+                                       for n in range(1, 10))]), None),
+        ("a: &b {<<: *b}", None),
         ('a: 1\nb: !!int ""', ":2:4: this is not YAML: '' is not of the type int"),
         ("a: !!float ''", ":1:4:"), ("a: !!bool x", ":1:4:"), ("a: !!timestamp x", ":1:4:"),
         ("a: !!binary é", ":1:"), ("a: !!null x", None), ("a: !!set {b: 1}", None),
