@@ -1,4 +1,4 @@
-"""Damaged images and archives: they are read, or refused by their name.
+"""Damaged images, archives and answers of servers: they are read, or refused by their name.
 
 `make test` draws the same examples each time; `make test-faults` draws more, by a printed seed.
 """
@@ -7,8 +7,10 @@ import io
 import random
 import resource
 import shutil
+import socketserver
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from http_server import proxies
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dlgsanet_arch.data import downloads
 from dlgsanet_arch.data.archives import extract
 from dlgsanet_arch.data.images import ImageError, read_8_bits, read_header, read_stored
 from dlgsanet_arch.errors import UserError
@@ -213,3 +217,65 @@ def test_damaged_archives_are_unpacked_or_refused(tmp_path, data):
 @pytest.mark.faults
 def test_more_damaged_archives_are_unpacked_or_refused(tmp_path):
     searched(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)), 5000)
+
+
+BODY = b"the file " * 30
+ANSWERS = [
+    b'HTTP/1.1 200 OK\r\nContent-Length: 270\r\nETag: "1"\r\n\r\n' + BODY,
+    b"HTTP/1.1 206 X\r\nContent-Length: 180\r\nContent-Range: bytes 90-269/270\r\n"
+    b'ETag: "1"\r\n\r\n' + BODY[90:],
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10e\r\n" + BODY + b"\r\n0\r\n\r\n",
+    b"HTTP/1.1 301 X\r\nLocation: http://127.0.0.1:1/a\r\nContent-Length: 0\r\n\r\n",
+]
+ANY_ANSWER = st.sampled_from(ANSWERS).flatmap(damaged)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that sends its `answer`, whatever is asked for."""
+    for name in proxies():
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(downloads, "PAUSES", ())
+    monkeypatch.setattr(downloads, "TIMEOUT", (1, 1))
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(self.server.answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+def check_answer(answer: bytes, has_part: bool, server, folder: Path) -> None:
+    server.answer = answer
+    url = f"http://127.0.0.1:{server.server_address[1]}/set.zip"
+    target, part = folder / "set.zip", folder / "set.zip.part"
+    if has_part:
+        record = f'{{"url": "{url}", "length": 270, "validator": "\\"1\\""}}'
+        (folder / "set.zip.part.json").write_text(record)
+        part.write_bytes(BODY[:90])
+    _, refusal = attempted(partial(downloads.download, url, target), url)
+    assert target.is_file() is not bool(refusal)
+    assert refusal or not part.exists()
+    for each in folder.iterdir():
+        each.unlink()
+
+
+@examples(150)
+@given(answer=ANY_ANSWER, has_part=st.booleans())
+@example(answer=b"HTTP/1.1 301 X\r\nLocation: http://[\r\n\r\n", has_part=False)
+@example(answer=ANSWERS[1], has_part=True)
+def test_any_answer_of_a_server_is_a_file_or_an_error(tmp_path, server, answer, has_part):
+    check_answer(answer, has_part, server, tmp_path)
+
+
+@pytest.mark.faults
+def test_more_answers_of_a_server_are_files_or_errors(tmp_path, server):
+    check = given(answer=ANY_ANSWER, has_part=st.booleans())(
+        lambda answer, has_part: check_answer(answer, has_part, server, tmp_path)
+    )
+    searched(check, 3000)
