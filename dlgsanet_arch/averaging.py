@@ -51,16 +51,22 @@ def average(ema: nn.Module, network: nn.Module, decay: float) -> None:
     Raises:
         KeyError: `network` lacks a tensor that `ema` has.
     """
-    theirs = bare(network).state_dict(keep_vars=True)
-    ours = bare(ema).state_dict(keep_vars=True)
-    # a tensor that two modules share is averaged once, with the tensor of its first name
-    pairs = {id(ours[name]): (ours[name], theirs[name]) for name in reversed(ours)}.values()
+    # Module by module, as this runs at every iteration: state_dict() takes three times as long.
+    modules, pairs = dict(bare(network).named_modules()), {}
+    for name, ours in bare(ema).named_modules():
+        theirs = modules[name]
+        for key, tensor in ours._parameters.items():
+            if tensor is not None:  # one that two modules share is averaged once
+                pairs.setdefault(id(tensor), (tensor, theirs._parameters[key]))
+        for key in ours._buffers.keys() - ours._non_persistent_buffers_set:
+            if ours._buffers[key] is not None:
+                ours._buffers[key].copy_(theirs._buffers[key])
     averaged, trained = [], []
-    for tensor, other in pairs:
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+    for tensor, other in pairs.values():
+        if tensor.is_floating_point():
             averaged.append(tensor)
             trained.append(other)
-        elif isinstance(tensor, torch.Tensor):
+        else:
             tensor.copy_(other)
     if averaged:
         torch._foreach_lerp_(averaged, trained, 1 - decay)
