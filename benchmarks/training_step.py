@@ -282,10 +282,10 @@ def agreement_section(asked: argparse.Namespace) -> Section:
     """Whether a training by our operators ends where one by PyTorch's own does."""
     cell = {
         "measure": "training_step:agreement",
-        "contestants": [OURS, PYTORCH, PYTORCH_MAP],
+        "contestants": [OURS, PYTORCH],
         "variant": contestants.QUICK if asked.quick else "tiny",
         "iterations": 2 if asked.quick else 300,
-        "batch": 4,
+        "batch": 2 if asked.quick else BATCH,
         "patch": 12 if asked.quick else 24,
     }
     return Section(
