@@ -144,7 +144,7 @@ def test_operations_do_not_depend_on_how_they_are_computed():
         (limits.main, [], "limits", 3),
         (dynamic_dwconv.main, [], "dynamic_dwconv", 8),
         (training_step.main, [], "training_step", 6),
-        (training_step.main, ["--agreement"], "agreement", 3),
+        (training_step.main, ["--agreement"], "agreement", 2),
         (network.main, [], "network", 5),
         (network.main, ["--all"], "configurations", 3),
         (network.main, ["--curve"], "curve", 2),
