@@ -214,8 +214,8 @@ datasets:val:dataroot_lq=empty => datasets:val:dataroot_lq: the LR … empty hol
 datasets:val:dataroot_lq=weights.pth => datasets:val:dataroot_lq: … is not a folder
 datasets:val:dataroot_lq=pairs.lmdb => datasets:val:dataroot_lq: … is an LMDB
 datasets:val:meta_info_file=gone.txt => datasets:val:meta_info_file: the list … gone.txt does not
-path:pretrain_network_g=gone.pth => path:pretrain_network_g: there is no file … gone.pth; correct
-path:resume_state=gone.state => path:resume_state: there is no file
+path:pretrain_network_g=gone.pth => path:pretrain_network_g: … gone.pth does not exist; correct
+path:resume_state=gone.state => path:resume_state: … does not exist
 """
 WITH_BASE = [
     (OURS, """
@@ -268,7 +268,7 @@ datasets=- => datasets: missing; write `datasets: {test_1: …}`
 datasets={} => datasets: there is nothing to test on
 datasets:train={name: a, type: Frames} => datasets:train: no name for a data set
 path:pretrain_network_g=~ => path:pretrain_network_g: empty; write `pretrain_network_g: exp
-path:pretrain_network_g=gone.pth => path:pretrain_network_g: there is no … experiments/<name>/models
+path:pretrain_network_g=gone.pth => path:pretrain_network_g: … does not exist … experiments/<name>/models
 val:suffix=- => val:suffix: missing; write `suffix: ~`
 val=- => val: missing; write a section with save_img
 """

@@ -85,7 +85,7 @@ def load(path: Path) -> dict[str, Any]:
     ``5e-4`` is a number in it, as is ``!!float 5e-4``, which BasicSR's own reader needs.
 
     Raises:
-        OptionsError: There is no such file (a near name is suggested), it cannot be read or is too
+        OptionsError: The file does not exist (a near name is suggested), cannot be read or is too
             large, it is not YAML or has a key twice (with line and column), or is not a mapping.
     """
     text = _read(path)

@@ -103,7 +103,7 @@ def _weights(context: Context) -> Iterator[str]:
             fix = "correct the path"
             if not context.train:
                 fix += " (training writes weights to experiments/<name>/models)"
-            yield f"path:{key}: there is no file {file}; {fix}"
+            yield f"path:{key}: {file} does not exist; {fix}"
 
 
 def _vgg(context: Context) -> Iterator[str]:

@@ -34,7 +34,7 @@ def path_of(name: str, *, train: bool) -> Path:
     if name not in known:
         listed = ", ".join(known) or "none, the installation is not complete"
         raise OptionsError(
-            f"there is no file {name!r}, and no shipped option file of that name"
+            f"{name!r} is neither a file nor the name of a shipped option file"
             f"{suggest(name, known)}; shipped to {'train' if train else 'test'}: {listed}"
         )
     return folder(train=train) / f"{name}.yml"
