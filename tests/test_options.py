@@ -268,7 +268,7 @@ datasets=- => datasets: missing; write `datasets: {test_1: …}`
 datasets={} => datasets: there is nothing to test on
 datasets:train={name: a, type: Frames} => datasets:train: no name for a data set
 path:pretrain_network_g=~ => path:pretrain_network_g: empty; write `pretrain_network_g: exp
-path:pretrain_network_g=gone.pth => path:pretrain_network_g: … does not exist … experiments/<name>/models
+path:pretrain_network_g=gone.pth => path:pretrain_network_g: … does not exist … experiments/<name>/
 val:suffix=- => val:suffix: missing; write `suffix: ~`
 val=- => val: missing; write a section with save_img
 """
