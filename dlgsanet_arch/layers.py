@@ -1,9 +1,12 @@
-"""The convolutions and the norm that the network is built of.
+"""The convolutions and the norm that the network is built of, and the step x + mixer(LN(x)).
 
 Each is PyTorch's own layer, and computes by the operators of `ops` where its settings are those it
 was built with.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from dlgsanet_arch import fused
@@ -108,3 +111,34 @@ def normed(x: Tensor, norm: LayerNorm | None, conv: Conv1x1) -> Tensor:
         body = norm.body
         return normed_pointwise(x, body.weight, body.bias, conv.weight, conv.bias)
     return conv(norm(x))
+
+
+class Mixer(nn.Module):
+    """What a layer adds to its input, from the normalised input: x + mixer(LN(x)).
+
+    Maps (B, C, H, W) to (B, C, H, W); given a norm, normalises x before. Where it or a layer within
+    is not as it was built, each is called, as a plain network would.
+
+    Attributes:
+        fused_form: Computes x + mixer(LN(x)) in one pass, from x, norm and mixer; None for none.
+    """
+
+    fused_form: Callable[[Tensor, LayerNorm, "Mixer"], Tensor] | None = None
+
+
+def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
+    """Return x + mixer(norm(x)), fused where that can run."""
+    if not isinstance(mixer, Mixer):
+        return mixer(norm(x)) + x
+    if is_inference() and type(norm) is LayerNorm:
+        if mixer.fused_form and fused.can_run(x, norm, mixer):
+            return mixer.fused_form(x, norm, mixer)
+        if x.is_cpu and len(x) > 1 and is_as_built(norm, mixer):
+            # Memory for the maps of one image suffices. Hooks are called once, with the batch.
+            return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
+    return (mixer(x, norm) if is_unchanged(mixer) else mixer(norm(x))) + x
+
+
+def is_inference() -> bool:
+    """Return whether maps are not kept: no gradients, and nothing that traces or compiles."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())

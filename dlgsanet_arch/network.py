@@ -17,69 +17,30 @@ both ways with `strict=True`; classes carry the paper's terms:
 Letters: B batch, C channels, H height, W width, G filter groups, K filter side, h heads, N pixels.
 """
 
-import functools
-import inspect
-import math
 from collections.abc import Callable, Iterator
-from numbers import Integral
-from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlgsanet_arch import cpu, fused
-from dlgsanet_arch.as_built import has_layers, is_as_built, is_unchanged, register
-from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.arguments import BLOCKS, check_arguments
+from dlgsanet_arch.as_built import has_layers, is_as_built, register
 from dlgsanet_arch.hub import HubMixin
-from dlgsanet_arch.layers import Conv1x1, Conv3x3, DepthwiseConv, LayerNorm, normed
-from dlgsanet_arch.ops import (
-    channel_attention,
-    dynamic_dwconv,
-    gdfn_gate,
-    projected_dwconv,
+from dlgsanet_arch.layers import (
+    Conv1x1,
+    Conv3x3,
+    DepthwiseConv,
+    LayerNorm,
+    Mixer,
+    add_mixed,
+    normed,
 )
+from dlgsanet_arch.ops import channel_attention, dynamic_dwconv, gdfn_gate, projected_dwconv
 from dlgsanet_arch.precision import cast, cast_together, full_precision
 from dlgsanet_arch.tlc import windowed_attention
 
-BlockType = Literal["sparseedge", "edge", "idynamic", "restormer"]
-FeedForwardType = Literal["GDFN", "BaseFFN"]
-Activation = Literal["relu", "gelu", "sigmoid"]
-UpsamplerType = Literal["pixelshuffledirect", "pixelshuffle", ""]
-
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, subtracted from three-channel input
-_SHUFFLED_CHANNELS = 64  # within the 'pixelshuffle' reconstruction
-
-
-class Mixer(nn.Module):
-    """What a layer adds to its input, from the normalised input: x + mixer(LN(x)).
-
-    Maps (B, C, H, W) to (B, C, H, W); given a norm, normalises x before. Where it or a layer within
-    is not as it was built, each is called, as a plain network would.
-
-    Attributes:
-        fused_form: Computes x + mixer(LN(x)) in one pass, from x, norm and mixer; None for none.
-    """
-
-    fused_form: Callable[[Tensor, LayerNorm, "Mixer"], Tensor] | None = None
-
-
-def add_mixed(x: Tensor, norm: LayerNorm, mixer: Mixer) -> Tensor:
-    """Return x + mixer(norm(x)), fused where that can run."""
-    if not isinstance(mixer, Mixer):
-        return mixer(norm(x)) + x
-    if is_inference() and type(norm) is LayerNorm:
-        if mixer.fused_form and fused.can_run(x, norm, mixer):
-            return mixer.fused_form(x, norm, mixer)
-        if x.is_cpu and len(x) > 1 and is_as_built(norm, mixer):
-            # Memory for the maps of one image suffices. Hooks are called once, with the batch.
-            return torch.cat([add_mixed(each, norm, mixer) for each in x.split(1)])
-    return (mixer(x, norm) if is_unchanged(mixer) else mixer(norm(x))) + x
-
-
-def is_inference() -> bool:
-    """Return whether maps are not kept: no gradients, and nothing that traces or compiles."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @register
@@ -322,76 +283,6 @@ class ShallowFeatures(nn.Module):
         return self.proj(x)
 
 
-# What each argument may be.
-_CHOICES = {
-    "buildblock_type": get_args(BlockType),
-    "idynamic_ffn_type": get_args(FeedForwardType),
-    "restormer_ffn_type": get_args(FeedForwardType),
-    "activation": get_args(Activation),
-    "upsampler": get_args(UpsamplerType),
-    **dict.fromkeys(("idynamic", "tlc_flag", "body_norm"), (True, False)),
-}
-_COUNTS = (
-    *("in_chans", "dim", "groups", "blocks", "window_size", "tlc_kernel"),
-    *("idynamic_num_heads", "restormer_num_heads"),
-)
-# The layers of a block.
-_BLOCKS = {"idynamic": ("local",), "restormer": ("global",)}
-_HEADS = {"local": "idynamic_num_heads", "global": "restormer_num_heads"}
-
-
-def _check(config: dict[str, Any]) -> None:
-    """Refuse arguments that no network can be built of, as `DLGSANet` says."""
-    for name, choices in _CHOICES.items():
-        value = config[name]
-        if not any(value is choice or value == choice for choice in choices):
-            known = ", ".join(map(repr, choices))
-            raise ValueError(f"{name} must be one of {known}; got {value!r}")
-    for name in (*_COUNTS, *(["upscale"] if config["upsampler"] else [])):
-        value = config[name]
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}")
-    dim, upscale = config["dim"], config["upscale"]
-    if dim < 4:
-        raise ValueError(f"dim must be 4 or more (filters come from dim // 4); got {dim}")
-    if config["window_size"] % 2 == 0:
-        raise ValueError(f"window_size must be odd; got {config['window_size']}")
-    if not 0 < config["img_range"] < math.inf:
-        raise ValueError(f"img_range must be positive; got {config['img_range']!r}")
-    stages = upscale == 3 or (upscale > 1 and int(upscale).bit_count() == 1)
-    if config["upsampler"] == "pixelshuffle" and not stages:
-        raise ValueError(f"upscale must be 3 or 2, 4, 8, … for 'pixelshuffle'; got {upscale}")
-    for name in ("idynamic_ffn_expansion_factor", "restormer_ffn_expansion_factor"):
-        factor = config[name]
-        if not 0 < factor < math.inf or int(dim * factor) < 1:
-            raise ValueError(f"{name} must give int(dim · {name}) of 1 or more; got {factor!r}")
-    for layer in _BLOCKS.get(config["buildblock_type"], _HEADS):
-        name, heads = _HEADS[layer], config[_HEADS[layer]]
-        if dim % heads:
-            raise ValueError(f"dim must be divisible by {name}; got dim={dim}, {name}={heads}")
-
-
-def _checked(init: Callable[..., None]) -> Callable[..., None]:
-    """Check the arguments, name the nearest to an unknown one, and keep them as `config`."""
-    signature = inspect.signature(init)
-    names = [name for name in signature.parameters if name != "self"]
-
-    @functools.wraps(init)
-    def checked(self: nn.Module, *args: Any, **options: Any) -> None:
-        unknown = [name for name in options if name not in names]
-        if unknown:
-            hint = suggest_or_list(unknown[0], names)
-            raise TypeError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
-        given = signature.bind(self, *args, **options)
-        given.apply_defaults()
-        config = {name: given.arguments[name] for name in names}
-        _check(config)
-        init(self, **config)
-        self.config = config
-
-    return checked
-
-
 class DLGSANet(HubMixin, nn.Module):
     """The super-resolution network. Maps (B, in_chans, H, W) to (B, in_chans, H·s, W·s).
 
@@ -432,10 +323,8 @@ class DLGSANet(HubMixin, nn.Module):
 
     Raises:
         ValueError: For a value that cannot be built; the message names argument and value.
-        TypeError: For an unknown argument; the message suggests the nearest.
     """
 
-    @_checked
     def __init__(
         self,
         *,
@@ -443,25 +332,29 @@ class DLGSANet(HubMixin, nn.Module):
         dim: int = 60,
         groups: int = 4,
         blocks: int = 3,
-        buildblock_type: BlockType = "edge",
+        buildblock_type: str = "edge",
         window_size: int = 7,
         idynamic_num_heads: int = 6,
-        idynamic_ffn_type: FeedForwardType = "GDFN",
+        idynamic_ffn_type: str = "GDFN",
         idynamic_ffn_expansion_factor: float = 2.0,
         idynamic: bool = True,
         restormer_num_heads: int = 6,
-        restormer_ffn_type: FeedForwardType = "GDFN",
+        restormer_ffn_type: str = "GDFN",
         restormer_ffn_expansion_factor: float = 2.0,
         tlc_flag: bool = True,
         tlc_kernel: int = 48,
-        activation: Activation = "relu",
+        activation: str = "relu",
         upscale: int = 4,
         img_range: float = 1.0,
-        upsampler: UpsamplerType = "",
+        upsampler: str = "",
         body_norm: bool = False,
         input_resolution: object = None,
     ) -> None:
+        config = dict(locals())
+        del config["self"], config["__class__"]
+        check_arguments(config)
         super().__init__()
+        self.config = config
 
         def local_layer() -> LocalLayer:
             mixer = MHDLSA(dim, idynamic_num_heads, window_size, dynamic=idynamic)
@@ -475,8 +368,7 @@ class DLGSANet(HubMixin, nn.Module):
             return GlobalLayer(dim, mixer, _FEED_FORWARDS[restormer_ffn_type](dim, hidden))
 
         makers = {"local": local_layer, "global": global_layer}
-        block = [makers[layer] for layer in _BLOCKS.get(buildblock_type, makers)]
-
+        block = [makers[layer] for layer in BLOCKS[buildblock_type]]
         self.in_chans = in_chans
         self.img_range = img_range
         mean = _RGB_MEAN if in_chans == 3 else (0.0,) * in_chans
@@ -491,25 +383,30 @@ class DLGSANet(HubMixin, nn.Module):
             *([LayerNorm(dim)] if body_norm else []),
             Conv3x3(dim, dim, 3, padding=1),
         )
+        self.reconstruction = self._add_reconstruction(upsampler, dim, in_chans, upscale)
+
+    def _add_reconstruction(
+        self, upsampler: str, dim: int, in_chans: int, upscale: int
+    ) -> tuple[str, ...]:
+        """Make the layers from features to an image; return their names in the order of calls."""
         if upsampler == "pixelshuffledirect":
-            self.reconstruction = ("upsample",)
             self.upsample = nn.Sequential(
                 Conv3x3(dim, upscale**2 * in_chans, 3, padding=1), nn.PixelShuffle(upscale)
             )
-        elif upsampler == "pixelshuffle":
-            self.reconstruction = ("conv_before_upsample", "upsample", "conv_last")
-            wide = _SHUFFLED_CHANNELS
-            self.conv_before_upsample = nn.Sequential(
-                Conv3x3(dim, wide, 3, padding=1), nn.LeakyReLU(0.01)
-            )
-            self.upsample = nn.Sequential()
-            for factor in [3] if upscale == 3 else [2] * (upscale.bit_length() - 1):
-                self.upsample.append(Conv3x3(wide, factor**2 * wide, 3, padding=1))
-                self.upsample.append(nn.PixelShuffle(factor))
-            self.conv_last = Conv3x3(wide, in_chans, 3, padding=1)
-        else:
-            self.reconstruction = ("conv_last",)
+            return ("upsample",)
+        if upsampler == "":
             self.conv_last = Conv3x3(dim, in_chans, 3, padding=1)
+            return ("conv_last",)
+        wide = 64
+        self.conv_before_upsample = nn.Sequential(
+            Conv3x3(dim, wide, 3, padding=1), nn.LeakyReLU(0.01)
+        )
+        self.upsample = nn.Sequential()
+        for factor in [3] if upscale == 3 else [2] * (upscale.bit_length() - 1):
+            self.upsample.append(Conv3x3(wide, factor**2 * wide, 3, padding=1))
+            self.upsample.append(nn.PixelShuffle(factor))
+        self.conv_last = Conv3x3(wide, in_chans, 3, padding=1)
+        return "conv_before_upsample", "upsample", "conv_last"
 
     def forward(self, x: Tensor) -> Tensor:
         """Enlarge images (B, in_chans, H, W) in [0, 1] to (B, in_chans, H·s, W·s), not clipped.
@@ -518,9 +415,8 @@ class DLGSANet(HubMixin, nn.Module):
             ValueError: If `x` has another number of axes or channels.
         """
         if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"DLGSANet takes images (B, {self.in_chans}, H, W); got {tuple(x.shape)}"
-            )
+            got = tuple(x.shape)
+            raise ValueError(f"DLGSANet takes images (B, {self.in_chans}, H, W); got {got}")
         x = (x - self.mean) * self.img_range
         if not cpu.can_run(x):
             # Norms and 1x1 convolutions then find a pixel's channels side by side.

@@ -419,14 +419,6 @@ def test_heads_that_a_block_type_does_not_use_need_not_divide():
     DLGSANet(**{**BASE, "dim": np.int64(12)})
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("tlc_kernal", "tlc_kernel"), ("window", "window_size"), ("dims", "dim")]
-)
-def test_an_unknown_argument_names_the_nearest(name, near):
-    with pytest.raises(TypeError, match=f"{name!r}.*{near!r}"):
-        DLGSANet(**BASE, **{name: 1})
-
-
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8), (8, 8, 3)])
 def test_images_of_other_channels_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):

@@ -111,20 +111,12 @@ def is_transformed() -> bool:
 
 
 def can_run(*tensors: Tensor | None) -> bool:
-    """Return whether kernels can compute with all of these: eager float32 on a CPU.
+    """Return whether kernels can compute with all of these: eager float32 on a CPU, not empty.
 
     Compilers and exporters get PyTorch's own operators, which they know, and so do autocast,
     torch.func and subclasses of tensors. Nothing of this is remembered: a tensor's data may be
     replaced.
     """
-    for each in tensors:
-        if each is not None and not (
-            each.dtype == torch.float32
-            and each.device.type == "cpu"
-            and type(each) in (Tensor, nn.Parameter)
-            and each.layout == torch.strided
-        ):
-            return False
     if (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -133,6 +125,15 @@ def can_run(*tensors: Tensor | None) -> bool:
         or load() is None
     ):
         return False
+    for each in tensors:
+        if each is not None and not (
+            each.dtype == torch.float32
+            and each.device.type == "cpu"
+            and type(each) in (Tensor, nn.Parameter)
+            and each.layout == torch.strided
+            and each.numel() > 0
+        ):
+            return False
     _keep_freed_memory()
     return True
 

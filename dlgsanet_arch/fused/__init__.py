@@ -27,7 +27,7 @@ def can_run(x: Tensor, *parts: nn.Module) -> bool:
 
     It can for eager float32 on a CPU without gradients, where every module is as it was built.
     """
-    if torch.is_grad_enabled() or not cpu.can_run(x) or x.numel() == 0:
+    if torch.is_grad_enabled() or not cpu.can_run(x):
         return False
     weights = (weight for part in parts for weight in part.parameters())
     return is_as_built(*parts) and cpu.can_run(*weights)
@@ -35,9 +35,4 @@ def can_run(x: Tensor, *parts: nn.Module) -> bool:
 
 def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether `convolve3x3` can compute this."""
-    return (
-        not torch.is_grad_enabled()
-        and cpu.can_run(x, weight, bias)
-        and x.dim() == 4
-        and x.numel() > 0
-    )
+    return not torch.is_grad_enabled() and x.dim() == 4 and cpu.can_run(x, weight, bias)

@@ -6,10 +6,11 @@ returns x + mixer(norm(x)). Names and formulas are those of `network.py`.
 
 import functools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import attention_weights
@@ -26,18 +27,20 @@ LEAST_ROWS = 8  # of a tile
 # depend on the number of threads.
 _SUM_ROWS = 48
 
+# The weights of a mixer, by name, with their shapes.
 _NORM = "x: B C H W; norm.weight: C; norm.bias: C; "
-_GDFN = parse(
-    _NORM + "project_in.weight: 2E C 1 1; dwconv.weight: 2E 1 3 3; project_out.weight: C E 1 1"
-)
-_MHDLSA = parse(
-    _NORM + "conv0.weight: C C 1 1; conv.conv1.0.weight: D C 1 1; conv.conv1.0.bias: D; "
-    "conv.conv1.1.weight: D 1 K K; conv.conv1.1.bias: D; conv.conv2.0.weight: GKK D 1 1; "
-    "conv.conv2.0.bias: GKK; conv1.weight: C C 1 1"
-)
-_ATTENTION = parse(
-    _NORM + "qkv.weight: 3C C 1 1; qkv_dwconv.weight: 3C 1 3 3; project_out.weight: C hc 1 1"
-)
+_PATTERNS = {
+    "add_gdfn": "project_in.weight: 2E C 1 1; dwconv.weight: 2E 1 3 3; project_out.weight: C E 1 1",
+    "add_mhdlsa": (
+        "conv0.weight: C C 1 1; conv.conv1.0.weight: D C 1 1; conv.conv1.0.bias: D; "
+        "conv.conv1.1.weight: D 1 K K; conv.conv1.1.bias: D; conv.conv2.0.weight: GKK D 1 1; "
+        "conv.conv2.0.bias: GKK; conv1.weight: C C 1 1"
+    ),
+    "add_attention": (
+        "qkv.weight: 3C C 1 1; qkv_dwconv.weight: 3C 1 3 3; project_out.weight: C hc 1 1"
+    ),
+}
+_PARSED = {operator: parse(_NORM + pattern) for operator, pattern in _PATTERNS.items()}
 _CONV3X3 = parse("x: B C H W; weight: O C 3 3; bias: O")
 
 
@@ -71,6 +74,16 @@ def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
     return -(-height // down), -(-width // across)
 
 
+def _read(
+    operator: str, x: Tensor, norm: "LayerNorm", mixer: nn.Module, **known: int
+) -> tuple[list[Tensor], list[int]]:
+    """Return x and the weights that an operator takes, and the sizes of its pattern's letters."""
+    pattern, body = _PARSED[operator], norm.body
+    own = (attrgetter(name)(mixer) for name, _ in pattern[3:])
+    tensors = [x, body.weight, body.bias, *own]
+    return tensors, sizes(operator, pattern, *tensors, **known)
+
+
 def _run(
     kernel: str,
     tile: tuple[int, int],
@@ -84,31 +97,21 @@ def _run(
 
 def add_gdfn(x: Tensor, norm: "LayerNorm", gdfn: "GDFN") -> Tensor:
     """Return x + GDFN(LN(x))."""
-    weights = (
-        *(norm.body.weight, norm.body.bias),
-        *(gdfn.project_in.weight, gdfn.dwconv.weight, gdfn.project_out.weight),
-    )
-    _, channels, _, _, hidden = sizes("add_gdfn", _GDFN, x, *weights)
+    tensors, (_, channels, _, _, hidden) = _read("add_gdfn", x, norm, gdfn)
     out = x.new_empty(x.shape)
-    _run("add_gdfn", _tile(x, 1, 3 * 2 * hidden), (x, *weights, out), channels, hidden)
+    _run("add_gdfn", _tile(x, 1, 3 * 2 * hidden), [*tensors, out], channels, hidden)
     return out
 
 
 def add_mhdlsa(x: Tensor, norm: "LayerNorm", mhdlsa: "MHDLSA") -> Tensor:
     """Return x + MHDLSA(LN(x)), with filters of at most `cpu.library.LARGEST_KERNEL`."""
-    squeeze, dwconv = mhdlsa.conv.conv1
-    weights = (
-        *(norm.body.weight, norm.body.bias, mhdlsa.conv0.weight),
-        *(squeeze.weight, squeeze.bias, dwconv.weight, dwconv.bias),
-        *(mhdlsa.conv.conv2[0].weight, mhdlsa.conv.conv2[0].bias, mhdlsa.conv1.weight),
-    )
-    numbers = sizes("add_mhdlsa", _MHDLSA, x, *weights)
+    tensors, numbers = _read("add_mhdlsa", x, norm, mhdlsa)
     _, channels, _, _, hidden, kernel, groups = numbers
     if groups < 1 or channels % groups:
         raise ValueError(f"add_mhdlsa cannot share {groups} filters among {channels} channels")
     out = x.new_empty(x.shape)
     tile = _tile(x, kernel // 2, kernel * (channels + hidden))
-    _run("add_mhdlsa", tile, (x, *weights, out), channels, hidden, groups, kernel)
+    _run("add_mhdlsa", tile, [*tensors, out], channels, hidden, groups, kernel)
     return out
 
 
@@ -147,21 +150,16 @@ def add_attention(x: Tensor, norm: "LayerNorm", attention: "SparseGSA") -> Tenso
     mean of their matrices, so that no pixel is worked on twice.
     """
     heads, window = attention.heads, attention.eval_window()
-    projection = attention.project_out.weight
-    weights = (
-        *(norm.body.weight, norm.body.bias),
-        *(attention.qkv.weight, attention.qkv_dwconv.weight),
-    )
-    batch, channels, height, width, share = sizes(
-        "add_attention", _ATTENTION, x, *weights, projection, h=heads
-    )
+    tensors, numbers = _read("add_attention", x, norm, attention, h=heads)
+    *tensors, projection = tensors
+    batch, channels, height, width, share = numbers
     # q, k and v. Of q and k there are only sums over cells: Σ q kᵀ of each head, Σ q² and Σ k².
     axes = Axis.plan(height, window), Axis.plan(width, window)
     tile = min(height, _SUM_ROWS), min(width, _ring_columns(3 * 3 * channels))
     rows, columns = map(_cells, axes, tile)
     cells = len(rows.summed) - 1, len(columns.summed) - 1
     v, sums = x.new_empty(x.shape), x.new_zeros(batch, *cells, channels * (share + 2))
-    tensors = (x, *weights, rows.summed, columns.summed, v, sums)
+    tensors += [rows.summed, columns.summed, v, sums]
     _run("attention_sums", tile, tensors, channels, heads, *cells)
     # What acts on v, for each window and then for each cell, the projection included.
     sums = torch.einsum("ir,jc,brcf->bijf", rows.members, columns.members, sums)

@@ -72,7 +72,7 @@ def channel_attention(qkv: Tensor, temperature: Tensor, heads: int, activation: 
         got = tuple(temperature.shape)
         raise ValueError(f"channel_attention needs a temperature ({heads}, 1, 1); got {got}")
     qk, v = qkv.split([2 * heads * share, heads * share], 1)
-    in_c = qkv.numel() > 0 and cpu.can_run(qkv, temperature)
+    in_c = cpu.can_run(qkv, temperature)
     product, squares = _head_sums(qk, heads) if in_c else _sums(qk, heads)
     weights = attention_weights(product, squares.unflatten(1, (2, heads)), temperature, activation)
     if in_c:

@@ -23,9 +23,8 @@ from dlgsanet_arch.ops.declare import declare
 from dlgsanet_arch.ops.shapes import parse, sizes
 from dlgsanet_arch.precision import full_precision, is_autocast
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_LARGEST_KERNEL = 11
-
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_LARGEST_KERNEL = 11
 _GIVEN = parse("weight: B G K K H W; x: B GS H W")
 _PROJECTED = parse("weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W")
 
@@ -51,19 +50,18 @@ def choose_backend(kernel: int, *tensors: Tensor) -> ModuleType:
     Where an accelerator gets PyTorch's form, a RuntimeWarning gives the reason once.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
-    if 0 in tensors[0].shape:
+    if kernel <= LARGEST_KERNEL and cpu.can_run(*tensors):
+        return c_backend
+    if device.type in ("cpu", "meta") or 0 in tensors[0].shape:
         return pytorch_backend
-    if device.type in ("cpu", "meta"):
-        runs_in_c = kernel <= LARGEST_KERNEL and cpu.can_run(*tensors)
-        return c_backend if runs_in_c else pytorch_backend
     if device.type != "cuda":
         reason = f"no kernel for {device.type}"
     elif not _has_triton():
         reason = "Triton is not installed"
-    elif dtype not in TRITON_DTYPES:
+    elif dtype not in _TRITON_DTYPES:
         reason = f"no kernel for {dtype}"
-    elif kernel > TRITON_LARGEST_KERNEL:
-        reason = f"no kernel for filters over {TRITON_LARGEST_KERNEL} wide, got {kernel}"
+    elif kernel > _TRITON_LARGEST_KERNEL:
+        reason = f"no kernel for filters over {_TRITON_LARGEST_KERNEL} wide, got {kernel}"
     else:
         return importlib.import_module("dlgsanet_arch.ops.triton_backend")
     _warn_once(reason)
