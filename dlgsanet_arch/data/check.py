@@ -7,25 +7,14 @@ list that names fewer images than there are, HR that is cropped to fit LR, 16 bi
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.data.databases import find_entry, open_database
 from dlgsanet_arch.data.images import Header, ImageError, read_header
-from dlgsanet_arch.data.listing import (
-    Checked,
-    Fault,
-    PairSet,
-    Side,
-    check_stems,
-    open_set,
-    pair_up,
-    size_faults,
-)
+from dlgsanet_arch.data.listing import Checked, Fault, PairSet, list_images, open_image, size_faults
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import quoted
 from dlgsanet_arch.options import Context, Registered
@@ -34,7 +23,12 @@ from dlgsanet_arch.options.paths import data_faults, owner
 from dlgsanet_arch.options.schema import known_dataset
 
 MOST_HEADERS = 2000
-HEAD = 2**20  # bytes of an LMDB's entry that hold its header
+# What BasicSR changes silently in images: the field of `Header`, what they have, what is done.
+CHANGED = {
+    "gray": ("are gray", "BasicSR makes three equal channels of them"),
+    "alpha": ("have transparency", "BasicSR drops it"),
+    "deep": ("have more than 8 bits", "BasicSR reads 8 of them"),
+}
 FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
 
 
@@ -53,42 +47,25 @@ class Scan:
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def _header(source: Path | bytes | memoryview) -> Header | None:
-    """Read the header of a file, or of an LMDB's entry; None if that fails."""
-    is_file = isinstance(source, Path)
-    with (
-        suppress(OSError, ImageError),
-        source.open("rb") if is_file else BytesIO(source[:HEAD]) as file,
-    ):
-        return read_header(file)
-    return None
-
-
-def _headers(checked: Checked, side: Side, names: Sequence[str]) -> dict[str, Header]:
-    """Read headers; what cannot be read is a fault, and what BasicSR changes a warning."""
-    if side.is_database:
-        with open_database(side.path) as environment, environment.begin(buffers=True) as read:
-            found = {name: _header(find_entry(read, name) or b"") for name in names}
-    else:
-        found = {name: _header(side.path / name) for name in names}
-    unreadable = [name for name, header in found.items() if header is None]
-    if unreadable:
-        checked.add(
-            side.part,
-            f"{len(unreadable)} of {len(found)} files checked in {side.path} are not images "
-            f"that can be read: {quoted(unreadable)}; remove or replace them",
-        )
-    headers = {name: header for name, header in found.items() if header is not None}
-    for kind, what, done in (
-        ("gray", "are gray", "BasicSR makes three equal channels of them"),
-        ("alpha", "have transparency", "BasicSR drops it"),
-        ("deep", "have more than 8 bits", "BasicSR reads 8 of them"),
-    ):
-        names = [name for name, header in headers.items() if getattr(header, kind)]
-        if names:
-            text = f"{len(names)} of {len(headers)} images checked in {side.path} {what}: "
-            checked.warnings.append(Fault(side.part, f"{text}{quoted(names, 3)}; {done}"))
-    return headers
+def _read_headers(
+    checked: Checked, names: Sequence[str], changed: dict[tuple[str, str], list[str]]
+) -> tuple[list[Header], dict[str, str]]:
+    """Read the headers of a sample: those of all sides, and faults by part."""
+    headers, faults = [], {}
+    for (part, path), name in zip(checked.set.paths.items(), names, strict=True):
+        try:
+            with open_image(path, name) as file:
+                header = read_header(file)
+        except OSError as error:
+            faults[part] = f"{part.upper()} cannot be opened: {error.strerror}"
+        except ImageError as error:
+            faults[part] = f"{part.upper()} {error.reason}"
+        else:
+            headers.append(header)
+            for kind in CHANGED:
+                if getattr(header, kind):
+                    changed[part, kind].append(name)
+    return headers, faults
 
 
 def _check_headers(checked: Checked) -> None:
@@ -96,35 +73,32 @@ def _check_headers(checked: Checked) -> None:
     pairs = checked.pairs[:: math.ceil(len(checked.pairs) / MOST_HEADERS) or 1]
     count = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
     checked.notes.append(f"{len(checked.pairs):,} {checked.what}; checked the headers of {count}")
-    headers = [
-        _headers(checked, side, [pair[index] for pair in pairs])
-        for index, side in enumerate(checked.sides)
-    ]
-    if checked.set.hr is None:
-        return
-    sizes = [header[:2] for header in headers[0].values()]
-    checked.smallest = min(sizes, key=sorted, default=None)
     wrong: dict[str, dict[str, str]] = {"hr": {}, "lr": {}}
-    for pair in pairs:
-        found = [known.get(name) for known, name in zip(headers, pair, strict=True)]
-        if None not in found:
-            hr, lr = (*found, None)[:2]
-            for part, text in size_faults(checked.set, checked.set.scale, hr, lr).items():
-                wrong[part][pair[0]] = text
-    remedies = {"hr": "leave them out", "lr": "make LR again, or correct the path or the scale"}
+    changed: dict[tuple[str, str], list[str]] = defaultdict(list)
+    paths, sizes = checked.set.paths, []
+    for names in pairs:
+        headers, faults = _read_headers(checked, names, changed)
+        if not faults and checked.set.hr:
+            hr, lr = (*headers, None)[:2]
+            sizes.append(hr[:2])
+            faults = size_faults(checked.set, checked.set.scale, hr, lr)
+        for part, text in faults.items():
+            wrong[part][names[0]] = text
+    checked.smallest = min(sizes, key=sorted, default=None)
     for part, texts in wrong.items():
         if texts:
-            what = f"{len(texts)} of {len(pairs)} checked have wrong sizes: {quoted(texts, 3)}"
-            checked.add(part, f"{what}; the first: {next(iter(texts.values()))}; {remedies[part]}")
+            what = f"{len(texts)} of {len(pairs)} checked cannot be used: {quoted(texts, 3)}"
+            fix = "make them again or leave them out, or correct the path or the scale"
+            checked.add(part, f"{what}; the first: {next(iter(texts.values()))}; {fix}")
+    for (part, kind), names in changed.items():
+        text = f"{len(names)} of {len(pairs)} images checked in {paths[part]} {CHANGED[kind][0]}: "
+        text += f"{quoted(names, 3)}; {CHANGED[kind][1]}"
+        checked.warnings.append(Fault(part, text))
 
 
 def check_quickly(each: PairSet) -> Checked:
     """Check names and counts of a set, and headers of some of its images; nothing is decoded."""
-    checked = open_set(each, isolated=False)
-    if not checked.faults:
-        pair_up(checked)
-        if each.role == "test":
-            check_stems(checked)
+    checked = list_images(each)
     if not checked.faults:
         _check_headers(checked)
     return checked

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,11 @@ FIRST_MAP_SIZE = 2**26
 SMALLEST_ENTRY = 11
 # A disk with fewer bytes free than one transaction may write counts as full.
 FULL = 2**26
+
+
+def is_database(path: Path) -> bool:
+    """Whether a folder is an LMDB."""
+    return (path / DATA).exists()
 
 
 @contextmanager
@@ -78,21 +83,14 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
         ) from error
 
 
-def listed_keys(path: Path) -> list[str]:
-    """The keys of a database by its list, as BasicSR reads a line: all before the first dot.
-
-    A blank line is the key "".
-    """
+def _listed_keys(path: Path) -> list[str]:
+    """The keys of a database's list, as BasicSR reads a line: all before the first dot, or ""."""
     lines = (path / META_INFO).read_text(encoding="utf-8", errors="replace").splitlines()
     return [line.split(".")[0] if line.strip() else "" for line in lines]
 
 
-def entry_keys(path: Path) -> list[str]:
-    """All keys of a database by its pages; damaged ones may lead around in circles.
-
-    Raises:
-        UserError: The database is damaged.
-    """
+def _entry_keys(path: Path) -> list[str]:
+    """All keys of a database by its pages; damaged ones may lead around in circles."""
     with open_database(path) as environment, environment.begin() as read:
         claimed = environment.stat()["entries"]
         most = min(claimed, (path / DATA).stat().st_size // SMALLEST_ENTRY)
@@ -106,34 +104,47 @@ def entry_keys(path: Path) -> list[str]:
     return keys
 
 
-def find_entry(read: lmdb.Transaction, key: str) -> bytes | memoryview | None:
-    """The value of a key, None if it is missing or LMDB cannot have such a key."""
+@contextmanager
+def open_entry(path: Path, key: str) -> Iterator[memoryview]:
+    """The value of a key, empty if it is missing or LMDB cannot have such a key."""
+    with open_database(path) as environment, environment.begin(buffers=True) as read:
+        try:
+            value = read.get(key.encode(), b"")
+        except lmdb.BadValsizeError:  # a key that is empty, or too long
+            value = b""
+        yield memoryview(value)
+
+
+def check_keys(path: Path) -> tuple[list[str], list[str]]:
+    """Compare the list of a database with the keys of its entries.
+
+    Returns:
+        The keys that are in both, sorted, and faults, phrases that follow the name of the database.
+
+    Raises:
+        UserError: The database is damaged.
+    """
+    entries = set(_entry_keys(path))
     try:
-        return read.get(key.encode())
-    except lmdb.BadValsizeError:  # empty, or too long
-        return None
-
-
-def list_faults(keys: Sequence[str], entries: Set[str]) -> Iterator[str]:
-    """Compare the list of a database with the keys of its entries: phrases behind its name."""
-    listed = Counter(key for key in keys if key)
-    blank = sum(not key for key in keys)
-    if blank:
-        yield f"has {blank} blank lines in {META_INFO}, each of which is taken for a key"
-    twice = sorted(key for key, count in listed.items() if count > 1)
-    if twice:
-        yield f"lists keys more than once, or with more behind a dot: {quoted(twice)}"
-    missing = sorted(listed.keys() - entries)
+        keys = _listed_keys(path)
+    except OSError:
+        return sorted(entries), [f"has no {META_INFO}, by which BasicSR knows the keys"]
+    listed, faults = Counter(key for key in keys if key), []
+    if blank := keys.count(""):
+        faults.append(f"has {blank} blank lines in {META_INFO}, each of which is taken for a key")
+    if twice := sorted(key for key, count in listed.items() if count > 1):
+        faults.append(f"lists keys more than once, or with more behind a dot: {quoted(twice)}")
     unlisted = sorted(entries - listed.keys())
-    if missing:
+    if missing := sorted(listed.keys() - entries):
         dots = any(key.split(".")[0] in listed for key in unlisted)
         reason = " (keys end at their first dot: name them without)" if dots else ""
-        yield f"lists keys that it does not hold{reason}: {quoted(missing)}"
+        faults.append(f"lists keys that it does not hold{reason}: {quoted(missing)}")
     elif unlisted:
-        yield (
+        faults.append(
             f"holds {len(unlisted)} images that {META_INFO} does not list and that are never "
             f"read: {quoted(unlisted)}"
         )
+    return sorted(entries & listed.keys()), faults
 
 
 def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
@@ -142,7 +153,7 @@ def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
     def change(stored: Recipe) -> str:
         with open_database(path) as environment:
             count = environment.stat()["entries"]
-        lines = len(listed_keys(path))
+        lines = len(_listed_keys(path))
         if count == lines == stored["entries"]:
             return ""
         return f"{count} entries, {lines} lines in {META_INFO}, {stored['entries']} written"

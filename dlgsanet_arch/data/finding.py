@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -60,6 +60,13 @@ def _natural_order(relative: PurePath) -> tuple[list[str | int], str]:
     return [int(each) if n % 2 else each for n, each in enumerate(pieces)], str(relative)
 
 
+def check_folder(path: Path, fix: str) -> None:
+    """Raise a UserError that states the fix unless a path is a folder."""
+    if not path.is_dir():
+        reason = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {reason}: {fix}")
+
+
 def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each visible folder at and below one, once, with its folders and its files.
 
@@ -100,9 +107,7 @@ def walk_images(folder: Path) -> list[Path]:
     Raises:
         UserError: The folder is missing, cannot be read, or holds no images.
     """
-    if not folder.is_dir():
-        reason = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {reason}: name a folder of images")
+    check_folder(folder, "name a folder of images")
     try:
         paths = list(_walk(folder))
     except OSError as error:
@@ -112,19 +117,24 @@ def walk_images(folder: Path) -> list[Path]:
     return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
 
 
+def sharing(keys: Mapping[object, str]) -> str:
+    """Name the things that have one key, given by thing: "a.JPG and a.png"; "" if none do."""
+    by_key = defaultdict(list)
+    for thing, key in keys.items():
+        by_key[key].append(str(thing))
+    return named([" and ".join(group) for group in by_key.values() if len(group) > 1], 3)
+
+
 def find_images(folder: Path) -> list[ImageEntry]:
     """Find all images below a folder as `walk_images` does, with their keys.
 
     Raises:
         UserError: As there, or images of one folder differ in their suffixes only.
     """
-    by_key = defaultdict(list)
-    for relative in walk_images(folder):
-        by_key[image_key(relative)].append(relative)
-    equal = [" and ".join(map(str, group)) for group in by_key.values() if len(group) > 1]
-    if equal:
+    keys = {relative: image_key(relative) for relative in walk_images(folder)}
+    if equal := sharing(keys):
         raise UserError(
-            f"images in {folder} that differ in their suffixes only would share one name in "
-            f"the data set: {named(equal, 3)}; rename or remove one of each"
+            f"images in {folder} differ in their suffixes only, and would share one name in the "
+            f"data set: {equal}; rename or remove one of each"
         )
-    return [ImageEntry(folder / group[0], key) for key, group in by_key.items()]
+    return [ImageEntry(folder / relative, key) for relative, key in keys.items()]

@@ -6,27 +6,21 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from dlgsanet_arch.data.databases import (
-    DATA,
-    META_INFO,
-    entry_keys,
-    find_entry,
-    list_faults,
-    listed_keys,
-    open_database,
-)
-from dlgsanet_arch.data.finding import SUFFIXES
+from dlgsanet_arch.data.databases import DATA, check_keys, is_database, open_entry
+from dlgsanet_arch.data.finding import SUFFIXES, check_folder, sharing
 from dlgsanet_arch.data.images import MAX_BYTES, ImageError, read_bytes
-from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import named, quoted
+from dlgsanet_arch.hints import quoted
 
 FIX = "a new one by `dlgsanet data verify --fix`"
 READ_BY_OPENCV = {*SUFFIXES, ".pgm", ".ppm"}
+HEAD = 2**20  # bytes of an LMDB's entry that hold its header
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,11 @@ class PairSet:
     listing: Path | None = None  # a list of images, None if all are meant
     lists_pairs: bool = False  # whether it is of pairs
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where the images are by part, "hr" and "lr"."""
+        return {part: path for part, path in (("hr", self.hr), ("lr", self.lr)) if path}
+
 
 class Fault(NamedTuple):
     """What is wrong, and with what: "hr", "lr", "list", "template" or LR's "kernel"."""
@@ -52,28 +51,29 @@ class Fault(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Side:
-    """HR or LR images: "hr" or "lr", where they are, and what BasicSR calls them, sorted."""
+@contextmanager
+def open_image(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Open an image of a folder, or as much of an LMDB's entry as holds its header."""
+    if not is_database(path):
+        with (path / name).open("rb") as file:
+            yield file
+        return
+    with open_entry(path, name) as value:
+        yield BytesIO(value[:HEAD])
 
-    part: str
-    path: Path
-    is_database: bool
-    names: Sequence[str] = ()
 
-    def read(self, name: str) -> bytes:
-        """Read an image's file, empty if an LMDB has no such entry.
+def read_image(path: Path, name: str) -> bytes:
+    """Read an image's file in a folder, or an LMDB's entry, empty if there is none.
 
-        Raises:
-            ImageError: It cannot be read, or is larger than any image.
-        """
-        if not self.is_database:
-            return read_bytes(self.path / name)
-        with open_database(self.path) as environment, environment.begin(buffers=True) as read:
-            value = find_entry(read, name) or b""
-            if len(value) > min(MAX_BYTES, (self.path / DATA).stat().st_size):
-                raise ImageError(self.path / name, f"claims {len(value):,} bytes: it is damaged")
-            return bytes(value)
+    Raises:
+        ImageError: It cannot be read, or is larger than any image.
+    """
+    if not is_database(path):
+        return read_bytes(path / name)
+    with open_entry(path, name) as value:
+        if len(value) > min(MAX_BYTES, (path / DATA).stat().st_size):
+            raise ImageError(path / name, f"claims {len(value):,} bytes: it is damaged")
+        return bytes(value)
 
 
 @dataclass
@@ -81,8 +81,7 @@ class Checked:
     """Findings about a set."""
 
     set: PairSet
-    sides: list[Side] = field(default_factory=list)  # HR, LR, or both; empty if one has no names
-    pairs: list[tuple[str, ...]] = field(default_factory=list)  # names of samples on each side
+    pairs: list[tuple[str, ...]] = field(default_factory=list)  # a sample's name in each path
     faults: list[Fault] = field(default_factory=list)  # of the set as a whole
     bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by first name
     warnings: list[Fault] = field(default_factory=list)  # what BasicSR changes silently
@@ -98,40 +97,15 @@ class Checked:
     @property
     def what(self) -> str:
         """What its samples are."""
-        return "pairs" if self.set.hr and self.set.lr else "images"
+        return "pairs" if len(self.set.paths) == 2 else "images"
 
     def add(self, part: str, text: str) -> None:
         """Note a fault."""
         self.faults.append(Fault(part, text))
 
 
-def _stored_keys(path: Path, isolated: bool) -> list[str]:
-    """The keys of an LMDB; `isolated` reads them in another process, as damage may crash it."""
-    if not isolated:
-        return entry_keys(path)
-    try:
-        [keys] = ordered(entry_keys, [path], 1, isolated=True)
-    except UserError as error:
-        if str(path) in str(error):
-            raise
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return keys
-
-
-def _open_database(checked: Checked, part: str, path: Path, isolated: bool) -> Side:
-    entries = _stored_keys(path, isolated)
-    try:
-        keys = listed_keys(path)
-        faults = [*list_faults(keys, set(entries))]
-    except OSError:
-        keys, faults = entries, [f"has no {META_INFO}, by which BasicSR knows the keys"]
-    for fault in faults:
-        checked.add(part, f"{path} {fault}; make it again, or {FIX}")
-    return Side(part, path, True, sorted(set(entries).intersection(keys)))
-
-
-def _open_folder(checked: Checked, part: str, path: Path) -> Side:
-    """Take a folder's files, as BasicSR does."""
+def _folder_images(checked: Checked, part: str, path: Path) -> list[str]:
+    """The images among a folder's files, all of which BasicSR reads."""
     with os.scandir(path) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     inner = [each.name for each in entries if each.is_dir()]
@@ -146,41 +120,21 @@ def _open_folder(checked: Checked, part: str, path: Path) -> Side:
             f"{path} holds files that are not images, and BasicSR fails when it reads them: "
             f"{others}; move them away",
         )
-    return Side(part, path, False, images)
+    return images
 
 
-def _open_side(checked: Checked, part: str, path: Path, isolated: bool) -> None:
-    if checked.set.listing:
-        checked.sides.append(Side(part, path, is_database=False))
-        return
-    try:
-        if not path.is_dir():
-            reason = "is not a folder" if path.exists() else "does not exist"
-            raise UserError(
-                f"{path} {reason}: correct the path, or make the data set (`dlgsanet data --help`)"
-            )
-        if (path / DATA).exists():
-            side = _open_database(checked, part, path, isolated)
-        else:
-            side = _open_folder(checked, part, path)
-        if not side.names and not checked.faults:
-            raise UserError(f"{path} holds no images: looked for {', '.join(SUFFIXES)}")
-        checked.sides.append(side)
-    except OSError as error:
-        checked.add(part, f"{path} cannot be read: {error.strerror or error}")
-    except UserError as error:
-        checked.add(part, str(error))
-
-
-def open_set(each: PairSet, *, isolated: bool) -> Checked:
-    """List the images of a set; `isolated` reads LMDBs in processes of their own."""
-    checked = Checked(each)
-    paths = {part: path for part, path in (("hr", each.hr), ("lr", each.lr)) if path is not None}
-    for part, path in paths.items():
-        _open_side(checked, part, path, isolated)
-    if len(checked.sides) < len(paths):
-        checked.sides = []
-    return checked
+def _names(checked: Checked, part: str, path: Path) -> list[str]:
+    """The images that BasicSR finds in a folder or an LMDB."""
+    check_folder(path, "correct the path, or make the data set (`dlgsanet data --help`)")
+    if is_database(path):
+        names, faults = check_keys(path)
+        for fault in faults:
+            checked.add(part, f"{path} {fault}; make it again, or {FIX}")
+    else:
+        names = _folder_images(checked, part, path)
+    if not names and not checked.faults:
+        raise UserError(f"{path} holds no images: looked for {', '.join(SUFFIXES)}")
+    return names
 
 
 # Pairs
@@ -196,87 +150,91 @@ def _listed_pairs(checked: Checked) -> Iterator[tuple[str, ...]]:
     """Pairs as a list of file names states them."""
     each = checked.set
     lines = each.listing.read_text(encoding="utf-8", errors="replace").splitlines()
-    blank = sum(not line.strip() for line in lines)
-    if blank:
+    names = [line.strip() for line in lines if line.strip()]
+    if blank := len(lines) - len(names):
         checked.add("list", f"{each.listing} has {blank} blank lines, each an image; remove them")
-    for line in (line.strip() for line in lines if line.strip()):
-        name = line.split(" ")[0]
-        if each.lists_pairs:
-            pair = tuple(line.split(", "))
-            if len(pair) != 2:
-                checked.add("list", f"{each.listing}: write `HR, LR` in each line; {line!r} is not")
-                return
-            yield pair
+    if not names:
+        checked.add("list", f"{each.listing} lists no images; fill the list")
+    for line in names:
+        if not each.lists_pairs:
+            name = line.split(" ")[0]
+            yield (name, _partner(name, each.template))[: len(each.paths)]
+        elif line.count(", ") == 1:
+            yield tuple(line.split(", "))
         else:
-            yield (name, _partner(name, each.template))[: len(checked.sides)]
+            checked.add("list", f"{each.listing}: write `HR, LR` in each line; {line!r} is not")
+            return
 
 
 def _pair_by_list(checked: Checked) -> None:
     checked.pairs = list(_listed_pairs(checked))
-    for index, side in enumerate(checked.sides):
-        gone = [pair[index] for pair in checked.pairs if not (side.path / pair[index]).is_file()]
+    for index, (part, path) in enumerate(checked.set.paths.items()):
+        gone = [pair[index] for pair in checked.pairs if not (path / pair[index]).is_file()]
         if gone:
             checked.add(
-                side.part,
-                f"{len(gone)} of {len(checked.pairs)} listed images are not in {side.path}: "
+                part,
+                f"{len(gone)} of {len(checked.pairs)} listed images are not in {path}: "
                 f"{quoted(gone)}; correct the list, or filename_tmpl",
             )
-    if not checked.pairs and not checked.faults:
-        checked.add("list", f"{checked.set.listing} lists no images; fill the list")
 
 
-def _pair_by_name(checked: Checked) -> None:
+def _pair_by_name(checked: Checked, hr: Sequence[str], lr: Sequence[str]) -> None:
     """Pair HR with LR; images without a partner are faults."""
-    hr, lr = checked.sides
-    there, template = set(lr.names), checked.set.template
+    each, there, in_lmdb = checked.set, set(lr), is_database(checked.set.hr)
+    template = each.template
     if template is None:  # HR's names, or those with the scale, as in ``0001x4``
-        template = f"{{}}x{checked.set.scale}"
-        if not any(_partner(name, template) in there for name in hr.names):
+        template = f"{{}}x{each.scale}"
+        if not any(_partner(name, template) in there for name in hr):
             template = "{}"
     # in LMDBs both have one key
-    partners = {name: name if hr.is_database else _partner(name, template) for name in hr.names}
+    partners = {name: name if in_lmdb else _partner(name, template) for name in hr}
+    checked.pairs = [(name, partner) for name, partner in partners.items() if partner in there]
+    if in_lmdb and checked.faults:  # which say what is wrong with the keys
+        return
     without = [name for name, partner in partners.items() if partner not in there]
     spare = sorted(there.difference(partners.values()))
-    for names, has, lacks in ((without, hr, lr), (spare, lr, hr)):
+    how = "" if in_lmdb else f", with filename_tmpl {template!r}"
+    for names, count, has, lacks in (
+        (without, len(hr), each.hr, each.lr),
+        (spare, len(lr), each.lr, each.hr),
+    ):
         if names:
-            how = "" if hr.is_database else f", with filename_tmpl {template!r}"
             checked.add(
                 "lr",
-                f"{len(names)} of {len(has.names)} images in {has.path} have no partner in "
-                f"{lacks.path}{how}: {quoted(names)}; rename or make them, or make {FIX}",
+                f"{len(names)} of {count} images in {has} have no partner in {lacks}{how}: "
+                f"{quoted(names)}; rename or make them, or make {FIX}",
             )
-    checked.pairs = [(name, partner) for name, partner in partners.items() if partner in there]
 
 
-def pair_up(checked: Checked) -> None:
-    """Find the samples of a set whose sides are open."""
-    template = checked.set.template
+def list_images(each: PairSet) -> Checked:
+    """Find the images of a set and pair them; faults are those of names and counts."""
+    checked, names = Checked(each), []
     try:
-        _partner("a", template or "{}")
+        _partner("a", each.template or "{}")
     except (LookupError, ValueError):
         fix = "write '{}', or such as '{}x4'"
-        checked.add("template", f"filename_tmpl {template!r} is not a template: {fix}")
-        return
-    if not checked.sides:
-        return
-    if checked.set.listing:
+        checked.add("template", f"filename_tmpl {each.template!r} is not a template: {fix}")
+        return checked
+    for part, path in each.paths.items() if each.listing is None else ():
+        try:
+            names.append(_names(checked, part, path))
+        except OSError as error:
+            checked.add(part, f"{path} cannot be read: {error.strerror or error}")
+        except UserError as error:
+            checked.add(part, str(error))
+    if each.listing:
         _pair_by_list(checked)
-    elif len(checked.sides) == 2:
-        _pair_by_name(checked)
-    else:
-        checked.pairs = [(name,) for name in checked.sides[0].names]
-
-
-def check_stems(checked: Checked) -> None:
-    """Find images that differ in their suffix only: the results of a test have names without it."""
-    by_stem = defaultdict(list)
-    for name, *_ in checked.pairs:
-        by_stem[os.path.splitext(name)[0]].append(name)
-    equal = [" and ".join(map(repr, names)) for names in by_stem.values() if len(names) > 1]
-    if equal:
-        side = checked.sides[0]
-        text = f"images in {side.path} have one name but for the suffix: {named(equal, 3)}"
-        checked.add(side.part, f"{text}; rename or remove one of each")
+    elif len(names) == 2:
+        _pair_by_name(checked, *names)
+    elif len(names) == len(each.paths):
+        checked.pairs = [(name,) for name in names[0]]
+    # the results of a test have names without the suffix
+    equal = sharing({name: os.path.splitext(name)[0] for name, *_ in checked.pairs})
+    if equal and each.role == "test":
+        part, path = next(iter(each.paths.items()))
+        text = f"images in {path} differ in their suffixes only: {equal}"
+        checked.add(part, f"{text}; rename or remove one of each")
+    return checked
 
 
 def size_faults(

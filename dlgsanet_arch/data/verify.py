@@ -15,18 +15,10 @@ from statistics import median
 from typing import NamedTuple
 
 from dlgsanet_arch.data.benchmarks import known_name
-from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
-from dlgsanet_arch.data.finding import SUFFIXES, walk_folders
+from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_database, is_finished
+from dlgsanet_arch.data.finding import SUFFIXES, check_folder, walk_folders
 from dlgsanet_arch.data.images import ImageError, decode_8_bits
-from dlgsanet_arch.data.listing import (
-    Checked,
-    PairSet,
-    Side,
-    check_stems,
-    open_set,
-    pair_up,
-    size_faults,
-)
+from dlgsanet_arch.data.listing import Checked, PairSet, list_images, read_image, size_faults
 from dlgsanet_arch.data.similarity import (
     WHOLE,
     Levels,
@@ -37,8 +29,8 @@ from dlgsanet_arch.data.similarity import (
     pixel_digest,
     psnr_to_bicubic,
 )
-from dlgsanet_arch.data.sub_images import ImageArray, encode_png
-from dlgsanet_arch.data.workers import with_progress
+from dlgsanet_arch.data.sub_images import encode_png
+from dlgsanet_arch.data.workers import ordered, with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
 
@@ -86,9 +78,7 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     """
     by_place: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir():
-            reason = "is not a folder" if path.exists() else "does not exist"
-            raise UserError(f"{path} {reason}: name LMDBs, folders of images, or of data sets")
+        check_folder(path, "name LMDBs, folders of images, or of data sets")
         below = list(_holdings(path))
         if not below:
             raise UserError(f"no LMDBs or images below {path}: name a folder that holds some")
@@ -99,7 +89,7 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
     for path in found:
         partner = _hr_for(path)
         # LR in a database is of no use alone; a folder may be called LR for other reasons
-        if partner and (partner[0] in found or (path / DATA).exists()):
+        if partner and (partner[0] in found or is_database(path)):
             hr, scale = partner
             pairs.append(PairSet(str(path), hr, path, scale, template=None, role=_role(hr)))
             paired |= {hr, path}
@@ -118,23 +108,14 @@ class Sample(NamedTuple):
     corners: Mapping[Size, Levels] = {}  # of HR, see `corner_thumbnails`
 
 
-def _decode(side: Side, name: str, faults: list[str]) -> ImageArray | None:
-    what = side.part.upper()
-    try:
-        return decode_8_bits(side.read(name), side.path / name, least=1).pixels
-    except ImageError as error:
-        faults.append(f"{what} {error.reason}")
-    except MemoryError:
-        faults.append(f"{what} takes more memory than there is")
-    return None
-
-
-def _examine(
-    names: Sequence[str], each: PairSet, sides: Sequence[Side], sizes: Sequence[Size]
-) -> Sample:
+def _examine(names: Sequence[str], each: PairSet, sizes: Sequence[Size]) -> Sample:
     """Decode a sample, by its name on each side, and check it; `sizes` as for `verify_set`."""
-    faults: list[str] = []
-    images = [_decode(side, name, faults) for side, name in zip(sides, names, strict=True)]
+    faults, images = [], []
+    for (part, path), name in zip(each.paths.items(), names, strict=True):
+        try:
+            images.append(decode_8_bits(read_image(path, name), path / name, least=1).pixels)
+        except ImageError as error:
+            faults.append(f"{part.upper()} {error.reason}")
     if faults:
         return Sample(faults)
     digest = pixel_digest(images[0])
@@ -182,22 +163,18 @@ def verify_set(
     each: PairSet, workers: int, sizes: Sequence[Size]
 ) -> tuple[Checked, dict[str, Sample]]:
     """Check every image of a set; `sizes` are those of the training images to compare with."""
-    checked = open_set(each, isolated=True)
-    pair_up(checked)
-    check_stems(checked)
-    if not checked.pairs:
-        return checked, {}
-    examine = partial(_examine, each=each, sides=checked.sides, sizes=sizes)
-    isolated = any(side.is_database for side in checked.sides)
-    found = with_progress(examine, checked.pairs, workers, each.name, isolated=isolated)
+    isolated = any(map(is_database, each.paths.values()))
     try:
+        [checked] = ordered(list_images, [each], 1, isolated=isolated)
+        examine = partial(_examine, each=each, sizes=sizes)
+        found = with_progress(examine, checked.pairs, workers, each.name, isolated=isolated)
         samples = {name: one for (name, *_), one in found}
     except UserError as error:
-        places = " and ".join(str(side.path) for side in checked.sides)
-        checked.add(checked.sides[0].part, f"{places} cannot be read: {error}")
-        checked.pairs = []
-        return checked, {}
-    _judge(checked, samples)
+        checked, samples = Checked(each), {}
+        part, places = next(iter(each.paths)), " and ".join(map(str, each.paths.values()))
+        checked.add(part, f"{places} cannot be read: {error}")
+    if samples:
+        _judge(checked, samples)
     return checked, samples
 
 
@@ -236,7 +213,7 @@ def _report_on(each: Checked) -> Iterator[str]:
     yield from (f"  {note}" for note in each.notes)
     yield from (f"  wrong: {fault.text}" for fault in each.faults)
     bad = [
-        f"  wrong: {each.sides[0].path / name}: {reason}"
+        f"  wrong: {(each.set.hr or each.set.lr) / name}: {reason}"
         for name, reasons in each.bad.items()
         for reason in reasons
     ]
@@ -254,41 +231,38 @@ def report(verified: Sequence[Checked]) -> str:
     return "\n".join([*lines, f"{good} of {len(verified)} data sets are good"])
 
 
-def _copy(side: Side, keys: Sequence[str]) -> Path:
+def _copy(path: Path, keys: Sequence[str]) -> Path:
     """Write an LMDB of some entries of another one."""
-    path = side.path.with_name(f"{side.path.name.removesuffix('.lmdb')}_fixed.lmdb")
+    fixed = path.with_name(f"{path.name.removesuffix('.lmdb')}_fixed.lmdb")
     digest = sha256("\n".join(keys).encode()).hexdigest()
-    recipe = {"fixed": str(side.path.resolve()), "images": digest}
-    with one_writer(path.parent), disk_faults_named(f"{path} cannot be written"):
-        if not is_finished(path, recipe, overwrite=True):
-            with DatabaseWriter(path, recipe) as writer:
+    recipe = {"fixed": str(path.resolve()), "images": digest}
+    with one_writer(path.parent), disk_faults_named(f"{fixed} cannot be written"):
+        if not is_finished(fixed, recipe, overwrite=True):
+            with DatabaseWriter(fixed, recipe) as writer:
                 for key in keys:
-                    data = side.read(key)
+                    data = read_image(path, key)
                     if not data.startswith(b"\x89PNG"):
-                        data = encode_png(decode_8_bits(data, side.path / key, least=1).pixels)
+                        data = encode_png(decode_8_bits(data, path / key, least=1).pixels)
                     writer.put([(key, data)])
                 writer.finish()
-    return path
+    return fixed
 
 
 def fix(verified: Sequence[Checked]) -> list[Path]:
-    """Copy the good images of LMDBs that have bad ones to new LMDBs.
+    """Copy the good images of LMDBs that have bad ones to `NAME_fixed.lmdb`, and name the copies.
 
-    Sets that share HR, as the scales of a training set do, lose the same images. The old ones
-    stay as they are. LR by another kernel is not fixed.
-
-    Returns:
-        The new databases, `NAME_fixed.lmdb` beside each old one.
+    Sets that share HR, as the scales of a training set do, lose the same images. LR by another
+    kernel is not fixed.
 
     Raises:
         UserError: None of a set's images is good, or a database cannot be written.
     """
-    by_hr: dict[Path, list[Checked]] = defaultdict(list)
+    by_first: dict[Path, list[Checked]] = defaultdict(list)
     for each in verified:
-        if each.sides and all(side.is_database for side in each.sides):
-            by_hr[each.sides[0].path].append(each)
+        if each.pairs and all(map(is_database, each.set.paths.values())):
+            by_first[next(iter(each.set.paths.values()))].append(each)
     written = []
-    for path, sets in by_hr.items():
+    for path, sets in by_first.items():
         if all(not each.bad and all(f.part == "kernel" for f in each.faults) for each in sets):
             continue
         good = set.intersection(
@@ -296,6 +270,6 @@ def fix(verified: Sequence[Checked]) -> list[Path]:
         )
         if not good:
             raise UserError(f"{path}: all images are bad, so a new set would be empty")
-        sides = {side.path: side for each in sets for side in each.sides}
-        written += [_copy(side, sorted(good)) for side in sides.values()]
+        paths = dict.fromkeys(path for each in sets for path in each.set.paths.values())
+        written += [_copy(path, sorted(good)) for path in paths]
     return written
