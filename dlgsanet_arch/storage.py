@@ -1,13 +1,14 @@
 """Tensors in files: `.pth` as torch.save writes it, and `.safetensors`, complete or refused."""
 
 import errno
+import io
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,28 +28,25 @@ class CheckpointError(UserError):
     """A file of weights that cannot be used; the message says why and what would help."""
 
 
-def check_complete(path: Path, content: IO[bytes] | None = None) -> int:
-    """Read all of a file of torch.save's and compare it with the checksums that it holds.
-
-    `content` is what the file holds, where that was read already.
+def _read(path: Path) -> tuple[bytes, int]:
+    """Read a file of torch.save's, and compare it with the checksums that it holds.
 
     Returns:
-        A checksum of its content, which differs between two files; 0 for a file in PyTorch's
-        old format, which has no checksums and is loaded instead.
-
-    Raises:
-        CheckpointError: It is missing, truncated or damaged.
+        Its bytes, and a checksum of its content; 0 for PyTorch's old format, which has none.
     """
-    if not zipfile.is_zipfile(content or path):
-        read_pth(path)
-        return 0
-    return _check_records(path, content)
-
-
-def _check_records(path: Path, content: IO[bytes] | None = None) -> int:
-    """Compare a zip file with its checksums; what it unpacks to is never more than it holds."""
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it does not exist, or is not a file")
     try:
-        with zipfile.ZipFile(content or path) as archive:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"the weights {path} cannot be read: {error.strerror}") from error
+    if not data:
+        raise CheckpointError(f"{path} is empty: writing it was cut off; use an earlier checkpoint")
+    if not data.startswith(_ZIP_MAGIC):
+        _check_pickle(path, data)
+        return data, 0
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise CheckpointError(f"{path} is compressed, as torch.save never does")
@@ -63,7 +61,7 @@ def _check_records(path: Path, content: IO[bytes] | None = None) -> int:
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged at its record {damaged}; {_GET_ANOTHER}")
-    return zlib.crc32(repr([(entry.filename, entry.CRC) for entry in entries]).encode())
+    return data, zlib.crc32(repr([(entry.filename, entry.CRC) for entry in entries]).encode())
 
 
 def _check_pickle(path: Path, start: bytes) -> None:
@@ -72,58 +70,55 @@ def _check_pickle(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path} holds a bytearray, which no weights need; it is refused")
 
 
+def check_complete(path: Path) -> int:
+    """Read a complete file; return its checksum, or raise a CheckpointError if it is damaged."""
+    return _read(path)[1]
+
+
 def save_whole(content: Any, path: Path) -> int:
     """Save as torch.save does, so that after a crash the file is the old one or the new one.
 
     It is written under a temporary name, flushed to the disk, read again and checked first.
 
     Returns:
-        The checksum that `check_complete` returns for it.
+        The checksum that `read_whole` returns for it.
 
     Raises:
         CheckpointError: It cannot be written; the old file is as it was.
     """
     checksums: list[int] = []
-    attempts = 0
-    while True:
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
             with written_atomically(
                 path, lambda written: checksums.append(check_complete(written))
             ) as file:
                 torch.save(content, file)
-            return checksums[-1]
+            break
         except (OSError, RuntimeError, CheckpointError) as error:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             is_full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            attempts += 1
-            if is_full or attempts == _ATTEMPTS:
+            if is_full or attempt == _ATTEMPTS:
                 reason = "the disk is full" if is_full else f"{type(cause).__name__}: {cause}"
                 raise CheckpointError(
                     f"{path} cannot be written ({reason}); the file from before is untouched; "
                     "free space or fix the cause; a training run then resumes with --auto_resume"
                 ) from error
             time.sleep(_SECONDS_BETWEEN)
+    return checksums[-1]
 
 
-def _start_of(path: Path, length: int) -> bytes:
+def read_whole(path: Path) -> tuple[Any, int]:
+    """Load a file of torch.save's on the CPU without running code that it may hold; read once.
+
+    Returns:
+        Its content, and the checksum that `save_whole` returned.
+
+    Raises:
+        CheckpointError: It is missing, truncated, damaged, or holds more than tensors.
+    """
+    data, checksum = _read(path)
     try:
-        with path.open("rb") as file:
-            return file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"the weights {path} cannot be read: {error.strerror}") from error
-
-
-def read_pth(path: Path) -> Any:
-    """Load a file of torch.save's on the CPU without running code that it may hold."""
-    start = _start_of(path, 1 << 20)
-    if not start:
-        raise CheckpointError(f"{path} is empty: writing it was cut off; use an earlier checkpoint")
-    if start.startswith(_ZIP_MAGIC):
-        _check_records(path)
-    else:
-        _check_pickle(path, start)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), checksum
     except Exception as error:  # torch.load has a dozen ways to fail on bytes that are not its own
         text = str(error)
         if refused := re.search(r"GLOBAL ([\w.]+)", text):
@@ -133,7 +128,7 @@ def read_pth(path: Path) -> Any:
             )
         elif "TorchScript" in text:
             fault = "is a TorchScript program, not a checkpoint; use the .pth it was made from"
-        elif start.startswith(_ZIP_MAGIC) or isinstance(error, EOFError) or "EOF" in text:
+        elif data.startswith(_ZIP_MAGIC) or isinstance(error, EOFError) or "EOF" in text:
             fault = f"is truncated or damaged; {_GET_ANOTHER}"
         else:
             fault = (
@@ -143,9 +138,18 @@ def read_pth(path: Path) -> Any:
         raise CheckpointError(f"{path} {fault}") from error
 
 
+def read_pth(path: Path) -> Any:
+    """Return the content of a file as `read_whole` does."""
+    return read_whole(path)[0]
+
+
 def is_safetensors(path: Path) -> bool:
     """Detect the format by the content: the length of a JSON object, and the object."""
-    start = _start_of(path, 9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"the weights {path} cannot be read: {error.strerror}") from error
     by_name = path.suffix == ".safetensors" and not start.startswith(_ZIP_MAGIC)
     return start[8:] == b"{" or by_name
 

@@ -283,8 +283,16 @@ def edit_state(path: Path, **changes) -> None:
 DAMAGE = {
     "truncated state": ("training_states/20.state", truncate, "20.state is truncated"),
     "truncated weights": ("models/net_g_20.pth", truncate, "net_g_20.pth is truncated"),
-    "no weights": ("models/net_g_20.pth", Path.unlink, "net_g_20.pth, which are not there"),
-    "no state": ("training_states/20.state", Path.unlink, "20.state is not there"),
+    "no weights": (
+        "models/net_g_20.pth",
+        Path.unlink,
+        "net_g_20.pth cannot be read: it does not exist",
+    ),
+    "no state": (
+        "training_states/20.state",
+        Path.unlink,
+        "20.state cannot be read: it does not exist",
+    ),
     "empty state": ("training_states/20.state", lambda p: p.write_bytes(b""), "is empty"),
     "edited state": (
         "training_states/20.state",
@@ -297,11 +305,11 @@ DAMAGE = {
         "is not a training state",
     ),
     "list": ("training_states/20.state", lambda path: save_whole([1], path), "not a training"),
-    "pipe": ("training_states/20.state", lambda p: (p.unlink(), os.mkfifo(p)), "is not there"),
+    "pipe": ("training_states/20.state", lambda p: (p.unlink(), os.mkfifo(p)), "is not a file"),
     "pipe for weights": (
         "models/net_g_20.pth",
         lambda p: (p.unlink(), os.mkfifo(p)),
-        "net_g_20.pth, which are not there",
+        "net_g_20.pth cannot be read: it does not exist",
     ),
     "other weights": (
         "models/net_g_20.pth",
@@ -356,7 +364,7 @@ def test_a_named_state_finds_its_weights_beside_it_in_any_run(run, tmp_path):
     start = find_start(named, tmp_path, auto_resume=False)
     assert files_of(start) == {"network_g": run / "models/net_g_10.pth"}
     truncate(run / "models/net_g_10.pth")
-    with pytest.raises(ResumeError, match=r"net_g_10\.pth is truncated"):
+    with pytest.raises(UserError, match=r"net_g_10\.pth is truncated"):
         find_start(named, tmp_path, auto_resume=False)
 
 
@@ -454,7 +462,7 @@ def test_the_room_for_checkpoints_is_estimated(run, monkeypatch):
         return runs.room_warning(model, model.opt)
 
     assert with_room_for(6.5) == ""
-    assert "GB for 6; they will not all fit" in with_room_for(5)
+    assert "GB: they will not all fit" in with_room_for(5)
     with pytest.raises(UserError, match="make room for at least two"):
         with_room_for(1.5)
     model.opt["logger"]["keep_last"] = 2
@@ -464,9 +472,9 @@ def test_the_room_for_checkpoints_is_estimated(run, monkeypatch):
 def test_folders_must_take_what_is_written(tmp_path, monkeypatch):
     runs.check_folder(tmp_path / "experiments/a")
     (tmp_path / "results").touch()
-    with pytest.raises(UserError, match="results is not a folder"):
+    with pytest.raises(UserError, match="results is not a folder, or"):
         runs.check_folder(tmp_path / "results/a")
     closed, allowed = tmp_path, os.access
     monkeypatch.setattr(runs.os, "access", lambda path, how: path != closed and allowed(path, how))
-    with pytest.raises(UserError, match=f"{closed} cannot be written to"):
+    with pytest.raises(UserError, match=f"{closed} is not a folder, or cannot be written to"):
         runs.check_folder(tmp_path / "experiments/a")

@@ -169,7 +169,7 @@ def test_testing_refuses_before_anything_is_created(bad_root, tmp_path):
     ("files", "message"),
     [
         (["models/net_g_2.pth"], r"no complete pair of state and weights in .*small"),
-        (["training_states/2.state"], r"belongs to the weights .*net_g_2\.pth"),
+        (["training_states/2.state"], r"net_g_2\.pth cannot be read: it does not exist"),
         (["training_states/2.state", "models/net_g_2.pth"], r"(?s)net_g_2\.pth.*dim: 24"),
     ],
 )

@@ -5,12 +5,11 @@ their checksums; the state is written last. What BasicSR's state lacks for an ex
 to it, in types that `torch.load(weights_only=True)` takes.
 """
 
-import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dlgsanet_arch.checkpoint import CheckpointError, check_complete, save_whole
-from dlgsanet_arch.errors import ResumeError
+from dlgsanet_arch.errors import ResumeError, UserError
 from dlgsanet_arch.pipeline import randomness
 from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
 from dlgsanet_arch.pipeline.sampling import Place
+from dlgsanet_arch.storage import read_whole, save_whole
 
 # RealESRNetModel and RealESRGANModel draw their batches from a pool that they fill themselves.
 _POOL = ("queue_lr", "queue_gt", "queue_ptr")
@@ -89,23 +88,9 @@ class Start(NamedTuple):
         return self.state["iter"] if self.path else 0
 
 
-def _read(path: Path) -> tuple[Any, int]:
-    """Read a file of torch.save's once; return its content, and the checksum of `save_whole`."""
-    if not path.is_file():  # a pipe would be waited for
-        raise ResumeError(f"{path} is not there")
-    try:
-        data = path.read_bytes()
-        checksum = check_complete(path, io.BytesIO(data))
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), checksum
-    except CheckpointError as error:
-        raise ResumeError(str(error)) from error
-    except Exception as error:  # torch.load has half a dozen ways to fail
-        raise ResumeError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     """Read a state, and check that what a run takes from it is of the right types."""
-    state, _ = _read(path)
+    state, _ = read_whole(path)
     try:
         for name in ("epoch", "iter"):
             if type(state[name]) is not int:
@@ -125,10 +110,8 @@ def _read_state(path: Path) -> dict[str, Any]:
 def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
     """Read a state and its networks to the end, each file once.
 
-    Of the options, the networks and `path:ignore_resume_networks` are used.
-
-    Raises:
-        ResumeError: The pair is not complete; the message names the file.
+    Of the options, the networks and `path:ignore_resume_networks` are used. A pair that is not
+    complete is a UserError that names the file.
     """
     state = _read_state(path)
     folder, iteration = path.parent.parent / "models", state["iter"]
@@ -138,27 +121,15 @@ def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
         for key in options
         if "network_" in key and key not in ignored
     }
-    checksums = state.get("networks", {})
-    networks = {}
-    for name in dict.fromkeys([*keys, *checksums]):
-        if checksums and name not in checksums:
-            continue  # a network that this model does not save, such as a fixed teacher
-        if not (folder / name).is_file():
-            raise ResumeError(f"{path} belongs to the weights {folder / name}, which are not there")
-        content, found = _read(folder / name)
+    checksums, networks = state.get("networks", {}), {}
+    # Our states name the networks that were saved: a fixed teacher, for example, was not.
+    for name in checksums or keys:
+        content, found = read_whole(folder / name)
         if checksums and found != checksums[name]:
             raise ResumeError(f"{folder / name} is not the file that was saved with {path.name}")
         if name in keys:
             networks[keys[name]] = folder / name, content
     return Start(path, state, networks)
-
-
-def _never_saved(run: Path) -> bool:
-    """Whether a run of ours ended before its first pair was complete: nothing of it is lost."""
-    try:
-        return '"event": "save"' not in (run / LOG).read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
@@ -172,22 +143,23 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
             state, whose networks are in the same run's folder.
 
     Raises:
-        ResumeError: There is something to resume from, but no complete pair.
+        UserError: There is something to resume from, but no complete pair.
     """
     run = root / "experiments" / options["name"]
     named = options["path"].get("resume_state")
     if not auto_resume:
         return read_pair(root / Path(named).expanduser(), options) if named else Start()
-    passed_over = []
+    passed_over = ()
     for iteration in sorted(numbered(run), reverse=True):
         try:
             start = read_pair(run / "training_states" / f"{iteration}.state", options)
-            return start._replace(passed_over=tuple(passed_over))
-        except ResumeError as error:
-            passed_over.append(f"{iteration}: {error}")
-    if _never_saved(run):
-        return Start(passed_over=tuple(passed_over))
-    if passed_over or [*run.glob("models/*.pth"), *run.glob("training_states/*.state")]:
+            return start._replace(passed_over=passed_over)
+        except UserError as error:
+            passed_over += (f"{iteration}: {error}",)
+    log = run / LOG
+    if log.is_file() and '"event": "save"' not in log.read_text(errors="replace"):
+        return Start(passed_over=passed_over)
+    if passed_over or any(run.glob("models/*.pth")):
         lines = "".join(f"\n  {line}" for line in passed_over)
         raise ResumeError(
             f"--auto_resume finds no complete pair of state and weights in {run}, which holds "
@@ -245,51 +217,43 @@ class Checkpoints:
         self._processes = processes
         self._keep_last = keep_last
         self._run = Path(model.opt["path"]["experiments_root"])
-        self._written: tuple[int, dict[str, int]] | None = None  # iteration, networks' checksums
+        self._written: tuple[int, dict[str, int]] = -1, {}  # iteration, networks' checksums
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, alone: bool = False) -> None:
         """Write a pair; a second call for an iteration writes the state alone.
 
-        A file that cannot be written is a CheckpointError; what was there before is untouched.
+        With `alone`, the main process writes it when the others no longer answer. A file that
+        cannot be written is a CheckpointError; the files before are untouched.
         """
-        generators = self._processes.gather(randomness.state())
-        with self._gathered() as networks:
-            self._write(progress, generators, networks)
-
-    def save_alone(self, progress: Progress) -> None:
-        """Write a pair on the main process, when the others no longer answer."""
-        self._write(progress, [randomness.state()], self._model.gathered_networks())
+        own = randomness.state()
+        generators = [own] if alone else self._processes.gather(own)
+        with nullcontext() if alone else self._processes.agreed():
+            self._write(progress, generators)
 
     def save_latest(self) -> None:
         """Write `net_*_latest.pth`."""
-        with self._gathered() as networks:
-            self._write_networks(networks, "latest")
+        with self._processes.agreed():
+            self._write_networks("latest")
 
     def save_best(self, value: float, iteration: int) -> None:
         """Write `net_g_best.pth`."""
-        with self._gathered() as networks:
-            self._write_networks({k: v for k, v in networks.items() if k == "net_g"}, "best")
+        with self._processes.agreed():
+            self._write_networks("best", only="net_g")
         self.best = {"value": value, "iter": iteration}
 
-    @contextmanager
-    def _gathered(self) -> Iterator[dict[str, Any]]:
-        """Gather the networks for a block; an error on the main process is one on all."""
-        with self._processes.agreed():
-            yield self._model.gathered_networks()
-
-    def _write_networks(self, networks: Mapping[str, Any], label: object) -> dict[str, int]:
+    def _write_networks(self, label: object, only: str | None = None) -> dict[str, int]:
+        """Write the networks on the main process; return checksums by file name."""
+        networks = self._model.gathered_networks()
+        files = {f"{net}_{label}.pth": networks[net] for net in networks if only in (None, net)}
         folder = self._run / "models"
-        files = {f"{name}_{label}.pth": content for name, content in networks.items()}
         return {name: save_whole(content, folder / name) for name, content in files.items()}
 
-    def _write(
-        self, progress: Progress, generators: Sequence[Any], networks: Mapping[str, Any]
-    ) -> None:
+    def _write(self, progress: Progress, generators: Sequence[Any]) -> None:
+        iteration = progress.iteration
+        if self._written[0] != iteration:
+            self._written = iteration, self._write_networks(iteration)
         if not self._processes.is_main:
             return
-        iteration = progress.iteration
-        if self._written is None or self._written[0] != iteration:
-            self._written = iteration, self._write_networks(networks, iteration)
         state = {
             "epoch": progress.place.epoch,
             "iter": iteration,
@@ -300,19 +264,14 @@ class Checkpoints:
             "randomness": list(generators),
         }
         save_whole(state, self._run / "training_states" / f"{iteration}.state")
-        self._remove_old(iteration)
+        if self._keep_last is not None:
+            self._remove_old(iteration)
 
     def _remove_old(self, iteration: int) -> None:
         """Remove what is older than the pairs to keep; later files, which a kill left, stay."""
-        if self._keep_last is None:
-            return
         files = numbered(self._run)
-        pairs = [
-            number
-            for number, paths in files.items()
-            if number <= iteration and any(path.suffix == ".state" for path in paths)
-        ]
-        oldest = sorted(pairs)[-self._keep_last :][0]
+        states = [n for n in files if any(path.suffix == ".state" for path in files[n])]
+        oldest = sorted(number for number in states if number <= iteration)[-self._keep_last :][0]
         for number in sorted(number for number in files if number < oldest):
             # the state first: a pair without one is never resumed from
             for path in sorted(files[number], key=lambda path: path.suffix != ".state"):
@@ -336,7 +295,7 @@ class Checkpoints:
                     "model_type of that run, or start a new run from its weights by "
                     "path:pretrain_network_g"
                 )
-        generators = state.get("randomness", ())
+        generators, world = state.get("randomness", ()), self._processes.world
         try:
             model.resume_training(_with_edits(model, state) if apply_edits else state)
             for name, content in state.get("scalers", {}).items():
@@ -344,7 +303,7 @@ class Checkpoints:
                     getattr(model, name).load_state_dict(content)
             for name, value in state.get("pool", {}).items():
                 setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
-            if len(generators) == self._processes.world:
+            if len(generators) == world:
                 randomness.restore(generators[self._processes.rank])
         except Exception as error:  # whatever a state of other types makes of it
             raise ResumeError(
@@ -354,10 +313,10 @@ class Checkpoints:
         if state.get("best_metric_results"):
             model.best_metric_results = state["best_metric_results"]
         self.best = dict(state.get("best", {}))
-        if generators and len(generators) != self._processes.world:
+        if generators and len(generators) != world:
             return (
-                f"the run continues with {self._processes.world} processes and had "
-                f"{len(generators)}: random numbers of the network itself differ from here"
+                f"the run continues with {world} processes and had {len(generators)}: random "
+                "numbers of the network itself differ from here"
             )
         return ""
 

@@ -7,11 +7,12 @@ were divided. File names, the log's lines and what the model keeps are BasicSR's
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +49,7 @@ _ON_DEVICE: dict[str, Callable[[metrics.Compared], Tensor]] = {
     "calculate_ssim": metrics.Compared.ssim,
 }
 Wanted = Mapping[str, Mapping[str, Any]]  # `val:metrics`
-Figures = dict[str, Tensor | float]  # by metric; tensors where the output is on a device
+Figures = dict[str, float]  # by metric
 
 # The Real-ESRGAN models' own method sets is_train to False around SRModel's, and so do we.
 _WITHOUT_SYNTHESIS = (RealESRGANModel.nondist_validation, RealESRNetModel.nondist_validation)
@@ -111,6 +112,16 @@ class Images:
 # ---- one image
 
 
+def _tensor_of(model: Any, name: str) -> Tensor:
+    value = getattr(model, name, None)
+    if not torch.is_tensor(value):
+        raise EvaluationError(
+            f"val:self_ensemble and val:tile give images as `lq` to a model's test() and take "
+            f"`output` from it; {type(model).__name__} has no `{name}`: leave them out"
+        )
+    return value
+
+
 def _test(model: Any) -> None:
     """Do what `model.test()` does, with the ensemble and the tiles that the options ask for."""
     wanted = model.opt["val"]
@@ -135,16 +146,6 @@ def _test(model: Any) -> None:
     model.lq, model.output = given, output
 
 
-def _tensor_of(model: Any, name: str) -> Tensor:
-    value = getattr(model, name, None)
-    if not torch.is_tensor(value):
-        raise EvaluationError(
-            f"val:self_ensemble and val:tile give images as `lq` to a model's test() and take "
-            f"`output` from it; {type(model).__name__} has no `{name}`: leave them out"
-        )
-    return value
-
-
 def _forget_image(model: Any) -> None:
     """Free the current image; a set without ground truth would be given the last one's."""
     for name in ("lq", "gt", "output"):
@@ -166,16 +167,21 @@ def _result(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None
     return output, target, lq
 
 
-def needs_target(metric: Mapping[str, Any]) -> bool:
-    """Return whether a metric of `val:metrics` compares with a ground truth."""
+def _needs_target(metric: Mapping[str, Any]) -> bool:
+    """Whether a metric of `val:metrics` compares with a ground truth."""
     if metric["type"] in _ON_DEVICE:
         return True
     parameters = inspect.signature(METRIC_REGISTRY.get(metric["type"])).parameters
     return "img2" in parameters and parameters["img2"].default is inspect.Parameter.empty
 
 
+def measurable(wanted: Wanted, target: Tensor | None) -> Wanted:
+    """Return the metrics that can be measured, with a ground truth or without."""
+    return {n: each for n, each in wanted.items() if target is not None or not _needs_target(each)}
+
+
 def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -> Figures:
-    """Return the figures of one image, PSNR and SSIM as tensors where the output is.
+    """Return the figures of one image.
 
     Output and ground truth are (1, C, H, W), RGB in [0, 1]; `image` names them in messages.
 
@@ -188,12 +194,15 @@ def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -
     for name, metric in wanted.items():
         try:
             if metric["type"] in _ON_DEVICE:
-                key = int(metric["crop_border"]), bool(metric.get("test_y_channel", False))
+                border, y_channel = key = (
+                    int(metric["crop_border"]),
+                    bool(metric.get("test_y_channel", False)),
+                )
                 if key not in compared:
                     compared[key] = metrics.compare(
-                        output, target, crop_border=key[0], y_channel=key[1]
+                        output, target, crop_border=border, y_channel=y_channel
                     )
-                figures[name] = _ON_DEVICE[metric["type"]](compared[key])[0]
+                figures[name] = _ON_DEVICE[metric["type"]](compared[key]).item()
                 continue
             if not images:
                 images["img"] = tensor2img([output])
@@ -210,15 +219,15 @@ def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -
     return figures
 
 
-def _bicubic(lq: Tensor | None, target: Tensor, wanted: Wanted) -> Figures:
+def _bicubic(lq: Tensor | None, target: Tensor | None, wanted: Wanted) -> Figures:
     """Return PSNR and SSIM of LR enlarged by bicubic interpolation, for comparison."""
-    wanted = {name: metric for name, metric in wanted.items() if metric["type"] in _ON_DEVICE}
-    if lq is None or lq.shape[1] != target.shape[1]:
+    if lq is None or target is None or lq.shape[1] != target.shape[1]:
         return {}
     # With antialias PyTorch's kernel is the usual one (a = -0.5); enlarging, nothing is smoothed.
     enlarged = F.interpolate(
         lq.float(), size=target.shape[-2:], mode="bicubic", antialias=True, align_corners=False
     )
+    wanted = {name: metric for name, metric in wanted.items() if metric["type"] in _ON_DEVICE}
     return measure(enlarged, target, wanted, "the bicubic enlargement")
 
 
@@ -246,82 +255,46 @@ def _shown(image: Tensor) -> np.ndarray:
 # ---- a data set
 
 
-class _Measured(NamedTuple):
-    """An image: its place in the data set, its figures, bicubic's, and what TensorBoard shows."""
-
-    number: int
-    row: Row
-    bicubic: dict[str, float]
-    shown: np.ndarray | None
-
-
-_FINITE = "output is finite"  # among the metrics, until the figures are fetched
-
-
-def _fetch(figures: Sequence[Figures]) -> list[dict[str, float]]:
-    """Return figures as numbers; those on a device come in one piece."""
-    on_device = [value for each in figures for value in each.values() if torch.is_tensor(value)]
-    numbers = iter(torch.stack([each.double() for each in on_device]).tolist() if on_device else ())
-    return [
-        {name: next(numbers) if torch.is_tensor(value) else value for name, value in each.items()}
-        for each in figures
-    ]
-
-
 def _measure_share(
     model: Any, images: Images, label: int | str, processes: Processes, save_img: bool, shown: int
-) -> list[_Measured]:
-    """Run, measure and save the images of this process, of the set's first `shown` for TensorBoard.
+) -> list[tuple[int, Row, Figures, np.ndarray | None]]:
+    """Run, measure and save the images of this process.
 
-    In a training's first validation of a set bicubic enlargement is measured as well.
+    Returns:
+        Of each image its number in the data set; name and figures; the figures of bicubic
+        enlargement in a training's first validation; and what TensorBoard shows of the set's first
+        `shown` images.
     """
-    opt, dataset = model.opt, images.dataset.opt["name"]
-    wanted = dict(opt["val"].get("metrics") or {})
+    opt, dataset, found = model.opt, images.dataset.opt["name"], []
+    asked = wanted = opt["val"].get("metrics") or {}
     first = opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
-    names, figures, bicubic, thumbnails = [], [], [], []
-    hidden = not opt["val"].get("pbar", True) or not processes.is_main
+    logger, hidden = get_root_logger(), not opt["val"].get("pbar", True) or not processes.is_main
     with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
         for number, batch in images.share():
             name = Path(batch["lq_path"][0]).stem
             output, target, lq = _result(model, batch)
-            if target is None:
-                wanted = _without_target(wanted, dataset)
-            finite = output.isfinite().all()  # before tensor2img, which clamps in place on a CPU
-            what = f"{name} of the data set {dataset}"
-            figures.append({_FINITE: finite, **measure(output, target, wanted, what)})
-            compares = first and target is not None
-            bicubic.append(_bicubic(lq, target, wanted) if compares else {})
-            names.append(name)
-            thumbnails.append(_shown(output) if number < shown else None)
+            wanted, before = measurable(asked, target), wanted
+            if left_out := [each for each in before if each not in wanted]:  # said once
+                logger.warning(
+                    f"the data set {dataset} has no ground truth: {', '.join(left_out)} of "
+                    "val:metrics cannot be measured on it"
+                )
+            if output.isfinite().all():
+                figures = measure(output, target, wanted, f"{name} of the data set {dataset}")
+            else:
+                figures = dict.fromkeys(wanted, math.nan)
+                logger.warning(
+                    f"the output of {name} of the data set {dataset} is not finite (nan or inf): "
+                    "its figures are nan, and so are the means"
+                )
+            bicubic = _bicubic(lq, target, wanted) if first else {}
+            thumbnail = _shown(output) if number < shown else None
+            found.append((number, Row(name, figures), bicubic, thumbnail))
             if save_img:
                 _save(output, opt, dataset, name, label)
             bar.set_postfix_str(name)
             bar.update()
-    found = zip(names, _fetch(figures), strict=True)
-    rows = [_row(name, values, dataset) for name, values in found]
-    parts = zip(images.shared, rows, _fetch(bicubic), thumbnails, strict=True)
-    return [_Measured(*each) for each in parts]
-
-
-def _without_target(wanted: Wanted, dataset: str) -> dict[str, Mapping[str, Any]]:
-    """Leave out the metrics that compare, with a warning the first time."""
-    possible = {name: metric for name, metric in wanted.items() if not needs_target(metric)}
-    if left_out := [name for name in wanted if name not in possible]:
-        get_root_logger().warning(
-            f"the data set {dataset} has no ground truth: {', '.join(left_out)} of val:metrics "
-            "cannot be measured on it"
-        )
-    return possible
-
-
-def _row(name: str, values: dict[str, float], dataset: str) -> Row:
-    if not values.pop(_FINITE):
-        get_root_logger().warning(
-            f"the output of {name} of the data set {dataset} is not finite (nan or inf): its "
-            "figures are nan, and so are the means"
-        )
-        return Row(name, dict.fromkeys(values, math.nan))
-    return Row(name, values)
+    return found
 
 
 @contextmanager
@@ -365,19 +338,17 @@ def validate(
     shown = _SHOWN_IMAGES if shows else 0
     with processes.agreed(), _undisturbed(model):
         measured = _measure_share(model, images, iteration, processes, save_img, shown)
-    everything = [each for share in processes.gather(measured) for each in share]
-    everything.sort(key=lambda each: each.number)
+    everything = sorted(chain(*processes.gather(measured)), key=lambda each: each[0])
+    _, rows, bicubic, thumbnails = zip(*everything, strict=True)
     dataset, wanted = images.dataset.opt["name"], model.opt["val"].get("metrics") or {}
-    rows, bicubic = [each.row for each in everything], [each.bicubic for each in everything]
     found = reports.summarise(dataset, iteration, rows, wanted, bicubic)
     if wanted:
         reports.keep(model, found)
     if processes.is_main:
         reports.log(model, found, tb_logger)
-        for each in everything:
-            if each.shown is not None:
-                tag = f"validation/{dataset}/{each.row.name}"
-                tb_logger.add_image(tag, each.shown, iteration)
+        for row, image in zip(rows, thumbnails, strict=True):
+            if image is not None:
+                tb_logger.add_image(f"validation/{dataset}/{row.name}", image, iteration)
     return found
 
 

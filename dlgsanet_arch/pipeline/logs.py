@@ -70,34 +70,27 @@ class RunLog:
     def __init__(self, processes: Processes) -> None:
         self.tensorboard: Any = None
         self._kept = MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
-        self.handlers: list[logging.Handler] = [self._kept]
         self._logger = logging.getLogger(_NAME)
+        self._logger.handlers[:] = [self._kept]
         self._is_main = processes.is_main
         self._json_lines: Path | None = None
         self._waiting: list[str] = []
+        self.info, self.warning = self._logger.info, self._logger.warning
 
     def open(self, folder: Path, text_log: str, first: Sequence[str] = ()) -> None:
         """Write to the console and `text_log` in the run's folder, `first` and what was kept."""
-        self.handlers = [_Console()]
+        handlers: list[logging.Handler] = [_Console()]
         if self._is_main:
-            self.handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
+            handlers.append(_File(folder / text_log, "w", encoding="utf-8"))
             self._json_lines = folder / LOG
-        for handler in self.handlers:
+        for handler in handlers:
             handler.setFormatter(_FORMAT)
-        self._logger.handlers[:] = self.handlers
+        self._logger.handlers[:] = handlers
         for line in first:
             self.info(line)
         for record in self._kept.buffer:
             self._logger.handle(record)
         self._write()
-
-    def info(self, text: str) -> None:
-        """Write a line."""
-        self._logger.info(text)
-
-    def warning(self, text: str) -> None:
-        """Write a line that should be read."""
-        self._logger.warning(text)
 
     def record(self, event: str, **values: Any) -> None:  # free-form by nature
         """Append a JSON line: time, event and values."""
@@ -109,7 +102,7 @@ class RunLog:
         self._write()
 
     def _write(self) -> None:
-        if self._json_lines is None or not self._waiting:
+        if self._json_lines is None:
             return
         lines, self._waiting = self._waiting, []
         try:
@@ -129,9 +122,8 @@ def run_log(processes: Processes) -> Iterator[RunLog]:
     from basicsr.utils.logger import initialized_logger
 
     logger = logging.getLogger(_NAME)
-    before = logger.handlers[:], logger.level, logger.propagate, _NAME in initialized_logger
+    before = logger.handlers[:], logger.level, logger.propagate, dict(initialized_logger)
     log = RunLog(processes)
-    logger.handlers[:] = log.handlers
     logger.setLevel(logging.INFO if processes.is_main else logging.ERROR)
     logger.propagate = False
     initialized_logger[_NAME] = True
@@ -140,11 +132,11 @@ def run_log(processes: Processes) -> Iterator[RunLog]:
     finally:
         if log.tensorboard is not None:
             log.tensorboard.close()
-        for handler in log.handlers:
+        for handler in logger.handlers:
             handler.close()
         logger.handlers[:], logger.level, logger.propagate = before[:3]
-        if not before[3]:
-            initialized_logger.pop(_NAME, None)
+        initialized_logger.clear()
+        initialized_logger.update(before[3])
 
 
 def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first: int) -> None:
@@ -157,18 +149,16 @@ def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first
         return
     wandb = (wanted.get("wandb") or {}).get("project") is not None
     asked = ["tensorboard"] * bool(wanted.get("use_tb_logger") or wandb) + ["wandb"] * wandb
-    missing = [name for name in asked if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in asked if find_spec(name) is None]:
         log.warning(
             f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
             f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the same"
         )
-    started = [name for name in asked if name not in missing]
-    if "wandb" in started:
+    if wandb and "wandb" not in missing:
         from basicsr.utils import init_wandb_logger
 
         init_wandb_logger(opt)  # before TensorBoard's writer, whose files it follows
-    if "tensorboard" in started:
+    if asked and "tensorboard" not in missing:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
@@ -187,13 +177,11 @@ class Pace:
     def __init__(self, start: int, total: int, samples: int) -> None:
         self._start, self._total, self._samples = start, total, samples
         self._began = self._since = time.perf_counter()
-        self._waited = 0.0
-        self._iterations = 0
+        self._waits: list[float] = []
 
     def waited(self, seconds: float) -> None:
         """Note an iteration, and how long it waited for its samples."""
-        self._iterations += 1
-        self._waited += seconds
+        self._waits.append(seconds)
 
     def paused(self, seconds: float) -> None:
         """Leave time out of the pace of iterations: a validation, a save."""
@@ -201,18 +189,17 @@ class Pace:
 
     def take(self, iteration: int) -> dict[str, float]:
         """Return what an iteration took since the last call, and the seconds left for the run."""
-        now = time.perf_counter()
-        count = max(1, self._iterations)
+        now, count = time.perf_counter(), max(1, len(self._waits))
         each = max(1e-9, (now - self._since) / count)
         overall = (now - self._began) / max(1, iteration - self._start)
-        taken = {
+        waited = sum(self._waits) / count
+        self._since, self._waits = now, []
+        return {
             "time": each,
-            "data_time": self._waited / count,
+            "data_time": waited,
             "samples_per_second": self._samples / each,
             "eta": overall * (self._total - iteration),
         }
-        self._since, self._waited, self._iterations = now, 0.0, 0
-        return taken
 
 
 def training_line(

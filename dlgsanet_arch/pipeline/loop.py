@@ -9,6 +9,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +92,29 @@ class Training:
                 opt["manual_seed"] = said.seed
         self._build_data(opt["datasets"]["train"])
         self._progress = self._progress_at(start.iteration, said)
+        self._bad = BadSamples(self._progress.bad_samples, self._tolerated, log)
         self.model = build()
         self._checkpoints = Checkpoints(self.model, processes, opt["logger"].get("keep_last"))
         self._saved_at = start.iteration if start.path else None
         if start.path and (warning := self._checkpoints.restore(start, apply_edits=apply_edits)):
             log.warning(warning)
         self._losses = FiniteLosses(processes)
-        self._begin: Callable[[], None] | None = None
         at = f"from epoch: {self._progress.place.epoch}, iter: {start.iteration}"
         log.info(f"Resuming training {at}." if start.path else f"Start training {at}")
+
+    def _report_edits(self, said: Progress, *, applied: bool) -> None:
+        """Name the options that were edited since, and which of them a resume leaves out."""
+        for path, (before, now) in find_edits(self._opt["as_given"], said.options).items():
+            change = f"{path}: was {before!r}, is {now!r} in the option file"
+            if not path.startswith(_KEPT_BY_STATE):
+                self._log.info(f"edited since the run began: {change}")
+            elif applied:
+                self._log.info(f"edited since the run began, and applied: {change}")
+            else:
+                self._log.warning(
+                    f"edited since the run began, and NOT used: {change}; the run continues with "
+                    "what its state holds; --apply_edits applies the option file's"
+                )
 
     def _build_data(self, train_opt: Mapping[str, Any]) -> None:
         opt, processes = self._opt, self._processes
@@ -116,16 +132,16 @@ class Training:
             rank=processes.rank,
             seed=opt["manual_seed"],
         )
+        size = f"{len(dataset)} samples x dataset_enlarge_ratio {sampling.ratio}"
         if sampling.batches_an_epoch == 0:  # a third party's set, which is not scanned
             raise UserError(
-                f"datasets:train has {len(dataset)} samples x dataset_enlarge_ratio "
-                f"{sampling.ratio}, less than one batch of {sampling.taken} (all processes "
-                "together): raise dataset_enlarge_ratio or take smaller batches"
+                f"datasets:train has {size}, less than one batch of {sampling.taken} (all "
+                "processes together): raise dataset_enlarge_ratio or take smaller batches"
             )
         self._log.info(
-            f"Training statistics: {len(dataset)} images x {sampling.ratio}; batch "
-            f"{sampling.batch} x {processes.world} processes = {sampling.taken}; "
-            f"{sampling.batches_an_epoch} iterations an epoch; {self._total} in all"
+            f"Training set: {size}; batch {sampling.batch} x {processes.world} processes = "
+            f"{sampling.taken}; {sampling.batches_an_epoch} iterations an epoch; {self._total} in "
+            "all"
         )
         self.validations = [
             Images(dataset_opt, processes)
@@ -135,39 +151,18 @@ class Training:
 
     def _progress_at(self, iteration: int, said: Progress | None) -> Progress:
         """Return where a run continues: as its state says, or else as its iterations do."""
-        length = self._sampling.epoch_length
-        progress = Progress(
-            iteration=iteration,
-            place=self._sampling.place_of(iteration),
-            epoch_length=length,
-            seed=self._opt["manual_seed"],
-            options=self._opt["as_given"],
-        )
-        self._bad = BadSamples(said.bad_samples if said else (), self._tolerated, self._log)
-        if said is not None:
-            progress.place, progress.validate = said.place, said.validate
-            progress.bad_samples = said.bad_samples
-        if said is not None and said.epoch_length != length:
+        length, place = self._sampling.epoch_length, self._sampling.place_of(iteration)
+        now = {"seed": self._opt["manual_seed"], "options": self._opt["as_given"]}
+        if said is None:
+            return Progress(iteration, place, length, **now)
+        place = said.place
+        if said.epoch_length != length:
             self._log.warning(
                 f"an epoch of the training set has {length} positions and had "
                 f"{said.epoch_length}: the run continues with the next epoch"
             )
-            progress.place = said.place._replace(position=length)
-        return progress
-
-    def _report_edits(self, said: Progress, *, applied: bool) -> None:
-        """Name the options that were edited since, and which of them a resume leaves out."""
-        for path, (before, now) in find_edits(self._opt["as_given"], said.options).items():
-            change = f"{path}: was {before!r}, is {now!r} in the option file"
-            if not path.startswith(_KEPT_BY_STATE):
-                self._log.info(f"edited since the run began: {change}")
-            elif applied:
-                self._log.info(f"edited since the run began, and applied: {change}")
-            else:
-                self._log.warning(
-                    f"edited since the run began, and NOT used: {change}; the run continues with "
-                    "what its state holds; --apply_edits applies the option file's"
-                )
+            place = place._replace(position=length)
+        return replace(said, place=place, epoch_length=length, **now)
 
     def try_step(self) -> None:
         """Try a step on the first samples to come; see `trial.step`."""
@@ -186,7 +181,7 @@ class Training:
             Interrupted: A signal asked for the end; everything is saved.
             UserError: A sample, a loss or a file is bad; the message names it.
         """
-        self._begin = begin
+        self._begin: Callable[[], None] | None = begin
         done = self._progress.iteration
         if self._saved_at is not None:
             self._begun()
@@ -205,15 +200,9 @@ class Training:
                 self._iterate(max(0, self._total - done))
                 self._finish()
             except Interrupted as request:
-                self._stopped(request)
-            except ReadingError as error:
-                if self._processes.distributed:  # the others are in their next iteration
-                    raise
-                self._save_unsaved()
-                raise ReadingError(f"{error}{self._saved_note()}") from error
-            except LostProcessError as error:
-                self._save_alone()
-                raise LostProcessError(f"{error}{self._saved_note()}") from error
+                raise self._stopped(request) from None
+            except (ReadingError, LostProcessError) as error:
+                raise self._failed(error) from error
 
     def _begun(self) -> None:
         """Make the run's folders, once."""
@@ -223,11 +212,10 @@ class Training:
             self._losses.folder = Path(self._opt["path"]["experiments_root"])
 
     def _iterate(self, count: int) -> None:
-        warmup = int(self._opt["train"].get("warmup_iter") or -1)
+        progress, logger = self._progress, self._opt["logger"]
         stop_flag = Flag(self._processes)
-        for iteration, batch in enumerate(self._batches(count), self._progress.iteration + 1):
-            self._step(iteration, batch, warmup)
-            progress, logger = self._progress, self._opt["logger"]
+        for iteration, batch in enumerate(self._batches(count), progress.iteration + 1):
+            self._step(iteration, batch)
             progress.iteration = iteration
             progress.place = self._sampling.after(progress.place)
             val_due = _is_due(iteration, self._val.get("val_freq"))
@@ -239,8 +227,7 @@ class Training:
                 self._save()
             if progress.validate:
                 self._validate()
-            signalled = stop_flag.exchange(self._stop.signal)
-            if signalled:
+            if signalled := stop_flag.exchange(self._stop.signal):
                 self._stop.signal = signalled
                 stop_flag.settle()
                 raise self._stop.interrupted()
@@ -259,14 +246,14 @@ class Training:
         )
         since = time.perf_counter()
         for batch, bad in batches:
-            if bad or batch is None:
-                self._bad.add(bad, replaced=batch is not None)
+            self._bad.add(bad, replaced=batch is not None)
             self._pace.waited(time.perf_counter() - since)
             yield batch
             since = time.perf_counter()
 
-    def _step(self, iteration: int, batch: Mapping[str, Any], warmup: int) -> None:
+    def _step(self, iteration: int, batch: Mapping[str, Any]) -> None:
         model = self.model
+        warmup = int(self._opt["train"].get("warmup_iter") or -1)
         model.update_learning_rate(iteration, warmup_iter=warmup)
         with self._processes.answered():
             model.feed_data(batch)
@@ -282,23 +269,17 @@ class Training:
 
     def _print(self) -> None:
         self._losses.check()
-        iteration, model = self._progress.iteration, self.model
+        iteration, epoch, model = self._progress.iteration, self._progress.place.epoch, self.model
         losses = {name: float(value) for name, value in model.get_current_log().items()}
-        rates = model.get_current_learning_rate()
-        pace = self._pace.take(iteration)
-        epoch = self._progress.place.epoch
+        rates, pace = model.get_current_learning_rate(), self._pace.take(iteration)
         self._log.info(training_line(self._opt["name"], epoch, iteration, rates, pace, losses))
-        self._log.record(
-            "train", iter=iteration, epoch=epoch, lr=list(rates), losses=losses, **pace
-        )
+        self._log.record("train", iter=iteration, epoch=epoch, lr=rates, losses=losses, **pace)
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses.items())[:2]})
-        writer = self._log.tensorboard
-        if writer is None:
-            return
-        for name, value in losses.items():
-            writer.add_scalar(f"losses/{name}" if name.startswith("l_") else name, value, iteration)
-        writer.add_scalar("lr", rates[0], iteration)
-        writer.add_scalar("samples_per_second", pace["samples_per_second"], iteration)
+        if self._log.tensorboard is not None:
+            shown = {f"losses/{k}" if k.startswith("l_") else k: v for k, v in losses.items()}
+            shown |= {"lr": rates[0], "samples_per_second": pace["samples_per_second"]}
+            for name, value in shown.items():
+                self._log.tensorboard.add_scalar(name, value, iteration)
 
     # ---- saving
 
@@ -306,9 +287,8 @@ class Training:
         self._losses.check()
         since = time.perf_counter()
         shares = self._processes.gather(list(self._bad.found))
-        bad = tuple(dict.fromkeys(each for share in shares for each in share))
-        self._bad.add(bad)
-        self._progress.bad_samples = bad
+        self._bad.add([each for share in shares for each in share])
+        self._progress.bad_samples = tuple(self._bad.found)
         self._log.info("Saving models and training states.")
         self._checkpoints.save(self._progress)
         self._saved()
@@ -318,30 +298,39 @@ class Training:
         self._saved_at = self._progress.iteration
         self._log.record("save", iter=self._saved_at)
 
-    def _save_unsaved(self) -> None:
-        """Save where the last checkpoint is older than the last iteration."""
-        if self._progress.iteration not in (0, self._saved_at):
+    def _is_saved(self) -> bool:
+        return self._progress.iteration in (0, self._saved_at)
+
+    def _stopped(self, request: Interrupted) -> Interrupted:
+        """Save, and return what to raise when a signal has asked for the end."""
+        iteration = self._progress.iteration
+        if iteration == 0:
+            return Interrupted(f"{request} before the first iteration", request.status)
+        if not self._is_saved():
             self._save()
-
-    def _save_alone(self) -> None:
-        """Save what this process has, where that is the last iteration exactly.
-
-        A step that failed in its backward pass has changed no weights; statistics that a forward
-        pass keeps, and a second optimizer's step, it may have changed.
-        """
-        networks = map(bare, networks_of(self.model).values())
-        has_statistics = any(
-            len(each.state_dict()) > len([*each.parameters()]) for each in networks
+        self._log.record("stop", iter=iteration, reason=str(request))
+        return Interrupted(
+            f"{request} at iteration {iteration}, which is saved; resume with --auto_resume",
+            request.status,
         )
-        if self._progress.iteration in (0, self._saved_at) or has_statistics:
-            return
-        if len(self.model.optimizers) == 1 and self._processes.is_main:
-            self._checkpoints.save_alone(self._progress)
-            self._saved()
 
-    def _saved_note(self) -> str:
+    def _failed(self, error: UserError) -> UserError:
+        """Save the last iteration where it can be, and return the error with that added."""
+        if isinstance(error, LostProcessError):
+            # A step that failed in its backward pass has changed no weights; statistics that a
+            # forward pass keeps, and a second optimizer's step, it may have changed.
+            networks = map(bare, networks_of(self.model).values())
+            exact = len(self.model.optimizers) == 1 and all(
+                len(each.state_dict()) == len([*each.parameters()]) for each in networks
+            )
+            if exact and self._processes.is_main and not self._is_saved():
+                self._checkpoints.save(self._progress, alone=True)
+                self._saved()
+        elif not self._processes.distributed and not self._is_saved():
+            self._save()  # other processes would be in their next iteration
         at = self._saved_at
-        return f"; iteration {at} is saved, resume with --auto_resume" if at else ""
+        note = f"; iteration {at} is saved, resume with --auto_resume" if at else ""
+        return type(error)(f"{error}{note}")
 
     # ---- validation
 
@@ -349,11 +338,8 @@ class Training:
         """Validate on every set, and keep the weights if they are the best so far."""
         self._losses.check()
         since, iteration = time.perf_counter(), self._progress.iteration
-        if self._processes.distributed:
+        with nullcontext() if self._processes.distributed else self._stop.at_once():
             results = self._evaluated()
-        else:
-            with self._stop.at_once():
-                results = self._evaluated()
         self._progress.validate = False
         for result in results:
             bicubic = {"bicubic": result.bicubic} if result.bicubic else {}
@@ -371,12 +357,8 @@ class Training:
 
     def _keep_best(self, results: Sequence[Evaluation]) -> None:
         dataset, _, metric = str(self._opt["logger"].get("save_best") or "").rpartition("/")
-        found = [
-            result
-            for result in results
-            if metric in result.means and dataset in ("", result.dataset)
-        ]
-        if not metric or not found or math.isnan(found[0].means[metric]):
+        found = [x for x in results if metric in x.means and dataset in ("", x.dataset)]
+        if not found or math.isnan(found[0].means[metric]):
             return
         value, best = found[0].means[metric], self._checkpoints.best.get("value")
         lower = self._val["metrics"][metric].get("better", "higher") == "lower"
@@ -402,7 +384,7 @@ class Training:
         self._log.record("end", iter=progress.iteration)
 
     def _finish_again(self) -> None:
-        """A run that is complete is left as it is; only a missing last file is written."""
+        """Leave a complete run as it is, and write its last file if that is missing."""
         self._log.info(
             f"This run is complete: {self._progress.iteration} of {self._total} iterations; "
             "nothing to train"
@@ -410,14 +392,3 @@ class Training:
         models_folder = Path(self._opt["path"]["models"])
         if self._processes.share(not (models_folder / "net_g_latest.pth").is_file()):
             self._checkpoints.save_latest()
-
-    def _stopped(self, request: Interrupted) -> None:
-        iteration = self._progress.iteration
-        if iteration == 0:
-            raise Interrupted(f"{request} before the first iteration", request.status)
-        self._save_unsaved()
-        self._log.record("stop", iter=iteration, reason=str(request))
-        raise Interrupted(
-            f"{request} at iteration {iteration}, which is saved; resume with --auto_resume",
-            request.status,
-        )

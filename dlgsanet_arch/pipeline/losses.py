@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import named
 from dlgsanet_arch.pipeline.logs import readable
 from dlgsanet_arch.pipeline.processes import Processes
 
@@ -22,7 +24,7 @@ class NonFiniteError(UserError):
 
 class _Batch(NamedTuple):
     iteration: int
-    samples: tuple[str, ...]
+    samples: Sequence[str]
     losses: dict[str, float | Tensor]
 
 
@@ -58,7 +60,7 @@ class FiniteLosses:
             name: value.detach() if _on_device(value) else float(value)
             for name, value in losses.items()
         }
-        self._kept.append(_Batch(iteration, tuple(samples), values))
+        self._kept.append(_Batch(iteration, samples, values))
         if not any(map(_on_device, values.values())) or len(self._kept) >= _KEPT:
             self._fetch()
         if not self._processes.distributed and self._first is not None:
@@ -73,9 +75,25 @@ class FiniteLosses:
         """
         self._fetch()
         batches = [each for each in self._processes.gather(self._first) if each is not None]
-        if batches:
-            first = min(batch.iteration for batch in batches)
-            raise self._report([batch for batch in batches if batch.iteration == first])
+        if not batches:
+            return
+        iteration, _, losses = min(batches, key=lambda batch: batch.iteration)
+        samples = [n for batch in batches if batch.iteration == iteration for n in batch.samples]
+        report = {"iteration": iteration, "losses": losses, "samples": samples}
+        where = named(samples)
+        if self.folder is not None:
+            with suppress(OSError):  # the message has what matters
+                file = self.folder / f"non_finite_{iteration}.json"
+                if self._processes.is_main:
+                    text = json.dumps(readable(report), indent=2)
+                    file.write_text(f"{text}\n", encoding="utf-8")
+                where += f", see {file}"
+        values = ", ".join(f"{name} {value}" for name, value in losses.items())
+        raise NonFiniteError(
+            f"iteration {iteration} gave a value that is not finite ({values}); the batch's "
+            f"samples: {where}. Check them, lower the learning rate or clip the gradients "
+            "(train:clip_grad_norm), and resume from the last checkpoint"
+        )
 
     def _fetch(self) -> None:
         """Bring the losses that are kept to the host, all at once, and check them."""
@@ -93,24 +111,3 @@ class FiniteLosses:
         for batch in kept:
             if self._first is None and not all(map(math.isfinite, batch.losses.values())):
                 self._first = batch
-
-    def _report(self, batches: Sequence[_Batch]) -> NonFiniteError:
-        iteration = batches[0].iteration
-        losses = batches[0].losses
-        samples = [name for batch in batches for name in batch.samples]
-        where = f"the batch's samples: {', '.join(samples)}"
-        if self.folder is not None:
-            path = self.folder / f"non_finite_{iteration}.json"
-            report = {"iteration": iteration, "losses": losses, "samples": samples}
-            try:
-                if self._processes.is_main:
-                    path.write_text(json.dumps(readable(report), indent=2) + "\n", encoding="utf-8")
-                where = f"the batch's samples are named in {path}"
-            except OSError as error:
-                where = f"{path} cannot be written ({error}); {where}"
-        values = ", ".join(f"{name} {value}" for name, value in losses.items())
-        return NonFiniteError(
-            f"iteration {iteration} gave a value that is not finite ({values}); {where}. Check "
-            "them, lower the learning rate or clip the gradients (train:clip_grad_norm), and "
-            "resume from the last checkpoint"
-        )

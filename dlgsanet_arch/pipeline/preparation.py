@@ -17,14 +17,12 @@ import torch
 from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.data import check
-from dlgsanet_arch.errors import ResumeError, UserError
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import Context, shipped
 from dlgsanet_arch.options.context import is_whole
 from dlgsanet_arch.pipeline import checkpoints, weights
 from dlgsanet_arch.pipeline.checkpoints import Start
 from dlgsanet_arch.pipeline.processes import Processes
-
-_REGISTRIES = ("arch", "model", "dataset", "metric", "loss")
 
 
 def _import_packages(names: Sequence[str], root: Path) -> None:
@@ -45,9 +43,9 @@ def registered() -> dict[str, dict[str, Any]]:
     """Return what BasicSR's registries hold, by registry and name."""
     for package in ("archs", "models", "data", "losses", "metrics"):
         _basicsr.import_basicsr(f"basicsr.{package}")
-    registries = _basicsr.import_basicsr("basicsr.utils.registry")
-    found = {kind: getattr(registries, f"{kind.upper()}_REGISTRY") for kind in _REGISTRIES}
-    return {kind: dict(iter(registry)) for kind, registry in found.items()}
+    module = _basicsr.import_basicsr("basicsr.utils.registry")
+    kinds = ("arch", "model", "dataset", "metric", "loss")
+    return {kind: dict(iter(getattr(module, f"{kind.upper()}_REGISTRY"))) for kind in kinds}
 
 
 class Prepared(NamedTuple):
@@ -188,7 +186,7 @@ def _check(
         try:
             if train:
                 start = checkpoints.find_start(options, root, auto_resume=arguments.auto_resume)
-        except ResumeError as error:
+        except UserError as error:
             problems.append(str(error))
         sources, wrong, lines = weights.sources(context, start)
         problems += wrong

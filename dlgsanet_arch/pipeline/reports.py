@@ -75,14 +75,12 @@ def keep(model: Any, found: Evaluation) -> None:
         model.best_metric_results = {}
     record = model.best_metric_results.setdefault(found.dataset, {})
     for name, metric in (model.opt["val"].get("metrics") or {}).items():
-        rises = _rises(metric)
+        better, rises = metric.get("better", "higher"), _rises(metric)
         worst = -math.inf if rises else math.inf
-        best = record.setdefault(
-            name, {"better": metric.get("better", "higher"), "val": worst, "iter": -1}
-        )
+        best = record.setdefault(name, {"better": better, "val": worst, "iter": -1})
         value = found.means.get(name, math.nan)
         if value >= best["val"] if rises else value <= best["val"]:
-            best["val"], best["iter"] = value, found.iteration
+            best |= {"val": value, "iter": found.iteration}
 
 
 def log(model: Any, found: Evaluation, tb_logger: Any) -> None:
@@ -109,19 +107,17 @@ def log(model: Any, found: Evaluation, tb_logger: Any) -> None:
 
 def _averages_note(model: Any, found: Evaluation) -> str:
     """Say that averaged weights are young, where a run validates them for the first time."""
-    decay = getattr(model, "ema_decay", 0)
-    paths = model.opt["path"]
+    decay, paths = getattr(model, "ema_decay", 0), model.opt["path"]
     starts = paths.get("pretrain_network_g") or paths.get("resume_state")
     if not found.bicubic or starts or not 0 < decay < 1:
         return ""
     left = decay ** int(found.iteration)
     if left < _SETTLED:
         return ""
-    ready = math.ceil(math.log(_SETTLED) / math.log(decay))
     return (
         f"what is validated is the average of the weights (train:ema_decay {decay}), of which "
         f"{left:.0%} are still the random weights of the start; figures are low until about "
-        f"iteration {ready:,}"
+        f"iteration {math.ceil(math.log(_SETTLED) / math.log(decay)):,}"
     )
 
 

@@ -27,61 +27,44 @@ from dlgsanet_arch.pipeline.preparation import Prepared
 from dlgsanet_arch.pipeline.processes import Processes, started
 from dlgsanet_arch.pipeline.samples import system_limit
 
-_FEWEST_PAIRS = 2  # there must be room for: the old one stays until the new one is complete
-
-
-# ---- the disk
-
-
-def _nearest_existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
 
 def check_folder(folder: Path) -> None:
-    """Raise a UserError if a folder, which may not be there yet, cannot be written to."""
-    there = _nearest_existing(folder)
-    if not there.is_dir():
-        raise UserError(f"{there} is not a folder, but {folder} is to be written; rename it")
-    if not os.access(there, os.W_OK | os.X_OK):
+    """Raise a UserError if a folder, which may not exist yet, cannot be written to."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
-            f"{there} cannot be written to, but {folder} is to be; choose another --root"
+            f"{folder} cannot be made: {there} is not a folder, or cannot be written to; rename "
+            "it, or choose another --root"
         )
-
-
-def _pair_size(model: Any) -> int:
-    """Return about how many bytes a saved pair has: all networks, and Adam's two moments."""
-    tensors = [
-        tensor
-        for network in networks_of(model).values()
-        for tensor in bare(network).state_dict().values()
-    ]
-    for optimizer in model.optimizers:
-        tensors += 2 * [each for group in optimizer.param_groups for each in group["params"]]
-    return sum(4 * tensor.numel() + 400 for tensor in tensors)  # float32, and a record of the file
 
 
 def room_warning(model: Any, opt: Mapping[str, Any]) -> str:
     """Return a warning where a run's checkpoints will not all fit on the disk, or "".
 
     Raises:
-        UserError: The disk cannot hold two.
+        UserError: The disk cannot hold two: the old one stays until the new one is complete.
     """
+    tensors = [
+        tensor
+        for network in networks_of(model).values()
+        for tensor in bare(network).state_dict().values()
+    ]
+    for optimizer in model.optimizers:  # Adam's two moments
+        tensors += 2 * [each for group in optimizer.param_groups for each in group["params"]]
+    # float32, and a record of the file
+    pair = sum(4 * tensor.numel() + 400 for tensor in tensors) / 1e9
     run, logger = Path(opt["path"]["experiments_root"]), opt["logger"]
-    size = _pair_size(model)
     saved = max(1, int(opt["train"]["total_iter"] // logger["save_checkpoint_freq"]))
     count = min(saved, logger.get("keep_last") or saved) + 1  # and what the end or the best leaves
-    free = shutil.disk_usage(_nearest_existing(run)).free
-    text = (
-        f"{run} has {free / 1e9:.3g} GB free, and a checkpoint of weights and state takes about "
-        f"{size / 1e9:.3g} GB"
-    )
-    if free < _FEWEST_PAIRS * size:
-        needed = _FEWEST_PAIRS * size / 1e9
-        raise UserError(f"logger: {text}: make room for at least two, {needed:.3g} GB")
-    if free < count * size:
+    there = next(path for path in (run, *run.parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    text = f"{run} has {free:.3g} GB free; a checkpoint of weights and state takes {pair:.3g} GB"
+    if free < 2 * pair:
+        raise UserError(f"logger: {text}: make room for at least two")
+    if free < count * pair:
         return (
-            f"logger:keep_last: {text}, {count * size / 1e9:.3g} GB for {count}; they will not all "
-            "fit: write a number to keep, or save less often"
+            f"logger:keep_last: {text}, and {count} take {count * pair:.3g} GB: they will not all "
+            "fit; write a number to keep, or save less often"
         )
     return ""
 
@@ -157,9 +140,7 @@ class _Run:
         return model
 
     def try_measurements(self, sets: list[Images]) -> None:
-        """Try the metrics on data sets, unless the command line leaves trials out."""
-        if self.prepared.arguments.no_trial:
-            return
+        """Try the metrics on the smallest size of each data set."""
         for images in sets:
             smallest = self.prepared.smallest.get(images.dataset.opt["name"])
             trial.measurements(images, smallest, self.opt["as_given"])
@@ -212,14 +193,18 @@ def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iter
 def train(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.train`."""
     with _prepared(root, arguments, train=True) as run:
-        apply_edits = arguments.apply_edits
         with run.set_up():
             training = Training(
-                run.opt, run.processes, run.log, run.start, run.model, apply_edits=apply_edits
+                run.opt,
+                run.processes,
+                run.log,
+                run.start,
+                run.model,
+                apply_edits=arguments.apply_edits,
             )
             if not arguments.no_trial:
                 training.try_step()
-            run.try_measurements(training.validations)
+                run.try_measurements(training.validations)
             if run.processes.is_main and (warning := room_warning(training.model, run.opt)):
                 run.log.warning(warning)
 
@@ -239,15 +224,16 @@ def test(root: Path, arguments: argparse.Namespace) -> None:
             datasets = sorted(run.opt["datasets"].items())
             sets = [Images(dataset_opt, run.processes) for _, dataset_opt in datasets]
             model = run.model()
-            run.try_measurements(sets)
+            if not arguments.no_trial:
+                run.try_measurements(sets)
         with run.locked():
             run.begin()
             results = []
             for images in sets:
                 run.log.info(f"Testing {images.dataset.opt['name']}...")
                 save_img = run.opt["val"]["save_img"]
-                result = model.validation(images, run.opt["name"], None, save_img)
-                results.append(result)
-                run.log.record("test", dataset=result.dataset, metrics=result.means)
+                results.append(model.validation(images, run.opt["name"], None, save_img))
+                means = results[-1].means
+                run.log.record("test", dataset=results[-1].dataset, metrics=means)
             if run.processes.is_main and results:
                 reports.write(results, run.folder)

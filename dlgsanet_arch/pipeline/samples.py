@@ -218,20 +218,17 @@ class BadSamples:
             ReadingError: There are too many, or nothing could take the place of one.
         """
         new = [each for each in dict.fromkeys(bad) if each not in self.found]
-        for each in new:
-            if not each.sample:  # no sample is at fault
-                raise ReadingError(f"{each.reason}; then resume with --auto_resume")
-        found = [*self.found, *new]
+        if limit := next((each.reason for each in new if not each.sample), ""):
+            raise ReadingError(f"{limit}; then resume with --auto_resume")
+        found = self.found | dict.fromkeys(new)
         if not replaced or len(found) > self._tolerated:
-            why = f"datasets:train:skip_bad_samples tolerates {self._tolerated}"
-            if len(found) <= self._tolerated:
-                why = "no good sample could be found in their place"
             lines = "\n  ".join(map(str, found))
             raise ReadingError(
-                f"bad samples in the training set ({why}; fix them, see `dlgsanet data verify`, "
-                f"and resume with --auto_resume):\n  {lines}"
+                "bad samples in the training set (datasets:train:skip_bad_samples tolerates "
+                f"{self._tolerated}, if a good one can take its place; fix them, see `dlgsanet "
+                f"data verify`, and resume with --auto_resume):\n  {lines}"
             )
-        self.found = dict.fromkeys(found)
+        self.found = found
         for number, each in enumerate(new, len(found) - len(new) + 1):
             self._log.warning(
                 f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "

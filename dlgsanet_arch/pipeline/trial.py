@@ -5,13 +5,13 @@ stay as they were.
 """
 
 import copy
+import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,19 +22,20 @@ from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.samples import Sample, Samples, collate
 from dlgsanet_arch.pipeline.sampling import Draw
 
+# Which option an attribute of a model comes from.
+_OPTION_OF = (
+    (r"net_([a-z]+).*", r"network_\1"),
+    (r"cri_pix", r"train:pixel_opt"),
+    (r"cri_(.+)", r"train:\1_opt"),
+    (r"optimizer_(.+)", r"train:optim_\1"),
+)
+
 
 class TrialError(UserError):
     """What a run would fail at in its first iteration or validation."""
 
 
-def _frames(trace: TracebackType | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield function and variables of each frame of a traceback, the outermost first."""
-    while trace is not None:
-        yield trace.tb_frame.f_code.co_name, trace.tb_frame.f_locals
-        trace = trace.tb_next
-
-
-def _section_of(section: Mapping[str, Any], kind: object) -> str | None:
+def _key_of(section: Mapping[str, Any], kind: object) -> str | None:
     """Return the key of the entry that has this `type`."""
     entries = ((key, each) for key, each in section.items() if isinstance(each, Mapping))
     return next((key for key, each in entries if each.get("type") == kind), None)
@@ -42,27 +43,22 @@ def _section_of(section: Mapping[str, Any], kind: object) -> str | None:
 
 def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -> str:
     """Find the option that an error comes from by where it was raised; `model` if it is built."""
-    train = options.get("train") or {}
-    parts = {id(value): name for name, value in vars(model).items()} if model is not None else {}
+    parts = {id(part): name for name, part in vars(model or object).items() if part is not None}
     found = "model_type"
-    for function, variables in _frames(error.__traceback__):
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        function, variables = frame.f_code.co_name, frame.f_locals
         me = variables.get("self")
         if function == "build_network":
-            return _section_of(options, variables.get("network_type")) or "network_g"
+            return _key_of(options, variables.get("network_type")) or "network_g"
         if function == "build_loss":
-            return f"train:{_section_of(train, variables.get('loss_type')) or 'pixel_opt'}"
+            return f"train:{_key_of(options['train'], variables.get('loss_type')) or 'pixel_opt'}"
         if function == "setup_optimizers":
             found = "train:optim_d" if getattr(me, "optimizers", ()) else "train:optim_g"
         elif function == "setup_schedulers":
             return "train:scheduler"
-        name = parts.get(id(me), "") if isinstance(me, nn.Module | torch.optim.Optimizer) else ""
-        kind, _, label = name.partition("_")
-        if kind == "net":
-            return f"network_{label.partition('_')[0]}"
-        if kind == "cri":
-            return f"train:{'pixel' if label == 'pix' else label}_opt"
-        if kind == "optimizer":
-            return f"train:optim_{label}"
+        for pattern, option in _OPTION_OF:
+            if part := re.fullmatch(pattern, parts.get(id(me), "")):
+                return part.expand(option)
     return found
 
 
@@ -167,9 +163,5 @@ def measurements(
         output = F.interpolate(lq[None].float(), size=size)
         target = None if gt is None else F.interpolate(gt[None].float(), size=size)
         wanted = (options.get("val") or {}).get("metrics") or {}
-        possible = {
-            key: metric
-            for key, metric in wanted.items()
-            if target is not None or not evaluation.needs_target(metric)
-        }
-        evaluation.measure(output, target, possible, f"the smallest image of the data set {name},")
+        wanted = evaluation.measurable(wanted, target)
+        evaluation.measure(output, target, wanted, f"the smallest image of the data set {name},")

@@ -5,19 +5,19 @@ misspelt `param_key_g` it takes other weights, and with `strict_load_g: false` i
 tensor fits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dlgsanet_arch.averaging import bare
-from dlgsanet_arch.checkpoint import CheckpointError, check_compatible, read_weights
+from dlgsanet_arch.checkpoint import check_compatible, read_weights
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Context
 from dlgsanet_arch.options.context import is_number
 from dlgsanet_arch.pipeline.checkpoints import Start
+from dlgsanet_arch.storage import CheckpointError, is_safetensors, read_pth
 
 # Where files keep weights, by what each kind of run wants first.
 _KEYS_TO_TRAIN = ("params", "params_ema", "state_dict")
@@ -35,47 +35,26 @@ class Source(NamedTuple):
     strict: bool = True  # whether all tensors must fit
 
 
-def _keys_of(file: Path) -> list[str]:
-    """Return the top-level keys of a checkpoint, its tensors left on the disk where that works."""
-    if file.suffix == ".safetensors":
-        return []
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # damaged, or of before PyTorch 1.6: then it cannot be mapped
-        read_weights(file)  # says what is wrong with a damaged one
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping):
-        read_weights(file)  # says so
-    return [str(key) for key in content]
-
-
-def _key_of(context: Context, file: Path, label: str, keys: Sequence[str]) -> str | None:
-    """Return which of a file's keys holds the weights to use, None for the file itself.
-
-    Where the options do not say, BasicSR always takes `params`; a test then takes the averaged
-    weights `params_ema` where there are any, as the training's own validation does.
-    """
-    paths, chosen = context.section("path"), f"param_key_{label}"
-    wanted = _KEYS_TO_TRAIN if context.train else _KEYS_TO_TEST
-    there = next((key for key in wanted if key in keys), None)
-    asked = paths.get(chosen, there)
-    if asked is None and there is not None:
-        raise CheckpointError(
-            f"{file} is not a bare state dict, as path:{chosen} ~ says; write {chosen}: {there}"
-        )
-    if asked is not None and keys and asked not in keys:
-        read_weights(file, str(asked))  # lists the keys that are there
-    return asked if keys else None
-
-
 def _named(context: Context, key: str) -> Source | None:
-    """Read the weights that the options name for a network, if they name any."""
+    """Read the weights that the options name for a network, if they name any.
+
+    Where the options do not name the key in the file, BasicSR always takes `params`; a test then
+    takes the averaged weights `params_ema` where the file has them, as training validated those.
+    """
     paths, label = context.section("path"), key.removeprefix("network_")
     given = paths.get(f"pretrain_{key}")
     if not isinstance(given, str) or not (file := context.weights(given)).is_file():
-        return None  # whether it is there is a question to the options
-    keys = _keys_of(file)
-    used = _key_of(context, file, label, keys)
+        return None  # the check of the options reports a missing file
+    content = {} if is_safetensors(file) else read_pth(file)
+    keys = list(content) if isinstance(content, Mapping) else []
+    wanted = _KEYS_TO_TRAIN if context.train else _KEYS_TO_TEST
+    there = next((each for each in wanted if each in keys), None)
+    used = paths.get(f"param_key_{label}", there) if keys else None
+    if used is None and there is not None:
+        raise CheckpointError(
+            f"{file} is not a bare state dict, as path:param_key_{label} ~ says; write "
+            f"param_key_{label}: {there}"
+        )
     weights = averaged = read_weights(file, used)
     decay = context.section("train").get("ema_decay", 0)
     if keys and context.train and label == "g" and is_number(decay) and decay > 0:
@@ -127,36 +106,33 @@ def _fitting(
     network: nn.Module, weights: Mapping[str, Tensor], source: Source, section: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return the weights that a network takes, or raise a CheckpointError."""
-    there = bare(network).state_dict()
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    both = [name for name in there if name in weights]
-    fits = {n: weights[n] for n in both if weights[n].shape == there[n].shape}
+    there, kind, where = network.state_dict(), section["type"], f"{source.option}: {source.file}"
+    fits = {n: w for n, w in weights.items() if n in there and w.shape == there[n].shape}
     differing = {
         "absent from the file": [name for name in there if name not in weights],
         "unknown to the network": [name for name in weights if name not in there],
-        "of another size": [name for name in both if name not in fits],
+        "of another size": [name for name in weights if name in there and name not in fits],
     }
     if source.strict and any(differing.values()):
         try:
-            if section["type"] == "DLGSANet":  # then it can be said by arguments
+            if kind == "DLGSANet":  # then the difference can be stated in its arguments
                 check_compatible(weights, section)
         except CheckpointError as error:
-            raise CheckpointError(f"{source.file}: {error}") from error
-        parts = [f"{what}: {named(names, 3)}" for what, names in differing.items() if names]
+            raise CheckpointError(f"{where}: {error}") from error
+        parts = "; ".join(f"{what}: {named(n, 3)}" for what, n in differing.items() if n)
         raise CheckpointError(
-            f"{source.file}: the weights are of another network than this {section['type']}; "
-            f"{'; '.join(parts)}"
+            f"{where}: the weights are of another network than this {kind}; {parts}"
         )
     if there and not fits:
         raise CheckpointError(
-            f"{source.file}: none of its {len(weights)} tensors fits this {section['type']}; with "
-            "strict_load false BasicSR would continue with random weights"
+            f"{where}: none of its {len(weights)} tensors fits this {kind}; with strict_load false "
+            "BasicSR would continue with random weights"
         )
     return fits
 
 
 def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) -> list[str]:
-    """Load weights that `sources` returned into a model's networks, and the average of the first.
+    """Load weights that `sources` returned into a model's networks and their averages.
 
     What the model's class loads by itself stays. Returns notes for the log.
 
@@ -166,22 +142,16 @@ def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) ->
     notes = []
     for key, source in found.items():
         label = key.removeprefix("network_")
-        targets = [(f"net_{label}", source.weights)]
-        if label == "g":
-            targets.append(("net_g_ema", source.averaged))
-        for name, weights in targets:
-            network = getattr(model, name, None)
+        for name, weights in (("", source.weights), ("_ema", source.averaged)):
+            network = getattr(model, f"net_{label}{name}", None)
             if not isinstance(network, nn.Module):
                 continue
-            try:
-                fits = _fitting(network, weights, source, options[key])
-            except CheckpointError as error:
-                raise CheckpointError(f"{source.option}: {error}") from error
-            bare(network).load_state_dict(fits, strict=source.strict)
-            if not source.strict and name != "net_g_ema":
-                count = len(bare(network).state_dict())
+            network = bare(network)
+            fits = _fitting(network, weights, source, options[key])
+            network.load_state_dict(fits, strict=source.strict)
+            if not source.strict and not name:
                 notes.append(
-                    f"{key}: loads {len(fits)} of {count} tensors of {source.file}, as "
-                    f"path:strict_load_{label} is false"
+                    f"{key}: loads {len(fits)} of {len(network.state_dict())} tensors of "
+                    f"{source.file}, as path:strict_load_{label} is false"
                 )
     return notes
