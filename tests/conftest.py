@@ -52,16 +52,7 @@ def option_root(tmp_path_factory) -> Path:
     (folder / "empty" / "Thumbs.db").touch()
     (folder / "names.txt").write_text("image0.png (48,64,3)\n")
     torch.save({}, folder / "weights.pth")
-    vgg = folder / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
-    vgg.parent.mkdir(parents=True)
-    vgg.touch()
     return folder
-
-
-@pytest.fixture
-def vgg(monkeypatch, option_root) -> None:
-    """Weights of VGG-19, as far as the check of options goes."""
-    monkeypatch.setenv("TORCH_HOME", str(option_root))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from option_cases import ESRGAN, REAL, SWINIR, SYNTHETIC, changed, train_options
 
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.options import Context, load, shipped
+from dlgsanet_arch.options import load, shipped
 
 HOSTILE = [
     *(None, True, False, 0, 1, -1, 3, 2**32, 10**9, 10**300, -(10**300), 0.5, 1.5, 1e300),
@@ -38,35 +38,40 @@ SHIPPED = [(k, n) for k in ("train", "test") for n in shipped.names(train=k == "
 SLOW = 4  # seconds, on a busy machine; alone it takes 0.1
 
 
+def paths_of(options):
+    """The path of every key of options."""
+    waiting = [("", options)]
+    for at, content in waiting:
+        yield from (f"{at}{key}" for key in content)
+        waiting += [
+            (f"{at}{key}:", each) for key, each in content.items() if isinstance(each, dict)
+        ]
+
+
 def examine(kind, name, root, registered, draw, count):
     """Check options with hostile values for each key; a fault is named by its key, and soon."""
     train = kind != "test"
     base = kind == "base"
-    options = train_options(BASES[name]) if base else load(shipped.path_of(name, train=train))
-    for at, content in Context(options, True, None, None).sections():
-        for path in (f"{at}:{key}".lstrip(":") for key in content):
-            for value in draw.sample(HOSTILE, count):
-                hostile = changed(copy.deepcopy(options), {path: value})
-                start = time.monotonic()
-                found = option_files.problems(
-                    hostile, train=train, root=root, registered=registered
-                )
-                assert time.monotonic() - start < SLOW, (path, type(value))
-                # another choice may be good by itself, and make other keys missing or unfit
-                key = path.rpartition(":")[2]
-                new = [x for x in found if "does not exist" not in x and "no file" not in x]
-                is_choice = isinstance(value, str | dict | bool)
-                assert not new or is_choice or any(key in line for line in new), new
+    options = train_options(BASES[name]) if base else load(shipped.find(name, train=train))
+    for path in paths_of(options):
+        for value in draw.sample(HOSTILE, count):
+            hostile = changed(copy.deepcopy(options), {path: value})
+            start = time.monotonic()
+            found = option_files.problems(hostile, train=train, root=root, registered=registered)
+            assert time.monotonic() - start < SLOW, (path, type(value))
+            # another choice may be good by itself, and make other keys missing or unfit
+            key = path.rpartition(":")[2]
+            new = [line for line in found if "does not exist" not in line]
+            is_choice = isinstance(value, str | dict | bool)
+            assert not new or is_choice or any(key in line for line in new), new
 
 
-@pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), CASES[:-1], ids=str)
 def test_each_key_with_a_few_hostile_values(option_root, registered, kind, name):
     examine(kind, name, option_root, registered, random.Random(0), 4)
 
 
 @pytest.mark.faults
-@pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), [*CASES, *SHIPPED], ids=str)
 def test_each_key_with_every_hostile_value(option_root, registered, kind, name):
     seed = int(os.environ.get("FUZZ_SEED", time.time()))
@@ -88,9 +93,7 @@ def test_what_passes_the_check_runs_or_leaves_nothing(tmp_path, registered, runs
     while runs:
         options = small_train_options(Path("data"))
         options["train"]["total_iter"] = 2
-        sections = Context(options, True, None, None).sections()
-        keys = [f"{at}:{key}".lstrip(":") for at, content in sections for key in content]
-        path = draw.choice([key for key in keys if not key.endswith("name")])
+        path = draw.choice([each for each in paths_of(options) if not each.endswith("name")])
         value = draw.choice([*HOSTILE, *NUMBERS])
         options = changed(options, {path: value}) | {"name": f"run{runs}"}
         if option_files.problems(

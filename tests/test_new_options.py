@@ -151,7 +151,7 @@ def test_a_training_takes_a_day_at_most_and_says_how_long(here, monkeypatch, cap
 
 
 def test_an_iteration_is_timed():
-    network = load(shipped.path_of("tiny_x4", train=True))["network_g"]
+    network = load(shipped.find("tiny_x4", train=True))["network_g"]
     assert 0 < new_options_tool.iteration_seconds(network, 8, torch.device("cpu")) < 600
 
 
@@ -166,7 +166,7 @@ def test_the_recipe_is_that_of_the_shipped_files(here, variant, scale):
     }
     for verb, pattern in changed.items():
         made = load(here / "options" / verb / f"{variant}_x{scale}_own.yml")
-        original = load(shipped.path_of(f"{variant}_x{scale}", train=verb == "train"))
+        original = load(shipped.find(f"{variant}_x{scale}", train=verb == "train"))
         differing = {path for path, _ in entries(made) ^ entries(original)}
         assert [path for path in differing if not re.fullmatch(pattern, path)] == []
 

@@ -184,7 +184,6 @@ def test_real_esrgan_trains_tiny_and_both_files_degrade_alike(read, kind, name):
     assert set(degradation) <= {"name", "model_type", "gt_usm", "path", "train"}
 
 
-@pytest.mark.usefixtures("vgg")
 @pytest.mark.parametrize(("kind", "name"), [*FILES, *OTHERS])
 def test_the_check_misses_nothing_but_data(read, registered, tmp_path, kind, name):
     def report():

@@ -18,12 +18,12 @@ def test_names_are_those_of_the_verb_s_folder(repository):
             assert load(file)["name"]
 
 
-def test_a_file_of_that_name_goes_first_and_paths_are_left_alone(tmp_path, monkeypatch):
+def test_a_file_of_that_name_goes_first_and_paths_are_left_alone(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given in ("tiny_x4.yml", "./options/tiny_x4", "options/train/tiny_x4.yml", "/tiny_x4"):
         assert shipped.find(Path(given), train=True) == Path(given)
     Path("tiny_x4").mkdir()  # a folder is not an option file
-    assert shipped.find(Path("tiny_x4"), train=True) == shipped.path_of("tiny_x4", train=True)
+    assert shipped.find(Path("tiny_x4"), train=True) == repository / "options/train/tiny_x4.yml"
     Path("light_x4").write_text("name: mine")
     assert shipped.find(Path("light_x4"), train=True) == Path("light_x4")
 
@@ -51,5 +51,3 @@ def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeyp
         (top / "train" / f"{name}.yml").write_text("name: x")
     monkeypatch.setattr(shipped, "_PACKAGE", package)
     assert shipped.names(train=True) == ["right"]
-    with pytest.raises(OptionsError, match="the installation is not complete"):
-        shipped.path_of("tiny_x4", train=False)

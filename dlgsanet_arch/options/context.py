@@ -17,8 +17,6 @@ from dlgsanet_arch.network import DLGSANet
 # For each of BasicSR's registries, what is registered, by name.
 Registered = Mapping[str, Mapping[str, Any]]
 
-_BASICSR_SUFFIX = "_basicsr"  # BasicSR's registries look for a name with it, too
-
 
 class OptionsError(UserError):
     """An option file, or an entry given beside it, that cannot be used; the message says why."""
@@ -55,14 +53,6 @@ class Context:
         node = self.value(path)
         return node if isinstance(node, Mapping) else {}
 
-    def sections(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield path and content of every section, first the complete file with the path ""."""
-        waiting: list[tuple[str, Mapping[str, Any]]] = [("", self.options)]
-        for path, content in waiting:
-            yield path, content
-            inner = [(join(path, key), value) for key, value in content.items()]
-            waiting += [(path, value) for path, value in inner if isinstance(value, Mapping)]
-
     def datasets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the phase ("train", "val", "test_1", …) and the options of each data set."""
         for phase in self.section("datasets"):
@@ -91,18 +81,18 @@ class Context:
         """Return what "arch", "model", … has under `name`, None where that is not known."""
         if registry == "optimizer":
             return getattr(torch.optim, str(name)) if name in optimizers() else None
-        entries = (self.registered or {}).get(registry, {})
-        for candidate in (name, f"{name}{_BASICSR_SUFFIX}"):
-            if isinstance(candidate, str) and entries.get(candidate) is not None:
-                return entries[candidate]
-        return DLGSANet if (registry, name) == ("arch", "DLGSANet") else None
+        entries, names = (self.registered or {}).get(registry, {}), (str(name), f"{name}_basicsr")
+        found = next((entries[each] for each in names if each in entries), None)
+        return DLGSANet if found is None and (registry, name) == ("arch", "DLGSANet") else found
 
     def names_in(self, registry: str) -> list[str] | None:
-        """Return every name that finds something in a registry, None where that is not known."""
+        """Return every name that finds something in a registry, None where that is not known.
+
+        BasicSR's registries look for a name with the suffix _basicsr, too.
+        """
         entries = (self.registered or {}).get(registry)
-        if entries is None:
-            return None
-        return list(dict.fromkeys([*entries, *(n.removesuffix(_BASICSR_SUFFIX) for n in entries)]))
+        bare = [each.removesuffix("_basicsr") for each in entries or ()]
+        return None if entries is None else [*entries, *bare]
 
 
 @functools.cache

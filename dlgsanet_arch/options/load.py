@@ -1,9 +1,9 @@
 """Option files and overriding entries, read: YAML in which 5e-4 is a number."""
 
 import copy
+import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,12 @@ import yaml
 from dlgsanet_arch.hints import suggest
 from dlgsanet_arch.options.context import OptionsError
 
-_LARGEST = 1 << 18  # bytes of an option file; those of BasicSR have 4,000
-_DEEPEST = 50  # sections within sections
-_MOST = 20_000  # values, each anchor counted where it is used
+# What PyYAML raises on text that is not YAML, and on tags that do not fit their values.
+_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with the floats that YAML 1.1 takes for text, and without keys written twice."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Make a value, as the parent does, with one kind of error for what cannot be made."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-            tag = node.tag.rpartition(":")[2]
-            raise _error(f"{str(node.value)[:40]!r} is not of the type {tag}", node) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a dict, as the parent does; YAML lets the last of equal keys win in silence."""
@@ -34,13 +25,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise _error(f"the key {key.value!r} is written twice", key)
+                    fault = f"the key {key.value!r} is written twice"
+                    raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _error(what: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
 
 
 # YAML 1.1 wants both a dot and a signed exponent: 5.0e-4. These are 5e-4, 1E3, 1.e3 and -.5.
@@ -51,51 +39,29 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-    except FileNotFoundError:
-        near = suggest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
-        raise OptionsError(f"option file {path} does not exist{near}") from None
-    except OSError as error:
-        raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
-    if len(content) > _LARGEST:
-        raise OptionsError(f"{path} is not an option file: it is larger than {_LARGEST:,} bytes")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        fault = f"{path} is not an option file: it is not UTF-8 text ({error})"
-        raise OptionsError(fault) from error
-
-
-def _expanded(value: Any, path: Path, depth: int = 0) -> Iterator[Any]:
-    """Yield every value of a file, and those of an anchor wherever it is used."""
-    if depth > _DEEPEST:
-        raise OptionsError(f"{path}: it is nested too deeply, or an anchor refers to itself")
-    yield value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for each in inner:
-        yield from _expanded(each, path, depth + 1)
-
-
 def load(path: Path) -> dict[str, Any]:
     """Read an option file: YAML whose top level is a mapping.
 
     ``5e-4`` is a number in it, as is ``!!float 5e-4``, which BasicSR's own reader needs.
 
     Raises:
-        OptionsError: The file does not exist (a near name is suggested), cannot be read or is too
-            large, it is not YAML or has a key twice (with line and column), or is not a mapping.
+        OptionsError: The file does not exist (a near name is suggested) or cannot be read, it is
+            not YAML or has a key twice (with line and column), or is not a mapping.
     """
-    text = _read(path)
     try:
-        options = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        json.dumps(options, default=str, skipkeys=True)  # fails where an anchor holds itself
+    except FileNotFoundError:
+        near = suggest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
+        raise OptionsError(f"option file {path} does not exist{near}") from None
+    except OSError as error:
+        raise OptionsError(f"the option file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionsError(f"{path} is not an option file: it is not UTF-8 text") from error
+    except (*_FAULTS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        parts = (getattr(error, part, None) for part in ("context", "problem"))
-        said = ", ".join(filter(None, parts)) or str(error)
+        said = getattr(error, "problem", None) or error
         fault = f"{place}: this is not YAML: {said}; fix this line or the one above"
         raise OptionsError(fault) from error
     if not isinstance(options, dict):
@@ -104,8 +70,6 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} holds {found}; an option file has lines such as `name: tiny_x4`; "
             "options/ has complete ones"
         )
-    if next(islice(_expanded(options, path), _MOST, None), None) is not None:
-        raise OptionsError(f"{path}: its anchors expand to more than {_MOST:,} values")
     return options
 
 
@@ -118,7 +82,7 @@ def parse_value(text: str) -> Any:
         return None
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except _FAULTS:
         return text
 
 
@@ -131,26 +95,20 @@ def override(options: dict[str, Any], entries: Sequence[str]) -> None:
             Sections above it are made where they are absent or empty.
 
     Raises:
-        OptionsError: Lists every entry that is not an assignment, or is below a value.
+        OptionsError: An entry is not an assignment, or is below a value.
     """
-    trial = copy.deepcopy(options)
-    faults = []
+    changed = copy.deepcopy(options)
     for entry in entries:
         path, assigned, text = (part.strip() for part in entry.partition("="))
+        if not (path and assigned):
+            raise OptionsError(f"{entry!r}: write KEY=VALUE, for example train:total_iter=1000")
         *sections, key = path.split(":")
-        node: Any = trial
-        for depth, section in enumerate(sections, 1):
+        node: Any = changed
+        for section in sections:
             if node.get(section) is None:
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                above = ":".join(sections[:depth])
-                faults.append(f"{entry!r}: {above} is not a section of keys; it is {node!r}")
-                break
-        else:
-            node[key] = parse_value(text)
-        if not (path and assigned):
-            faults.append(f"{entry!r}: write KEY=VALUE, for example train:total_iter=1000")
-    if faults:
-        raise OptionsError("\n  ".join(["these options cannot be overridden:", *faults]))
-    options.update(trial)
+                raise OptionsError(f"{entry!r}: {section} is not a section of keys; it is {node!r}")
+        node[key] = parse_value(text)
+    options.update(changed)

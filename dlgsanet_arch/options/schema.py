@@ -7,7 +7,7 @@ metrics and optimizers take is asked of their signatures. A key that is new is o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlgsanet_arch.options.context import Context, comes_from, join
 from dlgsanet_arch.options.values import (
@@ -38,6 +38,7 @@ _PIXEL_MODELS = ("SRModel", "SwinIRModel", *OURS, "RealESRNetModel")
 MODELS = (*_PIXEL_MODELS, *GAN)
 _PAIRED = ("PairedImageDataset", "RealESRGANPairedDataset")
 _SINGLE, _REAL_SET, _FFHQ = ("SingleImageDataset",), ("RealESRGANDataset",), ("FFHQDataset",)
+_WITH_HR = (*_PAIRED, *_REAL_SET, *_FFHQ)
 DATASETS = (*_PAIRED, *_SINGLE, *_REAL_SET, *_FFHQ)
 _WITH_BORDER = ("calculate_psnr", "calculate_ssim", "calculate_niqe")
 _STEPS = ("MultiStepLR", "MultiStepRestartLR")
@@ -95,32 +96,22 @@ class Key:
         return self.path.rpartition(":")[2]
 
 
-def _split(rows: tuple[Key, ...]) -> tuple[Key, ...]:
-    """Write a row "section:a|b" as a row for each name."""
-    return tuple(
-        replace(row, path=join(row.section, name)) for row in rows for name in row.name.split("|")
-    )
-
-
 _share = number("[0, 1]")
-_size = whole("[1, 65536]")
-_steps = count("(0, 1e9]")
+_size, _large = whole("[1, 65536]"), whole("[0, 1e15]")
+_context = choice("fork", "spawn", "forkserver")
+_steps, _from_0 = count("(0, 1e9]"), count("[0, 1e9]")
 _real: dict[str, Any] = {"needed": "synthetic", "by": REAL}
 _blur: dict[str, Any] = {"needed": "always", "by": _REAL_SET}
 
 
-def _pair(example: str) -> Kind:
-    return listed(number("[0, 1e6]"), example, 2)
-
-
 _shape = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso", "aniso")))
-_shapes = listed(_shape, "[iso, aniso]")
-_range = listed(number("(0, 1e3]"), "[0.15, 1.5]", 2)
-_percents = listed(number("[0, 100]"), "[30, 95]", 2)
+_shapes = listed(_shape)
+_pair, _range = listed(number("[0, 1e6]"), 2), listed(number("(0, 1e3]"), 2)
+_percents = listed(number("[0, 100]"), 2)
 _LOSS = "{type: L1Loss, loss_weight: 1.0, reduction: mean}"
 _FOLDER = "datasets/benchmark/Set5/X4/"
 _WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
-_numbers = listed(number(), "[0.5, 0.5, 0.5]")
+_numbers = listed(number())
 
 _ROWS = (
     # the run
@@ -133,11 +124,11 @@ _ROWS = (
     Key("x_*|x-*", anything, empty=True),  # whatever holds anchors
     Key("gt_size", _size, "256", **_real),
     # of the models of Real-ESRGAN, with the published values; a 2 is of the second degradation
-    Key("resize_prob|resize_prob2", weights("[0.2, 0.7, 0.1]", 3), "[0.2, 0.7, 0.1]", **_real),
+    Key("resize_prob|resize_prob2", weights(3), "[0.2, 0.7, 0.1]", **_real),
     Key("resize_range|resize_range2", _range, "[0.15, 1.5]", **_real),
     Key("gaussian_noise_prob|gaussian_noise_prob2", _share, "0.5", **_real),
-    Key("noise_range|noise_range2", _pair("[1, 30]"), "[1, 30]", **_real),
-    Key("poisson_scale_range|poisson_scale_range2", _pair("[0.05, 3]"), "[0.05, 3]", **_real),
+    Key("noise_range|noise_range2", _pair, "[1, 30]", **_real),
+    Key("poisson_scale_range|poisson_scale_range2", _pair, "[0.05, 3]", **_real),
     Key("gray_noise_prob|gray_noise_prob2", _share, "0.4", **_real),
     Key("jpeg_range|jpeg_range2", _percents, "[30, 95]", **_real),
     Key("second_blur_prob", _share, "0.8", **_real),
@@ -161,19 +152,9 @@ _ROWS = (
     Key("datasets:*:prefetch_mode", choice("cuda", "cpu"), empty=True),
     Key("datasets:*:num_prefetch_queue", whole("[1, 65536]")),
     Key("datasets:train:skip_bad_samples", whole("[0, 1e9]"), empty=True),
-    Key(
-        "datasets:train:multiprocessing_context",
-        choice("fork", "spawn", "forkserver"),
-        empty=True,
-    ),
+    Key("datasets:train:multiprocessing_context", _context, empty=True),
     Key("datasets:train:prefetch_factor", whole("[1, 65536]"), empty=True),
-    Key(
-        "datasets:*:dataroot_gt",
-        path,
-        f"{_FOLDER}HR",
-        "known set",
-        (*_PAIRED, *_REAL_SET, *_FFHQ),
-    ),
+    Key("datasets:*:dataroot_gt", path, f"{_FOLDER}HR", "known set", _WITH_HR),
     Key("datasets:*:dataroot_lq", path, f"{_FOLDER}LR", "known set", (*_PAIRED, *_SINGLE)),
     Key("datasets:*:meta_info_file", path, by=_PAIRED[:1], empty=True),
     Key("datasets:*:meta_info_file", path, by=_SINGLE),  # fails on ~
@@ -182,26 +163,23 @@ _ROWS = (
     Key("datasets:*:filename_tmpl", template, by=_PAIRED),
     Key("datasets:*:color", choice("y"), by=(*_PAIRED[:1], *_SINGLE), empty=True),
     Key("datasets:*:gt_size", _size, "192", "cropped", (*_PAIRED, *_REAL_SET)),
-    Key("datasets:*:use_hflip", yes_no, "true", "augmented", (*_PAIRED, *_REAL_SET, *_FFHQ)),
+    Key("datasets:*:use_hflip", yes_no, "true", "augmented", _WITH_HR),
     Key("datasets:*:use_rot", yes_no, "true", "augmented", (*_PAIRED, *_REAL_SET)),
     Key("datasets:*:mean|std", _numbers, "[0.5, 0.5, 0.5]", "always", _FFHQ),
     Key("datasets:*:mean|std", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
     Key("datasets:*:blur_kernel_size|blur_kernel_size2", whole("[1, 21]"), "21", **_blur),
     Key("datasets:*:kernel_list|kernel_list2", _shapes, "[iso, aniso]", **_blur),
-    Key("datasets:*:kernel_prob|kernel_prob2", weights("[0.5, 0.5]"), "[0.5, 0.5]", **_blur),
+    Key("datasets:*:kernel_prob|kernel_prob2", weights(), "[0.5, 0.5]", **_blur),
     Key("datasets:*:sinc_prob|sinc_prob2", _share, "0.1", **_blur),
-    Key("datasets:*:blur_sigma|blur_sigma2", _pair("[0.2, 3]"), "[0.2, 3]", **_blur),
-    Key("datasets:*:betag_range|betag_range2", _pair("[0.5, 4]"), "[0.5, 4]", **_blur),
-    Key("datasets:*:betap_range|betap_range2", _pair("[1, 2]"), "[1, 2]", **_blur),
+    Key("datasets:*:blur_sigma|blur_sigma2", _pair, "[0.2, 3]", **_blur),
+    Key("datasets:*:betag_range|betag_range2", _pair, "[0.5, 4]", **_blur),
+    Key("datasets:*:betap_range|betap_range2", _pair, "[1, 2]", **_blur),
     Key("datasets:*:final_sinc_prob", _share, "0.8", **_blur),
     Key("datasets:*:io_backend", section, needed="known set"),
     Key("datasets:*:io_backend:type", choice("disk", "lmdb", "memcached"), "disk", "known set"),
     Key("datasets:*:io_backend:readonly|lock|readahead|meminit|subdir", yes_no, by=("lmdb",)),
-    Key(
-        "datasets:*:io_backend:map_size|max_readers|max_dbs|max_spare_txns|mode",
-        whole("[0, 1e15]"),
-        by=("lmdb",),
-    ),
+    Key("datasets:*:io_backend:map_size|max_readers|max_dbs|mode", _large, by=("lmdb",)),
+    Key("datasets:*:io_backend:max_spare_txns", _large, by=("lmdb",)),
     Key("datasets:*:io_backend:server_list_cfg|client_cfg|sys_path", path, by=("memcached",)),
     # networks, and the files that they start from
     Key("network_g", section, needed="always"),
@@ -213,7 +191,7 @@ _ROWS = (
     Key("path:pretrain_network_g", path, _WEIGHTS, "test"),
     Key("path:strict_load_*", yes_no, empty=True),
     Key("path:param_key_*", text, empty=True),
-    Key("path:ignore_resume_networks", either(listed(text, "[network_g]"), text), empty=True),
+    Key("path:ignore_resume_networks", either(listed(text), text), empty=True),
     Key("path:root|experiments_root|results_root|models", path, empty=True),  # set by BasicSR
     Key("path:training_states|log|visualization", path, empty=True),
     # training
@@ -225,23 +203,15 @@ _ROWS = (
     Key("train:optim_d", section, needed="gan", by=GAN),
     Key("train:optim_*:type", Named("optimizer"), "Adam", "train"),
     Key("train:optim_*:lr", number("[0, 1e6]"), "!!float 5e-4", "train"),
-    Key("train:optim_*:betas", listed(number("[0, 1)"), "[0.9, 0.99]", 2)),
+    Key("train:optim_*:betas", listed(number("[0, 1)"), 2)),
     Key("train:optim_*:eps|weight_decay", number("[0, 1e6]")),
     Key("train:scheduler", section, needed="train"),
     Key("train:scheduler:type", text, "MultiStepLR", "train"),
-    Key(
-        "train:scheduler:milestones",
-        listed(count("[0, 1e9]"), "[250000]"),
-        "[250000]",
-        "always",
-        _STEPS,
-    ),
+    Key("train:scheduler:milestones", listed(_from_0), "[250000]", "always", _STEPS),
     Key("train:scheduler:gamma", number("[0, 1e6]"), by=_STEPS),
-    Key("train:scheduler:restarts", listed(count("[0, 1e9]"), "[0]"), by=_STEPS),
-    Key(
-        "train:scheduler:periods", listed(_steps, "[500000]"), "[500000]", "always", SCHEDULERS[2:]
-    ),
-    Key("train:scheduler:restart_weights", listed(number("[0, 1e6]"), "[1]"), by=SCHEDULERS),
+    Key("train:scheduler:restarts", listed(_from_0), by=_STEPS),
+    Key("train:scheduler:periods", listed(_steps), "[500000]", "always", SCHEDULERS[2:]),
+    Key("train:scheduler:restart_weights", listed(number("[0, 1e6]")), by=SCHEDULERS),
     Key("train:scheduler:eta_min", number("[0, 1e6]"), by=SCHEDULERS[2:]),
     Key("train:scheduler:last_epoch", whole("[-1, 1e9]"), by=SCHEDULERS),
     Key("train:pixel_opt", section, _LOSS, "no other loss", empty=True),
@@ -254,7 +224,7 @@ _ROWS = (
     Key("train:*_opt:criterion", choice("l1", "fro")),  # BasicSR fails on `l2`
     Key("train:*_opt:layer_weights", section),
     Key("train:net_d_iters", _steps, by=GAN),
-    Key("train:net_d_init_iters", count("[0, 1e9]"), by=GAN),
+    Key("train:net_d_init_iters", _from_0, by=GAN),
     Key("train:amp", choice("bf16", "fp16", False), by=OURS, empty=True),
     Key("train:channels_last", yes_no, by=OURS, empty=True),
     Key("train:compile", either(yes_no, text), by=OURS, empty=True),  # a backend
@@ -289,11 +259,12 @@ _ROWS = (
     Key("dist_params:port", whole("[1, 65535]"), empty=True),
     Key("dist_params:timeout", number("(0, 1e6]"), empty=True),
 )
-KEYS = _split(_ROWS)
+KEYS = tuple(  # "section:a|b" is a row for each name
+    replace(row, path=join(row.section, name)) for row in _ROWS for name in row.name.split("|")
+)
 
 
-@dataclass(frozen=True)
-class DatasetKeys:
+class DatasetKeys(NamedTuple):
     """Which keys of a type of data sets are folders or LMDBs, HR first, and which is a list."""
 
     folders: tuple[str, ...]

@@ -26,14 +26,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _without_quotes(text: str) -> str:
-    try:
-        float(text)
-    except ValueError:
-        return ""
-    return f"; write {text} without quotes"
-
-
 def number(interval: str = "(-inf, inf)", kind: str = "number") -> Kind:
     """Return the kind of numbers in an interval such as "[0, 1)"; "inf]" admits infinity.
 
@@ -45,22 +37,19 @@ def number(interval: str = "(-inf, inf)", kind: str = "number") -> Kind:
 
     def fault(value: Any) -> str:
         if isinstance(value, str):
-            return f"is the text {shown(value)}, not a number{_without_quotes(value)}"
-        fits = is_whole(value) if kind == "whole number" else is_number(value)
-        if not fits or value != value:
-            article = "a whole number" if kind != "number" else "a number"
-            return f"must be {article}; got {shown(value)}"
-        if abs(value) > _LARGEST and not (interval.endswith("inf]") and value == math.inf):
-            return f"must be a finite number; got {shown(value)}"
-        if value < low or (value == low and interval[0] == "("):
-            least = f"above {low:g}" if interval[0] == "(" else f"{low:g} or above"
-            return f"must be {least}; got {shown(value)}"
-        if value > high or (value == high and interval[-1] == ")"):
-            most = f"less than {high:g}" if interval[-1] == ")" else f"at most {int(high):,}"
-            return f"must be {most}; got {shown(value)}"
-        if kind == "count" and value != int(value):
-            return f"must be a whole number; got {shown(value)}"
-        return ""
+            return f"must be a number without quotes; got {shown(value)}"
+        wanted = ""
+        if not (is_whole(value) if kind == "whole number" else is_number(value)) or value != value:
+            wanted = "a number" if kind == "number" else "a whole number"
+        elif abs(value) > _LARGEST and not (interval.endswith("inf]") and value == math.inf):
+            wanted = "a finite number"
+        elif value < low or (value == low and interval[0] == "("):
+            wanted = f"above {low:g}" if interval[0] == "(" else f"{low:g} or above"
+        elif value > high or (value == high and interval[-1] == ")"):
+            wanted = f"less than {high:g}" if interval[-1] == ")" else f"at most {int(high):,}"
+        elif kind == "count" and value != int(value):
+            wanted = "a whole number"
+        return f"must be {wanted}; got {shown(value)}" if wanted else ""
 
     return fault
 
@@ -69,23 +58,22 @@ whole = functools.partial(number, kind="whole number")
 count = functools.partial(number, kind="count")
 
 
-def listed(kind: Kind, example: str, length: int | None = None) -> Kind:
+def listed(kind: Kind, length: int | None = None) -> Kind:
     """Return the kind of lists of a kind, of a given length or of any."""
+    what = "must be a list, [a, b, …]" if length is None else f"must be a list of {length} values"
 
     def fault(value: Any) -> str:
-        if not isinstance(value, list):
-            return f"must be a list such as {example}; got {shown(value)}"
-        if length is not None and len(value) != length:
-            return f"must have {length} values, such as {example}; got {shown(value)}"
+        if not isinstance(value, list) or length not in (None, len(value)):
+            return f"{what}; got {shown(value)}"
         return next(filter(None, map(kind, value)), "")
 
     return fault
 
 
-def weights(example: str, length: int | None = None) -> Kind:
+def weights(length: int | None = None) -> Kind:
     """Return the kind of lists of probabilities, not all of them 0."""
-    numbers = listed(number("[0, inf)"), example, length)
-    return lambda value: numbers(value) or ("" if any(value) else f"must not all be 0: {example}")
+    numbers = listed(number("[0, inf)"), length)
+    return lambda value: numbers(value) or ("" if any(value) else "must not all be 0")
 
 
 def choice(*choices: Any) -> Kind:
@@ -107,14 +95,12 @@ def text(value: Any) -> str:
     """Accept text."""
     if isinstance(value, str):
         return ""
-    quoted = f"; write it in quotes: '{value}'" if not value or is_number(value) else ""
-    return f"must be text; got {shown(value)}{quoted}"
+    return f"must be text; got {shown(value)}; write it in quotes"
 
 
 def yes_no(value: Any) -> str:
     """Accept true and false."""
-    what = "the text " if isinstance(value, str) else ""
-    return "" if isinstance(value, bool) else f"must be true or false; got {what}{shown(value)}"
+    return "" if isinstance(value, bool) else f"must be true or false; got {shown(value)}"
 
 
 def section(value: Any) -> str:

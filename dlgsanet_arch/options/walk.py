@@ -1,13 +1,33 @@
 """An option file compared with the table: missing keys, keys that nothing reads, wrong values."""
 
+import functools
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args, get_origin
 
-from dlgsanet_arch.hints import suggest, suggest_or_list
-from dlgsanet_arch.options.context import Context, join
-from dlgsanet_arch.options.readers import Known, known_in, rows_of
-from dlgsanet_arch.options.schema import KEYS, WHEN, Key
-from dlgsanet_arch.options.values import Named, section, shown
+from dlgsanet_arch.hints import nearest, suggest
+from dlgsanet_arch.options import values
+from dlgsanet_arch.options.context import Context, comes_from, is_number, join
+from dlgsanet_arch.options.schema import KEYS, WHEN, Key, known_dataset, known_model
+from dlgsanet_arch.options.values import Named, shown
+
+_MISSPELT = 0.8  # how near a name must be where any name may stand
+_GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that are not options
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The keys that a section may have."""
+
+    rows: tuple[Key, ...]  # those that apply before others of the name
+    reader: str = "BasicSR"  # for messages
+    open: bool = False  # others may be read; only what looks like a misspelling is refused then
+    thing: Any = None  # whose source may name others
+
+    def find(self, name: str) -> Key | None:
+        return next((row for row in self.rows if fnmatchcase(name, row.name)), None)
 
 
 def compare(context: Context) -> tuple[list[str], dict[str, Any]]:
@@ -24,53 +44,46 @@ def _walk(
     context: Context, at: str, content: Mapping[Any, Any], found: list[str]
 ) -> dict[str, Any]:
     """Check the keys of a section and of those within it."""
-    known = known_in(context, at)
+    known = _known_in(context, at)
     missing = _missing(context, at, known, content) if known else {}
     found += [f"{join(at, key)}: {fault}" for key, fault in missing.items()]
     sound: dict[str, Any] = {}
     for key, value in content.items():
-        path = join(at, key)
-        fault = ""
+        path, fault = join(at, key), ""
         if not isinstance(key, str) or ":" in key:
             fault = f"a key must be text without a colon; write '{str(key).replace(':', '_')}'"
         elif known is not None and key not in missing:
             row = known.find(key)
-            fault = _of_value(context, row, value) if row else _unknown(at, key, value, known)
+            fault = _of_value(context, row, value) if row else _unknown(path, key, known)
         if fault:
             found.append(f"{path}: {fault}")
-        recurse = isinstance(value, Mapping) and not fault
-        sound[str(key)] = _walk(context, path, value, found) if recurse else value
-        if fault:
-            sound[str(key)] = None
+            value = None
+        is_section = isinstance(value, Mapping)
+        sound[str(key)] = _walk(context, path, value, found) if is_section else value
     return sound
 
 
-def _missing(context: Context, at: str, known: Known, content: Mapping[Any, Any]) -> dict[str, str]:
+def _missing(
+    context: Context, at: str, known: _Known, content: Mapping[Any, Any]
+) -> dict[str, str]:
     """Return the keys that a section lacks or has empty, with what to write."""
     missing: dict[str, str] = {}
-    for row in known.keys:
+    for row in known.rows:
         there = content.get(row.name) is not None or (row.empty and row.name in content)
-        if (
-            there
-            or row.name in missing
-            or (known.open and row.by)
-            or not WHEN[row.needed](context, at)
-        ):
+        of_others = known.open and row.by
+        if there or of_others or row.name in missing or not WHEN[row.needed](context, at):
             continue
-        what = "empty" if row.name in content else "missing"
         if row.example:
             example = row.example.replace("$scale", shown(context.options.get("scale", 4)))
-            missing[row.name] = f"{what}; write `{row.name}: {example}`"
-        elif row.kind is section:
+            fix = f"write `{row.name}: {example}`"
+        elif row.kind is values.section:
             path = join(at, row.name)
-            below = [
-                each.name
-                for each in rows_of(path)
-                if not each.by and WHEN[each.needed](context, path)
-            ]
-            missing[row.name] = f"{what}; write a section with {', '.join(dict.fromkeys(below))}"
+            rows = [each for each in _rows_of(path) if not each.by]
+            below = dict.fromkeys(each.name for each in rows if WHEN[each.needed](context, path))
+            fix = f"write a section with {', '.join(below)}"
         else:
-            missing[row.name] = f"{what}; {known.reader} has no default for it"
+            fix = f"{known.reader} has no default for it"
+        missing[row.name] = f"{'empty' if row.name in content else 'missing'}; {fix}"
     return missing
 
 
@@ -81,26 +94,124 @@ def _of_value(context: Context, row: Key, value: Any) -> str:
     fault = row.kind(value)
     if fault or not isinstance(row.kind, Named):
         return fault
-    registry, names = row.kind.registry, context.names_in(row.kind.registry)
+    names = context.names_in(row.kind.registry)
     if names is None or value in names:
         return ""
     hint = suggest(value, names) or "; is the package that registers it imported?"
-    return f"no {registry} is registered as {shown(value)}{hint}"
+    return f"no {row.kind.registry} is registered as {shown(value)}{hint}"
 
 
-def _unknown(at: str, key: str, value: Any, known: Known) -> str:
-    """Say what an unknown key is taken for, or nothing where it may be read."""
-    meant = known.misspelt(key)
-    if meant is None:
+def _unknown(path: str, key: str, known: _Known) -> str:
+    """Say what is wrong with a key outside the table, or nothing where it may be read."""
+    names = [row.name.replace("_*", "_g") for row in known.rows]
+    meant = nearest(key, [n for n in names if "*" not in n], _MISSPELT if known.open else 0.6)
+    if known.open and (meant is None or _source_names(known.thing, key)):
         return ""
-    hint = f"; did you mean {meant!r}?" if meant else ""
-    if known.is_call:
-        return f"{known.reader} has no such argument{hint or suggest_or_list(key, known.names)}"
-    if at == "path" and value is not None:
-        return f"not known; BasicSR would make a folder {shown(value)}{hint}"
-    rows = (row for row in KEYS if row.section == at and at in ("", "train") and key == row.name)
-    if readers := next((row.by for row in rows), ()):
-        return f"{known.reader} does not read it, {', '.join(readers)} would; delete it"
-    backend = "the backend " if at.endswith(":io_backend") else ""
-    who = f"{backend}{known.reader} does not read it" if known.reader else "not known"
-    return f"{who}{hint or '; delete it'}"
+    readers = next((row.by for row in KEYS if row.path == path), ())
+    hint = f"did you mean {meant!r}?" if meant else "delete it"
+    would = f", {', '.join(readers)} would" if readers and not meant else ""
+    return f"{known.reader} does not read it{would}; {hint}"
+
+
+@functools.cache
+def _rows_of(section: str) -> tuple[Key, ...]:
+    """Return all rows of the table for a section."""
+    depth = section.count(":")
+    return tuple(
+        row for row in KEYS if row.section.count(":") == depth and fnmatchcase(section, row.section)
+    )
+
+
+def _known_in(context: Context, section: str) -> _Known | None:
+    """Return the keys that a section may have, None where nothing is known of it."""
+    rows, kind = _rows_of(section), context.section(section).get("type")
+    types = tuple(row for row in rows if row.name == "type")
+    registry = next((row.kind.registry for row in types if isinstance(row.kind, Named)), "")
+    reader, is_known = str(kind), True
+    if not rows:
+        return None
+    if section in ("", "path", "train", "val"):
+        registry, reader = "model", str(context.options.get("model_type"))
+        is_known = known_model(context) is not None
+    elif registry == "dataset":
+        is_known = known_dataset(context, kind) is not None
+    elif registry:
+        thing = context.registered_as(registry, kind)
+        if thing is None or _signature(thing) is None:
+            return _Known(types, open=True)
+        return _taken_by(context, section, thing, registry)
+    elif not types:
+        return _Known(rows)
+    elif kind != "disk" and not any(kind in row.by for row in rows):
+        return _Known(types, open=True)
+    if not is_known:
+        return _Known(rows, reader, True, context.registered_as(registry, reader))
+    return _Known(tuple(row for row in rows if not row.by or reader in row.by), reader)
+
+
+@functools.cache
+def _signature(thing: Any) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(thing).parameters
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return None
+
+
+def _taken_by(context: Context, section: str, thing: Any, registry: str) -> _Known:
+    """Return what a class or function takes. BasicSR's own that take anything pass nothing on."""
+    rows, reader = _rows_of(section), str(context.section(section)["type"])
+    parameters = _signature(thing) or {}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    arguments = {
+        name: each
+        for name, each in parameters.items()
+        if each.kind in by_name and name not in _GIVEN.get(registry, ())
+    }
+    ours = comes_from(thing, "basicsr", "dlgsanet_arch", "torch")
+    extra = ("type", "better") if registry == "metric" else ("type",)
+    keys = [row for row in rows if row.name in extra or (ours and row.name in arguments)]
+    keys += [_of_argument(name, each, registry == "arch") for name, each in arguments.items()]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    is_open = takes_all and not comes_from(thing, "basicsr")
+    source = thing
+    if registry == "optimizer" and not known_model(context):  # which may take some out itself
+        is_open, source = True, context.registered_as("model", context.options.get("model_type"))
+    return _Known(tuple(keys), reader, is_open, source)
+
+
+def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
+    """Return the row of an argument, as its annotation or its default says."""
+    default, hint = entry.default, entry.annotation
+    kind = values.anything
+    if get_origin(hint) is Literal:
+        kind = values.choice(*get_args(hint))
+    elif hint is bool or isinstance(default, bool):
+        kind = values.yes_no
+    elif hint is int:
+        kind = values.whole("(-inf, inf)")
+    elif hint is float or is_number(default):
+        kind = values.number()
+        if of_network and hint is not float:  # a square may be given by both of its sides
+            kind = values.either(kind, values.listed(kind))
+    elif isinstance(default, tuple) and all(map(is_number, default)):
+        kind = values.either(values.listed(values.number()), values.number())
+    elif isinstance(default, str):
+        kind = values.text
+    needed = "always" if default is entry.empty else ""
+    empty = default is None or kind in (values.anything, values.text)
+    return Key(name, kind, needed=needed, empty=empty)
+
+
+def _source_names(thing: Any, name: str) -> bool:
+    """Whether the source of a class, its bases, or a function holds `name` in quotes.
+
+    So a key that someone else's data set or model reads is known by itself.
+    """
+    for owner in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
+        try:
+            source = inspect.getsource(inspect.getmodule(owner))
+        except (OSError, TypeError):  # defined where there is no file
+            continue
+        if not comes_from(owner, "torch") and (f"'{name}'" in source or f'"{name}"' in source):
+            return True
+    return False

@@ -241,7 +241,7 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
     if there and not asked.overwrite:
         raise UserError(f"{' and '.join(there)} exist: give another --name, or --overwrite")
 
-    published = shipped.path_of(f"{asked.variant}_x{asked.scale}", train=True)
+    published = shipped.find(f"{asked.variant}_x{asked.scale}", train=True)
     network = options.load(published)["network_g"]
     start = "~"
     if weights is not None:
