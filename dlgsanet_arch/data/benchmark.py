@@ -25,13 +25,12 @@ from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.discovery import find_layout
 from dlgsanet_arch.data.images import ImageError, read_8_bits
 from dlgsanet_arch.data.making import (
+    Findings,
     Source,
     checked_scales,
-    closing_lines,
     file_hashes,
     images_sha256,
     made_before,
-    scan,
 )
 from dlgsanet_arch.data.scores import Scores, measure
 from dlgsanet_arch.data.sub_images import crop_to_multiple, encode_png
@@ -56,47 +55,23 @@ KIND = {"kind": "test set"}
 class Scale:
     """A scale of a test set: the folder of HR and LR, what its recipe states, was it written?"""
 
-    name: str
     scale: int
     folder: Path
     recipe: dict[str, Any]
-    written: bool = False
-
-    @property
-    def sha256(self) -> Mapping[str, str]:
-        """Of HR and LR, see `folder_sha256`."""
-        return self.recipe["sha256"]
+    written: bool
 
     @property
     def bicubic(self) -> Scores:
         """Mean scores of the LR images enlarged by bicubic."""
         return Scores(**self.recipe["bicubic"])
 
-    @property
-    def known(self) -> Scores | None:
-        """The published scores of this set; None if it is not known."""
-        return KNOWN[self.name].bicubic[self.scale] if self.name in KNOWN else None
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether both are equal up to the set's tolerance; None if the set is not known."""
-        if self.known is None:
-            return None
-        tolerance = KNOWN[self.name].tolerance
-        return (
-            abs(self.bicubic.psnr - self.known.psnr) <= tolerance.psnr
-            and abs(self.bicubic.ssim - self.known.ssim) <= tolerance.ssim
-        )
-
 
 @dataclass
-class Summary:
-    """What `build` made, or found finished: the set's name, the folder of HR, and what to say."""
+class Summary(Findings):
+    """What `build` made, or found finished: the set's name and the folder of HR."""
 
-    name: str
-    source: Path
-    skipped: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    name: str = ""
+    source: Path = Path()
     scales: list[Scale] = field(default_factory=list)
 
     @property
@@ -136,25 +111,41 @@ def _make(source: Source, scale: int, folder: Path) -> Scores:
     return measure(bicubic(lr, scale), hr, scale)
 
 
-def _build_scale(each: Scale, sources: Sequence[Source], workers: int) -> None:
+def _build_scale(each: Scale, sources: Sequence[Source], workers: int, label: str) -> None:
     growing = unfinished(each.folder)
     shutil.rmtree(growing, ignore_errors=True)
     for part in ("HR", "LR"):
         (growing / part).mkdir(parents=True)
     make = partial(_make, scale=each.scale, folder=growing)
-    label = f"{each.name} x{each.scale}: writing"
     scores = [score for _, score in with_progress(make, sources, workers, label)]
     # The PSNR of images without an error is infinite.
     finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
-    means = {
-        "psnr": fmean(finite) if finite else math.inf,
-        "ssim": fmean(score.ssim for score in scores),
+    ssim = fmean(score.ssim for score in scores)
+    each.recipe |= {
+        "count": len(sources),
+        "bicubic": {"psnr": fmean(finite) if finite else math.inf, "ssim": ssim},
+        "exact": len(scores) - len(finite),
+        "sha256": _both_sha256(growing),
     }
-    each.recipe |= {"count": len(sources), "bicubic": means, "exact": len(scores) - len(finite)}
-    each.recipe["sha256"] = _both_sha256(growing)
     write_json(growing / RECIPE, each.recipe)
     replace_folder(growing, each.folder)
-    each.written = True
+
+
+def _change(folder: Path, stored: Mapping[str, Any]) -> str:
+    """How a finished folder was changed since; "" if it was not."""
+    try:
+        return "" if _both_sha256(folder) == stored.get("sha256") else "other images"
+    except ImageError as error:
+        return str(error)
+
+
+def _open_scale(folder: Path, recipe: dict[str, Any], sources: list[Source], again: bool) -> Scale:
+    """Find out whether a scale is finished."""
+    # Images that were written there are enough to find it finished.
+    made_here = all(source.hr.parent == folder / "HR" for source in sources)
+    wanted, change = KIND if made_here else recipe, partial(_change, folder)
+    stored = made_before(folder, wanted, change, overwrite=again)
+    return Scale(recipe["scale"], folder, stored or recipe, written=stored is None)
 
 
 def build(
@@ -187,60 +178,39 @@ def build(
         ValueError: A scale is not 2, 3 or 4.
     """
     wanted = None if scales is None else checked_scales(scales)
-    name = set_name(name)
-    source, target = source.resolve(), target.resolve()
+    name, source, target = set_name(name), source.resolve(), target.resolve()
     layout = find_layout(name, source, target, wanted)
-    summary = Summary(name, layout.where, notices=[*layout.notices])
-    originals = {
-        scale: [Source(key, path) for key, path in found.items()]
-        for scale, found in layout.hr.items()
-    }
-    images = [*{source.hr: source for each in originals.values() for source in each}.values()]
+    summary = Summary(name=name, source=layout.where, notices=[*layout.notices])
+    images = [*{source.hr: source for each in layout.hr.values() for source in each}.values()]
+    originals, largest = layout.hr, max(layout.hr)
     # the smallest side whose multiple of the scale holds SSIM's window between two borders
-    largest = max(originals)
     least = math.ceil((WINDOW + 2 * largest) / largest) * largest
     if skip_bad:
-        good, summary.skipped, notices = scan(images, least, workers, skip=True)
-        summary.notices += notices
-        kept = {
-            scale: [each for each in sources if each in good]
-            for scale, sources in originals.items()
-        }
+        good = {source.hr for source in summary.scan(images, least, workers, skip=True)}
+        kept = {s: [x for x in each if x.hr in good] for s, each in originals.items()}
         originals = {scale: each for scale, each in kept.items() if each}
     hashes = file_hashes(images)
 
     with disk_faults_named(f"{target} cannot be written"), one_writer(target):
-        missing = []
         for scale, sources in originals.items():
-            folder = target / f"X{scale}"
             recipe = {**KIND, "version": RECIPE_VERSION, "scale": scale}
             recipe["images"] = images_sha256(sources, scale, hashes)
-            # Images that were written there are enough to find it finished.
-            made_here = all(source.hr.parent == folder / "HR" for source in sources)
-            wanted, change = KIND if made_here else recipe, partial(_change, folder)
-            stored = made_before(folder, wanted, change, overwrite=overwrite)
-            summary.scales.append(Scale(name, scale, folder, stored or recipe))
-            if stored is None:
-                missing.append((summary.scales[-1], sources))
+            summary.scales.append(_open_scale(target / f"X{scale}", recipe, sources, overwrite))
+        missing = [each for each in summary.scales if each.written]
         if missing and not skip_bad:
-            summary.notices += scan(images, least, workers).notices
-        for each, sources in missing:
-            _build_scale(each, sources, workers)
+            summary.scan(images, least, workers)
+        for each in missing:
+            label = f"{name} x{each.scale}: writing"
+            _build_scale(each, originals[each.scale], workers, label)
     if name in KNOWN and summary.count != KNOWN[name].count:
         summary.notices.append(f"{name} has {KNOWN[name].count} images, here are {summary.count}")
+    for each in summary.scales:
+        if exact := each.recipe["exact"]:
+            summary.notices.append(
+                f"x{each.scale}: bicubic restores {exact} images without an error, as it does one "
+                "colour; they are not in the mean PSNR"
+            )
     return summary
-
-
-def _change(folder: Path, stored: Mapping[str, Any]) -> str:
-    """How a finished folder was changed since; "" if it was not."""
-    try:
-        return "" if _both_sha256(folder) == stored.get("sha256") else "other images"
-    except ImageError as error:
-        return str(error)
-
-
-def _figures(scores: Scores) -> str:
-    return f"{scores.psnr:.2f} dB / {scores.ssim:.4f}"
 
 
 def report(summary: Summary) -> str:
@@ -249,23 +219,15 @@ def report(summary: Summary) -> str:
         f"{summary.name}: {summary.count} images from {summary.source}",
         "bicubic's mean PSNR / SSIM (Y channel, a border of the scale cut off):",
     ]
-    notices = [*summary.notices]
+    folders, sums, known = ["folders:"], ["SHA-256 over names and pixels:"], KNOWN.get(summary.name)
     for each in summary.scales:
-        line = f"  x{each.scale}  {_figures(each.bicubic)}"
-        if each.known is not None:
-            verdict = "agrees" if each.agrees else "differs: other images, or another protocol"
-            line += f"  known {_figures(each.known)}  {verdict}"
+        line = f"  x{each.scale}  {each.bicubic}"
+        if known:
+            agrees = known.agrees(each.scale, each.bicubic)
+            verdict = "agrees" if agrees else "differs: other images, or another protocol"
+            line += f"  known {known.bicubic[each.scale]}  {verdict}"
         lines.append(line)
-        if exact := each.recipe["exact"]:
-            notices.append(
-                f"x{each.scale}: bicubic restores {exact} images without an error, as it does one "
-                "colour; they are not in the mean PSNR"
-            )
-    lines.append("folders:")
-    for each in summary.scales:
         state = "written" if each.written else "was finished, left alone"
-        lines.append(f"  x{each.scale}  {each.folder}  {state}")
-    lines.append("SHA-256 over names and pixels:")
-    for each in summary.scales:
-        lines += [f"  X{each.scale}/{part}  {value}" for part, value in each.sha256.items()]
-    return "\n".join([*lines, *closing_lines(notices, summary.skipped)]) + "\n"
+        folders.append(f"  x{each.scale}  {each.folder}  {state}")
+        sums += [f"  X{each.scale}/{part}  {x}" for part, x in each.recipe["sha256"].items()]
+    return "\n".join([*lines, *folders, *sums, *summary.lines()]) + "\n"

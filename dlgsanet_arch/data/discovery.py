@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.benchmarks import known_name, set_name
-from dlgsanet_arch.data.finding import image_key, walk_images
+from dlgsanet_arch.data.finding import image_key, sharing, walk_images
+from dlgsanet_arch.data.making import Source
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 
@@ -55,10 +56,10 @@ def find_source(name: str, root: Path) -> Path:
 
 
 class Layout(NamedTuple):
-    """How a folder holds a test set: the folder of HR, HR by scale and key, and notices."""
+    """How a folder holds a test set: the folder of HR, HR by scale, and notices."""
 
     where: Path
-    hr: Mapping[int, Mapping[str, Path]]
+    hr: Mapping[int, Sequence[Source]]
     notices: tuple[str, ...] = ()
 
 
@@ -81,20 +82,18 @@ def _notices(layout: str, where: Path, paths: Sequence[PurePath]) -> tuple[str, 
 def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
     """The test sets among the images below a folder: several if it is not clear which to take."""
     for layout, pattern in LAYOUTS.items():
-        found: dict[Path, dict[int, dict[str, Path]]] = defaultdict(lambda: defaultdict(dict))
+        found: dict[Path, dict[int, list[Source]]] = defaultdict(lambda: defaultdict(list))
         for path in paths:
             match = re.fullmatch(pattern, path.with_suffix("").as_posix(), re.IGNORECASE)
             if match is None:
                 continue
             parts = match.groupdict()
-            key = image_key(PurePath(parts["name"] + path.suffix))
+            source = Source(image_key(PurePath(parts["name"] + path.suffix)), folder / path)
             for scale in [int(parts["scale"])] if "scale" in parts else SCALES:
-                hr = found[folder / parts.get("folder", "")][scale]
-                other = hr.setdefault(key, folder / path)
-                if other != folder / path:
-                    raise UserError(
-                        f"{folder / path} and {other} have one name: remove or rename all but one"
-                    )
+                found[folder / parts.get("folder", "")][scale].append(source)
+        for sources in (each for hr in found.values() for each in hr.values()):
+            if equal := sharing({source.hr: source.key for source in sources}):
+                raise UserError(f"{equal} have one name: remove or rename all but one")
         if found:
             return [
                 Layout(where, by_scale, _notices(layout, where, paths))
@@ -114,19 +113,19 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
         called = {folder: inner for folder, inner in folders.items() if _is_called(folder, name)}
         for folder, inner in (called or folders).items():
             layouts += _layouts(source / folder, inner)
-    if not layouts:
-        raise UserError(
-            f"no HR images of {name} in {source}: looked for a folder HR, GT, original or "
-            "GTmod12, for X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for images in the folder "
-            "itself, there and one folder further down; name the folder of HR with --hr FOLDER"
-        )
-    if len(layouts) > 1:
+    if len(layouts) == 1:
+        return layouts[0]
+    if layouts:
         places = ", ".join(str(layout.where) for layout in layouts)
         raise UserError(
             f"{source} holds HR images in more than one place: {places}; "
             f"name the folder that is {name} with --hr FOLDER"
         )
-    return layouts[0]
+    raise UserError(
+        f"no HR images of {name} in {source}: looked for a folder HR, GT, original or GTmod12, for "
+        "X4/HR, for image_SRF_4/*_SRF_4_HR.png, and for images in the folder itself, there and one "
+        "folder further down; name the folder of HR with --hr FOLDER"
+    )
 
 
 def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | None) -> Layout:

@@ -19,21 +19,16 @@ from dlgsanet_arch.hints import named
 Recipe = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """An image: its name in the data set, its HR file, and given LR files by scale."""
 
     key: str
     hr: Path
-    lr: Mapping[int, Path] = field(default_factory=dict)
+    lr: Mapping[int, Path] = {}
 
 
 def checked_scales(scales: Iterable[int]) -> list[int]:
-    """Return scales in ascending order, each once.
-
-    Raises:
-        ValueError: There is none, or one that is not of `SCALES`.
-    """
+    """Return scales in ascending order, each once; ValueError unless all are of `SCALES`."""
     result = sorted(set(scales))
     if not result or not set(result) <= set(SCALES):
         raise ValueError(f"scales must be from {SCALES}, got {scales=}")
@@ -47,7 +42,7 @@ def _file_sha256(path: Path) -> str:
     try:
         return sha256(read_bytes(path)).hexdigest()
     except ImageError:
-        return "cannot be read"  # `scan` says why
+        return "cannot be read"  # `Findings.scan` says why
 
 
 def file_hashes(sources: Iterable[Source]) -> dict[Path, str]:
@@ -56,14 +51,12 @@ def file_hashes(sources: Iterable[Source]) -> dict[Path, str]:
     return dict(with_progress(_file_sha256, list(paths), 1, "looking for changes"))
 
 
-def images_sha256(sources: Sequence[Source], scale: int, hashes: Mapping[Path, str]) -> str:
+def images_sha256(sources: Iterable[Source], scale: int, hashes: Mapping[Path, str]) -> str:
     """SHA-256 over the names and files that decide about images of a scale; 1 is HR."""
-    lines = [
-        " ".join(
-            [each.key, hashes[each.hr], *(hashes[p] for s, p in each.lr.items() if s == scale)]
-        )
-        for each in sources
-    ]
+    lines = []
+    for each in sources:
+        files = [each.hr, *([each.lr[scale]] if scale in each.lr else [])]
+        lines.append(" ".join([each.key, *(hashes[path] for path in files)]))
     return sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -113,18 +106,10 @@ def made_before(
 # Every image is read before anything is written
 
 
-class Scanned(NamedTuple):
-    """Images that can be used, why others cannot, and what was changed on reading."""
-
-    good: list[Source]
-    faults: list[str]
-    notices: list[str]
-
-
 def _scan(source: Source, least: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Read an image's files: why it cannot be used, and notices with the file's name."""
     faults, notices, sizes = [], [], {}
-    for scale, path in ((1, source.hr), *source.lr.items()):
+    for scale, path in {1: source.hr, **source.lr}.items():
         try:
             # 1 for LR: its size is compared with HR's
             image = read_8_bits(path, least=least if scale == 1 else 1)
@@ -148,31 +133,45 @@ def _scan(source: Source, least: int) -> tuple[list[str], list[tuple[str, str]]]
     return faults, notices
 
 
-def scan(sources: Sequence[Source], least: int, workers: int, *, skip: bool = False) -> Scanned:
-    """Decode every image; sides of HR must have `least` pixels.
+@dataclass
+class Findings:
+    """Why images were left out, and what was changed on reading others."""
 
-    Raises:
-        UserError: Images cannot be used, unless they are skipped and some remain.
-    """
-    good, faults, files = [], [], defaultdict(list)
-    read = partial(_scan, least=least)
-    for source, (wrong, notices) in with_progress(read, sources, workers, "opening"):
-        faults += wrong
-        for notice, name in notices:
-            files[notice].append(name)
-        if not wrong:
-            good.append(source)
-    if faults and not (skip and good):
-        how = "nothing is left" if skip else "--skip-bad leaves them out"
-        head = f"{len(sources) - len(good)} of {len(sources)} images cannot be used, nothing was "
-        raise UserError("\n  ".join([f"{head}written; fix or remove them; {how}:", *faults]))
-    lines = [f"{len(names)} x {notice}: {named(names)}" for notice, names in files.items()]
-    return Scanned(good, faults, lines)
+    skipped: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
+    def scan(
+        self, sources: Sequence[Source], least: int, workers: int, *, skip: bool = False
+    ) -> list[Source]:
+        """Decode every image, and return those that can be used: HR has `least` pixels a side.
 
-def closing_lines(notices: Sequence[str], skipped: Sequence[str]) -> list[str]:
-    """The end of a report: what was changed or left out."""
-    lines = ["notices:", *(f"  {line}" for line in notices)] if notices else []
-    if skipped:
-        lines += [f"left out ({len(skipped)}):", *(f"  {line}" for line in skipped)]
-    return lines
+        Raises:
+            UserError: Images cannot be used, unless they are skipped and some remain.
+        """
+        good, files = [], defaultdict(list)
+        read = partial(_scan, least=least)
+        for source, (faults, notices) in with_progress(read, sources, workers, "opening"):
+            self.skipped += faults
+            for notice, name in notices:
+                files[notice].append(name)
+            if not faults:
+                good.append(source)
+        if self.skipped and not (skip and good):
+            how = "nothing is left" if skip else "--skip-bad leaves them out"
+            head = f"{len(sources) - len(good)} of {len(sources)} images cannot be used, nothing "
+            head += f"was written; fix or remove them; {how}:"
+            raise UserError("\n  ".join([head, *self.skipped]))
+        self.notices += [
+            f"{len(names)} x {notice}: {named(names)}" for notice, names in files.items()
+        ]
+        return good
+
+    def lines(self) -> list[str]:
+        """The end of a report."""
+        lines = []
+        for title, found in (
+            ("notices:", self.notices),
+            (f"left out ({len(self.skipped)}):", self.skipped),
+        ):
+            lines += [title, *(f"  {line}" for line in found)] if found else []
+        return lines

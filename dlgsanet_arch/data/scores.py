@@ -1,6 +1,6 @@
 """PSNR and SSIM as papers on super-resolution take them, on arrays and without PyTorch."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,12 +12,14 @@ _WINDOW = cv2.getGaussianKernel(11, 1.5)
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Measured on the Y channel: PSNR in dB, infinite for equal images, and SSIM, 1 for them."""
 
     psnr: float
     ssim: float
+
+    def __str__(self) -> str:
+        return f"{self.psnr:.2f} dB / {self.ssim:.4f}"
 
 
 def _luma(image: NDArray[np.uint8], border: int) -> NDArray[np.float64]:
@@ -31,12 +33,6 @@ def _luma(image: NDArray[np.uint8], border: int) -> NDArray[np.float64]:
 def _blurred(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Blur by the Gaussian window (Wang et al., 2004), where it lies within the image."""
     return cv2.sepFilter2D(values, cv2.CV_64F, _WINDOW, _WINDOW)[5:-5, 5:-5]
-
-
-def psnr(image: NDArray[np.uint8], original: NDArray[np.uint8], border: int = 0) -> float:
-    """Return the PSNR of Y in dB; arguments as for `measure`, of any size."""
-    error = float(np.mean((_luma(image, border) - _luma(original, border)) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
 
 
 def measure(image: NDArray[np.uint8], original: NDArray[np.uint8], border: int) -> Scores:
@@ -53,4 +49,6 @@ def measure(image: NDArray[np.uint8], original: NDArray[np.uint8], border: int) 
     covariance = _blurred(a * b) - mean_a * mean_b
     structure = (2 * covariance + _C2) / (variances + _C2)
     light = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
-    return Scores(psnr(image, original, border), float(np.mean(light * structure)))
+    error = float(np.mean((a - b) ** 2))
+    psnr = float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
+    return Scores(psnr, float(np.mean(light * structure)))

@@ -15,16 +15,15 @@ from pathlib import Path
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
-from dlgsanet_arch.data.finding import find_images
+from dlgsanet_arch.data.finding import check_folder, find_images
 from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.data.making import (
+    Findings,
     Recipe,
     Source,
     checked_scales,
-    closing_lines,
     file_hashes,
     images_sha256,
-    scan,
 )
 from dlgsanet_arch.data.sub_images import (
     HR_MULTIPLE,
@@ -48,14 +47,12 @@ def database_name(scale: int) -> str:
 
 
 @dataclass
-class Summary:
-    """What was made."""
+class Summary(Findings):
+    """What was made: the number of sub-images by database, HR first; of images, cut by this run."""
 
-    databases: dict[Path, int] = field(default_factory=dict)  # sub-images in each, HR first
+    databases: dict[Path, int] = field(default_factory=dict)
     images: int = 0
-    cut: int = 0  # images, by this run
-    skipped: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    cut: int = 0
 
 
 def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
@@ -74,33 +71,26 @@ def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
     return folder
 
 
-def _partners(hr: Mapping[str, Path], folder: Path, scale: int) -> dict[str, Path]:
-    """LR images in a folder by HR's keys; a and a.png or ax4.png are one."""
-    lr = {file.key: file.path for file in find_images(folder)}
-    partners = {}
-    for key in hr:
-        names = (key, f"{key}x{scale}", f"{key}X{scale}")
-        match = next((name for name in names if name in lr), None)
-        if match is not None:
-            partners[key] = lr.pop(match)
-    lonely = [str(path) for key, path in hr.items() if key not in partners]
-    lonely += map(str, lr.values())
-    if lonely:
-        raise UserError(
-            f"HR and LR images of scale {scale} do not pair by name (a and a or ax{scale}); "
-            f"{len(lonely)} have no partner: {named(lonely)}"
-        )
-    return partners
-
-
 def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
-    """Find HR images and the LR images of the same names, in a folder for each scale."""
-    found = {file.key: file.path for file in find_images(hr)}
-    partners = {scale: _partners(found, folder, scale) for scale, folder in lr.items()}
-    return [
-        Source(key, path, {scale: each[key] for scale, each in partners.items()})
-        for key, path in found.items()
-    ]
+    """Find HR images, and LR of the same names in a folder for each scale: a or ax4 is LR of a."""
+    sources = [Source(key, path, {}) for path, key in find_images(hr)]
+    for scale, folder in lr.items():
+        found = {key: path for path, key in find_images(folder)}
+        lonely = []
+        for each in sources:
+            names = (each.key, f"{each.key}x{scale}", f"{each.key}X{scale}")
+            match = next((name for name in names if name in found), None)
+            if match is None:
+                lonely.append(str(each.hr))
+            else:
+                each.lr[scale] = found.pop(match)
+        lonely += map(str, found.values())
+        if lonely:
+            raise UserError(
+                f"HR and LR images of scale {scale} do not pair by name (a and a or ax{scale}); "
+                f"{len(lonely)} have no partner: {named(lonely)}"
+            )
+    return sources
 
 
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
@@ -114,20 +104,17 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
     """
     if lr is None:
         return pair(hr, {})
-    if not lr.is_dir():
-        raise UserError(f"{lr} does not exist or is not a folder: name a folder of LR images")
+    check_folder(lr, "name a folder of LR images")
     return pair(hr, {scale: _lr_folder(lr, scale, alone=len(scales) == 1) for scale in scales})
-
-
-def sub_image_key(source: Source, index: int) -> str:
-    """The key of an image's sub-image, counted from 1 as BasicSR's script counts."""
-    return f"{source.key}_s{index:03d}"
 
 
 def _cut(
     source: Source, scales: Sequence[int], cutting: Cutting
 ) -> dict[int, list[tuple[str, bytes]]]:
-    """The sub-images of an image, PNG files by key, by scale; 1 is HR."""
+    """The sub-images of an image, PNG files by key, by scale; 1 is HR.
+
+    Keys end in the number of the sub-image, from 1 as in BasicSR's script.
+    """
     hr = crop_to_multiple(read_8_bits(source.hr).pixels, HR_MULTIPLE)
     entries = {}
     for scale in scales:
@@ -138,7 +125,7 @@ def _cut(
             image = hr if scale == 1 else bicubic(hr, 1 / scale)
         parts = sub_images(image, cutting.crop, cutting.step, scale)
         entries[scale] = [
-            (sub_image_key(source, index), encode_png(part)) for index, part in enumerate(parts, 1)
+            (f"{source.key}_s{index:03d}", encode_png(part)) for index, part in enumerate(parts, 1)
         ]
     return entries
 
@@ -156,7 +143,7 @@ def _write(
         remaining = [
             source
             for source in sources
-            if not all(writer.has(sub_image_key(source, 1)) for writer in writers.values())
+            if not all(writer.has(f"{source.key}_s001") for writer in writers.values())
         ]
         cut = partial(_cut, scales=tuple(writers), cutting=cutting)
         for _, made in with_progress(cut, remaining, workers, "cutting"):
@@ -195,21 +182,18 @@ def build(
             run is at work on `out`, or the disk is full.
         ValueError: A scale is not one of `SCALES`, or two images have one key.
     """
-    cutting, scales = cutting or Cutting(), checked_scales(scales)
+    cutting, scales, summary = cutting or Cutting(), checked_scales(scales), Summary()
     if len({source.key for source in sources}) < len(sources):
         raise ValueError("images to train on share a key")
     cutting.check(scales)
     least = cutting.patch * max(scales)
-    summary = Summary()
     if skip_bad:
-        sources, summary.skipped, summary.notices = scan(sources, least, workers, skip=True)
+        sources = summary.scan(sources, least, workers, skip=True)
     hashes = file_hashes(sources)
+    settings = {"crop": cutting.crop, "step": cutting.step}
     recipes = {
         out / database_name(scale): {
-            "version": RECIPE_VERSION,
-            "scale": scale,
-            "crop": cutting.crop,
-            "step": cutting.step,
+            **{"version": RECIPE_VERSION, "scale": scale, **settings},
             "images": images_sha256(sources, scale, hashes),
         }
         for scale in (1, *scales)
@@ -221,7 +205,7 @@ def build(
             if not is_finished(path, recipe, overwrite=overwrite)
         }
         if missing and not skip_bad:
-            summary.notices = scan(sources, least, workers).notices
+            summary.scan(sources, least, workers)
         if missing:
             summary.cut = _write(sources, missing, cutting, workers)
         summary.databases = {path: read_json(path / RECIPE)["entries"] for path in recipes}
@@ -238,4 +222,4 @@ def report(summary: Summary) -> str:
     made = f"{summary.images} images"
     if summary.cut < summary.images:
         made += f", {summary.images - summary.cut} of them cut already by an earlier run"
-    return "\n".join([*lines, made, *closing_lines(summary.notices, summary.skipped)])
+    return "\n".join([*lines, made, *summary.lines()])
