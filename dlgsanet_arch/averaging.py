@@ -39,17 +39,9 @@ def networks_of(model: Any) -> Mapping[str, nn.Module]:
 def average(ema: nn.Module, network: nn.Module, decay: float) -> None:
     """Take one step of the exponential moving average of a network's weights, in place.
 
-    Parameters p become decay · p + (1 - decay) · q, with q the network's. Buffers that a checkpoint
-    holds are copied, as the running statistics of a BatchNorm are averages already.
-
-    Args:
-        ema: The averaged network, of the same modules as `network`.
-        network: The trained network; it may be in DataParallel, DistributedDataParallel or
-            torch.compile.
-        decay: From 0, which copies, to 1, which leaves the parameters as they are.
-
-    Raises:
-        KeyError: `network` lacks a tensor that `ema` has.
+    Parameters p of `ema` become decay · p + (1 - decay) · q, with q the network's, which may be in
+    DataParallel, DistributedDataParallel or torch.compile. Buffers that a checkpoint holds are
+    copied, as the running statistics of a BatchNorm are averages already.
     """
     ema, network = bare(ema), bare(network)
     trained = dict(network.named_parameters())
@@ -105,13 +97,9 @@ class FollowsSchedule:
     """
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        """Set the learning rate of an iteration: schedule(it) · min(1, it / warmup_iter).
+        """Set the learning rate of iteration `it`, from 1: schedule(it) · min(1, it / warmup_iter).
 
         The state of optimizer and scheduler resumes it at any iteration.
-
-        Args:
-            current_iter: The iteration about to be trained, from 1.
-            warmup_iter: Iterations until the full rate; 0 or less for no warm-up.
         """
         for scheduler in self.schedulers:
             groups = scheduler.optimizer.param_groups

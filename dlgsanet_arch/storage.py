@@ -31,8 +31,7 @@ class CheckpointError(UserError):
 def _read(path: Path) -> tuple[bytes, int]:
     """Read a file of torch.save's, and compare it with the checksums that it holds.
 
-    Returns:
-        Its bytes, and a checksum of its content; 0 for PyTorch's old format, which has none.
+    Returns its bytes and a checksum of its content, 0 for PyTorch's old format, which has none.
     """
     if not path.is_file():  # a pipe would be waited for
         raise CheckpointError(f"{path} cannot be read: it does not exist, or is not a file")
@@ -78,13 +77,9 @@ def check_complete(path: Path) -> int:
 def save_whole(content: Any, path: Path) -> int:
     """Save as torch.save does, so that after a crash the file is the old one or the new one.
 
-    It is written under a temporary name, flushed to the disk, read again and checked first.
-
-    Returns:
-        The checksum that `read_whole` returns for it.
-
-    Raises:
-        CheckpointError: It cannot be written; the old file is as it was.
+    It is written under a temporary name, flushed to the disk, read again and checked first. Returns
+    the checksum that `read_whole` returns for it. If it cannot be written, which is a
+    CheckpointError, the old file is as it was.
     """
     checksums: list[int] = []
     for attempt in range(1, _ATTEMPTS + 1):
@@ -110,11 +105,8 @@ def save_whole(content: Any, path: Path) -> int:
 def read_whole(path: Path) -> tuple[Any, int]:
     """Load a file of torch.save's on the CPU without running code that it may hold; read once.
 
-    Returns:
-        Its content, and the checksum that `save_whole` returned.
-
-    Raises:
-        CheckpointError: It is missing, truncated, damaged, or holds more than tensors.
+    Returns its content, and the checksum that `save_whole` returned. A file that is missing,
+    truncated or damaged, or holds more than tensors, is a CheckpointError.
     """
     data, checksum = _read(path)
     try:

@@ -3,11 +3,9 @@
 Importing this module imports basicsr.models.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from basicsr.models.sr_model import SRModel
@@ -18,6 +16,7 @@ from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options import schema
+from dlgsanet_arch.options.context import optimizers
 
 
 class TrainingError(UserError):
@@ -27,8 +26,7 @@ class TrainingError(UserError):
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """The keys of `train:` that SRModel does not know, checked."""
 
     amp: torch.dtype | None
@@ -37,29 +35,29 @@ class _Settings:
     clip_grad_norm: float | None
     accumulation: int
 
-    @classmethod
-    def read(cls, options: Mapping[str, Any]) -> "_Settings":
-        """Read the complete option file; a value that its key cannot have is a TrainingError."""
-        train = options.get("train") or {}
-        for key in schema.KEYS:
-            given = train.get(key.path.removeprefix("train:"))
-            if key.by == schema.OURS and given is not None and (fault := key.kind(given)):
-                raise TrainingError(f"{key.path}: {fault}")
-        amp, backend = train.get("amp") or None, train.get("compile") or None
-        # DataParallel's threads do not inherit autocast's type, and its replicas would run the
-        # compiled form of the first one.
-        if options["num_gpu"] > 1 and not options["dist"] and (amp or backend):
-            raise TrainingError(
-                "train:amp and train:compile need a process for each GPU: start with `torchrun "
-                "--nproc_per_node=N train.py ... --launcher pytorch`, or set num_gpu: 1"
-            )
-        return cls(
-            amp=_AMP.get(amp),
-            channels_last=bool(train.get("channels_last")),
-            backend="inductor" if backend is True else backend,
-            clip_grad_norm=train.get("clip_grad_norm") or None,
-            accumulation=train.get("accumulation") or 1,
+
+def _settings(options: Mapping[str, Any]) -> _Settings:
+    """Read the complete option file; a value that its key cannot have is a TrainingError."""
+    train = options.get("train") or {}
+    for key in schema.KEYS:
+        given = train.get(key.path.removeprefix("train:"))
+        if key.by == schema.OURS and given is not None and (fault := key.kind(given)):
+            raise TrainingError(f"{key.path}: {fault}")
+    amp, backend = train.get("amp") or None, train.get("compile") or None
+    # DataParallel's threads do not inherit autocast's type, and its replicas would run the
+    # compiled form of the first one.
+    if options["num_gpu"] > 1 and not options["dist"] and (amp or backend):
+        raise TrainingError(
+            "train:amp and train:compile need a process for each GPU: start with `torchrun "
+            "--nproc_per_node=N train.py ... --launcher pytorch`, or set num_gpu: 1"
         )
+    return _Settings(
+        amp=_AMP.get(amp),
+        channels_last=bool(train.get("channels_last")),
+        backend="inductor" if backend is True else backend,
+        clip_grad_norm=train.get("clip_grad_norm") or None,
+        accumulation=train.get("accumulation") or 1,
+    )
 
 
 def _check_compiler(backend: str, device: torch.device) -> None:
@@ -70,30 +68,12 @@ def _check_compiler(backend: str, device: torch.device) -> None:
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=device))
     except Exception as error:  # compilers are many, and so are their errors
         cause = getattr(error, "inner_exception", error)  # what the backend itself raised
-        lines = str(cause).strip().splitlines() or [""]
         raise TrainingError(
             f"train:compile: torch.compile does not run here with the backend {backend!r} "
-            f"({type(cause).__name__}: {lines[0]}). Its inductor needs a C++ compiler for a CPU "
-            f"and Triton for a GPU; backends: {', '.join(torch.compiler.list_backends())}; or "
-            "leave train:compile out"
+            f"({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}). Its inductor "
+            "needs a C++ compiler for a CPU and Triton for a GPU; backends: "
+            f"{', '.join(torch.compiler.list_backends())}; or leave train:compile out"
         ) from error
-
-
-def problems(options: Mapping[str, Any]) -> list[str]:
-    """Say what keeps a DLGSANetModel from being trained with these options, before it is built.
-
-    They are the complete option file's, `num_gpu` a number and `dist` as BasicSR sets it.
-    """
-    if options.get("model_type") != "DLGSANetModel" or "train" not in options:
-        return []
-    try:
-        settings = _Settings.read(options)
-        if settings.backend:
-            device = torch.device("cuda" if options["num_gpu"] else "cpu")
-            _check_compiler(settings.backend, device)
-    except TrainingError as error:
-        return [str(error)]
-    return []
 
 
 def _to_channels_last(network: nn.Module) -> None:
@@ -103,39 +83,20 @@ def _to_channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    base = torch.optim.Optimizer
-    classes = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, base) and value is not base
-    }
-    if name not in classes:
-        hint = suggest_or_list(name, sorted(classes))
-        raise TrainingError(f"torch.optim has no optimizer {name!r}{hint}")
-    closure = inspect.signature(classes[name].step).parameters["closure"]
-    if closure.default is inspect.Parameter.empty:
-        raise TrainingError(f"{name} evaluates the loss several times a step, which no loop does")
-    return classes[name]
-
-
 class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     """SRModel for any network, with more options for the training step; docs/training.md has them.
 
-    With all of them off it trains what SRModel trains, bit for bit.
+    With all of them off it trains what SRModel trains, bit for bit. An option with a wrong value,
+    or that cannot work here, is a TrainingError.
 
     Attributes:
-        scaler: The torch.amp.GradScaler of `amp: fp16`, else None. Its state belongs to a
-            resume's; nothing else does that SRModel does not have.
+        scaler: The torch.amp.GradScaler of `amp: fp16`, else None; a resume needs its state.
         log_dict: The losses of the last iteration, as tensors on the device, of this process; and
             `grad_norm` where gradients are clipped. All finite, where all is well.
-
-    Raises:
-        TrainingError: An option has a wrong value, or cannot work here.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        self.settings = _Settings.read(opt)
+        self.settings = _settings(opt)
         self.scaler: torch.amp.GradScaler | None = None
         self.log_dict: dict[str, Tensor] = {}
         # Gradients that overflow in float16 are the scaler's business: it passes the step over.
@@ -174,13 +135,14 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     def get_optimizer(
         self, optim_type: str, params: Sequence[nn.Parameter], lr: float, **arguments: Any
     ) -> torch.optim.Optimizer:
-        """Build the optimizer of torch.optim that has this name, with the option file's arguments.
-
-        A name that torch.optim lacks, or arguments it does not take, are a TrainingError.
-        """
-        optimizer = _optimizer_class(optim_type)
+        """Build the optimizer of torch.optim that has this name, with the options' arguments."""
+        if optim_type not in optimizers():
+            raise TrainingError(
+                f"torch.optim has no optimizer {optim_type!r} for a loop"
+                + suggest_or_list(optim_type, optimizers())
+            )
         try:
-            return optimizer(params, lr=lr, **arguments)
+            return getattr(torch.optim, optim_type)(params, lr=lr, **arguments)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"{optim_type} does not take these arguments: {error}") from error
 

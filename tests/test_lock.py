@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline.lock import LockedError, one_run
 
 HOLD = """
 import sys, time, os
 from pathlib import Path
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline.lock import one_run
 with one_run(Path(sys.argv[1]), "the run small"):
     child = os.fork()  # like a loader's worker, which outlives its parent for a while
@@ -55,7 +57,7 @@ def test_a_holder_on_another_host_that_did_not_end_properly_is_warned_of(tmp_pat
 def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
     path = tmp_path / ".small.lock"
     path.mkdir()
-    with pytest.raises(LockedError, match=r"small\.lock cannot be opened"), one_run(path, "a run"):
+    with pytest.raises(UserError, match=r"small\.lock cannot be opened"), one_run(path, "a run"):
         pass
 
 

@@ -46,21 +46,16 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def train(root: Path, argv: Sequence[str]) -> None:
-    """Train as an option file says.
+    """Train as an option file says: `argv` is the command line without the program's name.
 
-    An earlier run of the same name is renamed, unless ``--auto_resume`` resumes it.
-
-    Args:
-        root: Folder that relative paths, ``experiments/`` and ``tb_logger/`` are below, unless
-            `argv` has ``--root``.
-        argv: The command line without the program's name: ``-opt FILE`` and more flags.
+    An earlier run of the same name is renamed, unless ``--auto_resume`` resumes it. Relative paths,
+    ``experiments/`` and ``tb_logger/`` are below `root`, unless `argv` has ``--root``.
 
     Raises:
         UserError: BasicSR is missing, or something that the run needs is wrong: then nothing was
             created or renamed. Or the run met a bad sample, a loss that is not finite, or a
             checkpoint that cannot be written: then the checkpoints before are complete.
         Interrupted: A signal asked for the end; the current iteration is saved.
-        SystemExit: The command line cannot be understood, or asks for help.
     """
     arguments = build_parser("train").parse_args(argv)
     _basicsr.import_basicsr("basicsr")  # its absence is reported first
@@ -70,10 +65,7 @@ def train(root: Path, argv: Sequence[str]) -> None:
 
 
 def test(root: Path, argv: Sequence[str]) -> None:
-    """Test weights as an option file says: measure, and save the images it asks for.
-
-    Arguments and errors are those of `train`; what is written is below ``results/``.
-    """
+    """Test weights as an option file says, as `train`; results are written below ``results/``."""
     arguments = build_parser("test").parse_args(argv)
     _basicsr.import_basicsr("basicsr")
     from dlgsanet_arch.pipeline import runs

@@ -4,12 +4,12 @@
 rate and validation come from, whichever class it is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import get_root_logger
@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule, bare
-from dlgsanet_arch.checkpoint import save_whole
+from dlgsanet_arch.memory import free_memory
 from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.storage import save_whole
 
 _MOST_TENSORS = 100_000  # of a network: more is a slip of the pen, and takes minutes to build
 # What BasicSR's models load while they are built, which `weights.load` does instead.
@@ -29,19 +30,17 @@ _LOADED_LATER = ("pretrain_network_g", "pretrain_network_d")
 @contextmanager
 def _bounded_size() -> Iterator[None]:
     """Stop the building of a network that no machine like this one can hold."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
+    memory = free_memory(torch.device("cpu"))
     tensors = size = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal tensors, size
-        if parameter is None:
-            return
         tensors += 1
-        size += parameter.numel() * parameter.element_size()
-        if tensors > _MOST_TENSORS or 0 < memory < size:
+        size += 0 if parameter is None else parameter.nbytes
+        if tensors > _MOST_TENSORS or size > memory:
             raise ValueError(
                 f"it has more than {tensors - 1:,} tensors, of {size / 1e9:.3g} GB; this machine "
-                f"has {memory / 1e9:.3g} GB of memory"
+                f"has {memory / 1e9:.3g} GB of memory free"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -66,22 +65,14 @@ def build(opt: dict[str, Any], processes: Processes) -> Any:
 
 
 class _Adapted:
-    """Saving and validation; what a model's `save` would write, `checkpoints` gathers and writes.
-
-    Attributes:
-        run_processes: The processes of the run.
-        foreign: Whether the model's class has a validation of its own, which it keeps.
-    """
+    """Saving and validation; a `foreign` class keeps a validation of its own."""
 
     run_processes: Processes
     foreign: bool
     gathered: dict[str, Any] | None = None
 
     def gathered_networks(self) -> dict[str, Any]:
-        """Return what the files of all networks hold, by BasicSR's label ("net_g").
-
-        Every process calls; it is empty on all but the main one.
-        """
+        """Return by label ("net_g") what files of networks hold; empty but on the main process."""
         self.gathered = {}
         try:
             self.save(0, 0)
@@ -96,22 +87,23 @@ class _Adapted:
         current_iter: int | str,
         param_key: str | list[str] = "params",
     ) -> None:
-        """Gather a network, or write it where a third party saves in its own time."""
+        """Gather a network, or write it when a third party saves by itself."""
         if not self.run_processes.is_main:
             return
         networks = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
-        content = {}
-        for network, key in zip(networks, keys, strict=True):
-            content[key] = {
+        content = {
+            key: {
                 name.removeprefix("module."): tensor.detach().cpu()
                 for name, tensor in bare(network).state_dict().items()
             }
+            for network, key in zip(networks, keys, strict=True)
+        }
         if self.gathered is not None:
             self.gathered[net_label] = content
             return
-        label = "latest" if current_iter == -1 else current_iter
-        save_whole(content, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
+        file = f"{net_label}_{'latest' if current_iter == -1 else current_iter}.pth"
+        save_whole(content, Path(self.opt["path"]["models"]) / file)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Do nothing: states hold more than a model knows, and `checkpoints` writes them."""
@@ -134,8 +126,7 @@ class _Adapted:
 def adapt(model: Any, processes: Processes) -> None:
     """Give a model that `build_model` returned the methods that a run relies on.
 
-    A class that has its own method for averages, learning rate or validation keeps it, and the log
-    says so.
+    A class's own method for averages, learning rate or validation stays, and the log says so.
     """
     own = type(model)
     classes: list[type] = [_Adapted]
@@ -145,8 +136,7 @@ def adapt(model: Any, processes: Processes) -> None:
             classes.append(ours)
         elif not issubclass(own, ours):
             kept[name] = "which stays"
-    foreign = evaluation.foreign_method(own)
-    if foreign:
+    if foreign := evaluation.foreign_method(own):
         kept[foreign] = "it validates and tests as that says, on the main process"
     contents = {"run_processes": processes, "foreign": bool(foreign), "__module__": own.__module__}
     model.__class__ = type(own.__name__, (*classes, own), contents)

@@ -108,11 +108,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
-    """Read a state and its networks to the end, each file once.
-
-    Of the options, the networks and `path:ignore_resume_networks` are used. A pair that is not
-    complete is a UserError that names the file.
-    """
+    """Read a state and its networks, each file once; a UserError names an incomplete file."""
     state = _read_state(path)
     folder, iteration = path.parent.parent / "models", state["iter"]
     ignored = options["path"].get("ignore_resume_networks") or ()
@@ -135,15 +131,10 @@ def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
 def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> Start:
     """Find where a run starts, and read it.
 
-    Args:
-        options: The run's options, `name` as the run will use it.
-        root: Folder that holds ``experiments/`` and that relative paths are below.
-        auto_resume: Whether to resume from the newest complete pair of the run's own folder; a run
-            that ended within its first save starts over. Else ``path:resume_state`` may name a
-            state, whose networks are in the same run's folder.
-
-    Raises:
-        UserError: There is something to resume from, but no complete pair.
+    With `auto_resume` that is the newest complete pair of the run's own folder below `root`; a run
+    that ended within its first save starts over. Else ``path:resume_state`` may name a state, whose
+    networks are in the same run's folder. If there is something to resume from, but no complete
+    pair, that is a UserError.
     """
     run = root / "experiments" / options["name"]
     named = options["path"].get("resume_state")
@@ -184,31 +175,26 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _scalers(model: Any) -> dict[str, torch.amp.GradScaler]:
+    return {k: v for k, v in vars(model).items() if isinstance(v, torch.amp.GradScaler)}
+
+
 def _state_of(model: Any) -> dict[str, Any]:
     """Return what a model holds except networks, in a state's words."""
     return {
         "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
         "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
-        "scalers": {
-            name: value.state_dict()
-            for name, value in vars(model).items()
-            if isinstance(value, torch.amp.GradScaler)
-        },
+        "scalers": {name: scaler.state_dict() for name, scaler in _scalers(model).items()},
         "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
         "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
     }
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, and restores them.
+    """Writes the checkpoints of a run, and restores them; every process calls each method.
 
-    Args:
-        model: A model that was adapted, see `adapter`.
-        processes: The processes of the run; all of them call each method.
-        keep_last: Number of pairs to keep, None for all.
-
-    Attributes:
-        best: Figure and iteration of the best weights, empty before there are any.
+    `model` was adapted, see `adapter`. `keep_last` pairs are kept, all with None. `best` has figure
+    and iteration of the best weights, and is empty before there are any.
     """
 
     def __init__(self, model: Any, processes: Processes, keep_last: int | None = None) -> None:
@@ -222,8 +208,7 @@ class Checkpoints:
     def save(self, progress: Progress, *, alone: bool = False) -> None:
         """Write a pair; a second call for an iteration writes the state alone.
 
-        With `alone`, the main process writes it when the others no longer answer. A file that
-        cannot be written is a CheckpointError; the files before are untouched.
+        With `alone`, the main process writes it when the others no longer answer.
         """
         own = randomness.state()
         generators = [own] if alone else self._processes.gather(own)
@@ -280,11 +265,9 @@ class Checkpoints:
     def restore(self, start: Start, *, apply_edits: bool) -> str:
         """Give the model, and this process's generators, what a state holds except networks.
 
-        The state may be BasicSR's own. With `apply_edits`, settings of optimizers and schedules
-        stay as the model was built with them. Returns a warning, or "".
-
-        Raises:
-            ResumeError: The state is of another kind of model.
+        The state may be BasicSR's own; that of another kind of model is a ResumeError. With
+        `apply_edits`, settings of optimizers and schedules stay as the model was built with them.
+        Returns a warning, or "".
         """
         model, state, kind = self._model, start.state, type(self._model).__name__
         for part in ("optimizers", "schedulers"):
@@ -298,9 +281,9 @@ class Checkpoints:
         generators, world = state.get("randomness", ()), self._processes.world
         try:
             model.resume_training(_with_edits(model, state) if apply_edits else state)
-            for name, content in state.get("scalers", {}).items():
-                if isinstance(getattr(model, name, None), torch.amp.GradScaler):
-                    getattr(model, name).load_state_dict(content)
+            for name, scaler in _scalers(model).items():
+                if name in state.get("scalers", {}):
+                    scaler.load_state_dict(state["scalers"][name])
             for name, value in state.get("pool", {}).items():
                 setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
             if len(generators) == world:
@@ -322,9 +305,9 @@ class Checkpoints:
 
 
 def _with_edits(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state with the settings and schedules of a model that was just built.
+    """Return a state as if a new model's settings and schedules had been so from the start.
 
-    They are as if they had been so from the start; what the optimizers have learned stays.
+    What the optimizers have learned stays.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the optimizer did not step in between

@@ -68,15 +68,7 @@ class Images:
     """A validation or test set's images in the order of their paths, one at a time.
 
     Iterated over, it gives all of them, as BasicSR's own validations want; `share` gives those of
-    this process.
-
-    Args:
-        dataset_opt: A `val` or `test` entry of `datasets`; `num_worker_per_gpu` (default 1) says
-            how many workers read.
-        processes: The processes of the run, among which the images are divided.
-
-    Raises:
-        EvaluationError: The data set has no image.
+    this process. `num_worker_per_gpu` (default 1) workers read.
     """
 
     def __init__(self, dataset_opt: Mapping[str, Any], processes: Processes) -> None:
@@ -181,12 +173,9 @@ def measurable(wanted: Wanted, target: Tensor | None) -> Wanted:
 
 
 def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -> Figures:
-    """Return the figures of one image.
+    """Return the figures of one image; one that cannot be computed is an EvaluationError.
 
     Output and ground truth are (1, C, H, W), RGB in [0, 1]; `image` names them in messages.
-
-    Raises:
-        EvaluationError: A metric cannot be computed.
     """
     figures: Figures = {}
     compared: dict[tuple[int, bool], metrics.Compared] = {}
@@ -260,10 +249,8 @@ def _measure_share(
 ) -> list[tuple[int, Row, Figures, np.ndarray | None]]:
     """Run, measure and save the images of this process.
 
-    Returns:
-        Of each image its number in the data set; name and figures; the figures of bicubic
-        enlargement in a training's first validation; and what TensorBoard shows of the set's first
-        `shown` images.
+    Returns for each image its number in the data set; name and figures; bicubic enlargement's in a
+    training's first validation; and what TensorBoard shows, for the set's first `shown` images.
     """
     opt, dataset, found = model.opt, images.dataset.opt["name"], []
     asked = wanted = opt["val"].get("metrics") or {}
@@ -302,8 +289,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     """Leave a model's networks and this process's random numbers as they are.
 
     In the block, networks are without DistributedDataParallel: it sends buffers in each forward,
-    and processes with one image less would be waited for. The Real-ESRGAN models take images as
-    they are.
+    and processes with one image less would be waited for.
     """
     networks = networks_of(model)
     modes = [(each, each.training) for net in networks.values() for each in net.modules()]
@@ -329,11 +315,7 @@ def validate(
     tb_logger: Any,
     save_img: bool,
 ) -> Evaluation:
-    """Validate a model; every process calls, and each gets the complete result.
-
-    Raises:
-        UserError: An image cannot be read, measured or written.
-    """
+    """Validate a model; every process calls, and each gets the complete result."""
     shows = processes.share(tb_logger is not None and model.opt["is_train"])
     shown = _SHOWN_IMAGES if shows else 0
     with processes.agreed(), _undisturbed(model):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named
 
 try:
     import fcntl
@@ -34,44 +35,27 @@ def _lock(file: IO[bytes]) -> OSError | None:
 
 @contextmanager
 def one_run(path: Path, what: str) -> Iterator[str]:
-    """Exclude other processes from a run inside the block.
+    """Exclude other processes from a run (`what`) inside the block; a LockedError names the holder.
 
-    The kernel releases the lock of a process that ends, however it ends. The file names its holder,
-    for messages. Where files cannot be locked, a file that names one counts as locked.
-
-    Args:
-        path: The lock's file, outside the run's folder, which a new run renames.
-        what: What is locked, for the message: "the run NAME".
-
-    Yields:
-        A warning where the last holder was on another host and did not empty the file, else "": it
-        was killed, or it still works and the file system does not share locks between hosts.
-
-    Raises:
-        LockedError: Another process is working on the run; its pid and host are named.
+    The kernel releases the lock of a process that ends, however it ends. The file `path`, outside
+    the run's folder, names its holder; where files cannot be locked, one that names a holder counts
+    as locked. Yields a warning if the last holder was on another host and did not end properly: it
+    was killed, or the file system does not share locks between hosts and it still works. Else "".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     host, warning = socket.gethostname(), ""
-    try:
+    with disk_faults_named(f"the lock {path} cannot be opened"):
         opened = path.open("a+b", buffering=0)
-    except OSError as error:
-        raise LockedError(
-            f"the lock {path} cannot be opened ({error.strerror}); remove it, or choose another "
-            "`name`"
-        ) from error
     with opened as file:
         failure = _lock(file)
         file.seek(0)
         holder = file.read().decode(errors="replace")
-        if isinstance(failure, (BlockingIOError, PermissionError)):
+        is_held = isinstance(failure, BlockingIOError | PermissionError)
+        if is_held or (failure and holder):
+            unsure = "" if is_held else f" ({failure.strerror}: if that has ended, delete {path})"
             raise LockedError(
-                f"{what} is being worked on by {holder or 'another process'}; wait until it ends, "
-                "stop it, or choose another `name`"
-            )
-        if failure and holder:
-            raise LockedError(
-                f"{what} is being worked on by {holder}, or was when that was killed: files cannot "
-                f"be locked here ({failure.strerror}); if it has ended, delete {path}"
+                f"{what} is being worked on by {holder or 'another process'}{unsure}; wait until "
+                "it ends, stop it, or choose another `name`"
             )
         if holder and not holder.endswith(f" on {host}"):
             warning = (

@@ -60,11 +60,8 @@ def readable(value: Any) -> Any:
 class RunLog:
     """The logs of a run; on a process that is not the main one it only prints errors.
 
-    What is said before `open` is kept, and shown then: a run that cannot start says why, and
-    nothing else.
-
-    Attributes:
-        tensorboard: TensorBoard's writer, None where it is not used.
+    What is logged before `open` is kept, and shown then: a run that cannot start says why, and
+    nothing else. `tensorboard` is its writer, None where it is not used.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -166,13 +163,7 @@ def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first
 
 
 class Pace:
-    """How fast a training goes, counted from where this process began.
-
-    Args:
-        start: Iterations that were done before.
-        total: Iterations to reach.
-        samples: Samples of an iteration, of all processes.
-    """
+    """How fast a training goes, from iteration `start` of `total`, with `samples` an iteration."""
 
     def __init__(self, start: int, total: int, samples: int) -> None:
         self._start, self._total, self._samples = start, total, samples

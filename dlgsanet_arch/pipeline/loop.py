@@ -24,7 +24,7 @@ from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
 from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
 from dlgsanet_arch.pipeline.losses import FiniteLosses
-from dlgsanet_arch.pipeline.processes import Flag, LostProcessError, Processes
+from dlgsanet_arch.pipeline.processes import LostProcessError, Processes
 from dlgsanet_arch.pipeline.reports import Evaluation
 from dlgsanet_arch.pipeline.samples import BadSamples, ReadingError, Samples, load
 from dlgsanet_arch.pipeline.sampling import Sampling
@@ -61,15 +61,8 @@ def find_edits(options: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
 class Training:
     """A training run from its start, or where an earlier process left it, to `total_iter`.
 
-    Nothing is written before `run`.
-
-    Args:
-        opt: The run's options, complete.
-        processes: The processes of the run.
-        log: Its logs.
-        start: What it resumes from.
-        build: Builds the model, its networks with their weights.
-        apply_edits: Whether optimizer, schedule and seed are the options', if the run had others.
+    Nothing is written before `run`. `build` builds the model, its networks with their weights. With
+    `apply_edits`, optimizer, schedule and seed are the options', even if the run had others.
     """
 
     def __init__(
@@ -213,7 +206,6 @@ class Training:
 
     def _iterate(self, count: int) -> None:
         progress, logger = self._progress, self._opt["logger"]
-        stop_flag = Flag(self._processes)
         for iteration, batch in enumerate(self._batches(count), progress.iteration + 1):
             self._step(iteration, batch)
             progress.iteration = iteration
@@ -227,11 +219,9 @@ class Training:
                 self._save()
             if progress.validate:
                 self._validate()
-            if signalled := stop_flag.exchange(self._stop.signal):
+            if signalled := self._processes.largest(self._stop.signal):
                 self._stop.signal = signalled
-                stop_flag.settle()
                 raise self._stop.interrupted()
-        stop_flag.settle()
 
     def _batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of the iterations to come, and note how long each was waited for."""

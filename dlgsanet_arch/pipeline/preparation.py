@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,7 +22,9 @@ from dlgsanet_arch.options import Context, shipped
 from dlgsanet_arch.options.context import is_whole
 from dlgsanet_arch.pipeline import checkpoints, weights
 from dlgsanet_arch.pipeline.checkpoints import Start
+from dlgsanet_arch.pipeline.logs import RunLog
 from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.pipeline.weights import Source
 
 
 def _import_packages(names: Sequence[str], root: Path) -> None:
@@ -46,22 +48,6 @@ def registered() -> dict[str, dict[str, Any]]:
     module = _basicsr.import_basicsr("basicsr.utils.registry")
     kinds = ("arch", "model", "dataset", "metric", "loss")
     return {kind: dict(iter(getattr(module, f"{kind.upper()}_REGISTRY"))) for kind in kinds}
-
-
-class Prepared(NamedTuple):
-    """A run whose options, data and files are right."""
-
-    opt: dict[str, Any]  # as BasicSR's parts take them, with `root_path`, `as_given` and paths
-    arguments: argparse.Namespace  # of the command line; `opt` is the option file
-    start: Start
-    weights: dict[str, weights.Source]  # by option key
-    smallest: dict[str, tuple[int, int]]  # height and width of each data set's smallest HR image
-    notes: list[tuple[bool, str]]  # for the log: whether it is a warning, and the line
-
-
-def _gpus(options: Mapping[str, Any]) -> int:
-    asked, there = options.get("num_gpu"), torch.cuda.device_count()
-    return min(asked, there) if is_whole(asked) else there
 
 
 def _for_parts(
@@ -113,8 +99,7 @@ def read(
 ) -> tuple[argparse.Namespace, dict]:
     """Read the option file that a command line names, by its path or by a shipped one's name.
 
-    Returns:
-        The arguments, `opt` and `root` as absolute paths; and the options with `--force_yml`.
+    Returns the arguments, `opt` and `root` as absolute paths, and the options with `--force_yml`.
     """
     arguments = argparse.Namespace(**vars(arguments))
     arguments.root = (arguments.root or root).expanduser().resolve()
@@ -132,21 +117,23 @@ def prepare(
     arguments: argparse.Namespace,
     options: dict[str, Any],
     processes: Processes,
+    log: RunLog,
     *,
     train: bool,
-) -> Prepared:
-    """Check options, data and files, read what the run starts from, and complete its options.
+) -> tuple[dict[str, Any], Start, dict[str, Source], dict[str, tuple[int, int]]]:
+    """Check options, data and files; one UserError lists every problem.
 
-    Raises:
-        UserError: Lists every problem together.
+    Returns the options as BasicSR's parts take them, with `root_path`, `as_given` and paths; what
+    the run resumes from; the weights by option key; and height and width of the smallest HR image
+    by name of data set.
     """
     _import_packages(arguments.packages, arguments.root)
     context = Context(options, train, arguments.root, registered())
-    start = sources = smallest = notes = None
+    start = sources = smallest = None
     with processes.agreed():
         if processes.is_main:
-            start, sources, smallest, notes = _check(context, arguments, processes)
-    state, smallest, notes = processes.share((start and start.path, smallest, notes))
+            start, sources, smallest = _check(context, arguments, processes, log)
+    state, smallest = processes.share((start and start.path, smallest))
     with processes.agreed():
         if not processes.is_main:  # each process reads for itself
             start = checkpoints.read_pair(state, options) if state else Start()
@@ -160,43 +147,41 @@ def prepare(
         label = key.removeprefix("network_")
         opt["path"] |= {f"pretrain_{key}": str(path), f"strict_load_{label}": True}
         opt["path"][f"param_key_{label}"] = "params"
-    return Prepared(opt, arguments, start, sources, smallest, notes)
+    return opt, start, sources, smallest
 
 
 def _check(
-    context: Context, arguments: argparse.Namespace, processes: Processes
-) -> tuple[Start, dict[str, weights.Source], dict[str, tuple[int, int]], list[tuple[bool, str]]]:
-    """Check options, data and files; raise one error for all problems."""
-    from dlgsanet_arch import training  # imports BasicSR's models
-
+    context: Context, arguments: argparse.Namespace, processes: Processes, log: RunLog
+) -> tuple[Start, dict[str, Source], dict[str, tuple[int, int]]]:
+    """Check options, data and files, and read what the run starts from."""
     options, root, train, known = context.options, context.root, context.train, context.registered
-    gpus, asked = _gpus(options), options.get("num_gpu")
     problems = option_files.problems(options, train=train, root=root, registered=known)
+    gpus, asked = torch.cuda.device_count(), options.get("num_gpu")
     if is_whole(asked) and asked > gpus:
         problems.append(
             f"num_gpu: is {asked}, but PyTorch sees {gpus} CUDA devices here; write `num_gpu: "
             f"auto`, or add --force_yml num_gpu={gpus}"
         )
-    problems += training.problems({**options, "num_gpu": gpus, "dist": processes.distributed})
     scanned = check.scan(options, root, train=train, registered=known)
     problems += scanned.problems
-    notes = [(True, line) for line in scanned.warnings] + [(False, x) for x in scanned.notes]
-    start, sources = Start(), {}
+    start, sources, notes = Start(), {}, []
     if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
         try:
             if train:
                 start = checkpoints.find_start(options, root, auto_resume=arguments.auto_resume)
         except UserError as error:
             problems.append(str(error))
-        sources, wrong, lines = weights.sources(context, start)
+        sources, wrong, notes = weights.sources(context, start)
         problems += wrong
-        notes += [(False, line) for line in lines]
-    notes += [(True, f"not complete, and passed over: {line}") for line in start.passed_over]
     if train:
+        gpus = min(asked, gpus) if is_whole(asked) else gpus
         copies = processes.world if processes.distributed else max(1, gpus)
         problems += check.batch_problems(options, scanned.samples, copies)
     option_files.refuse(problems)
-    smallest = {
-        options["datasets"][phase]["name"]: size for phase, size in scanned.smallest.items()
-    }
-    return start, sources, smallest, notes
+    passed_over = [f"not complete, and passed over: {line}" for line in start.passed_over]
+    for line in scanned.warnings + passed_over:
+        log.warning(line)
+    for line in scanned.notes + notes:
+        log.info(line)
+    names = {phase: options["datasets"][phase]["name"] for phase in scanned.smallest}
+    return start, sources, {names[phase]: size for phase, size in scanned.smallest.items()}

@@ -17,10 +17,10 @@ from dlgsanet_arch.errors import UserError
 # a process that died is noticed by its launcher, not by this.
 _PATIENCE = timedelta(days=30)
 _DEFAULT_PORT = "29500"  # PyTorch's own
-# What starts the processes, and the variables that it sets.
-_LAUNCHERS = {
-    "pytorch": ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
-    "slurm": ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
+# The variables that PyTorch reads, as each launcher names them.
+_VARIABLES = {
+    "pytorch": {name: name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+    "slurm": {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
 }
 
 
@@ -78,18 +78,24 @@ class Processes:
         """Return the value that the main process gave; each must call."""
         return self.gather(value if self.is_main else None)[0]
 
+    def largest(self, value: int) -> int:
+        """Return the largest value that any process gave; each must call."""
+        if not self.distributed:
+            return value
+        found = torch.tensor(value)
+        with self.answered():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Let an exception in the block on one process be a RemoteRankError on the others.
-
-        Each must enter.
-        """
+        """Let an exception on one process be a RemoteRankError on the others; each must enter."""
         error: Exception | None = None
         try:
             yield
         except Exception as caught:  # the others wait for this process, and are to learn of it
             error = caught
-        found = self.gather(None if error is None else str(error).partition("\n")[0])
+        found = self.gather(error and str(error).partition("\n")[0])
         if error is not None:
             raise error
         for rank, text in enumerate(found):
@@ -97,60 +103,26 @@ class Processes:
                 raise RemoteRankError(f"process {rank} stopped: {text}")
 
 
-class Flag:
-    """A number that one process sets and every process learns, without waiting for the answer.
-
-    `exchange` is called once an iteration by every process: it starts to spread this process's
-    value, and returns the largest value that was spread by the call before. So all processes see
-    it at the same iteration, and the network's delay passes during the computation.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-        self._sent = torch.zeros((), dtype=torch.int64)
-        self._pending: Any = None
-
-    def exchange(self, value: int) -> int:
-        """Spread `value`; return the largest of all processes' values, one call late."""
-        if not self._processes.distributed:
-            return value
-        self.settle()
-        largest = int(self._sent)
-        self._sent = torch.tensor(value)
-        self._pending = dist.all_reduce(
-            self._sent, op=dist.ReduceOp.MAX, group=self._processes.control, async_op=True
-        )
-        return largest
-
-    def settle(self) -> None:
-        """Wait for what is still being spread; every process calls it at the same iteration."""
-        if self._pending is not None:
-            with self._processes.answered():
-                self._pending.wait()
-            self._pending = None
-
-
 def _first_host(hosts: str) -> str:
     """Return the first of Slurm's hosts, whose list may be folded ("node[01-04]")."""
     if "[" not in hosts:
         return hosts.split(",")[0]
+    command = ["scontrol", "show", "hostnames", hosts]
     try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
-        )
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"--launcher slurm: `scontrol show hostnames {hosts}` fails ({error}); set MASTER_ADDR "
-            "to the name of the first node"
+            f"--launcher slurm: `{' '.join(command)}` fails ({error}); set MASTER_ADDR to the name "
+            "of the first node"
         ) from error
-    return names.stdout.split()[0]
+    return names.split()[0]
 
 
 def _set_environment(launcher: str, dist_params: Mapping[str, Any]) -> None:
     """Set the variables that torch.distributed reads, as the launcher gives them."""
-    starter, names = _LAUNCHERS[launcher]
-    for ours, theirs in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+    for ours, theirs in _VARIABLES[launcher].items():
         if theirs not in os.environ:
+            starter = {"pytorch": "torchrun", "slurm": "srun"}[launcher]
             raise UserError(
                 f"--launcher {launcher} needs to be started by {starter}, which sets {theirs}; it "
                 "is not set; for a single process leave the flag out"
@@ -164,15 +136,10 @@ def _set_environment(launcher: str, dist_params: Mapping[str, Any]) -> None:
 
 @contextmanager
 def started(launcher: str, options: Mapping[str, Any]) -> Iterator[Processes]:
-    """Join the processes of this run; leave them at the end.
+    """Join the processes that a launcher started for this run; leave them at the end.
 
-    Args:
-        launcher: "none", "pytorch" (torchrun) or "slurm" (srun).
-        options: The option file's content, of which `dist_params` is read: `backend` (default
-            NCCL with CUDA, else gloo), `port` (Slurm) and `timeout` of a collective in minutes.
-
-    Raises:
-        UserError: The launcher did not start this process, or it has no GPU of its own.
+    `dist_params` of the options has `backend` (default NCCL with CUDA, else gloo), `port` (Slurm)
+    and `timeout` of a collective in minutes.
     """
     if launcher == "none":
         yield Processes()

@@ -125,9 +125,6 @@ def write(evaluations: Sequence[Evaluation], folder: Path) -> None:
     """Write all figures of a test: `<data set>.csv` by image, and `evaluation.json` with means.
 
     Figures that are not finite are written as ``inf`` and ``nan``; earlier reports are replaced.
-
-    Raises:
-        UserError: A file cannot be written.
     """
     content = {}
     with disk_faults_named(f"the reports in {folder} cannot be written"):

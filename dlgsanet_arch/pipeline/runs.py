@@ -23,7 +23,6 @@ from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.lock import one_run
 from dlgsanet_arch.pipeline.logs import RunLog, run_log, start_trackers
 from dlgsanet_arch.pipeline.loop import Training
-from dlgsanet_arch.pipeline.preparation import Prepared
 from dlgsanet_arch.pipeline.processes import Processes, started
 from dlgsanet_arch.pipeline.samples import system_limit
 
@@ -39,11 +38,7 @@ def check_folder(folder: Path) -> None:
 
 
 def room_warning(model: Any, opt: Mapping[str, Any]) -> str:
-    """Return a warning where a run's checkpoints will not all fit on the disk, or "".
-
-    Raises:
-        UserError: The disk cannot hold two: the old one stays until the new one is complete.
-    """
+    """Return a warning if the checkpoints will not all fit on the disk; two must fit."""
     tensors = [
         tensor
         for network in networks_of(model).values()
@@ -76,29 +71,6 @@ def _archive(folder: Path) -> Path:
     return folder.rename(next(path for path in free if not path.exists()))
 
 
-def _make_folders(prepared: Prepared, folder: Path) -> list[str]:
-    """Make the run's folders, a new one in place of an earlier run's; return lines for the log."""
-    opt, path, lines = prepared.opt, prepared.opt["path"], []
-    is_new = prepared.start.path is None
-    with disk_faults_named(f"the run's folder {folder} cannot be made"):
-        if is_new and folder.exists():
-            lines.append(f"the earlier run of this name is now {_archive(folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for key in ("models", "training_states", "visualization"):
-            if key in path:
-                Path(path[key]).mkdir(exist_ok=True)
-        for left in folder.glob(f"*/*{UNFINISHED}"):  # by a run that was killed while it wrote
-            left.unlink()
-        tensorboard = Path(opt["root_path"]) / "tb_logger" / opt["name"]
-        if opt["is_train"] and is_new and tensorboard.exists():
-            _archive(tensorboard)
-        copy_opt_file(str(prepared.arguments.opt), str(folder))
-    return lines
-
-
-# ---- a run
-
-
 @contextmanager
 def _current_folder(root: Path) -> Iterator[None]:
     """Data sets and losses of BasicSR's find relative paths from the current folder."""
@@ -111,16 +83,15 @@ def _current_folder(root: Path) -> Iterator[None]:
 
 
 class _Run:
-    """A run that was prepared: what it does is set up, tried, locked and then begun."""
+    """A run: prepared, then set up, tried, locked and begun."""
 
-    def __init__(self, prepared: Prepared, processes: Processes, log: RunLog) -> None:
-        self.prepared, self.processes, self.log = prepared, processes, log
-        self.opt, self.start = prepared.opt, prepared.start
+    def __init__(
+        self, arguments: argparse.Namespace, processes: Processes, log: RunLog, prepared: tuple
+    ) -> None:
+        self.arguments, self.processes, self.log = arguments, processes, log
+        self.opt, self.start, self._weights, self._smallest = prepared
         kind = "experiments_root" if self.opt["is_train"] else "results_root"
         self.folder = Path(self.opt["path"][kind])
-        self._warning = ""
-        for is_warning, line in prepared.notes:
-            (log.warning if is_warning else log.info)(line)
 
     @contextmanager
     def set_up(self) -> Iterator[None]:
@@ -135,14 +106,14 @@ class _Run:
         """Build the model, its networks with the weights that the run starts from."""
         with trial.explained("building the model", self.opt["as_given"]):
             model = adapter.build(self.opt, self.processes)
-        for line in weights.load(model, self.opt["as_given"], self.prepared.weights):
+        for line in weights.load(model, self.opt["as_given"], self._weights):
             self.log.info(line)
         return model
 
     def try_measurements(self, sets: list[Images]) -> None:
         """Try the metrics on the smallest size of each data set."""
         for images in sets:
-            smallest = self.prepared.smallest.get(images.dataset.opt["name"])
+            smallest = self._smallest.get(images.dataset.opt["name"])
             trial.measurements(images, smallest, self.opt["as_given"])
 
     @contextmanager
@@ -154,7 +125,8 @@ class _Run:
                 if self.processes.is_main:
                     path = self.folder.with_name(f".{self.folder.name}.lock")
                     lock = one_run(path, f"the run {self.opt['name']}")
-                    self._warning = stack.enter_context(lock)
+                    if warning := stack.enter_context(lock):
+                        self.log.warning(warning)
             changed = self.start.path and numbered(self.folder).keys() - seen.keys()
             if self.processes.share(bool(changed)):
                 raise UserError(f"another process continued {self.folder}; run this again")
@@ -162,15 +134,32 @@ class _Run:
 
     def begin(self) -> None:
         """Make the folders and open the logs; every process calls."""
-        lines, opt = [], self.opt
-        with self.processes.agreed():
+        opt = self.opt
+        with (
+            self.processes.agreed(),
+            disk_faults_named(f"the run's folder {self.folder} cannot be made"),
+        ):
             if self.processes.is_main:
-                lines = _make_folders(self.prepared, self.folder)
+                self._make_folders()
         text_log = f"{'train' if opt['is_train'] else 'test'}_{opt['name']}_{get_time_str()}.log"
         shown = {key: value for key, value in opt.items() if key != "as_given"}
-        self.log.open(self.folder, text_log, [get_env_info(), dict2str(shown), *lines])
-        if self._warning:
-            self.log.warning(self._warning)
+        self.log.open(self.folder, text_log, [get_env_info(), dict2str(shown)])
+
+    def _make_folders(self) -> None:
+        """Make the run's folders, a new run's in place of an earlier one's."""
+        opt, folder = self.opt, self.folder
+        if self.start.path is None:
+            if folder.exists():
+                self.log.info(f"the earlier run of this name is now {_archive(folder)}")
+            tensorboard = Path(opt["root_path"]) / "tb_logger" / opt["name"]
+            if opt["is_train"] and tensorboard.exists():
+                _archive(tensorboard)
+        folder.mkdir(parents=True, exist_ok=True)
+        for key in {"models", "training_states", "visualization"} & opt["path"].keys():
+            Path(opt["path"][key]).mkdir(exist_ok=True)
+        for left in folder.glob(f"*/*{UNFINISHED}"):  # by a run that was killed while it wrote
+            left.unlink()
+        copy_opt_file(str(self.arguments.opt), str(folder))
 
 
 @contextmanager
@@ -182,8 +171,8 @@ def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iter
         run_log(processes) as log,
     ):
         try:
-            prepared = preparation.prepare(arguments, options, processes, train=train)
-            yield _Run(prepared, processes, log)
+            prepared = preparation.prepare(arguments, options, processes, log, train=train)
+            yield _Run(arguments, processes, log, prepared)
         except (OSError, RuntimeError) as error:
             if limit := system_limit(error):
                 raise UserError(limit) from error
@@ -193,27 +182,22 @@ def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iter
 def train(root: Path, arguments: argparse.Namespace) -> None:
     """See `dlgsanet_arch.pipeline.train`."""
     with _prepared(root, arguments, train=True) as run:
+        opt, processes, log, start = run.opt, run.processes, run.log, run.start
         with run.set_up():
-            training = Training(
-                run.opt,
-                run.processes,
-                run.log,
-                run.start,
-                run.model,
-                apply_edits=arguments.apply_edits,
-            )
+            edits = arguments.apply_edits
+            training = Training(opt, processes, log, start, run.model, apply_edits=edits)
             if not arguments.no_trial:
                 training.try_step()
                 run.try_measurements(training.validations)
-            if run.processes.is_main and (warning := room_warning(training.model, run.opt)):
-                run.log.warning(warning)
+            if processes.is_main and (warning := room_warning(training.model, opt)):
+                log.warning(warning)
 
         def begin() -> None:
             run.begin()
-            start_trackers(run.log, run.opt, run.processes, run.start.iteration + 1)
+            start_trackers(log, opt, processes, start.iteration + 1)
 
         with run.locked():
-            run.log.record("start", iter=run.start.iteration, options=run.opt["as_given"])
+            log.record("start", iter=start.iteration, options=opt["as_given"])
             training.run(begin)
 
 
@@ -232,8 +216,8 @@ def test(root: Path, arguments: argparse.Namespace) -> None:
             for images in sets:
                 run.log.info(f"Testing {images.dataset.opt['name']}...")
                 save_img = run.opt["val"]["save_img"]
-                results.append(model.validation(images, run.opt["name"], None, save_img))
-                means = results[-1].means
-                run.log.record("test", dataset=results[-1].dataset, metrics=means)
+                found = model.validation(images, run.opt["name"], None, save_img)
+                results.append(found)
+                run.log.record("test", dataset=found.dataset, metrics=found.means)
             if run.processes.is_main and results:
                 reports.write(results, run.folder)

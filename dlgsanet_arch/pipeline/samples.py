@@ -22,11 +22,6 @@ from dlgsanet_arch.pipeline import randomness
 from dlgsanet_arch.pipeline.logs import RunLog
 from dlgsanet_arch.pipeline.sampling import Draw
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
-
 _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
 
 
@@ -61,9 +56,8 @@ def system_limit(error: BaseException) -> str:
     """Name the limit of the system that an error comes from, and the fix; "" for other errors."""
     text, number = str(error), getattr(error, "errno", None)
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
-        most = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} " if resource else ""
         return (
-            f"the limit of {most}open files is reached: raise it (ulimit -n 4096), or lower "
+            "the limit of open files is reached: raise it (ulimit -n 4096), or lower "
             "num_worker_per_gpu of the data sets"
         )
     if any(part in text for part in ("/torch_", "shared memory", "Bus error")):
@@ -99,6 +93,14 @@ def _fault(client: Any, place: str, key: str) -> str:
     return ""
 
 
+def _files(dataset: Any, index: int) -> Mapping[str, Any]:
+    """Return a sample's files by key; empty for a data set that does not name them."""
+    paths = getattr(dataset, "paths", None)
+    if not isinstance(paths, Sequence) or len(paths) != len(dataset):
+        return {}
+    return paths[index] if isinstance(paths[index], Mapping) else {"lq_path": paths[index]}
+
+
 def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
     """Name the sample whose reading failed, and the file at fault where it can be found."""
     options = getattr(dataset, "opt", None) or {}
@@ -107,53 +109,31 @@ def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
         return BadSample(name, "", limit)
     client = getattr(dataset, "file_client", None)
     in_lmdb = getattr(client, "backend", None) == "lmdb"
-    paths = getattr(dataset, "paths", None)
-    entry = paths[index] if isinstance(paths, Sequence) and index < len(paths) else f"#{index}"
-    places = entry if isinstance(entry, Mapping) else {"lq": entry}
     shown = []
-    for key, place in places.items():
+    for key, place in _files(dataset, index).items():
         key, place = str(key).removesuffix("_path"), str(place)
         folder = options.get(f"dataroot_{key}")
         shown.append(f"{folder}, key {place!r}" if in_lmdb and folder else place)
         if client is not None and (fault := _fault(client, place, key)):
             return BadSample(name, shown[-1], fault)
     said = " ".join(map(str, error.args))
-    return BadSample(name, " and ".join(shown), f"{type(error).__name__}: {said}")
-
-
-def _in_order(dataset: Any) -> list[int]:
-    """Return a data set's indices by path: BasicSR lists a folder in the order of the disk.
-
-    A copy of the folder, or the one of another machine, would otherwise give other samples.
-    """
-    paths = getattr(dataset, "paths", None)
-    if not isinstance(paths, Sequence) or len(paths) != len(dataset):
-        return list(range(len(dataset)))
-
-    def place(index: int) -> str:
-        entry = paths[index]
-        return str(entry.get("lq_path", entry) if isinstance(entry, Mapping) else entry)
-
-    return sorted(range(len(dataset)), key=place)
+    return BadSample(name, " and ".join(shown) or f"#{index}", f"{type(error).__name__}: {said}")
 
 
 class Samples(Dataset):
     """A data set of BasicSR's in the order of its paths, the only kind that workers are given.
 
     A worker that is spawned imports this package, and with it the repairs, before it unpickles what
-    belongs to BasicSR.
-
-    Args:
-        dataset: A data set of BasicSR's or a third party's.
-        seed: Seeds the samples that a `Draw` asks for.
-        replace_bad: Whether the next good sample takes the place of a bad one.
+    belongs to BasicSR. With `replace_bad`, the next good sample takes the place of a bad one.
     """
 
     def __init__(self, dataset: Any, seed: int = 0, *, replace_bad: bool = False) -> None:
         self.dataset = dataset
         self.seed = seed
         self.replace_bad = replace_bad
-        self._order = _in_order(dataset)
+        # BasicSR lists a folder in the order of the disk.
+        files = [_files(dataset, index) for index in range(len(dataset))]
+        self._order = sorted(range(len(files)), key=lambda i: str(files[i].get("lq_path", "")))
 
     @property
     def opt(self) -> dict[str, Any]:
@@ -193,14 +173,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     except RuntimeError as error:
         if limit := system_limit(error):
             return None, [*bad, BadSample("training", "", limit)]
-        sizes = {
-            str(content.get("gt_path", content.get("lq_path", "?"))): {
-                key: tuple(value.shape) for key, value in content.items() if torch.is_tensor(value)
-            }
-            for content in contents
-        }
-        reason = str(error).splitlines()[0]
-        return None, [*bad, BadSample("training", f"the batch {sizes}", reason)]
+        names = [str(content.get("gt_path", content.get("lq_path"))) for content in contents]
+        return None, [*bad, BadSample("training", f"the batch {names}", str(error))]
 
 
 class BadSamples:
@@ -212,11 +186,7 @@ class BadSamples:
         self._log = log
 
     def add(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
-        """Take in the bad samples of a batch; each is named once in the log.
-
-        Raises:
-            ReadingError: There are too many, or nothing could take the place of one.
-        """
+        """Take in a batch's bad samples; too many, or one not `replaced`, is a ReadingError."""
         new = [each for each in dict.fromkeys(bad) if each not in self.found]
         if limit := next((each.reason for each in new if not each.sample), ""):
             raise ReadingError(f"{limit}; then resume with --auto_resume")
@@ -247,10 +217,8 @@ def load(
 ) -> Iterator[Batch]:
     """Read batches, given as draws or indices, by `workers` processes, or by this one if 0.
 
-    What concerns workers in `more` is a DataLoader's.
-
-    Raises:
-        ReadingError: A worker died, or a limit of the system is reached.
+    `more` is what a DataLoader takes for workers. A worker that dies, or a limit of the system, is
+    a ReadingError.
     """
     loader = DataLoader(
         samples,
@@ -275,18 +243,12 @@ def load(
         if not limit and not (cut and workers) and "DataLoader worker" not in str(error):
             raise
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise ReadingError(
-            limit
-            or f"a worker that reads samples died ({said}); if memory or "
-            "/dev/shm was full, lower num_worker_per_gpu of the data sets"
-        ) from error
+        died = f"a worker that reads samples died ({said}); if memory or /dev/shm was full, lower "
+        raise ReadingError(limit or f"{died}num_worker_per_gpu of the data sets") from error
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C and a scheduler's signals, which reach all processes, to the main one.
-
-    It needs the samples of the current iteration, and ends its workers at its own end.
-    """
+    """Leave Ctrl-C and a scheduler's signals, which reach all processes, to the main one."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

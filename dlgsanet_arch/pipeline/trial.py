@@ -66,9 +66,9 @@ def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -
 def explained(
     doing: str, options: Mapping[str, Any], model: Any = None, option: str = ""
 ) -> Iterator[None]:
-    """Turn what the block raises while `doing` something into a TrialError.
+    """Turn what the block raises while `doing` something into a TrialError that names an option.
 
-    It names `option`, or the one found to be at fault with a `model` that is built.
+    That is `option`, or the one found to be at fault with a `model` that is built.
     """
     try:
         yield
@@ -87,10 +87,7 @@ def explained(
 
 
 def _copy(model: Any) -> Any:
-    """Copy a model, its networks uncompiled and by themselves.
-
-    No process waits for another: one of them may fail.
-    """
+    """Copy a model, its networks uncompiled and by themselves: no process waits for another."""
     alone = copy.copy(model)
     vars(alone).update({name: bare(network) for name, network in networks_of(model).items()})
     tensors = (
@@ -119,11 +116,7 @@ def _iteration(train: Mapping[str, Any]) -> int:
 
 
 def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[str, Any]) -> None:
-    """Take one step of a copy of the model on the first samples that the run will draw.
-
-    Raises:
-        TrialError: A sample cannot be read, or the step cannot be taken.
-    """
+    """Take one step of a copy of the model on the first samples that the run will draw."""
     modules = (each for network in networks_of(model).values() for each in network.modules())
     count = 2 if any(isinstance(each, _BatchNorm) for each in modules) else 1  # for its variance
     with randomness.preserved():
@@ -149,9 +142,6 @@ def measurements(
     """Draw one sample of a validation or test set, and call each metric once.
 
     `smallest` is height and width of the set's smallest HR image, None where they are not known.
-
-    Raises:
-        TrialError: The sample cannot be read, or a metric cannot be called.
     """
     name = images.dataset.opt["name"]
     with randomness.preserved(), explained(f"a sample of {name}", options, option="datasets"):

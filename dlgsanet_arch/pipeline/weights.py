@@ -80,12 +80,8 @@ def _saved(key: str, path: Path, content: Any) -> Source:
 def sources(context: Context, start: Start) -> tuple[dict[str, Source], list[str], list[str]]:
     """Read the weights that a run starts from.
 
-    Args:
-        context: The options; what is wrong with them by themselves is passed over.
-        start: The pair that is resumed from, if one is: its networks replace the options'.
-
-    Returns:
-        The weights by option key ("network_g"); problems; and notes for the log.
+    What is wrong with the options by themselves is passed over; the networks of `start` replace the
+    options'. Returns the weights by option key ("network_g"); problems; and notes for the log.
     """
     found, problems, notes = {}, [], []
     for key in context.networks():
@@ -134,10 +130,7 @@ def _fitting(
 def load(model: Any, options: Mapping[str, Any], found: Mapping[str, Source]) -> list[str]:
     """Load weights that `sources` returned into a model's networks and their averages.
 
-    What the model's class loads by itself stays. Returns notes for the log.
-
-    Raises:
-        CheckpointError: They are of other networks.
+    Weights of other networks are a CheckpointError. Returns notes for the log.
     """
     notes = []
     for key, source in found.items():
