@@ -32,9 +32,7 @@ def _files(archive: Archive) -> Iterator[tuple[Info, str, int]]:
             if kind in (0, stat.S_IFREG) and not info.is_dir():
                 yield info, info.filename, info.file_size
         return
-    for info in archive:
-        if info.isfile():
-            yield info, info.name, info.size
+    yield from ((info, info.name, info.size) for info in archive if info.isfile())
     # A damaged header ends the loop, too. The true end is a block of zeros.
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -46,18 +44,15 @@ def _images(path: Path, archive: Archive) -> Iterator[tuple[Info, PurePosixPath,
     left = MAX_GROWTH * path.stat().st_size
     for info, name, size in _files(archive):
         image = PurePosixPath(name)
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in image.parts)
         if image.is_absolute() or ".." in image.parts or re.search(r"^[A-Za-z]:|\\", name):
-            fault = "leads out of the folder"
-        elif hidden or image.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path} is refused: its member {name!r} leads out of the folder")
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in image.parts)
+        if hidden or image.suffix.lower() not in SUFFIXES:
             continue
-        elif not 0 <= size <= left:
-            fault = "expands the archive too far"
-        else:
-            left -= size
-            yield info, image, size
-            continue
-        raise UserError(f"{path} is refused: its member {name!r} {fault}")
+        if not 0 <= size <= left:
+            raise UserError(f"{path} is refused: its member {name!r} expands the archive too far")
+        left -= size
+        yield info, image, size
 
 
 def _unpack(path: Path, file: BinaryIO, folder: Path) -> None:

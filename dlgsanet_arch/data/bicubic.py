@@ -8,7 +8,7 @@ data set has the same bytes on every machine, and making it needs neither PyTorc
 """
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,6 @@ Depth = TypeVar("Depth", np.uint8, np.uint16)
 
 STRIP = 256  # rows of the result made at a time: memory for these suffices
 _SUPPORT = 4  # positions under the cubic kernel
-
-
-class Taps(NamedTuple):
-    """How N positions of a resized axis are summed: K `weights` from `first` on, maybe outside."""
-
-    first: NDArray[np.int64]  # (N,)
-    weights: NDArray[np.float32]  # (N, K)
 
 
 def _cubic(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -37,8 +30,12 @@ def _cubic(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(x <= 1, inner, np.where(x <= 2, outer, np.float32(0)))
 
 
-def taps(length: int, scale: float) -> Taps:
-    """Positions and weights of ceil(length·scale) results along an axis of `length`."""
+def _taps(length: int, scale: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """How N = ceil(length·scale) results are summed along an axis: K weights from a position on.
+
+    Returns:
+        First positions (N,), which may be outside, and weights (N, K).
+    """
     count = math.ceil(length * scale)
     shrink = min(scale, 1.0)
     support = _SUPPORT / shrink
@@ -52,11 +49,10 @@ def taps(length: int, scale: float) -> Taps:
     # The first and last taps are zero for all positions, or for none that counts.
     used = ~(weights == 0).all(0)
     start, stop = np.flatnonzero(used)[[0, -1]]
-    first = left.astype(np.int64) - 1 + start
-    return Taps(first, np.ascontiguousarray(weights[:, start : stop + 1]))
+    return left.astype(np.int64) - 1 + start, np.ascontiguousarray(weights[:, start : stop + 1])
 
 
-def mirrored(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+def _mirrored(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     """Positions of an axis that is mirrored at its ends, as often as needed."""
     positions = positions % (2 * length)
     return np.minimum(positions, 2 * length - 1 - positions)
@@ -86,27 +82,26 @@ def bicubic(image: NDArray[Depth], scale: float) -> NDArray[Depth]:
 
     height, width = image.shape[:2]
     peak = np.iinfo(image.dtype).max
-    down, across = taps(height, scale), taps(width, scale)
-    rows, columns = len(down.first), len(across.first)
-    result = np.empty((rows, columns, *image.shape[2:]), image.dtype)
-    for begin in range(0, rows, STRIP):
-        end = min(begin + STRIP, rows)
-        top, bottom = down.first[begin], down.first[end - 1] + down.weights.shape[1]
-        source = image[mirrored(np.arange(top, bottom), height)].astype(np.float32)
+    (first, weights), across = _taps(height, scale), _taps(width, scale)
+    result = np.empty((len(first), len(across[0]), *image.shape[2:]), image.dtype)
+    for begin in range(0, len(first), STRIP):
+        strip = slice(begin, begin + STRIP)
+        top, bottom = first[strip][0], first[strip][-1] + weights.shape[1]
+        source = image[_mirrored(np.arange(top, bottom), height)].astype(np.float32)
         source /= np.float32(peak)
-        part = Taps(down.first[begin:end] - top, down.weights[begin:end])
-        shrunk = _sum(source, part, len(source)).swapaxes(0, 1)
-        finished = _sum(shrunk, across, width).swapaxes(0, 1)
+        shrunk = _sum(source, first[strip] - top, weights[strip]).swapaxes(0, 1)
+        finished = _sum(shrunk, *across).swapaxes(0, 1)
         finished *= np.float32(peak)
-        result[begin:end] = np.clip(np.round(finished), 0, peak)
+        result[strip] = np.clip(np.round(finished), 0, peak)
     return result
 
 
-def _sum(values: NDArray[np.float32], taps: Taps, length: int) -> NDArray[np.float32]:
+def _sum(
+    values: NDArray[np.float32], first: NDArray[np.int64], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """Sum along the first axis, one tap after the other."""
-    first, weights = taps
     weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 1))
-    total = values[mirrored(first, length)] * weights[:, 0]
+    total = values[_mirrored(first, len(values))] * weights[:, 0]
     for tap in range(1, weights.shape[1]):
-        total += values[mirrored(first + tap, length)] * weights[:, tap]
+        total += values[_mirrored(first + tap, len(values))] * weights[:, tap]
     return total

@@ -53,12 +53,11 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
 
 def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, name: str) -> None:
     """Request what a file lacks over one connection; raises RequestException if that breaks."""
-    size = file.seek(0, os.SEEK_END)
-    known = read_json(record) or {}
+    size, known = file.seek(0, os.SEEK_END), read_json(record) or {}
     length, validator = known.get("length"), known.get("validator")
     resumes = size > 0 and known.get("url") == url and isinstance(length, int)
     if resumes and size == length:
-        return None
+        return
     headers = {"Accept-Encoding": "identity"}
     if resumes and isinstance(validator, str):
         headers |= {"Range": f"bytes={size}-", "If-Range": validator}
@@ -69,7 +68,8 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
             rest = f"bytes {size}-{length - 1}/{length}"
             if not same or response.headers.get("Content-Range") != rest:
                 _empty(file)
-                return _fetch(session, url, file, record, name)
+                _fetch(session, url, file, record, name)
+                return
         elif response.status_code == 200:
             size, length = 0, _begin(url, response, file, record)
         else:
@@ -81,13 +81,12 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
                 bar.update(len(chunk))
     if file.tell() != length:
         raise requests.ConnectionError(f"{file.tell():,} of {length:,} bytes were received")
-    return None
 
 
 def _reason(error: BaseException) -> str:
     """The kind of an error and its first cause, which requests and urllib3 bury in their texts."""
     kind = type(error).__name__
-    while (cause := error.__cause__ or error.__context__) is not None:
+    while cause := error.__cause__ or error.__context__:
         error = cause
     return f"{kind}: {error}"
 

@@ -14,15 +14,8 @@ from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import named
 
 # The suffixes that make a file an image, in lower case, and the format that each announces.
-SUFFIXES = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".webp": "WebP",
-    ".bmp": "BMP",
-}
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+SUFFIXES |= {".webp": "WebP", ".bmp": "BMP"}
 
 # A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
 KEY_LENGTH = 200
@@ -93,14 +86,6 @@ def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield current, folders, sorted(each for each in files if not each.startswith("."))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for current, _, files in walk_folders(folder):
-        for path in (current / name for name in files if Path(name).suffix.lower() in SUFFIXES):
-            # A link to nothing counts, and reading it says so: an image is missing there.
-            if path.is_symlink() or path.is_file():
-                yield path
-
-
 def walk_images(folder: Path) -> list[Path]:
     """Find all images below a folder, by `SUFFIXES`: paths from there, ``a2`` before ``a10``.
 
@@ -109,7 +94,13 @@ def walk_images(folder: Path) -> list[Path]:
     """
     check_folder(folder, "name a folder of images")
     try:
-        paths = list(_walk(folder))
+        # A link to nothing counts, and reading it says so: an image is missing there.
+        paths = [
+            current / name
+            for current, _, files in walk_folders(folder)
+            for name in files
+            if Path(name).suffix.lower() in SUFFIXES
+        ]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not paths:

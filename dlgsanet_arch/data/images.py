@@ -6,7 +6,7 @@ not applied, as BasicSR's readers apply none.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - importing registers it
 from PIL.ImageFile import ImageFile
 
 from dlgsanet_arch.data.finding import SUFFIXES
@@ -56,15 +48,7 @@ TOO_LARGE = (
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 PNG_END = b"IEND\xaeB\x60\x82"
 
-READERS = {
-    "PNG": PngImagePlugin.PngImageFile,
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "WebP": WebPImagePlugin.WebPImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-}
-# OpenCV, which reads for BasicSR, reads these as well.
-HEADER_READERS = READERS | {"PPM": PpmImagePlugin.PpmImageFile}
+FORMATS = ("PNG", "JPEG", "TIFF", "WebP", "BMP")
 EXIF_ORIENTATION = 0x0112
 # What stays true of an image that was turned or resized: description, camera, resolution,
 # software, time, author, rights, then the EXIF and GPS folders, of which offsets and sizes go.
@@ -116,11 +100,17 @@ def read_bytes(path: Path) -> bytes:
         raise ImageError(path, f"cannot be opened: {error.strerror}") from error
 
 
-def _format_of(start: bytes, readers: dict[str, type[ImageFile]]) -> str:
-    for name in readers:
+def _format_of(start: bytes, formats: Sequence[str]) -> str:
+    Image.preinit()  # the other formats
+    for name in formats:
         if Image.OPEN[name.upper()][1](start[:16]):
             return name
-    raise Refusal(f"is not an image: its first bytes are none of {', '.join(readers)}")
+    raise Refusal(f"is not an image: its first bytes are none of {', '.join(formats)}")
+
+
+def _opened(file: BinaryIO, name: str) -> ImageFile:
+    """Open by the reader of a format: `Image.open` would refuse large images, hide failures."""
+    return Image.OPEN[name.upper()][0](file)
 
 
 def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
@@ -176,25 +166,24 @@ def _decoding(path: Path) -> Iterator[None]:
 def _has_all_pixels(data: bytes) -> bool:
     """Whether a JPEG file without its end has all pixels: then other bytes there change none."""
     ends = (JPEG_END, b"\x55" * 64 + JPEG_END)
-    images = [np.asarray(READERS["JPEG"](BytesIO(data + end))) for end in ends]
+    images = [np.asarray(_opened(BytesIO(data + end), "JPEG")) for end in ends]
     return np.array_equal(*images)
 
 
 def _open(data: bytes, least: int, converts: bool) -> ImageFile:
     """Open a complete file and check it; CMYK and Lab are refused, unless it `converts` them."""
-    name = _format_of(data, READERS)
+    name = _format_of(data, FORMATS)
     if name == "TIFF":
         _check_tiff(data)
-    # The reader's own class, not Image.open: that would hide the reason of a failure.
     stream = BytesIO(data)
-    image = READERS[name](stream)
+    image = _opened(stream, name)
     _check_size(image, bits_of(image, data), len(data), least)
     if name == "PNG":
         # Pillow's decoder reads neither the last chunks nor their checksums; this does.
         if PNG_END not in data:
             raise Refusal("is cut short: the end of the PNG file is missing")
         image.verify()
-        image = READERS[name](BytesIO(data))
+        image = _opened(BytesIO(data), name)
     if name == "JPEG":
         # Pillow stops behind the header of the first scan: images within EXIF lie before it.
         scans = stream.tell()
@@ -202,7 +191,7 @@ def _open(data: bytes, least: int, converts: bool) -> ImageFile:
             data = data.removesuffix(JPEG_END[:1])
             if not (converts and _has_all_pixels(data)):
                 raise Refusal("is cut short: the end of the JPEG file is missing")
-            image = READERS[name](BytesIO(data + JPEG_END))
+            image = _opened(BytesIO(data + JPEG_END), name)
         if data.count(JPEG_SCAN, scans) > MAX_SCANS:
             raise Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
     if image.mode in ("CMYK", "LAB") and not converts:
@@ -237,7 +226,7 @@ def _exif(image: ImageFile) -> bytes | None:
 
 
 def _notices(image: ImageFile, data: bytes, path: Path) -> Iterator[str]:
-    name = _format_of(data, READERS)
+    name = _format_of(data, FORMATS)
     announced = SUFFIXES.get(path.suffix.lower(), name)
     if announced != name:
         yield f"is named as {announced} and holds {name}"
@@ -330,8 +319,7 @@ def read_header(file: BinaryIO) -> Header:
     with _decoding(Path(getattr(file, "name", "it"))):
         start = file.read(32)
         file.seek(0)
-        # Not Image.open, which refuses large images that OpenCV reads.
-        image = HEADER_READERS[_format_of(start, HEADER_READERS)](file)
+        image = _opened(file, _format_of(start, (*FORMATS, "PPM")))  # PPM: OpenCV reads it
         width, height = image.size
         # Pillow decodes a whole PNG to look for EXIF behind the pixels.
         if image.format == "JPEG" and (_orientation(image) or 1) >= 5:

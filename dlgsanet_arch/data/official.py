@@ -59,31 +59,24 @@ FLICKR2K = OfficialSet(
 )
 # SHA-256 of the archives on DIV2K's own server, as TensorFlow Datasets lists them.
 PUBLISHED = {
-    "DIV2K_train_HR.zip": "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335",
-    "DIV2K_train_LR_bicubic_X2.zip": (
-        "a53a424317575838dadce4bcd97cf7b744d6855f43740ed5f0245af3cf4bd850"
-    ),
-    "DIV2K_train_LR_bicubic_X3.zip": (
-        "ad5c8e5507e2765823d3c2c5bd0934842efcd487c5370604c224090898b3163a"
-    ),
-    "DIV2K_train_LR_bicubic_X4.zip": (
-        "f006b837f4eb52b82909aa01478e6d6d199eefce932179491d0c9dbb706dde3a"
-    ),
+    f"DIV2K_train_{name}.zip": sha256
+    for name, sha256 in (
+        ("HR", "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
+        ("LR_bicubic_X2", "a53a424317575838dadce4bcd97cf7b744d6855f43740ed5f0245af3cf4bd850"),
+        ("LR_bicubic_X3", "ad5c8e5507e2765823d3c2c5bd0934842efcd487c5370604c224090898b3163a"),
+        ("LR_bicubic_X4", "f006b837f4eb52b82909aa01478e6d6d199eefce932179491d0c9dbb706dde3a"),
+    )
 }
 
 
-def _folder(part: Part, places: Sequence[Path]) -> Path | None:
-    paths = (place / folder for place in places for folder in part.folders)
-    return next((path for path in paths if path.is_dir()), None)
-
-
-def _archive(part: Part, places: Sequence[Path]) -> Path | None:
-    paths = (place / part.archive for place in places)
-    return next((path for path in paths if path.is_file()), None)
+def _find(names: Sequence[str], places: Sequence[Path]) -> Path | None:
+    """The first of some files or folders that is in one of the places."""
+    paths = (place / name for place in places for name in names)
+    return next((path for path in paths if path.exists()), None)
 
 
 def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str) -> None:
-    missing = [part for part in parts if not (_folder(part, places) or _archive(part, places))]
+    missing = [part for part in parts if not _find([*part.folders, part.archive], places)]
     names = list(dict.fromkeys(part.archive for part in missing))
     for number, name in enumerate(names, 1):
         try:
@@ -97,18 +90,16 @@ def _download_missing(parts: Sequence[Part], places: Sequence[Path], server: str
 
 def _located(part: Part, places: Sequence[Path]) -> Path:
     """The folder of a set's images, unpacked from its archive if it is not there yet."""
-    folder = _folder(part, places)
-    if folder is not None:
+    if folder := _find(part.folders, places):
         return folder
-    archive = _archive(part, places)
+    archive = _find([part.archive], places)
     extract(archive, places[0] / part.unpacked)
-    folder = _folder(part, places[:1])
-    if folder is None:
-        raise UserError(
-            f"{archive} was unpacked and holds none of the folders {', '.join(part.folders)}: "
-            "it is not the official archive; delete it, then run this again"
-        )
-    return folder
+    if folder := _find(part.folders, places[:1]):
+        return folder
+    raise UserError(
+        f"{archive} was unpacked and holds none of the folders {', '.join(part.folders)}: "
+        "it is not the official archive; delete it, then run this again"
+    )
 
 
 def sources(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from multiprocessing.context import BaseContext
 from typing import TypeVar
@@ -31,9 +32,8 @@ ITEMS_A_WORKER = 8
 
 def usable_cores() -> int:
     """How many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")  # on Linux alone
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _begin_worker() -> None:
@@ -80,11 +80,9 @@ def _cause_of_death(exit_codes: Iterable[int | None], workers: int) -> str:
     if -signal.SIGKILL in codes:
         how = "it was killed (SIGKILL), most likely because memory ran out"
         return f"{how}: run again with fewer than --workers {workers}"
-    if not codes:
-        return "the cause is not known"
-    if codes[0] > 0:
-        return f"it ended with exit status {codes[0]}"
-    return f"{signal.Signals(-codes[0]).name}: a library crashed on a file that is damaged"
+    if codes and codes[0] < 0:
+        return f"{signal.Signals(-codes[0]).name}: a library crashed on a file that is damaged"
+    return f"it ended with exit status {codes[0] if codes else 'unknown'}"
 
 
 def ordered(
@@ -97,32 +95,30 @@ def ordered(
     """Apply a function to items in worker processes, and yield the results in the items' order.
 
     At most ``AHEAD * workers`` items are in flight, so memory does not grow with their number.
-    With one worker or less nothing is started and the function runs in this process.
 
     Args:
         function: Importable by name, or a `functools.partial` of such a function; what it raises
             is raised here, at its item's turn.
         items: Can be pickled, as can the results.
-        workers: Number of processes.
+        workers: Number of processes; with one or none the function runs in this process.
         isolated: Start a process even for one worker: what the function reads may crash it.
 
     Raises:
         UserError: Memory ran out, or a worker died.
     """
+    workers = max(1, workers)
+    run = map if workers == 1 and not isolated else partial(_by_processes, workers)
     try:
-        if workers <= 1 and not isolated:
-            yield from map(function, items)
-        else:
-            yield from _by_processes(function, iter(items), max(1, workers))
+        yield from run(function, iter(items))
     except MemoryError as error:
         raise UserError(
-            f"memory ran out with --workers {max(1, workers)}: run again with fewer, or with more "
+            f"memory ran out with --workers {workers}: run again with fewer, or with more "
             "memory; finished work is kept"
         ) from error
 
 
 def _by_processes(
-    function: Callable[[Item], Result], remaining: Iterator[Item], workers: int
+    workers: int, function: Callable[[Item], Result], remaining: Iterator[Item]
 ) -> Iterator[Result]:
     pending: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(workers, process_context(function), _begin_worker)
