@@ -4,23 +4,13 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import suggest_or_list
-
-
-def _check_imports() -> None:
-    """Raise a UserError where the data code cannot be imported; `--help` works without it."""
-    try:
-        import dlgsanet_arch.data.training_sets  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "preparing data needs OpenCV, lmdb and Pillow, and an import fails "
-            f"({error}); `dlgsanet doctor` says what to do"
-        ) from error
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -124,62 +114,18 @@ def _count(text: str) -> int:
     return number
 
 
-# Arguments by their names, as `add_argument` takes them.
 FOLDER = {"type": Path, "metavar": "FOLDER"}
 NUMBER = {"type": _count, "metavar": "N"}
-SCALE = {"type": int, "nargs": "+", "choices": SCALES}
-OF_SCALE = "HR side over LR side, one or more of 2, 3 and 4 (default: {})"
-MAKING = {
-    "--skip-bad": {
-        "action": "store_true",
-        "help": "leave out images that cannot be used, instead of writing nothing",
-    },
-    "--overwrite": {"action": "store_true", "help": "replace what was made from other images"},
-}
-CUTTING = {
-    "--scale": {**SCALE, "default": [*SCALES], "help": OF_SCALE.format("all")},
-    **MAKING,
-    **{
-        f"--{name}": {**NUMBER, "default": default, "help": f"{text} (default: {default})"}
-        for name, default, text in (
-            ("crop", 480, "side of a sub-image in HR pixels"),
-            ("step", 240, "distance between two sub-images in HR pixels"),
-            ("patch", 48, "side of the patches to be trained on in LR pixels: smaller is refused"),
-        )
-    },
-}
-DOWNLOADED = {
-    **CUTTING,
-    "--archives": {
-        **FOLDER,
-        "help": "where archives or their folders are, or are downloaded to (default: "
-        "datasets/<SET>, then datasets)",
-    },
-    "--mirror": {"metavar": "URL", "help": "download from here, not the official server"},
-    "--output": {**FOLDER, "help": "default: datasets/DIV2K or datasets/DF2K"},
-}
-
-# Of each verb what it runs, takes and makes: the first line is its line in `--help`.
+# Of each verb what it runs and makes: the first line is its line in `--help`.
 VERBS = {
     "demo": (
         _demo,
-        {},
         """a small set from the photographs in scikit-image's wheel
 
         Made below datasets/demo, for options/train/demo.yml. Nothing is downloaded.""",
     ),
     "train": (
         _train,
-        {
-            **CUTTING,
-            "--hr": {**FOLDER, "required": True, "help": "HR images, sub-folders too"},
-            "--lr": {
-                **FOLDER,
-                "help": "LR images of the same names, for several scales in X2, X3, X4 (default: "
-                "made by MATLAB's bicubic)",
-            },
-            "--output": {**FOLDER, "required": True, "help": "such as datasets/NAME"},
-        },
         """a training set from any folder of images
 
         HR is cut to a multiple of 12, LR is made by MATLAB's bicubic or taken from --lr, both are
@@ -188,7 +134,6 @@ VERBS = {
     ),
     "div2k": (
         _official,
-        DOWNLOADED,
         """DIV2K's 800 training images with their official LR
 
         Archives and unpacked folders that are there are used, what is missing is downloaded:
@@ -197,25 +142,12 @@ VERBS = {
     ),
     "df2k": (
         _official,
-        DOWNLOADED,
         """DIV2K and Flickr2K's 2650 images together, with their official LR
 
         As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
     ),
     "benchmark": (
         _benchmark,
-        {
-            "--scale": {**SCALE, "help": OF_SCALE.format("those that the set has HR images for")},
-            **MAKING,
-            "--name": {
-                "required": True,
-                "help": "Set5, Set14, B100, Urban100, Manga109, or your own",
-            },
-            "--hr": {
-                **FOLDER,
-                "help": "the set as it was downloaded (default: looked for in datasets)",
-            },
-        },
         """a test set, with bicubic's figures beside known ones
 
         HR is cropped for each scale and LR is made of it by MATLAB's bicubic, below
@@ -224,27 +156,6 @@ VERBS = {
     ),
     "verify": (
         _verify,
-        {
-            "paths": {
-                "nargs": "*",
-                "type": Path,
-                "metavar": "PATH",
-                "help": "LMDBs, folders of images, or folders that hold such",
-            },
-            "-opt": {
-                "metavar": "FILE",
-                "help": "the sets of an option file, or of a shipped one by its name",
-            },
-            "--sets": {
-                "nargs": "+",
-                "metavar": "NAME",
-                "help": "of an option file, the sets with these names",
-            },
-            "--fix": {
-                "action": "store_true",
-                "help": "copy LMDBs without the bad pairs to *_fixed.lmdb",
-            },
-        },
         """open everything that data sets hold, say what is wrong
 
         Lists of keys, sizes and names of HR and LR, every image, LR that is not the bicubic of HR,
@@ -252,6 +163,56 @@ VERBS = {
         is 1 if anything is wrong.""",
     ),
 }
+
+
+def _add_making(add: Any, scale: str, default: Sequence[int] | None) -> None:
+    """Add the flags of the verbs that make a data set of images."""
+    text = f"HR side over LR side, one or more of 2, 3 and 4 (default: {scale})"
+    add("--scale", type=int, nargs="+", choices=SCALES, default=default, help=text)
+    text = "leave out images that cannot be used, instead of writing nothing"
+    add("--skip-bad", action="store_true", help=text)
+    add("--overwrite", action="store_true", help="replace what was made from other images")
+
+
+def _add_flags(verb: str, add: Any) -> None:
+    """Add the flags of a verb."""
+    if verb in ("train", "div2k", "df2k"):
+        _add_making(add, "all", [*SCALES])
+        for name, default, text in (
+            ("--crop", 480, "side of a sub-image in HR pixels"),
+            ("--step", 240, "distance between two sub-images in HR pixels"),
+            (
+                "--patch",
+                48,
+                "side of the patches to be trained on in LR pixels: smaller is refused",
+            ),
+        ):
+            add(name, **NUMBER, default=default, help=f"{text} (default: {default})")
+    if verb == "train":
+        add("--hr", **FOLDER, required=True, help="HR images, sub-folders too")
+        text = "LR images of the same names, for several scales in X2, X3, X4 (default: made by "
+        add("--lr", **FOLDER, help=f"{text}MATLAB's bicubic)")
+        add("-o", "--output", **FOLDER, required=True, help="such as datasets/NAME")
+    if verb in OFFICIAL:
+        text = "where archives or their folders are, or are downloaded to (default: datasets/<SET>,"
+        add("--archives", **FOLDER, help=f"{text} then datasets)")
+        add("--mirror", metavar="URL", help="download from here, not the official server")
+        add("-o", "--output", **FOLDER, help="default: datasets/DIV2K or datasets/DF2K")
+    if verb == "benchmark":
+        _add_making(add, "those that the set has HR images for", None)
+        text = "Set5, Set14, B100, Urban100, Manga109, or your own"
+        add("--name", required=True, help=text)
+        text = "the set as it was downloaded (default: looked for in datasets)"
+        add("--hr", **FOLDER, help=text)
+    if verb == "verify":
+        text = "LMDBs, folders of images, or folders that hold such"
+        add("paths", nargs="*", type=Path, metavar="PATH", help=text)
+        text = "the sets of an option file, or of a shipped one by its name"
+        add("-opt", metavar="FILE", help=text)
+        text = "of an option file, the sets with these names"
+        add("--sets", nargs="+", metavar="NAME", help=text)
+        text = "copy LMDBs without the bad pairs to *_fixed.lmdb"
+        add("--fix", action="store_true", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -265,19 +226,17 @@ def build_parser() -> argparse.ArgumentParser:
     root = "the folder that holds datasets/ (default: the current folder)"
     parser.add_argument("--root", default=Path(), **FOLDER, help=root)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb, (run, arguments, described) in VERBS.items():
+    cores = usable_cores()
+    for verb, (run, described) in VERBS.items():
         line, _, rest = described.partition("\n\n")
         text = f"{line[0].upper()}{line[1:]}. {textwrap.dedent(rest)}"
         added = verbs.add_parser(verb, help=line, description=text)
         added.set_defaults(run=run, verb=verb)
         # A default here would replace the value given before the verb.
         added.add_argument("--root", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        cores = usable_cores()
         workers = f"processes (default: one a core, {cores} here)"
         added.add_argument("--workers", **NUMBER, default=cores, help=workers)
-        for name, settings in arguments.items():
-            short = ["-o"] if name == "--output" else []
-            added.add_argument(*short, name, **settings)
+        _add_flags(verb, added.add_argument)
     return parser
 
 
@@ -285,5 +244,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command that `argv` names."""
     arguments = build_parser().parse_args(argv)
-    _check_imports()
+    try:
+        import dlgsanet_arch.data.training_sets  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "preparing data needs OpenCV, lmdb and Pillow, and an import fails "
+            f"({error}); `dlgsanet doctor` says what to do"
+        ) from error
     return arguments.run(arguments)

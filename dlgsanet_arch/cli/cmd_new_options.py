@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         "them.",
         epilog="Images are not changed; without --val one in 10 is held out for validation. The "
         "published batch of 16 patches of 48x48 is divided into parts if it does not fit half "
-        "of the free memory; only if that is not enough, patches become smaller.",
+        "of the free memory.",
     )
     add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
     hr = "HR images, sub-folders too, or what `dlgsanet data train` made"

@@ -79,7 +79,7 @@ def _of_process(name: str) -> int:
     return int(re.findall(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024
 
 
-def _start_peak(device: str) -> int | None:
+def start_peak(device: str) -> int | None:
     """Reset the peak of memory; return what is in use, None where that is not known."""
     gc.collect()
     if device == "cuda":
@@ -92,6 +92,15 @@ def _start_peak(device: str) -> int | None:
         return _of_process("VmRSS")
     except (OSError, TypeError, AttributeError):  # not Linux and glibc, or not allowed
         return None
+
+
+def end_peak(device: str, before: int | None) -> int | None:
+    """Return the peak since `start_peak` beyond what it returned; None where that is not known."""
+    if before is None:
+        return None
+    return (
+        torch.cuda.max_memory_allocated() if device == "cuda" else _of_process("VmHWM")
+    ) - before
 
 
 def measure(
@@ -117,17 +126,14 @@ def measure(
     seconds = []
     with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
         net(warm_up)
-        before = _start_peak(device)
+        before = start_peak(device)
         for _ in range(runs or _RUNS[device]):
             start = time.perf_counter()
             net(x)
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    if before is None:
-        return statistics.median(seconds), None
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _of_process("VmHWM")
-    return statistics.median(seconds), peak - before
+    return statistics.median(seconds), end_peak(device, before)
 
 
 def evaluate(

@@ -1,6 +1,6 @@
 """Option files for a user's own images: data sets are made, and templates are filled to fit them.
 
-The published recipe is kept as far as it fits; `fit` and `schedule` say what changes.
+The published recipe is kept; `parts_of_batch` and `schedule` say what changes.
 """
 
 import argparse
@@ -27,16 +27,13 @@ from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options import shipped
+from dlgsanet_arch.tools import complexity
 
 # The published recipe: patches an iteration, their side in LR pixels, and iterations; number and
 # side of DIV2K's sub-images.
 BATCH, PATCH, ITERATIONS = 16, 48, 500_000
 SUB_IMAGES, SUB_IMAGE_SIDE = 32_592, 480
 
-# Peak memory of a training step beyond weights and images: maps of `dim` channels of float32 for
-# each block, and bytes that do not grow with the pixels. Measured for PyTorch's operators on a CPU;
-# the C library takes a third less (tests/test_new_options.py).
-_MAPS, _FIXED = 54, 16 << 20
 _SHARE = 0.5  # of the free memory is used
 _GIB = 2**30
 _DAY = 86_400  # seconds: no training is longer by itself
@@ -44,48 +41,40 @@ _TEMPLATES = Path(__file__).with_name("templates")
 HELD_OUT = "held_out"  # folder of images that a test set is made from
 
 
-def step_bytes(network: Mapping[str, Any], pixels: int) -> int:
-    """Estimate the peak memory of a training step on so many LR pixels at once."""
-    return _FIXED + 4 * _MAPS * network["groups"] * network["blocks"] * network["dim"] * pixels
-
-
-def fit(network: Mapping[str, Any], free: int, patch: int | None = None) -> tuple[int, int]:
-    """Choose patches and parts of a batch that take half of the free memory at most.
-
-    A batch is first divided into 2, 4, 8 and 16 parts, which changes results by rounding alone.
-    Where that is not enough and `patch` is not given, patches become smaller.
+def measure_patch(
+    network: Mapping[str, Any], patch: int, device: torch.device
+) -> tuple[float, int]:
+    """Train on one patch here, four times.
 
     Returns:
-        Side of a patch in LR pixels, and number of parts.
-
-    Raises:
-        UserError: One patch does not fit.
+        The seconds of the fastest, and the bytes that they took at most (0: not known).
     """
-    choices = [(patch or PATCH, parts) for parts in (1, 2, 4, 8, BATCH)]
-    choices += [(side, BATCH) for side in (40, 32, 24) if patch is None]
-    for side, parts in choices:
-        needed = step_bytes(network, BATCH // parts * side**2)
-        if needed <= _SHARE * free:
-            return side, parts
-    raise UserError(
-        f"a training step on one patch of {side}x{side} takes about {needed / _GIB:.2f} GiB, more "
-        f"than half of {free / _GIB:.2f} GiB: free some memory, give a smaller --variant or "
-        "--patch, or the memory of another machine as --memory"
-    )
-
-
-def iteration_seconds(network: Mapping[str, Any], patch: int, device: torch.device) -> float:
-    """Measure how long an iteration takes here: the fastest of four on one patch of its batch."""
     model = DLGSANet(**{key: value for key, value in network.items() if key != "type"}).to(device)
     image = torch.rand(1, 3, patch, patch, device=device)
-    seconds = []
+    before, seconds = complexity.start_peak(device.type), []
     for _ in range(4):
         start = time.perf_counter()
         model(image).mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return BATCH * min(seconds)
+    return min(seconds), complexity.end_peak(device.type, before) or 0
+
+
+def parts_of_batch(needed: int, free: int) -> int:
+    """Return into how many parts a batch is divided so that one takes half of the free memory.
+
+    That changes results by rounding alone. `needed` is in bytes for one patch; UserError where
+    one does not fit.
+    """
+    for parts in (1, 2, 4, 8, BATCH):
+        if BATCH // parts * needed <= _SHARE * free:
+            return parts
+    raise UserError(
+        f"a training step on one patch takes {needed / _GIB:.2f} GiB, more than half of "
+        f"{free / _GIB:.2f} GiB: free some memory, give a smaller --variant or --patch, or the "
+        "memory of another machine as --memory"
+    )
 
 
 def schedule(
@@ -249,18 +238,20 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
         start = str(weights) if str(weights) in bundled_weights() else _quoted(weights, root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = int(asked.memory * _GIB) if asked.memory else memory.free_memory(device)
-    patch, parts = fit(network, free, asked.patch)
+    patch = asked.patch or PATCH
+    seconds, needed = measure_patch(network, patch, device)
+    parts = parts_of_batch(needed, free)
+    seconds = None if asked.memory else BATCH * seconds
 
     paths, val_name, notes = _make_sets(asked, hr, data_name, patch)
     sizes = _sub_image_sizes(paths["hr"])
-    seconds = None if asked.memory else iteration_seconds(network, patch, device)
     plan = schedule(sizes, weights is not None, asked.iterations, seconds)
     given = {"name": name, "variant": asked.variant, "scale": asked.scale, "data_name": data_name}
     fitted = {"patch": patch, "gt_size": patch * asked.scale, "accumulation": parts}
     quoted = {key: _quoted(path, root) for key, path in paths.items()}
     rest = {"val_name": val_name, "workers": min(6, usable_cores() // 2), "weights": start}
     _write(files, network | plan | given | fitted | quoted | rest, root)
-    step = step_bytes(network, BATCH // parts * patch**2) / _GIB
+    step = BATCH // parts * needed / _GIB
     val = paths["val_hr"].parent
     notes += [
         f"{len(sizes):,} sub-images, {plan['iterations']:,} iterations; validation: {val}",

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlgsanet_arch import metrics
 from dlgsanet_arch.checkpoint import nearest_published, read_checkpoint
 from dlgsanet_arch.data.benchmark import folder_sha256
 from dlgsanet_arch.data.images import read_8_bits
@@ -27,30 +26,23 @@ from dlgsanet_arch.files import disk_faults_named, write_atomically
 from dlgsanet_arch.inference import Upscaler
 from dlgsanet_arch.progress import progress_bar
 from dlgsanet_arch.tools.figure import compare_images
-from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED, Network
+from dlgsanet_arch.tools.published import DATASETS, PUBLISHED, RETRAINED
 
 IMAGES = "images.csv"
 _PARTS = ("HR", "LR")
-# SSIM has two definitions that are often confused; the first is BasicSR's, and the paper's.
-SSIM_BASICSR = "11x11 Gaussian windows inside the image (BasicSR)"
-SSIM_UNIFORM = "7x7 uniform windows, sample covariance (scikit-image's default)"
-
-
 _PROTOCOL = (
-    "PSNR in dB / SSIM of the Y channel (BT.601) of 8-bit images, a border of `scale` pixels cut "
-    f"off. SSIM: {SSIM_BASICSR}. A cell counts as reproduced if its PSNR is within {{:g}} dB of "
-    "the published one. 're-trained' is the authors' own second training. *: weights of another "
-    "configuration, next to the nearest published one."
+    "PSNR in dB / SSIM (11x11 Gaussian windows inside the image, as in BasicSR) of the Y channel "
+    "(BT.601) of 8-bit images, a border of `scale` pixels cut off. A cell counts as reproduced if "
+    "its PSNR is within {:g} dB of the published one. 're-trained' is the authors' own second "
+    "training. *: weights of another configuration, next to the nearest published one."
 )
 # The columns of images.csv: where the image stands, its scores (PSNR in dB, inf for identical
-# images; the SSIM of scikit-image empty without it), and what must be the same for the scores to
-# hold: SHA-256 of weights and files; kind of device, precision, tiles, ensemble.
-_PLACE = ("network", "scale", "dataset", "image")
-_SCORES = ("psnr", "ssim", "ssim_uniform")
+# images), and what must be the same for the scores to hold: SHA-256 of weights and files; kind of
+# device, precision, tiles, ensemble.
 _CONDITIONS = ("dataset", "image", "weights", "hr", "lr", "how")
-_COLUMNS = (*_PLACE, *_SCORES, *_CONDITIONS[2:])
+_COLUMNS = ("network", "scale", "dataset", "image", "psnr", "ssim", *_CONDITIONS[2:])
 
-Scores = dict[str, float | None]
+Scores = dict[str, float]
 Records = dict[tuple[str, ...], dict[str, Any]]  # rows by conditions
 Cell = dict[str, Any]  # as in table.json
 Table = dict[str, Any]  # table.json
@@ -64,7 +56,6 @@ def _read_records(path: Path) -> Records:
     try:
         for row in rows:
             row |= {"psnr": float(row["psnr"]), "ssim": float(row["ssim"])}
-            row["ssim_uniform"] = float(row["ssim_uniform"]) if row["ssim_uniform"] else None
         return {tuple(row[name] for name in _CONDITIONS): row for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -75,7 +66,7 @@ def _read_records(path: Path) -> Records:
 
 def _write_records(path: Path, records: Records) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS)
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(records.values())
     with disk_faults_named(f"{path} cannot be written"):
@@ -140,17 +131,6 @@ def _images(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "HR").glob("*.png"))
 
 
-def _uniform_ssim(compared: metrics.Compared) -> float | None:
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError:
-        return None
-    planes = [each[0, 0].double().numpy() for each in (compared.output, compared.target)]
-    if min(planes[0].shape) < 7:
-        return None
-    return float(structural_similarity(*planes, data_range=255))
-
-
 def _measure_set(
     weights: Weights, dataset: str, folder: Path, file: Path, records: Records
 ) -> Iterator[Scores]:
@@ -163,7 +143,7 @@ def _measure_set(
             hr, lr = (read_8_bits(path, least=1).pixels[..., ::-1].copy() for path in paths)
             try:
                 compared = compare_images(weights.upscaler(lr), hr, weights.scale)
-                scores = compared.psnr().item(), compared.ssim().item(), _uniform_ssim(compared)
+                scores = compared.psnr().item(), compared.ssim().item()
             except ValueError as error:
                 raise UserError(f"{paths[1]}: {error}") from error
             row = (weights.network, weights.scale, dataset, name, *scores, *conditions[2:])
@@ -186,13 +166,11 @@ def make_cell(
     "reproduced" where PSNR is within `tolerance` dB of the published one, else "below" or "above".
     """
     published = PUBLISHED[network, scale].scores.get(dataset)
-    psnr, ssim, uniform, difference, verdict = None, None, None, None, "missing"
+    psnr, ssim, difference, verdict = None, None, None, "missing"
     finite = [each["psnr"] for each in measured if math.isfinite(each["psnr"])]
     if measured:
         psnr = fmean(finite) if finite else math.inf
         ssim = fmean(each["ssim"] for each in measured)
-        uniforms = [each["ssim_uniform"] for each in measured]
-        uniform = None if None in uniforms else fmean(uniforms)
         verdict = "nothing published"
     if measured and published:
         difference = psnr - published[0], ssim - published[1]
@@ -200,25 +178,14 @@ def make_cell(
         verdict = "reproduced" if abs(difference[0]) <= tolerance else apart
     return {
         **{"network": network, "scale": scale, "dataset": dataset, "weights": ""},
-        **{"is_published": True, "psnr": psnr, "ssim": ssim, "ssim_uniform": uniform},
-        **{"images": len(measured), "identical": len(measured) - len(finite), "missing": ""},
+        **{"is_published": True, "psnr": psnr, "ssim": ssim, "missing": ""},
+        **{"images": len(measured), "identical": len(measured) - len(finite)},
         "published": published,
         "retrained": RETRAINED.get((network, scale), {}).get(dataset),
         "difference": difference,
         "verdict": verdict,
         **more,
     }
-
-
-def _empty_cells(networks: Iterable[Network], datasets: Sequence[str]) -> list[Cell]:
-    """Make the published cells that no weights are given for."""
-    missing = "no weights of {} x{} are given; --weights FILE measures them"
-    cells = [
-        make_cell(*network, name, missing=missing.format(*network))
-        for network in networks
-        for name in datasets
-    ]
-    return [cell for cell in cells if cell["published"]]
 
 
 def reproduce(
@@ -265,13 +232,14 @@ def reproduce(
             more["missing"] = faults[key]
             cells.append(make_cell(each.network, each.scale, name, measured, tolerance, **more))
     given = {(each.network, each.scale) for each in weights}
-    cells += _empty_cells(PUBLISHED.keys() - given, datasets)
+    for network in PUBLISHED.keys() - given:
+        missing = "no weights of {} x{} are given; --weights FILE measures them".format(*network)
+        empty = [make_cell(*network, name, missing=missing) for name in datasets]
+        cells += [cell for cell in empty if cell["published"]]
     order = list(PUBLISHED)
     cells.sort(key=lambda cell: order.index((cell["network"], cell["scale"])))  # stable
     return {
         "protocol": _PROTOCOL.format(tolerance),
-        "ssim": SSIM_BASICSR,
-        "ssim_uniform": SSIM_UNIFORM,
         "tolerance_db": tolerance,
         "how": {str(each.path): each.how for each in weights},
         "sets": {
@@ -302,17 +270,12 @@ def _line(cell: Cell) -> list[str]:
 
 
 def markdown(table: Table, *, only_measured: bool = False) -> str:
-    """Write the table, the other SSIM, the sets' hashes and what is missing as Markdown."""
+    """Write the table, the sets' hashes and what is missing as Markdown."""
     cells = [cell for cell in table["cells"] if cell["psnr"] is not None or not only_measured]
     head = ["network", "set", "published", "re-trained", "measured", "difference", "verdict"]
     lines = [head, ["---"] * len(head), *map(_line, cells)]
     text = [table["protocol"], "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     lists = {
-        f"SSIM by the other common definition, {SSIM_UNIFORM}:": [
-            f"{cell['network']} x{cell['scale']} on {cell['dataset']}: {cell['ssim_uniform']:.4f}"
-            for cell in cells
-            if cell["ssim_uniform"] is not None
-        ],
         "SHA-256 over names and pixels of the test sets:": [
             f"{name} {part}: `{digest}`"
             for name, parts in table["sets"].items()
