@@ -1,23 +1,25 @@
 """Pairs of state and weights: written complete, found again, read once, restored."""
 
 import builtins
+import copy
 import errno
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR
-from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from basicsr.models.sr_model import SRModel
 from torch import nn
 
 from dlgsanet_arch import files
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.pipeline import adapter, loop, runs
+from dlgsanet_arch.pipeline import adapter, runs
 from dlgsanet_arch.pipeline.checkpoints import (
     Checkpoints,
     Progress,
@@ -46,23 +48,26 @@ def write(path: Path, size: int = 1000) -> dict:
     return content
 
 
-@pytest.mark.parametrize("cut", ["half", "directory", "record", "flipped", "nothing"])
-def test_a_damaged_file_is_found_by_reading_all_of_it(tmp_path, cut):
+def flipped(data: bytearray) -> bytearray:
+    data[len(data) // 2] ^= 1
+    return data
+
+
+def zeroed(data: bytearray) -> bytearray:
+    """What an interrupted save of BasicSR's leaves: fault 21."""
+    start = data.index(b"archive/data/0")
+    data[start + 64 : start + 264] = bytes(200)
+    return data
+
+
+CUTS = [lambda data: data[: len(data) // 2], lambda data: data[:-20], lambda data: b""]
+
+
+@pytest.mark.parametrize("spoil", [*CUTS, flipped, zeroed])
+def test_a_damaged_file_is_found_by_reading_all_of_it(tmp_path, spoil):
     path = tmp_path / "net_g_1.pth"
     write(path)
-    data = bytearray(path.read_bytes())
-    if cut == "half":
-        data = data[: len(data) // 2]
-    elif cut == "directory":
-        data = data[:-20]
-    elif cut == "nothing":
-        data = bytearray()
-    elif cut == "record":  # what an interrupted save of BasicSR's leaves: fault 21
-        start = data.index(b"archive/data/0")
-        data[start + 64 : start + 264] = bytes(200)
-    else:
-        data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(spoil(bytearray(path.read_bytes())))
     with pytest.raises(CheckpointError, match=str(path)):
         check_complete(path)
 
@@ -119,7 +124,7 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def built(run: Path, **network) -> SRModel:
+def built(run: Path, train: Mapping = MappingProxyType({}), **network) -> SRModel:
     """Build a real SRModel of another network, adapted, with everything a state holds."""
     opt = {
         "num_gpu": 0,
@@ -127,7 +132,7 @@ def built(run: Path, **network) -> SRModel:
         "dist": False,
         "network_g": {"type": "EDSR", **NETWORK, **network},
         "path": {"experiments_root": str(run), "models": str(run / "models")},
-        "train": {key: dict(v) if isinstance(v, dict) else v for key, v in TRAIN.items()},
+        "train": copy.deepcopy({**TRAIN, **train}),
         "logger": {"save_checkpoint_freq": 2},
     }
     opt["path"]["training_states"] = str(run / "training_states")
@@ -385,66 +390,32 @@ def test_each_file_of_a_pair_is_read_once(run, tmp_path, monkeypatch):
     assert sorted(read) == ["20.state", "net_d_20.pth", "net_g_20.pth"]
 
 
-def test_edits_are_found_wherever_they_are():
-    before = {"train": {"optim_g": {"lr": 1e-3}, "total_iter": 10}, "scale": 2, "gone": 1}
-    now = {"train": {"optim_g": {"lr": 1e-2}, "total_iter": 20}, "scale": 2, "new": [1, 2]}
-    found = loop.find_edits(now, before)
-    assert found == {
-        "train:optim_g:lr": (1e-3, 1e-2),
-        "train:total_iter": (10, 20),
-        "gone": (1, None),
-        "new": (None, [1, 2]),
-    }
-    assert [path for path in found if path.startswith(loop._KEPT_BY_STATE)] == ["train:optim_g:lr"]
+def step(model: SRModel, iteration: int) -> float:
+    model.update_learning_rate(iteration)
+    model.feed_data({"lq": torch.rand(1, 3, 4, 4), "gt": torch.rand(1, 3, 8, 8)})
+    model.optimize_parameters(iteration)
+    return model.get_current_learning_rate()[0]
 
 
-class Model:
-    """As much of a model as has optimizers and schedulers."""
-
-    opt = {"path": {"experiments_root": "run"}}  # noqa: RUF012
-
-    def __init__(self, lr, make):
-        weight = torch.nn.Parameter(torch.ones(2))
-        self.optimizers = [torch.optim.Adam([weight], lr, betas=(0.9, 0.99 if lr < 1 else 0.5))]
-        self.schedulers = [make(self.optimizers[0])]
-
-    def resume_training(self, state):
-        self.optimizers[0].load_state_dict(state["optimizers"][0])
-        self.schedulers[0].load_state_dict(state["schedulers"][0])
-
-    def step(self, iteration):
-        if iteration > 1:
-            self.schedulers[0].step()
-        self.optimizers[0].param_groups[0]["params"][0].grad = torch.ones(2)
-        self.optimizers[0].step()
-        return self.optimizers[0].param_groups[0]["lr"]
+COSINE = {"type": "CosineAnnealingRestartLR", "periods": [5, 10], "restart_weights": [1, 0.5]}
+STEPS = {"type": "MultiStepLR", "milestones": [4, 6], "gamma": 0.5}
 
 
 @pytest.mark.parametrize("iteration", [1, 3, 4, 7])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda optimizer: MultiStepRestartLR(optimizer, milestones=[4, 6], gamma=0.5),
-        lambda optimizer: CosineAnnealingRestartLR(
-            optimizer, periods=[5, 10], restart_weights=[1, 0.5]
-        ),
-    ],
-    ids=["steps", "cosine"],
-)
-def test_applied_edits_hold_as_if_they_had_always_done(make, iteration):
-    old = Model(0.5, lambda optimizer: MultiStepRestartLR(optimizer, milestones=[2], gamma=0.1))
+@pytest.mark.parametrize("schedule", [STEPS, COSINE], ids=["steps", "cosine"])
+def test_applied_edits_hold_as_if_they_had_always_done(run, schedule, iteration):
+    old = built(run)
     for at in range(1, iteration + 1):
-        old.step(at)
-    always, resumed = Model(2.0, make), Model(2.0, make)
-    expected = [always.step(at) for at in range(1, 13)]
-    state = {"iter": iteration, "epoch": 0}
-    for part in ("optimizers", "schedulers"):
-        state[part] = [each.state_dict() for each in getattr(old, part)]
-    start = Start(Path("old.state"), state)
+        step(old, at)
+    saver(old).save(progress(iteration))
+    edited = {"scheduler": schedule, "optim_g": {"type": "Adam", "lr": 2e-3, "betas": [0.9, 0.5]}}
+    always, resumed = built(run, edited), built(run, edited)
+    expected = [step(always, at) for at in range(1, 13)]
+    start = find_start(options(), run.parent.parent, auto_resume=True)
     saver(resumed).restore(start, apply_edits=True)
-    found = [resumed.step(at) for at in range(iteration + 1, 13)]
+    found = [step(resumed, at) for at in range(iteration + 1, 13)]
     assert found == pytest.approx(expected[iteration:], rel=1e-12)
-    assert resumed.optimizers[0].param_groups[0]["betas"] == (0.9, 0.5)
+    assert resumed.optimizers[0].param_groups[0]["betas"][1] == 0.5
     moments = resumed.optimizers[0].state_dict()["state"][0]["step"]
     assert moments == 12  # what the optimizer has learned stays
 

@@ -1,4 +1,3 @@
-import pickle
 import random
 import re
 from pathlib import Path
@@ -146,14 +145,14 @@ def test_another_sample_takes_the_place_of_a_bad_one(tmp_path):
     samples = Samples(build_dataset(paired(tmp_path)), replace_bad=True)
     images = [tmp_path / f"LR/image{number}.png" for number in range(3)]
     images[2].write_bytes(b"")
-    sample = samples[Draw(0, 0, 2)]
-    assert sample.content["lq_path"] == str(images[0])
-    assert [bad.sample for bad in sample.bad] == [str(images[2])]
+    batch, bad = collate([samples[Draw(0, 0, 2)], samples[Draw(0, 0, 1)]])
+    assert batch["lq_path"] == [str(images[0]), str(images[1])]
+    assert [each.sample for each in bad] == [str(images[2])]
     for image in images:
         image.write_bytes(b"")
-    nothing = samples[Draw(0, 0, 2)]
-    assert nothing.content is None
-    assert {bad.sample for bad in nothing.bad} == set(map(str, images))
+    batch, bad = collate([samples[Draw(0, 0, 2)]])
+    assert batch is None
+    assert {each.sample for each in bad} == set(map(str, images))
 
 
 def test_samples_are_in_the_order_of_their_paths_whatever_the_disk_s(tmp_path):
@@ -165,26 +164,6 @@ def test_samples_are_in_the_order_of_their_paths_whatever_the_disk_s(tmp_path):
         dataset.paths = [by_name[index] for index in order]
         samples = Samples(dataset)
         assert [samples[index].content["lq_path"] for index in range(3)] == expected
-
-
-def test_a_batch_says_which_of_its_samples_are_bad(tmp_path):
-    helpers.write_pairs(tmp_path, 3)
-    samples = Samples(build_dataset(paired(tmp_path)))
-    spoilt = tmp_path / "HR/image1.png"
-    spoilt.write_bytes(b"")
-    batch, bad = collate([samples[0], samples[1]])
-    assert batch is None
-    assert [each.sample for each in bad] == [str(spoilt)]
-    batch, bad = collate([samples[0], samples[2]])
-    assert batch["lq"].shape == (2, 3, 16, 16)
-    assert not bad
-
-
-def test_a_database_that_was_read_goes_to_another_process(databases):
-    samples = Samples(build_dataset(paired(Path("unused"), **databases)), seed=1)
-    first = samples[Draw(0, 0, 1)].content["lq"]
-    again = pickle.loads(pickle.dumps(samples))
-    assert torch.equal(again[Draw(0, 0, 1)].content["lq"], first)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from dlgsanet_arch import training
 from dlgsanet_arch.averaging import FollowsSchedule, average
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import losses as loss_module
@@ -231,14 +230,6 @@ def test_compile_works_in_place_and_not_in_validation(tmp_path, backend):
     assert_equal(weights(model.net_g_ema), weights(plain.net_g_ema))
 
 
-def test_compile_true_is_the_inductor(tmp_path, monkeypatch):
-    checked = []
-    monkeypatch.setattr(training, "_check_compiler", lambda backend, _: checked.append(backend))
-    monkeypatch.setattr(nn.Module, "compile", lambda _, backend: checked.append(backend))
-    assert build(tmp_path, compile=True).settings.backend == "inductor"
-    assert checked == ["inductor", "inductor"]
-
-
 def test_any_optimizer_of_torch_takes_its_own_arguments(tmp_path):
     optim = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.5, "fused": True}
     model = build(tmp_path, optim_g=optim)
@@ -301,21 +292,6 @@ def test_what_cannot_be_trained_is_refused(tmp_path, features, backend, options,
             options[key] = defaults | options[key]
     with pytest.raises(UserError, match=message):
         build(tmp_path, top=top, **options)
-
-
-def test_amp_on_a_device_without_it_is_refused(tmp_path, monkeypatch):
-    def unsupported(*_, **__):
-        raise RuntimeError("Current CUDA Device does not support bfloat16")
-
-    monkeypatch.setattr(torch, "autocast", unsupported)
-    with pytest.raises(UserError, match=r"train:amp cannot .* not support bfloat16"):
-        build(tmp_path, amp="bf16")
-
-
-@pytest.mark.parametrize("key", ["amp", "channels_last", "compile", "clip_grad_norm"])
-def test_what_is_switched_off_is_off(tmp_path, key):
-    for value in (None, False):
-        assert build(tmp_path, **{key: value}).settings == build(tmp_path).settings
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -387,16 +363,6 @@ def test_the_log_is_the_mean_over_processes(monkeypatch):
     assert logs == [{"l_pix": 1.5, "l_style": 2.0}] * 2
 
 
-def test_it_tests_without_training_options(tmp_path):
-    options = helpers.small_test_options(tmp_path, None, num_gpu=0, network_g=EDSR)
-    options["path"]["pretrain_network_g"] = None
-    options |= {"model_type": "DLGSANetModel", "dist": False, "is_train": False}
-    model = build_model(options)
-    model.feed_data({"lq": torch.rand(1, 3, 5, 4)})
-    model.test()
-    assert model.output.shape == (1, 3, 10, 8)
-
-
 BASE = (1e-3, 2e-4)  # of two groups of parameters
 MULTI_STEP = {
     "milestones": [2, 4, 11, 14, 14, 18],
@@ -429,25 +395,17 @@ SCHEDULES = [
 ]
 
 
-def scheduled_model(scheduler, arguments):
-    """What update_learning_rate needs of a model."""
+def scheduled_model(scheduler, arguments, resumed=None):
+    """What update_learning_rate needs of a model; with the states of another one, if given."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASE]
     optimizer = torch.optim.Adam(groups)
     model = SimpleNamespace(optimizers=[optimizer], schedulers=[scheduler(optimizer, **arguments)])
     model._get_init_lr = lambda: BaseModel._get_init_lr(model)
     model._set_lr = lambda rates: BaseModel._set_lr(model, rates)
-    return model
-
-
-def resumed(model, scheduler, arguments, path):
-    """The same model after its states went through a file."""
-    parts = (model.optimizers[0], model.schedulers[0])
-    torch.save([part.state_dict() for part in parts], path)
-    model = scheduled_model(scheduler, arguments)
-    states = torch.load(path, weights_only=True)
-    for part, state in zip((model.optimizers[0], model.schedulers[0]), states, strict=True):
-        part.load_state_dict(state)
-    model.optimizers[0].step()  # schedulers warn of a step before the first one
+    if resumed is not None:
+        optimizer.load_state_dict(resumed.optimizers[0].state_dict())
+        model.schedulers[0].load_state_dict(resumed.schedulers[0].state_dict())
+        optimizer.step()  # schedulers warn of a step before the first one
     return model
 
 
@@ -459,28 +417,26 @@ def rates(model):
 @pytest.mark.parametrize("warmup", [-1, 0, 1, 5, 16])
 @pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
 def test_every_learning_rate_is_the_closed_form_also_through_resumes(
-    scheduler, arguments, formula, warmup, tmp_path
+    scheduler, arguments, formula, warmup
 ):
     through, stopped = (scheduled_model(scheduler, arguments) for _ in range(2))
     for iteration in range(1, 22):
         factor = min(1, iteration / warmup) if warmup > 0 else 1
         expected = [formula(base, iteration - 1) * factor for base in BASE]
-        stopped = resumed(stopped, scheduler, arguments, tmp_path / "state")
+        stopped = scheduled_model(scheduler, arguments, resumed=stopped)
         for model in (through, stopped):
             update_learning_rate(model, iteration, warmup)
             assert rates(model) == pytest.approx(expected, rel=1e-12), iteration
 
 
-@pytest.mark.parametrize("stop", range(1, 8))
+@pytest.mark.parametrize("stop", [1, 4, 7])
 @pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
-def test_a_run_of_basicsrs_own_loop_is_resumed_in_its_warm_up(
-    scheduler, arguments, formula, stop, tmp_path
-):
+def test_a_run_of_basicsrs_own_loop_is_resumed_in_its_warm_up(scheduler, arguments, formula, stop):
     model = scheduled_model(scheduler, arguments)
     for iteration in range(1, stop + 1):
         BaseModel.update_learning_rate(model, iteration, 9)
         rates(model)
-    model = resumed(model, scheduler, arguments, tmp_path / "state")
+    model = scheduled_model(scheduler, arguments, resumed=model)
     for iteration in range(stop + 1, 22):
         update_learning_rate(model, iteration, 9)
         expected = [formula(base, iteration - 1) * min(1, iteration / 9) for base in BASE]
@@ -519,8 +475,6 @@ def test_a_shared_parameter_is_averaged_once_and_a_new_one_is_met():
     network[0].weight = nn.Parameter(torch.full((2, 2), 7.0))
     average(ema, network, 0)
     assert torch.equal(ema[0].weight, torch.full((2, 2), 7.0))
-    average(ema, tied_to_nine := tied(), 0)
-    assert torch.equal(ema[0].weight, tied_to_nine[0].weight)
 
 
 def test_any_model_is_adapted_once_as_a_subclass_of_its_own(tmp_path):
@@ -576,24 +530,21 @@ def watcher(folder, processes=None):
     return watch
 
 
-def report(folder, iteration):
-    return json.loads((folder / f"non_finite_{iteration}.json").read_text())
+def report(folder):
+    """The one report that was written."""
+    (path,) = folder.iterdir()
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_a_loss_on_the_host_stops_at_once_and_names_the_batch(tmp_path, kind):
     watch = watcher(tmp_path)
     watch.watch(1, ["a.png", "b.png"], {"l_pix": kind(1.0)})
-    watch.check()
-    message = r"iteration 2 .*\(l_pix 0\.5, l_style nan\).*non_finite_2\.json"
+    message = r"iteration 2 .*\(l_pix 0\.5, l_style nan\).*samples: c\.png, d\.png.*_2\.json"
     with pytest.raises(UserError, match=message):
         watch.watch(2, ["c.png", "d.png"], {"l_pix": kind(0.5), "l_style": kind(math.nan)})
     losses = {"l_pix": 0.5, "l_style": "nan"}
-    expected = {"iteration": 2, "losses": losses, "samples": ["c.png", "d.png"]}
-    assert report(tmp_path, 2) == expected
-    watch = watcher(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"samples: a\.png\. Check"):
-        watch.watch(1, ["a.png"], {"l_pix": math.nan})
+    assert report(tmp_path) == {"iteration": 2, "losses": losses, "samples": ["c.png", "d.png"]}
 
 
 def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device, monkeypatch):
@@ -606,8 +557,7 @@ def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device, monkey
     with pytest.raises(UserError, match=r"iteration 3 .*b inf"):
         watch.watch(6, [], {"a": on_device(0.2)})  # what is kept is bounded
     assert OnDevice.waits == 1
-    assert report(tmp_path, 3)["samples"] == ["3.png"]
-    assert [path.name for path in tmp_path.iterdir()] == ["non_finite_3.json"]
+    assert report(tmp_path)["samples"] == ["3.png"]
 
 
 def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):
@@ -622,4 +572,4 @@ def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):
     (message,) = {str(error) for error in training_runs.in_ranks(3, run)}
     assert re.search(r"iteration 2 .*l inf", message)
     expected = {"iteration": 2, "losses": {"l": "inf"}, "samples": ["1-2", "2-2"]}
-    assert report(tmp_path, 2) == expected
+    assert report(tmp_path) == expected
