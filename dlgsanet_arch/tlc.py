@@ -41,14 +41,15 @@ class Axis(NamedTuple):
         step = -(-(length - side) // (least - 1))
         return cls(length, side, step, -(-(length - side) // step) + 1)
 
-    def windows(self) -> list[slice]:
-        """List the positions under each window."""
-        starts = (min(i * self.step, self.length - self.side) for i in range(self.count))
-        return [slice(start, start + self.side) for start in starts]
+    def starts(self, device: torch.device) -> Tensor:
+        """Return where each window starts, (count,)."""
+        starts = torch.arange(self.count, device=device) * self.step
+        return starts.clamp(max=self.length - self.side)
 
     def cells(self) -> list[slice]:
         """List the longest slices of positions under the same windows."""
-        cuts = sorted({cut for each in self.windows() for cut in (each.start, each.stop)})
+        starts = self.starts(torch.device("cpu")).tolist()
+        cuts = sorted({cut for start in starts for cut in (start, start + self.side)})
         return [slice(*pair) for pair in itertools.pairwise(cuts)]
 
     def membership(self, positions: Tensor) -> Tensor:
@@ -60,8 +61,7 @@ class Axis(NamedTuple):
         Returns:
             (count, n) in float32.
         """
-        starts = torch.arange(self.count, device=positions.device) * self.step
-        starts = starts.clamp(max=self.length - self.side)[:, None]
+        starts = self.starts(positions.device)[:, None]
         return ((starts <= positions) & (positions < starts + self.side)).float()
 
     def shares(self, positions: Tensor) -> Tensor:
@@ -73,11 +73,14 @@ class Axis(NamedTuple):
 class _Cut(NamedTuple):
     """A map cut into m windows of k rows and n windows of columns, as tensors.
 
+    A row is under one or two windows: windows start at least (n - 2) / (n - 1) of their side apart,
+    and of three the first ends before the third starts. So the mean over a row is that of the first
+    and the last window over it, which may be the same.
+
     Attributes:
         rows: The rows under each window, one window after the other, (m·k,).
-        windows: The windows over each row, (J, H), where J is the most over any row.
-        offsets: Where each of these windows has that row, (J, H).
-        weights: Of each in the mean over the row, (J, H, 1, 1, 1, 1).
+        windows: The first and the last window over each row, (2, H), or (1, H) for m = 1.
+        offsets: Where each of these windows has that row, as `windows`.
         members: Which window lies over which column, (n, W).
         shares: The weight of each window in the mean over a column, (W, n).
     """
@@ -85,30 +88,22 @@ class _Cut(NamedTuple):
     rows: Tensor
     windows: Tensor
     offsets: Tensor
-    weights: Tensor
     members: Tensor
     shares: Tensor
 
 
 def _cut(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> _Cut:
-    slices = rows.windows()
-    over: list[list[tuple[int, int]]] = [[] for _ in range(rows.length)]
-    for number, each in enumerate(slices):
-        for offset, row in enumerate(range(each.start, each.stop)):
-            over[row].append((number, offset))
-    most = max(map(len, over))
-    # A row under fewer windows than J has one of them again, with a weight of zero.
-    slots = [[(each + each[:1] * most)[j] for each in over] for j in range(most)]
-    weights = [[(j < len(each)) / len(each) for each in over] for j in range(most)]
-    across = torch.arange(columns.length, device=device)
-    windows = torch.tensor(slots, device=device)  # (J, H, 2): numbers and offsets
+    down, across = (torch.arange(axis.length, device=device) for axis in (rows, columns))
+    starts = rows.starts(device)[:, None]
+    first = (starts + rows.side <= down).sum(0)
+    last = (starts <= down).sum(0) - 1
+    windows = torch.stack([first, last] if rows.count > 1 else [first])
     return _Cut(
-        rows=torch.cat([torch.arange(each.start, each.stop, device=device) for each in slices]),
-        windows=windows[..., 0],
-        offsets=windows[..., 1],
-        weights=torch.tensor(weights, dtype=dtype, device=device)[:, :, None, None, None, None],
-        members=columns.membership(across).to(widened(dtype)),
-        shares=columns.shares(across).to(widened(dtype)).T.contiguous(),
+        rows=(starts + torch.arange(rows.side, device=device)).flatten(),
+        windows=windows,
+        offsets=down - starts[windows, 0],
+        members=columns.membership(across).to(dtype),
+        shares=columns.shares(across).to(dtype).T.contiguous(),
     )
 
 
@@ -142,7 +137,7 @@ def windowed_attention(
     """
     rows, columns = (Axis.plan(length, window) for length in qkv.shape[2:])
     make_cut = _cut if _is_traced(qkv) else _cached_cut
-    cut = make_cut(rows, columns, qkv.dtype, qkv.device)
+    cut = make_cut(rows, columns, widened(qkv.dtype), qkv.device)
     batch, share = qkv.shape[0], qkv.shape[1] // (3 * heads)
     qkv = qkv.unflatten(1, (3, heads, share))
 
@@ -162,6 +157,5 @@ def windowed_attention(
 
     v = qkv[:, 2].index_select(3, cut.rows).unflatten(3, (rows.count, rows.side))
     out = acting @ v.permute(0, 3, 5, 1, 2, 4)  # (B, m, W, h, c, k)
-    out = out[:, cut.windows, :, :, :, cut.offsets]  # (J, H, B, W, h, c)
-    out = (out * cut.weights).sum(0) if len(cut.windows) > 1 else out[0]
+    out = out[:, cut.windows, :, :, :, cut.offsets].mean(0)  # (H, B, W, h, c)
     return out.permute(1, 3, 4, 0, 2).flatten(1, 2)

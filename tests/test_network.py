@@ -252,9 +252,10 @@ def test_compiles_for_other_sizes_and_batches_without_a_graph_break(training, dy
         assert_compiled(compiled, net, images(net, batch, size))
 
 
-def test_training_is_compiled_for_nine_sizes_in_a_few_graphs():
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_for_ten_sizes_in_a_few_graphs(training):
     torch.compiler.reset()
-    net = build({}, torch.float32)
+    net = build({}, torch.float32).train(training)
     graphs = []
 
     def count(graph, example_inputs):
@@ -262,7 +263,7 @@ def test_training_is_compiled_for_nine_sizes_in_a_few_graphs():
         return graph
 
     compiled = torch.compile(net, fullgraph=True, backend=count)
-    for side in range(5, 14):
+    for side in range(5, 15):  # in eval mode within 1, 2 or more windows down and across
         x = images(net, 1 + side % 3, (side, 2 * side))
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
     assert len(graphs) <= 4

@@ -463,11 +463,11 @@ WITH_DTYPES += [(name, torch.bfloat16) for name in ("projected_dwconv", "dynamic
 def test_operators_are_what_they_declare(name, dtype):
     for i, calls in enumerate(operator_calls(name, dtype)):
         for operator, given in calls:
-            given = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
-            given[0] = given[0].to(memory_format=torch.channels_last)
-            for each in given:
-                if i == 0 and isinstance(each, torch.Tensor):
-                    each.requires_grad_()
+            given = list(given)
+            for at, each in enumerate(given):
+                if isinstance(each, torch.Tensor):
+                    layout = torch.channels_last if each.dim() == 4 else torch.contiguous_format
+                    given[at] = each.detach().clone(memory_format=layout).requires_grad_(i == 0)
             # Eager and compiled runs may differ by rounding only, and here by nothing.
             torch.library.opcheck(operator, tuple(given))
 
