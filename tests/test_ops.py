@@ -493,6 +493,13 @@ def test_gradients_by_finite_differences(name):
     assert torch.autograd.gradcheck(lambda *given: OPERATORS[name].ours(*given, *settings), inputs)
 
 
+@pytest.mark.parametrize("name", ["pointwise", "depthwise"])
+def test_an_image_without_a_batch_is_convolved(name):
+    (x, *weights), settings = make(name, *SMALL[name])
+    out = OPERATORS[name].ours(x[0], *weights, *settings)
+    torch.testing.assert_close(out, OPERATORS[name].ours(x, *weights, *settings)[0])
+
+
 @needs_c
 @pytest.mark.parametrize("name", IN_C)
 def test_only_what_needs_a_gradient_gets_one(name):
