@@ -1,9 +1,12 @@
 """What several test modules need: running a command, made images, small option files."""
 
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tarfile
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +177,26 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Read all files below a folder, by their paths from there."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def zipped(members: Iterable[tuple[Any, bytes]], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip archive of pairs of a name, or a ZipInfo, and its content."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for member, content in members:
+            archive.writestr(member, content)
+    return file.getvalue()
+
+
+def tarred(members: Iterable[tuple[Any, bytes]], kind: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar archive of pairs of a name, or a TarInfo, and its content."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
+        for member, content in members:
+            info = member
+            if isinstance(member, str):
+                info = tarfile.TarInfo(member.rstrip("/"))
+                info.type = tarfile.DIRTYPE if member.endswith("/") else tarfile.REGTYPE
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import tarred, zipped
 from http_server import proxies
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
@@ -44,12 +45,12 @@ def examples(count: int) -> Callable:
     )
 
 
-def searched(check: Callable, count: int) -> None:
-    """Run a property with new examples, whose seed is printed."""
+def searched(count: int) -> Callable:
+    """Settings with new examples each time, whose seed is printed."""
     number = random.SystemRandom().randrange(2**32)
     print(f"seed {number}", file=sys.stderr)
     new = settings(examples(count), derandomize=False, print_blob=True)
-    seed(number)(new(check))()
+    return lambda check: seed(number)(new(check))
 
 
 def attempted(work: Callable, name: str) -> tuple[object, str]:
@@ -71,28 +72,21 @@ def damaged(draw, whole: bytes) -> bytes:
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at, other = (draw(st.integers(0, len(data))) for _ in range(2))
-        length = draw(st.integers(1, 64))
+        end = at + draw(st.integers(1, 64))
         kind = draw(st.sampled_from(["byte", "number", "cut", "zeros", "move", "repeat", "drop"]))
+        part = bytes(data[at:end])
         if kind == "byte":
             data[at : at + 1] = bytes([draw(st.integers(0, 255))])
         elif kind == "number":
-            order, number = draw(
-                st.tuples(
-                    st.sampled_from(["big", "little"]),
-                    st.sampled_from([0, 1, 255, 65535, 100_000, 2**24, 2**31 - 1, 2**32 - 1]),
-                )
-            )
-            data[at : at + 4] = number.to_bytes(4, order)
-        elif kind == "cut":
-            del data[at:]
+            order = draw(st.sampled_from(["big", "little"]))
+            numbers = [0, 1, 255, 65535, 100_000, 2**24, 2**31 - 1, 2**32 - 1]
+            data[at : at + 4] = draw(st.sampled_from(numbers)).to_bytes(4, order)
         elif kind == "zeros":
-            data[at : at + length] = bytes(len(data[at : at + length]))
-        else:
-            part = bytes(data[at : at + length])
-            if kind != "repeat":
-                del data[at : at + length]
-            if kind != "drop":
-                data[other:other] = part
+            data[at:end] = bytes(len(part))
+        elif kind != "repeat":
+            del data[at : len(data) if kind == "cut" else end]
+        if kind in ("move", "repeat"):
+            data[other:other] = part
         if not data:
             break
     return bytes(data)
@@ -165,32 +159,14 @@ def test_damaged_images_are_read_or_refused(tmp_path, image):
 
 @pytest.mark.faults
 def test_more_damaged_images_are_read_or_refused(tmp_path):
-    searched(given(image=ANY_IMAGE)(lambda image: check_image(*image, tmp_path)), 8000)
+    searched(8000)(given(image=ANY_IMAGE)(lambda image: check_image(*image, tmp_path)))()
 
 
-def zipped(method: int) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name in ("set/a.png", "set/b/c.jpg", "set/notes.txt"):
-            archive.writestr(name, name.encode() * 40)
-    return file.getvalue()
-
-
-def tarred(kind: int) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
-        for name in ("set/a.png", "set/" + "b" * 120 + "/é.jpg", "set/notes.txt"):
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = 300, 1.5
-            archive.addfile(info, io.BytesIO(bytes(300)))
-    return file.getvalue()
-
-
+NAMES = ("set/a.png", "set/" + "b" * 120 + "/é.jpg", "set/notes.txt")
+MEMBERS = [(name, name.encode() * 40) for name in NAMES]
 ARCHIVES = [
-    zipped(zipfile.ZIP_STORED),
-    zipped(zipfile.ZIP_DEFLATED),
-    tarred(tarfile.PAX_FORMAT),
-    tarred(tarfile.GNU_FORMAT),
+    *(zipped(MEMBERS, method) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)),
+    *(tarred(MEMBERS, kind) for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)),
 ]
 ANY_ARCHIVE = st.sampled_from(ARCHIVES).flatmap(damaged)
 
@@ -216,7 +192,7 @@ def test_damaged_archives_are_unpacked_or_refused(tmp_path, data):
 
 @pytest.mark.faults
 def test_more_damaged_archives_are_unpacked_or_refused(tmp_path):
-    searched(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)), 5000)
+    searched(5000)(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)))()
 
 
 BODY = b"the file " * 30
@@ -278,4 +254,4 @@ def test_more_answers_of_a_server_are_files_or_errors(tmp_path, server):
     check = given(answer=ANY_ANSWER, has_part=st.booleans())(
         lambda answer, has_part: check_answer(answer, has_part, server, tmp_path)
     )
-    searched(check, 3000)
+    searched(3000)(check)()

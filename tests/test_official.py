@@ -1,12 +1,9 @@
-import io
-import tarfile
-import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from helpers import decoded
+from helpers import decoded, tarred, zipped
 from helpers import decoded_entries as entries
 from http_server import Served, proxies, serving
 
@@ -28,33 +25,17 @@ LR_IMAGES = {name: png(100 + int(name), 48) for name in NAMES}
 HR_IMAGES = {name: png(int(name), 96) for name in NAMES}
 
 
-def zipped(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return file.getvalue()
+def archive_of(images: dict[str, bytes], name: str = "DIV2K_train_HR/{}.png") -> bytes:
+    return zipped((name.format(key), data) for key, data in images.items())
 
 
-def tarred(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
-
-
-HR_ZIP = zipped({f"DIV2K_train_HR/{name}.png": data for name, data in HR_IMAGES.items()})
-LR_ZIP = zipped(
-    {f"DIV2K_train_LR_bicubic/X2/{name}x2.png": data for name, data in LR_IMAGES.items()}
-)
+HR_ZIP = archive_of(HR_IMAGES)
+LR_ZIP = archive_of(LR_IMAGES, "DIV2K_train_LR_bicubic/X2/{}x2.png")
 FLICKR2K = tarred(
-    {
-        "Flickr2K/Flickr2K_HR/000001.png": png(7, 96),
-        "Flickr2K/Flickr2K_LR_bicubic/X2/000001x2.png": png(107, 48),
-    }
+    [
+        ("Flickr2K/Flickr2K_HR/000001.png", png(7, 96)),
+        ("Flickr2K/Flickr2K_LR_bicubic/X2/000001x2.png", png(107, 48)),
+    ]
 )
 
 
@@ -159,14 +140,14 @@ def test_df2k_is_both_sets_in_one(tmp_path, server):
 
 def test_an_archive_that_lacks_images_is_not_taken_for_the_set(tmp_path, server, capsys):
     for path, scale in (("/DIV2K_train_HR.zip", ""), ("/DIV2K_train_LR_bicubic_X2.zip", "x2")):
-        server.others[path] = zipped({f"DIV2K_train_HR/0001{scale}.png": png(1, 96)})
+        server.others[path] = archive_of({f"0001{scale}": png(1, 96)})
     assert make("div2k", tmp_path, server) == 1
     assert "DIV2K has 3 training images and" in capsys.readouterr().err
     assert not (tmp_path / "datasets" / "DIV2K" / HR).exists()
 
 
 def test_another_archive_of_the_name_is_refused(tmp_path, server, capsys):
-    server.others["/Flickr2K.tar"] = tarred({"a/1.png": png(1, 96), "b/2.png": png(2, 96)})
+    server.others["/Flickr2K.tar"] = tarred([("a/1.png", b"1"), ("b/2.png", b"2")])
     assert make("df2k", tmp_path, server) == 1
     assert "it is not the official archive" in capsys.readouterr().err
 
@@ -174,9 +155,8 @@ def test_another_archive_of_the_name_is_refused(tmp_path, server, capsys):
 def test_a_damaged_image_in_an_archive_is_named_before_anything_is_written(
     tmp_path, server, capsys
 ):
-    members = {f"DIV2K_train_HR/{name}.png": data for name, data in HR_IMAGES.items()}
-    members["DIV2K_train_HR/0002.png"] = HR_IMAGES["0002"][:-100]
-    server.others["/DIV2K_train_HR.zip"] = zipped(members)
+    cut = {"0002": HR_IMAGES["0002"][:-100]}
+    server.others["/DIV2K_train_HR.zip"] = archive_of(HR_IMAGES | cut)
     assert make("div2k", tmp_path, server) == 1
     said = capsys.readouterr().err
     assert "0002.png is cut short" in said
