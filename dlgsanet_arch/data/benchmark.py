@@ -85,10 +85,7 @@ def folder_sha256(folder: Path) -> str:
 
     Hashed, for each file ``<name>.png``, in ascending order of the names' code points: the name
     in UTF-8, one zero byte, height and width as unsigned 32-bit little-endian integers, and the
-    pixels row by row from the top left, each as its three bytes B, G and R.
-
-    Raises:
-        ImageError: An image is damaged.
+    pixels row by row from the top left, each as B, G, R. Damaged images raise ImageError.
     """
     result = sha256()
     for name in sorted(path.stem for path in folder.glob("*.png")):
@@ -159,9 +156,6 @@ def build(
     overwrite: bool = False,
 ) -> Summary:
     """Make a test set's tree; finished scales are left alone.
-
-    HR is cropped at the bottom and the right to a multiple of the scale, LR is its MATLAB-equal
-    bicubic, both with 8 bits. All images are read before anything is written.
 
     Args:
         name: See `set_name`.

@@ -62,15 +62,14 @@ def bicubic(image: NDArray[Depth], scale: float) -> NDArray[Depth]:
     """Resize an image as MATLAB's imresize does: bicubic, antialiased when shrinking.
 
     Args:
-        image: (H, W) or (H, W, C), any C, with values 0 to 255 or, in uint16, 0 to 65535.
-        scale: New side over old side, such as 1/2, 1/3 or 4; sides are rounded up.
+        image: (H, W) or (H, W, C), any C, uint8 or uint16, with pixels.
+        scale: New side over old side, positive and finite; sides are rounded up.
 
     Returns:
         (ceil(H·scale), ceil(W·scale)) or (..., C), rounded and clipped, of the image's dtype.
 
     Raises:
-        ValueError: `image` is of another dtype or shape or has no pixels, or `scale` is not
-            positive and finite.
+        ValueError: An argument is anything else.
     """
     if image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"image must be of uint8 or uint16, got {image.dtype=}")

@@ -1,9 +1,7 @@
 """Every data set of an option file checked before a run; no pixel is decoded.
 
 Names and counts are checked in full; sizes and colours by the headers of some images of a set.
-BasicSR meets what is wrong here hours into a run, when it reads that sample, or says nothing: a
-list that names fewer images than there are, HR that is cropped to fit LR, 16 bits read as 8.
-`dlgsanet data verify` (`verify`) decodes every image as well.
+BasicSR would fail hours into a run on what is wrong, or read it otherwise without saying so.
 """
 
 import math
@@ -164,12 +162,9 @@ def scan(
 ) -> Scan:
     """Check every data set of BasicSR's types for single images; no pixel is decoded.
 
-    Args:
-        options: As `dlgsanet_arch.options.load` returns them. What is wrong with them by
-            themselves, paths that do not exist included, is passed over here.
-        root: Folder that relative paths are below.
-        train: Whether they are to train, else to test.
-        registered: What is in BasicSR's registries: sets of third-party types are left alone.
+    `options` are as `dlgsanet_arch.options.load` returns them; what is wrong with them by
+    themselves, paths that do not exist included, is passed over. `root` is the folder of relative
+    paths; `registered` is what BasicSR's registries hold: third-party types are left alone.
     """
     context = Context(options, train, root, registered)
     found = Scan()
@@ -183,11 +178,12 @@ def scan(
             )
         reads = known_dataset(context, kind)
         backend = context.section(f"datasets:{phase}:io_backend").get("type")
-        if reads is None or backend not in ("disk", "lmdb"):
-            continue
-        if not all(isinstance(dataset.get(key), str) for key in reads.folders):
-            continue
-        if any(data_faults(context, phase, dataset)):
+        if (
+            reads is None
+            or backend not in ("disk", "lmdb")
+            or not all(isinstance(dataset.get(key), str) for key in reads.folders)
+            or any(data_faults(context, phase, dataset))
+        ):
             continue
         if (backend, kind) == ("disk", "FFHQDataset"):
             found.samples[phase] = FFHQ_IMAGES
@@ -218,10 +214,7 @@ def batch_problems(
 ) -> list[str]:
     """Say whether an epoch has no complete batch: then there is nothing to train on.
 
-    Args:
-        options: Of a training.
-        samples: Of each phase, as `scan` counted them.
-        copies: Processes, or GPUs of one process, that take a batch each.
+    `samples` are those of `Scan`; `copies` of processes, or GPUs, take a batch each.
     """
     dataset = Context(options, True, Path(), None).section("datasets:train")
     batch, ratio = dataset.get("batch_size_per_gpu"), dataset.get("dataset_enlarge_ratio", 1)

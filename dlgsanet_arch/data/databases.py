@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import lmdb
 
@@ -177,27 +176,21 @@ def _os_errors(folder: Path) -> Iterator[None]:
 class DatabaseWriter:
     """Makes one database, to be used in a `with` statement; `finish` gives it its name.
 
-    Args:
-        path: The folder of the finished database, its name ends in `.lmdb`.
-        recipe: All that decides about its content, JSON types. An unfinished database of the
-            same recipe is continued, one of another is thrown away.
+    `recipe` is all that decides about its content, in JSON types: an unfinished database of the
+    same recipe is continued, one of another is thrown away.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path = path
-        self._recipe = dict(recipe)
-        self._folder = unfinished(path)
+        self._path, self._recipe, self._folder = path, dict(recipe), unfinished(path)
 
     def __enter__(self) -> "DatabaseWriter":
         if not fits(read_json(self._folder / RECIPE), self._recipe):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / RECIPE, self._recipe)
-        present = self._folder / DATA
-        size = present.stat().st_size if present.is_file() else 0
         with _os_errors(self._folder):
             self._environment = lmdb.open(
-                str(self._folder), map_size=max(FIRST_MAP_SIZE, 2 * size), readahead=False
+                str(self._folder), map_size=FIRST_MAP_SIZE, readahead=False
             )
         return self
 
@@ -210,11 +203,7 @@ class DatabaseWriter:
             return transaction.cursor().set_key(key.encode("ascii"))
 
     def put(self, entries: Sequence[tuple[str, bytes]]) -> None:
-        """Write keys with their PNG files: after a crash, all of them or none are there.
-
-        Raises:
-            OSError: The disk is full or fails; what was put before stays.
-        """
+        """Write keys with their PNG files, all or none; OSError if the disk is full or fails."""
         while True:
             try:
                 with _os_errors(self._folder), self._environment.begin(write=True) as transaction:
@@ -224,8 +213,8 @@ class DatabaseWriter:
             except lmdb.MapFullError:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
 
-    def finish(self, **facts: Any) -> None:
-        """Write `meta_info.txt`, add facts to the recipe, and give the database its name."""
+    def finish(self) -> None:
+        """Write `meta_info.txt`, add the number of entries to the recipe, rename the database."""
         lines = []
         with self._environment.begin() as transaction:
             for key, data in transaction.cursor():
@@ -233,6 +222,6 @@ class DatabaseWriter:
                 lines.append(f"{key.decode('ascii')}.png ({height},{width},3) {PNG_COMPRESSION}\n")
         self._environment.close()
         write_atomically(self._folder / META_INFO, "".join(lines).encode("ascii"))
-        write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines), **facts})
+        write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines)})
         (self._folder / "lock.mdb").unlink(missing_ok=True)
-        replace_folder(self._folder, self.path)
+        replace_folder(self._folder, self._path)

@@ -63,11 +63,7 @@ def _write_validation(folder: Path) -> None:
 
 
 def prepare(folder: Path, *, workers: int = 1) -> Summary:
-    """Build what is missing of the demo's data set.
-
-    Args:
-        folder: Where the data set goes, such as ``datasets/demo``.
-        workers: Processes that read and cut.
+    """Build what is missing of the demo's data set in a folder, such as ``datasets/demo``.
 
     Raises:
         UserError: A photograph is missing, or `folder` holds databases that were not made here.

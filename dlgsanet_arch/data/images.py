@@ -265,9 +265,8 @@ def read_stored(path: Path) -> StoredImage:
     frames is read, and alpha without any transparency is left out.
 
     Raises:
-        ImageError: The file cannot be opened, is empty, not PNG, JPEG, TIFF, WebP or BMP, cut
-            short, damaged, larger than `MAX_PIXELS` by its header, or has samples that are not
-            read: floating-point, signed, 32-bit.
+        ImageError: The file cannot be opened, is of another format, cut short, damaged, larger
+            than `MAX_PIXELS` by its header, or has floating-point, signed or 32-bit samples.
     """
     return _decode(read_bytes(path), path, 1, converts=True)
 
@@ -276,12 +275,8 @@ def decode_8_bits(data: bytes, path: Path, *, least: int = 2) -> StoredImage:
     """Read an image as BasicSR sees it, (H, W, 3) in BGR, uint8.
 
     As `read_stored` reads it, but gray becomes three equal channels, alpha is composited on white,
-    16 bits are rounded to 8, and CMYK and Lab are refused.
-
-    Args:
-        data: The complete file, such as an LMDB's entry.
-        path: What to call it in errors; its suffix, if any, is compared with the content.
-        least: The smallest side in pixels that is of use to the caller.
+    16 bits are rounded to 8, and CMYK and Lab are refused, as are sides of less than `least`
+    pixels. `data` is the complete file, `path` its name in errors and notices.
     """
     stored = _decode(data, path, least)
     pixels, notices = stored.pixels, stored.notices

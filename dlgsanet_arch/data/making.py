@@ -70,14 +70,9 @@ def made_before(
 ) -> dict[str, Any] | None:
     """Read the recipe of a finished folder, None if the folder is absent or to be replaced.
 
-    Args:
-        path: The folder.
-        recipe: What it is to be made from.
-        change: Says of the stored recipe how the folder was changed since, "" if it was not.
-        overwrite: Replace what was made otherwise, or changed since.
-
-    Raises:
-        UserError: Something else has that name.
+    `change` says of the stored recipe how the folder was changed since, "" if it was not. Folders
+    that were changed or made otherwise are refused, or replaced by `overwrite`; folders that were
+    not made by this package are always refused.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None

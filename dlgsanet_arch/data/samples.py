@@ -72,12 +72,7 @@ def _in_rgb(image: ImageFile) -> Image.Image:
 
 
 def samples(image: ImageFile, data: bytes, orientation: int) -> tuple[Pixels, Pixels | None]:
-    """Separate colour and alpha of a loaded image.
-
-    Args:
-        image: The image; Pillow has turned it if it is TIFF.
-        data: The file.
-        orientation: Stated by the file's EXIF data.
+    """Separate colour and alpha of a loaded image, which Pillow has turned if it is TIFF.
 
     Returns:
         (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None if it has none.

@@ -54,22 +54,14 @@ def by_size(
     groups = defaultdict(list)
     for name, (size, levels) in thumbnails.items():
         groups[size].append((name, levels))
-    return {
-        size: (np.array([name for name, _ in group]), np.array([levels for _, levels in group]))
-        for size, group in groups.items()
-    }
+    return {size: tuple(map(np.array, zip(*each, strict=True))) for size, each in groups.items()}
 
 
 def find_copies(
     training: Mapping[Size, tuple[NDArray[np.str_], NDArray[np.int16]]],
     corners: Mapping[Size, Levels],
 ) -> set[str]:
-    """Name the copies of a test image, or of its upper left part, among training images.
-
-    Args:
-        training: By `by_size`.
-        corners: Of the test image, by `corner_thumbnails` with the sizes of `training`.
-    """
+    """Name the copies among training images, from `by_size`, of a test image or its corners."""
     found = set()
     for size, (names, levels) in training.items():
         for part in {WHOLE, size} & corners.keys():

@@ -67,13 +67,10 @@ def sub_images(image: ImageArray, size: int, step: int, scale: int = 1) -> Itera
     """Cut an image, HR or LR, into parts that show the same places at every scale, row by row.
 
     Args:
-        image: (H/scale, W/scale, 3), where H x W is HR, both multiples of `scale`.
+        image: (H/scale, W/scale, 3), where H x W is HR; parts are views of it.
         size: Side of a part in HR pixels, a multiple of `scale`; shorter sides are not cut.
         step: Between two parts in HR pixels, a multiple of `scale`.
         scale: HR side over this image's side; 1 for HR itself.
-
-    Yields:
-        Views of `image`.
     """
     rows, columns = (_starts(side * scale, size, step) for side in image.shape[:2])
     for top in (row // scale for row in rows):

@@ -94,10 +94,7 @@ def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
 
 
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
-    """Find HR images and, where LR is given, the LR images that belong to them.
-
-    LR has HR's name or that and the scale, as in ``0001x4.png``, in the same sub-folders. For
-    several scales it lies in folders ``X2``, ``X3``, ``X4``.
+    """Find HR images as `pair` does, with LR in a folder that has X2, X3, X4 for several scales.
 
     Raises:
         UserError: A folder is missing or empty, or images have no partner.
@@ -167,15 +164,8 @@ def build(
     """Make the databases of a training set that are not there yet.
 
     What is written is kept if the run ends early, under another name until it is complete.
-
-    Args:
-        sources: The images, each key once.
-        scales: HR side over LR side, from `SCALES`.
-        out: The folder they go into.
-        cutting: How images are cut; `Cutting()` when None.
-        workers: Processes that read and cut.
-        skip_bad: Leave out images that cannot be used.
-        overwrite: Replace databases of other images or settings.
+    `skip_bad` leaves out images that cannot be used, `overwrite` replaces databases of other images
+    or settings, `workers` is a number of processes.
 
     Raises:
         UserError: Images cannot be used, a database is there that was made otherwise, another
