@@ -1,8 +1,6 @@
 """The benchmarks: contestants compute the same, every script measures and writes its table."""
 
 import argparse
-import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -113,21 +111,6 @@ def test_plainer_contestants_use_none_of_the_c_library(contestant, names, monkey
             net.eval()(x)
     assert seen.names == names
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_naive_kernels_are_left_out_on_a_cpu():
-    assert "GPU" in contestants.absent("cpu")[contestants.PUBLISHED]
-    assert contestants.absence_notes("cpu", [contestants.PUBLISHED, contestants.OURS]) == [
-        "Left out: published-style, since its kernels are for GPUs."
-    ]
-
-
-def test_without_basicsr_its_networks_are_left_out(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "basicsr" else find_spec(name)
-    )
-    assert set(contestants.PEERS) <= set(contestants.absent("cpu"))
 
 
 def test_operations_do_not_depend_on_how_they_are_computed():
@@ -290,12 +273,6 @@ def made_gpu(monkeypatch):
     monkeypatch.setattr(published_kernels, "why_not", lambda device: "")
 
 
-def test_how_a_gpu_is_measured(made_gpu):
-    measured = measuring.measure(lambda: lambda: None, measuring.Setting("cuda", 4))
-    assert len(measured["seconds"]) == 4
-    assert measured["memory"] == 3 * measuring.MIB
-
-
 def laps_of(cell):
     """Made laps of what is measured beside BasicSR, ours twice as fast; nothing of other cells."""
     names = {
@@ -414,16 +391,6 @@ def test_results_depend_on_the_sources_in_c_and_the_fused_layers():
     assert ROOT / "dlgsanet_arch" / "fused" / "c_layers.py" in read
 
 
-def test_gpu_plan_of_the_goals(made_gpu):
-    asked = argparse.Namespace(device="cuda", quick=False)
-    tiny = [c for c in network.network_section(asked).cells if c["measure"] == "network:forward"]
-    ours = {"definition", "published-style", "ours", "ours, channels_last"}
-    assert {cell["contestant"] for cell in tiny} == ours | {"SwinIR-light", "EDSR-baseline"}
-    every = network.configurations_section(asked).cells
-    configurations = {(c["variant"], c["scale"]) for c in every if c.get("contestant") == "ours"}
-    assert len(configurations) == 9
-
-
 def test_the_pace_leaves_the_pause_out():
     stamps = [0.0]
     for iteration in range(1, 16):  # five blocks of three; the validation follows the ninth
@@ -461,29 +428,6 @@ def test_contestants_take_turns_and_ratios_are_within_laps():
     assert training_loop.ratios([2, 8, 3], [1, 2, 3]) == (2, 1, 4)
 
 
-def test_slower_metrics_are_named():
-    def laps(seconds, cpu):
-        return [{"seconds": seconds, "cpu": cpu}] * 2
-
-    made = {
-        "PSNR": laps(0.002, 0.0005),
-        "SSIM": laps(0.0001, 0.0011),
-        "PSNR and SSIM": laps(0.00101, 0.00099),
-    }
-    both = {f"{metric}, ours": each for metric, each in made.items()}
-    both |= {f"{metric}, BasicSR": laps(0.001, 0.001) for metric in made}
-    apart = {"psnr": 1e-6, "ssim": 1e-8}
-    records = [{"cell": {}, "load": 3.0, "apart": apart, "laps": both}]
-    section = training_loop.metric_section(argparse.Namespace(quick=True, device="cpu"))
-    notes = " ".join(section.notes(records))
-    slower = "by the clock, PSNR (0.50). And by CPU time, SSIM (0.91)."
-    assert f"**Slower than BasicSR's by more than 2 %:** {slower}" in notes
-    assert "1e-06 dB" in notes
-    half, twice = ["0.50", "0.50 to 0.50"], ["2.00", "2.00 to 2.00"]
-    assert section.rows(records)[1] == ["PSNR", "ours", "2", "2 to 2", *half, "0.5", *twice]
-    assert section.rows([{"cell": {}, "error": "broken"}])[0][1] == "broken"
-
-
 def test_figures_that_differ_are_no_result():
     theirs = {"psnr": 30.0, "ssim": 0.9}
     apart = training_loop.check_agreement(theirs, {"psnr": 30.00009, "ssim": 0.9})
@@ -493,16 +437,3 @@ def test_figures_that_differ_are_no_result():
             training_loop.check_agreement(theirs, ours)
     with pytest.raises(ValueError, match="psnr is nan"):
         training_loop.check_agreement(theirs, {"psnr": float("nan"), "ssim": 0.9})
-
-
-def test_loops_differ_in_what_the_table_names(tmp_path, monkeypatch):
-    monkeypatch.setenv(training_loop.DATA, str(tmp_path))
-    asked = argparse.Namespace(device="cpu", quick=True)
-    (cell,) = training_loop.loop_section(asked).cells
-    theirs, ours, own, _, _, _, every = (
-        training_loop.loop_options(cell, name, "cpu") for name in training_loop.LOOPS
-    )
-    assert theirs == ours
-    assert own == ours | {"model_type": "DLGSANetModel"}
-    assert theirs["train"].keys() ^ every["train"].keys() == {"amp", "channels_last"}
-    assert every["train"]["optim_g"] == theirs["train"]["optim_g"] | {"fused": True}

@@ -13,7 +13,7 @@ from helpers import small_checkpoint
 from dlgsanet_arch import export as exporting
 from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
 from dlgsanet_arch.cli import cmd_export
-from dlgsanet_arch.export import BOUNDS, DTYPES, ExportError, export
+from dlgsanet_arch.export import BOUNDS, CHECKED_SIZES, DTYPES, ExportError, export
 
 # Every layer of the network that the paper's lacks.
 OTHER = {
@@ -77,6 +77,7 @@ def fixed(folder, deep):
 def test_onnx_takes_any_size_and_batch(dynamic, deep, shape):
     image = torch.rand(shape)
     assert not dynamic.has_windows
+    assert [each.shape for each in dynamic.comparisons] == [(n, 3, *s) for n, *s in CHECKED_SIZES]
     assert_close(dynamic.path, image, expected_of(deep, image, tlc_flag=False))
 
 
@@ -120,16 +121,6 @@ def test_each_kind_of_layer_is_exported_once(folder, deep, monkeypatch):
     assert kinds == ["LocalLayer", "GlobalLayer"]
 
 
-def test_every_comparison_is_returned(dynamic, fixed):
-    shapes = [each.shape for each in dynamic.comparisons]
-    assert shapes == [(1, 3, 31, 45), (3, 3, 1, 16), (2, 3, 40, 64)]
-    assert [each.shape for each in fixed.comparisons] == [(n, 3, 19, 13) for n in (1, 2, 3)]
-    for each in (*dynamic.comparisons, *fixed.comparisons):
-        assert 0 <= each.difference < 1e-5
-        assert each.seconds > 0 < each.seconds_in_pytorch
-    assert dynamic.seconds > 0
-
-
 def test_onnx_in_half_precision(folder, checkpoint):
     exported = export(checkpoint, folder / "half.onnx", dtype="fp16")
     image = torch.rand(3, 3, 9, 14)
@@ -171,28 +162,24 @@ def test_pt2_of_a_fixed_size_has_the_windows_and_the_facts(folder, checkpoint):
     assert not [name for name in operators if "dlgsanet" in name]
 
 
-def test_a_file_that_differs_is_refused_and_the_old_one_kept(folder, checkpoint, monkeypatch):
+@pytest.mark.parametrize(("change", "said"), [(1e-3, r"0\.001"), (float("nan"), "nan")])
+def test_a_file_that_differs_is_refused_and_the_old_one_kept(
+    folder, checkpoint, monkeypatch, change, said
+):
     make = exporting._pt2_bytes
 
     def make_another(network, *rest):
         with torch.no_grad():
-            network.upsample[0].bias += 1e-3
+            network.upsample[0].bias += change
         return make(network, *rest)
 
     monkeypatch.setattr(exporting, "_pt2_bytes", make_another)
     path = folder / "kept.pt2"
     path.write_bytes(b"before")
-    with pytest.raises(ExportError, match=r"differs from the network by 0\.001.*nothing was"):
+    with pytest.raises(ExportError, match=f"differs from the network by {said}.*nothing was"):
         export(checkpoint, path)
     assert path.read_bytes() == b"before"
     assert not list(folder.glob("kept*unfinished*"))
-
-
-def test_a_network_that_gives_no_numbers_is_refused(folder, checkpoint):
-    weights = {**checkpoint.weights, "upsample.0.bias": torch.full((12,), float("nan"))}
-    with pytest.raises(ExportError, match="differs from the network by nan"):
-        export(Checkpoint(weights, checkpoint.config), folder / "nan.pt2")
-    assert not (folder / "nan.pt2").exists()
 
 
 @pytest.mark.parametrize(

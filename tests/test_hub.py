@@ -1,6 +1,5 @@
 """DLGSANet in the folders and repositories of the Hugging Face Hub; nothing leaves this machine."""
 
-import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -134,10 +133,3 @@ def test_what_is_missing_is_named(net, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"dlgsanet-arch\[hub\]"):
         DLGSANet.from_pretrained("owner/name")
-
-
-def test_the_arguments_are_kept_complete():
-    config = DLGSANet(upscale=3).config
-    assert config["upscale"] == 3
-    assert config["dim"] == 60
-    json.dumps(config)

@@ -114,12 +114,6 @@ def test_the_edge_of_a_tile_has_no_weight():
     assert torch.equal(result[..., 4:-4, 4:-4], upsample(image)[..., 4:-4, 4:-4])
 
 
-def test_both_at_once():
-    image, run = whole_numbers(1, 3, 37, 29), network(1)
-    tiled = run_in_tiles(partial(self_ensemble, run), image, SCALE, 16, 8)
-    assert torch.equal(tiled, self_ensemble(run, image))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype):
     image = torch.rand(1, 3, 30, 41).to(dtype)
