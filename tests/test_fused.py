@@ -217,6 +217,10 @@ def test_what_keeps_maps_or_traces_is_not_fused(monkeypatch):
         net(x).mean().backward()
     assert not ran.fused
     assert all(p.grad.isfinite().all() for p in net.parameters())
+    layer, features = net.deep_feature_extraction[0].body[0], torch.rand(1, 12, 13, 9)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert fused.can_run(features, layer.norm1, layer.IDynamicDWConv) == (not grad)
     with torch.no_grad(), Operators() as ran, torch.autocast("cpu", torch.bfloat16):
         net(x)
     assert not ran.fused
