@@ -23,7 +23,6 @@ from training_runs import (
     small_options,
     train,
     weights,
-    without_validation,
 )
 
 from dlgsanet_arch import pipeline
@@ -73,7 +72,13 @@ def statuses(runs: list[Forked], seconds: float = 100) -> list[int]:
 
 
 def said(runs: list[Forked]) -> str:
-    return "\n".join(run.output.read_text()[-3000:] for run in runs)
+    return "\n".join(run.said for run in runs)
+
+
+def complete(root: Path, options: dict, *flags: str, **more: Any) -> None:
+    """Run several processes to their end."""
+    runs = together(root, options, *flags, **more)
+    assert statuses(runs) == [0] * len(runs), said(runs)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +89,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root) -> dict:
     """One process with batches of 4."""
-    options = small_options("alone", batch_size_per_gpu=4)
-    options["train"]["total_iter"] = 6
-    train(root, options)
+    train(root, small_options("alone", total=6, batch_size_per_gpu=4))
     return weights(root, "alone")
 
 
@@ -96,45 +99,34 @@ def assert_close(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_two_processes_train_what_one_does_with_twice_the_batch(root, alone):
-    options = small_options("two", batch_size_per_gpu=2)
-    options["train"]["total_iter"] = 6
-    options["dist_params"] = {"backend": "nccl"}  # as in the shipped files
-    runs = together(root, options)
-    assert statuses(runs) == [0, 0], said(runs)
-    found = [entry["losses"]["l_pix"] for entry in events(root, "two", "train")]
-    expected = [entry["losses"]["l_pix"] for entry in events(root, "alone", "train")]
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert_close(weights(root, "two"), alone)
-    validated = [entry["metrics"] for entry in events(root, "two", "validation")]
-    assert validated[-1]["psnr"] == pytest.approx(
-        events(root, "alone", "validation")[-1]["metrics"]["psnr"], abs=1e-3
+@pytest.mark.parametrize("launcher", ["pytorch", "slurm"])
+def test_two_processes_train_what_one_does_with_twice_the_batch(root, alone, launcher):
+    options = small_options(launcher, total=6, batch_size_per_gpu=2)
+    options["dist_params"] = {"backend": "nccl", "port": free_port()}  # as in the shipped files
+    complete(root, options, launcher=launcher)
+    assert_close(weights(root, launcher), alone)
+    found, expected = (
+        [entry["losses"]["l_pix"] for entry in events(root, name, "train")]
+        + [entry["metrics"]["psnr"] for entry in events(root, name, "validation")]
+        for name in (launcher, "alone")
     )
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_stopped_run_of_two_goes_on_with_the_same_weights(root):
-    options = small_options("undisturbed")
-    runs = together(root, options)
-    assert statuses(runs) == [0, 0], said(runs)
-    options["name"] = "stopped"
-    options["logger"]["save_checkpoint_freq"] = 1000
+    complete(root, small_options("undisturbed"))
+    options = small_options("stopped", save_every=1000)
     runs = together(root, options)
     runs[0].reaches(3)
     runs[1].signal(signal.SIGTERM)  # one process is told, both end at the same iteration
     assert statuses(runs) == [143, 143], said(runs)
-    runs = together(root, options, "--auto_resume")
-    assert statuses(runs) == [0, 0], said(runs)
+    complete(root, options, "--auto_resume")
     assert_equal(weights(root, "stopped"), weights(root, "undisturbed"))
 
 
 def test_a_run_of_two_can_go_on_alone(root, alone):
-    options = small_options("fewer", batch_size_per_gpu=2)
-    options["train"]["total_iter"] = 3
-    runs = together(root, options)
-    assert statuses(runs) == [0, 0], said(runs)
-    options = small_options("fewer", batch_size_per_gpu=4)
-    options["train"]["total_iter"] = 6
-    train(root, options, "--auto_resume")
+    complete(root, small_options("fewer", total=3, batch_size_per_gpu=2))
+    train(root, small_options("fewer", total=6, batch_size_per_gpu=4), "--auto_resume")
     assert_close(weights(root, "fewer"), alone)
 
 
@@ -158,20 +150,14 @@ def test_a_validation_may_take_longer_than_a_collective_waits(root):
 
         loop.Training._evaluated = evaluated
 
-    options = small_options("patient")
-    options["train"]["total_iter"] = 5
+    options = small_options("patient", total=5)
     options["dist_params"] = {"timeout": 0.1}  # 6 seconds
-    runs = together(root, options, before=slow_in_one)
-    assert statuses(runs) == [0, 0], said(runs)
+    complete(root, options, before=slow_in_one)
 
 
 def test_a_process_that_dies_ends_the_other_with_the_last_iteration_saved(root):
-    options = small_options("dying")
-    options["train"]["total_iter"] = 100_000
-    options["train"]["scheduler"]["milestones"] = [50_000]
-    options["logger"]["save_checkpoint_freq"] = 90_000
+    options = small_options("dying", total=100_000, save_every=90_000, validates=False)
     options["dist_params"] = {"timeout": 0.1}
-    without_validation(options)
     runs = together(root, options)
     runs[0].reaches(2)
     runs[1].signal(signal.SIGKILL)
@@ -191,8 +177,7 @@ def test_a_bad_sample_of_one_process_is_named_and_ends_both(root):
     made = make_root(root / "bad")
     image = made / "data/LR/image3.png"
     image.write_bytes(image.read_bytes()[:100])  # its header is complete
-    options = small_options("bad")
-    runs = together(made, options)
+    runs = together(made, small_options("bad"))
     assert 0 not in statuses(runs), said(runs)
     assert "image3.png of the data set made: cannot be decoded" in said(runs)
 
@@ -206,8 +191,7 @@ def test_uneven_shares_are_measured_once_each(root, alone, world):
         if name == "tested_alone":
             pipeline.test(root, ["-opt", str(write_options(root / "test.yml", options))])
         else:
-            runs = together(root, options, verb="test", world=world)
-            assert statuses(runs) == [0] * world, said(runs)
+            complete(root, options, verb="test", world=world)
         last = (root / "results" / name / "log.jsonl").read_text().splitlines()[-1]
         found.append(json.loads(last)["metrics"])
         images = list((root / "results" / name / "visualization/made_val").glob("*.png"))
@@ -222,15 +206,6 @@ def test_a_launcher_that_did_not_start_it_is_named(launcher, monkeypatch):
     starter = {"pytorch": "torchrun", "slurm": "srun"}[launcher]
     with pytest.raises(UserError, match=f"needs to be started by {starter}"), started(launcher, {}):
         pass
-
-
-def test_slurm_s_variables_join_a_run(root):
-    options = small_options("slurm")
-    options["train"]["total_iter"] = 2
-    options["dist_params"] = {"port": free_port()}
-    runs = together(root, options, launcher="slurm")
-    assert statuses(runs) == [0, 0], said(runs)
-    assert events(root, "slurm", "train")[-1]["iter"] == 2
 
 
 FAKE_SRUN = """#!/bin/bash
@@ -257,9 +232,7 @@ def test_the_slurm_script_stops_with_its_work_saved_and_asks_to_be_queued_again(
     for name, text in (("srun", FAKE_SRUN), ("scontrol", '#!/bin/sh\necho "$@" > requeued\n')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    options = small_options("script", num_worker_per_gpu=0)
-    options["train"]["total_iter"] = 100_000
-    options["train"]["scheduler"]["milestones"] = [50_000]
+    options = small_options("script", total=100_000, num_worker_per_gpu=0)
     options["dist_params"] = {"port": free_port()}
     file = write_options(tmp_path / "options.yml", options)
     repository = Path(__file__).resolve().parent.parent

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from training_runs import (
-    assert_equal,
-    events,
-    make_root,
-    small_options,
-    train,
-    weights,
-    without_validation,
-)
+from training_runs import assert_equal, events, make_root, small_options, train, weights
 
 from dlgsanet_arch import pipeline
 from dlgsanet_arch.pipeline import logs
@@ -28,8 +20,7 @@ def test_train_py_reads_by_spawned_workers(tmp_path, repository):
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(repository / "dlgsanet_arch", checkout / "dlgsanet_arch", ignore=ignored)
     shutil.copy(repository / "train.py", checkout)
-    options = without_validation(small_options("spawned", multiprocessing_context="spawn"))
-    options["train"]["total_iter"] = 2
+    options = small_options("spawned", total=2, validates=False, multiprocessing_context="spawn")
     file = helpers.write_options(elsewhere / "spawned.yml", options)
     # where this environment keeps no bytecode, the worker need not compile all imports again
     bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
@@ -106,8 +97,7 @@ def test_a_third_party_s_network_and_model_train_resume_and_test(tmp_path, monke
 def test_a_missing_tensorboard_is_a_warning_and_a_launcher_s_flag_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "find_spec", lambda name: None)
     root = make_root(tmp_path)
-    options = without_validation(small_options("bare", num_worker_per_gpu=0))
-    options["train"]["total_iter"] = 2
+    options = small_options("bare", total=2, validates=False, num_worker_per_gpu=0)
     options["logger"]["use_tb_logger"] = True
     train(root, options, "--local-rank=0")
     (log,) = (root / "experiments/bare").glob("*.log")

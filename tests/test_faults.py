@@ -13,14 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import (
-    Forked,
-    assert_equal,
-    events,
-    make_root,
-    small_options,
-    weights,
-)
+from training_runs import Forked, assert_equal, events, make_root, small_options, weights
 
 from dlgsanet_arch.checkpoint import check_complete
 from dlgsanet_arch.pipeline import evaluation, loop, runs  # noqa: F401 - for what is forked
@@ -36,11 +29,8 @@ PATIENCE = 300  # seconds, for a run of one
 
 def options_of(name: str, **train_set) -> dict:
     """A run that writes a checkpoint at every iteration."""
-    options = small_options(name, **train_set)
-    options["network_g"] = {"type": "NoisyNet", "width": 128}  # takes a while to be saved
-    options["train"]["total_iter"] = TOTAL
-    options["logger"]["save_checkpoint_freq"] = 1
-    return options
+    noisy = {"type": "NoisyNet", "width": 128}  # takes a while to be saved
+    return small_options(name, total=TOTAL, save_every=1, **train_set) | {"network_g": noisy}
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -67,7 +57,7 @@ def started(root: Path, options: dict, before: Callable[[], None] | None = None)
 
 def completes(root: Path, options: dict) -> None:
     run = started(root, options)
-    assert wait(run) == 0, run.output.read_text()[-3000:]
+    assert wait(run) == 0, run.said
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +108,7 @@ def test_kills_at_random_moments_lose_nothing(root, undisturbed, seed):
             time.sleep(draws.uniform(0, seconds))
             run.signal(signal.SIGKILL)
             status = wait(run)  # 0 where it was complete before
-            assert status in (0, -signal.SIGKILL), run.output.read_text()[-3000:]
+            assert status in (0, -signal.SIGKILL), run.said
             kills += status != 0
             files = assert_nothing_lost(run_folder, files)
         if status != 0:
@@ -142,7 +132,7 @@ def test_sigterm_at_random_moments_loses_no_iteration(root, undisturbed):
             run.signal(signal.SIGTERM)
             status = wait(run)  # 0 where it was complete before
             # until it trains the signal acts as it does on any process, which is 143 to a shell
-            assert status in (0, 143, -signal.SIGTERM), run.output.read_text()[-3000:]
+            assert status in (0, 143, -signal.SIGTERM), run.said
             stops += status != 0
             whole_files(run_folder)
             trained = [entry["iter"] for entry in events(root, options["name"], "train")]
@@ -214,7 +204,7 @@ def test_kills_inside_a_save_leave_the_only_pair_whole(root, undisturbed):
         nonlocal newest, kills
         run = started(root, options, dying_in(place, fatal))
         status = wait(run)
-        assert status in (0, -signal.SIGKILL), run.output.read_text()[-3000:]
+        assert status in (0, -signal.SIGKILL), run.said
         kills += status != 0
         whole_files(run_folder)
         assert newest_pair(run_folder) >= newest
@@ -241,7 +231,7 @@ def test_a_run_killed_in_its_very_first_save_can_be_started_the_same_way(root, u
     run = Forked(root, options, "--auto_resume", before=dying_in("replace", 2))  # no state yet
     assert wait(run) == -signal.SIGKILL
     run = Forked(root, options, "--auto_resume")
-    assert wait(run) == 0, run.output.read_text()[-3000:]
+    assert wait(run) == 0, run.said
     assert_equal(weights(root, "first"), undisturbed[0])
 
 
@@ -271,10 +261,9 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_with_more_room(root, undisturbe
     with small_disk(made / "experiments", int(4.5 * pair_size(root))) as resized:
         run = Forked(made, options)
         assert wait(run) == 1
-        said = run.output.read_text()
-        assert "Traceback" not in said
-        assert "cannot be written (the disk is full)" in said
-        assert f"{folder_of(made, 'full')}/" in said.splitlines()[-1]  # the file is named
+        assert "Traceback" not in run.said
+        assert "cannot be written (the disk is full)" in run.said
+        assert f"{folder_of(made, 'full')}/" in run.said.splitlines()[-1]  # the file is named
         files = whole_files(folder_of(made, "full"))
         assert newest_pair(folder_of(made, "full")) == 4
         resized(100 * pair_size(root))
@@ -312,12 +301,11 @@ def test_of_two_runs_started_together_one_runs(root, flags):
             time.sleep(0.01)
         ((loser, status),) = statuses.items()
         (winner,) = (run for run in pair if run is not loser)
-        said = loser.output.read_text()
-        assert status == 1, said
-        assert f"the run {name} is being worked on by" in said
+        assert status == 1, loser.said
+        assert f"the run {name} is being worked on by" in loser.said
         winner.reaches(1)
         winner.signal(signal.SIGTERM)
-        assert wait(winner) == 143, winner.output.read_text()[-3000:]
+        assert wait(winner) == 143, winner.said
         whole_files(folder_of(root, name))
         time.sleep(1)  # the name of what is renamed has the second
     folders = sorted(path.name for path in (root / "experiments").glob(f"{name}*"))

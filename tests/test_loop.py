@@ -21,7 +21,6 @@ from training_runs import (
     small_options,
     train,
     weights,
-    without_validation,
 )
 
 from dlgsanet_arch.errors import UserError
@@ -95,8 +94,7 @@ def test_averages_have_the_buffers_of_the_network(undisturbed):
 
 
 def test_it_ends_at_total_iter_and_validates_there_whatever_the_epochs(root):
-    options = small_options("length", batch_size_per_gpu=4)
-    options["train"]["total_iter"] = 10
+    options = small_options("length", total=10, batch_size_per_gpu=4)
     train(root, options)  # 7 samples: BasicSR would end earlier, see its fault 1
     assert [entry["iter"] for entry in events(root, "length", "train")] == list(range(1, 11))
     assert [entry["iter"] for entry in events(root, "length", "validation")] == [4, 8, 10]
@@ -108,10 +106,10 @@ def test_a_complete_run_is_left_as_it_is(root, undisturbed):
     undisturbed("SRModel")
     folder = root / "experiments/whole_SRModel"
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.pth")}
-    train(root, options_of("SRModel", "whole_SRModel"), "--auto_resume")
+    train(root, small_options("whole_SRModel"), "--auto_resume")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.pth")} == before
     (folder / "models/net_g_latest.pth").unlink()
-    train(root, options_of("SRModel", "whole_SRModel"), "--auto_resume")
+    train(root, small_options("whole_SRModel"), "--auto_resume")
     assert_equal(weights(root, "whole_SRModel"), undisturbed("SRModel"))
 
 
@@ -123,49 +121,39 @@ def test_the_best_weights_are_kept_over_a_resume(root, monkeypatch):
         return [Evaluation("made_val", iteration, (), {"psnr": next(figures)})]
 
     monkeypatch.setattr(loop.Training, "_evaluated", evaluated)
-    options = small_options("best")
+    options = small_options("best", total=8)  # validated at 2, 4, 6 and 8
     options["val"]["val_freq"] = 2
     options["logger"] |= {"save_best": "psnr", "keep_last": 1}
-    options["train"]["total_iter"] = 8  # validated at 2, 4, 6 and 8
     train(root, options)
-    models = root / "experiments/best/models"
     fourth = weights(root, "best", "net_g_best")
     options["train"]["total_iter"] = 9  # 33.0 at 9, where the run ends
     train(root, options, "--auto_resume")
     assert_equal(weights(root, "best", "net_g_best"), weights(root, "best"))
     options["train"]["total_iter"] = 10
     train(root, options, "--auto_resume")
-    assert_equal(weights(root, "best", "net_g_best"), weights(root, "best", "net_g_best"))
     state = torch.load(root / "experiments/best/training_states/10.state")
     assert state["best"] == {"value": 33.0, "iter": 9}
-    assert sorted(p.name for p in models.iterdir()) == [
-        "net_g_10.pth",
-        "net_g_best.pth",
-        "net_g_latest.pth",
-    ]
+    kept = sorted(path.stem for path in (root / "experiments/best/models").iterdir())
+    assert kept == ["net_g_10", "net_g_best", "net_g_latest"]
     assert any(not torch.equal(fourth[k], v) for k, v in weights(root, "best").items())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_iteration_and_the_run_goes_on(root, undisturbed, number, status):
     name = f"stopped_{status}"
-    options = options_of("SRModel", name)
-    options["logger"]["save_checkpoint_freq"] = 1000
-    options["train"]["total_iter"] = 300  # so that its worker is at work when the signal comes
-    run = Forked(root, options)
+    # long, so that its worker is at work when the signal comes
+    run = Forked(root, small_options(name, total=300, save_every=1000))
     run.reaches(3)
     run.signal_all(number)
     assert run.wait() == status
-    said = run.output.read_text()
-    assert f"stopped by {number.name} at iteration" in said
-    assert "Traceback" not in said
-    options["train"]["total_iter"] = 12
-    train(root, options, "--auto_resume")
+    assert f"stopped by {number.name} at iteration" in run.said
+    assert "Traceback" not in run.said
+    train(root, small_options(name), "--auto_resume")
     assert_equal(weights(root, name), undisturbed("SRModel"))
 
 
 def test_a_signal_in_a_validation_does_not_wait_for_it(root, undisturbed):
-    options = options_of("SRModel", "in_validation")
+    options = small_options("in_validation")
 
     def slow():
         real = loop.Training._evaluated
@@ -189,24 +177,19 @@ def test_a_signal_in_a_validation_does_not_wait_for_it(root, undisturbed):
 
 
 def test_a_killed_worker_ends_the_run_with_its_last_iteration_saved(root, undisturbed):
-    options = options_of("SRModel", "orphaned")
-    options["logger"]["save_checkpoint_freq"] = 1000
-    options["train"]["total_iter"] = 300
+    options = small_options("orphaned", total=300, save_every=1000)
     options["val"]["val_freq"] = 1000  # its workers are not meant
     run = Forked(root, options)
     run.reaches(2)
     (worker,) = psutil.Process(run.pid).children()
     worker.kill()
     assert run.wait() == 1
-    said = run.output.read_text()
-    assert "Traceback" not in said
-    assert events(root, "orphaned", "save"), said[-1500:]
+    assert "Traceback" not in run.said
     at = events(root, "orphaned", "save")[-1]["iter"]
     assert at == events(root, "orphaned", "train")[-1]["iter"]
-    assert "a worker that reads samples died" in said
-    assert f"iteration {at} is saved, resume with --auto_resume" in said
-    options = options_of("SRModel", "orphaned")
-    train(root, options, "--auto_resume")
+    assert "a worker that reads samples died" in run.said
+    assert f"iteration {at} is saved, resume with --auto_resume" in run.said
+    train(root, small_options("orphaned"), "--auto_resume")
     assert_equal(weights(root, "orphaned"), undisturbed("SRModel"))
 
 
@@ -215,18 +198,15 @@ def test_the_limit_of_open_files_is_named_and_no_image(root):
         most = len(list(Path("/proc/self/fd").iterdir())) + 12
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
-    options = small_options("limited", num_worker_per_gpu=8)
-    run = Forked(root, options, before=limit)
+    run = Forked(root, small_options("limited", num_worker_per_gpu=8), before=limit)
     assert run.wait() == 1
-    said = run.output.read_text()
-    assert "open files is reached: raise it (ulimit -n" in said
-    assert "Traceback" not in said
-    assert "bad sample" not in said
+    assert "open files is reached: raise it (ulimit -n" in run.said
+    assert "Traceback" not in run.said
+    assert "bad sample" not in run.said
 
 
 def test_a_killed_run_ends_with_the_same_weights(root, undisturbed):
-    options = options_of("SRModel", "killed")
-    options["logger"]["save_checkpoint_freq"] = 2
+    options = small_options("killed", save_every=2)
     for count in (3, 4):
         run = Forked(root, options, "--auto_resume")
         run.reaches(count)
@@ -239,13 +219,11 @@ def test_a_killed_run_ends_with_the_same_weights(root, undisturbed):
     assert_equal(weights(root, "killed"), undisturbed("SRModel"))
 
 
-def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(root, undisturbed):
-    options = options_of("SRModel", "locked")
-    options["train"]["total_iter"] = 10_000
-    run = Forked(root, options)
+def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(root):
+    run = Forked(root, small_options("locked", total=10_000))
     run.reaches(2)
     try:
-        short = {**options, "train": {**options["train"], "total_iter": 2}}
+        short = small_options("locked", total=2)
         for flags in ([], ["--auto_resume"]):
             with pytest.raises(LockedError, match=f"the run locked .* process {run.pid} on "):
                 train(root, short, *flags)
@@ -258,8 +236,7 @@ def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(root, undi
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_sample_is_named_and_the_iterations_before_it_are_saved(root, undisturbed, workers):
     made = make_root(root / f"bad_{workers}")
-    options = without_validation(small_options("bad", num_worker_per_gpu=workers))
-    options["logger"]["save_checkpoint_freq"] = 1000
+    options = small_options("bad", save_every=1000, validates=False, num_worker_per_gpu=workers)
     first = Sampling(SAMPLES, 1, 2, seed=0).shuffled(0)  # of which an epoch takes 3 x 2
     image = made / f"data/LR/image{first[4]}.png"
     whole = image.read_bytes()
@@ -278,7 +255,7 @@ def test_tolerated_bad_samples_are_replaced_and_counted_over_a_resume(root):
     spoilt = [made / f"data/LR/image{number}.png" for number in (3, 5)]
     for image in spoilt:
         image.write_bytes(image.read_bytes()[:100])
-    options = without_validation(small_options("tolerant", skip_bad_samples=2))
+    options = small_options("tolerant", validates=False, skip_bad_samples=2)
     train(made, {**options, "name": "whole"})
     for until in (5, 12):
         options["train"]["total_iter"] = until
@@ -308,9 +285,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_names_of_its_batch(root
 
 
 def test_edits_that_a_resume_leaves_out_are_said_and_can_be_applied(root):
-    options = small_options("edited")
+    options = small_options("edited", total=4)
     options["train"]["scheduler"]["milestones"] = [100]
-    options["train"]["total_iter"] = 4
     train(root, options)
     options["train"]["total_iter"] = 6
     options["train"]["optim_g"]["lr"] = 0.25
@@ -327,7 +303,7 @@ def test_edits_that_a_resume_leaves_out_are_said_and_can_be_applied(root):
 def test_basicsr_itself_goes_on_from_our_checkpoints(root, monkeypatch):
     options = small_options("handed_over")
     options["logger"]["save_best"] = "psnr"
-    train(root, {**options, "train": {**options["train"], "total_iter": 6}})
+    train(root, small_options("handed_over", total=6))
     file = write_options(root / "handed_over.yml", options)
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", ["train.py", "-opt", str(file), "--auto_resume"])
@@ -340,8 +316,7 @@ def test_basicsr_itself_goes_on_from_our_checkpoints(root, monkeypatch):
 
 def test_a_name_that_was_used_is_renamed_and_nothing_of_it_is_lost(root, monkeypatch):
     monkeypatch.setattr(runs.time, "strftime", lambda *_: "20300102_030405")
-    options = small_options("again")
-    options["train"]["total_iter"] = 2
+    options = small_options("again", total=2)
     kept = []
     for seed in range(3):  # two are renamed within a second
         train(root, {**options, "manual_seed": seed})

@@ -10,7 +10,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from test_gan import options_of, root, small_sharpener  # noqa: F401 - fixtures
 from torch import nn
-from training_runs import events, small_options, train, without_validation
+from training_runs import events, small_options, train
 
 from dlgsanet_arch import cli
 from dlgsanet_arch.errors import UserError
@@ -136,8 +136,7 @@ def listing(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_work_is_named_before_anything_is_created(root, monkeypatch, capsys, fault):  # noqa: F811
     change, message = FAULTS[fault]
-    options = small_options("earlier", num_worker_per_gpu=0)
-    options["train"]["total_iter"] = 2
+    options = small_options("earlier", total=2, num_worker_per_gpu=0)
     if not (root / "experiments/earlier").exists():
         train(root, options)
     change(options)
@@ -157,11 +156,10 @@ def test_what_cannot_work_is_named_before_anything_is_created(root, monkeypatch,
 
 
 def test_a_run_that_fails_in_its_first_iteration_replaces_nothing(root):  # noqa: F811
-    options = small_options("first", num_worker_per_gpu=0)
-    options["train"]["total_iter"] = 2
+    options = small_options("first", total=2, validates=False, num_worker_per_gpu=0)
     train(root, options)
     before = listing(root / "experiments")
-    without_validation(options)["network_g"] = {"type": "Fragile"}
+    options["network_g"] = {"type": "Fragile"}
     for flags in ([], ["--no_trial"]):
         with pytest.raises(RuntimeError, match="out of luck"):
             train(root, options, *flags)
@@ -173,8 +171,7 @@ def test_a_run_that_fails_in_its_first_iteration_replaces_nothing(root):  # noqa
 
 
 def test_a_network_is_built_once_and_once_for_its_average(root, monkeypatch):  # noqa: F811
-    options = small_options("counted", num_worker_per_gpu=0)
-    options["train"]["total_iter"] = 2
+    options = small_options("counted", total=2, num_worker_per_gpu=0)
     train(root, options)
     built, real = [], DLGSANet.__init__
 

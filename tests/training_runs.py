@@ -50,20 +50,19 @@ def make_root(folder: Path) -> Path:
     return folder
 
 
-def small_options(name: str, **train_set: Any) -> dict[str, Any]:
+def small_options(
+    name: str, *, total: int = 12, save_every: int = 5, validates: bool = True, **train_set: Any
+) -> dict[str, Any]:
     """Options of a 12-iteration run that crosses epochs, whose workers and validation run too."""
     options = helpers.small_train_options(Path("data"))
     options["name"] = name
-    options["train"]["total_iter"] = 12
+    options["train"]["total_iter"] = total
+    options["train"]["scheduler"]["milestones"] = [3 if total < 50_000 else total // 2]
     options["val"]["val_freq"] = 4
-    options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 5}
+    options["logger"] |= {"print_freq": 1, "save_checkpoint_freq": save_every}
     options["datasets"]["train"] |= {"num_worker_per_gpu": 1, **train_set}
-    return options
-
-
-def without_validation(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the validation out of options."""
-    del options["val"], options["datasets"]["val"]
+    if not validates:
+        del options["val"], options["datasets"]["val"]
     return options
 
 
@@ -102,13 +101,7 @@ def events(root: Path, name: str, event: str) -> list[dict[str, Any]]:
 class Forked:
     """A command in a process of its own, which has all modules already.
 
-    Args:
-        root: Its root folder.
-        options: Its options.
-        flags: More of its command line.
-        verb: What it does.
-        environment: More of its environment.
-        before: Called in that process before it starts.
+    `environment` is added to its own, and `before` is called in it before it starts.
     """
 
     def __init__(
@@ -145,6 +138,11 @@ class Forked:
         finally:
             os._exit(status)
 
+    @property
+    def said(self) -> str:
+        """What it wrote, the last of it."""
+        return self.output.read_text()[-12000:]
+
     def wait(self, seconds: float = 60) -> int:
         """Return its exit status, negative for a signal; killed when it takes too long."""
         until = time.monotonic() + seconds
@@ -157,15 +155,15 @@ class Forked:
         time.sleep(0.5)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise AssertionError(f"the run hangs:\n{self.output.read_text()[-12000:]}")
+        raise AssertionError(f"the run hangs:\n{self.said}")
 
     def reaches(self, iterations: int, seconds: float = 60) -> None:
         """Wait until it has logged that many iterations."""
         until = time.monotonic() + seconds
         while len(events(self._root, self._name, "train")) - self._lines < iterations:
-            assert time.monotonic() < until, self.output.read_text()[-2000:]
+            assert time.monotonic() < until, self.said
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            assert not pid, f"it ended with {status}:\n{self.output.read_text()[-2000:]}"
+            assert not pid, f"it ended with {status}:\n{self.said}"
             time.sleep(0.005)
 
     def signal(self, number: int) -> None:
