@@ -7,7 +7,6 @@ import re
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import cv2
@@ -37,12 +36,11 @@ IMAGES = 5
 
 NETWORKS = {
     "DLGSANet": dict(helpers.SMALL_NETWORK),
-    "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 1},
+    "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 1, "num_in_ch": 3, "num_out_ch": 3},
     "SwinIR": {"type": "SwinIR", "img_size": 14, "window_size": 7, "embed_dim": 12},
 }
-NETWORKS["EDSR"] |= {"num_in_ch": 3, "num_out_ch": 3, "upscale": 2}
-NETWORKS["SwinIR"] |= {"depths": [1], "num_heads": [2], "mlp_ratio": 1, "upscale": 2}
-NETWORKS["SwinIR"] |= {"upsampler": "pixelshuffledirect"}
+NETWORKS["EDSR"]["upscale"] = NETWORKS["SwinIR"]["upscale"] = 2
+NETWORKS["SwinIR"] |= {"depths": [1], "num_heads": [2], "upsampler": "pixelshuffledirect"}
 
 
 class ThirdParty(SRModel):
@@ -120,13 +118,10 @@ def built(kind: type[SRModel], opt: dict) -> SRModel:
     return model
 
 
-def evaluate(
-    model: SRModel, opt: dict, processes: Processes | None = None, writer: Any = None
-) -> Evaluation:
-    processes = processes or Processes()
-    loader = Images(opt["datasets"]["val"], processes)
+def evaluate(model, opt, processes=Processes(), writer=None) -> Evaluation:  # noqa: B008
     adapt(model, processes)
-    return model.validation(loader, 7, writer, opt["val"]["save_img"])
+    images = Images(opt["datasets"]["val"], processes)
+    return model.validation(images, 7, writer, opt["val"]["save_img"])
 
 
 def of_basicsr(model: SRModel, opt: dict) -> dict[str, float]:

@@ -193,23 +193,15 @@ class Pace:
         }
 
 
-def training_line(
-    name: str,
-    epoch: int,
-    iteration: int,
-    rates: Sequence[float],
-    pace: Mapping[str, float],
-    losses: Mapping[str, float],
-) -> str:
-    """Format the line of an iteration as BasicSR does, with pace and GPU memory added."""
-    shown = "".join(f"{rate:.3e}," for rate in rates)
-    eta = datetime.timedelta(seconds=int(pace["eta"]))
-    memory = ""
+def training_line(name: str, found: Mapping[str, Any]) -> str:
+    """Format an iteration's record as BasicSR's line, with pace and GPU memory added."""
+    rates = "".join(f"{rate:.3e}," for rate in found["lr"])
+    eta, memory = datetime.timedelta(seconds=int(found["eta"])), ""
     if torch.cuda.is_available():
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     return (
-        f"[{name[:5]}..][epoch:{epoch:3d}, iter:{iteration:8,d}, lr:({shown})] "
-        f"[eta: {eta}, time (data): {pace['time']:.3f} ({pace['data_time']:.3f}), "
-        f"{pace['samples_per_second']:.1f} samples/s{memory}] "
-        + "".join(f"{key}: {value:.4e} " for key, value in losses.items())
+        f"[{name[:5]}..][epoch:{found['epoch']:3d}, iter:{found['iter']:8,d}, lr:({rates})] "
+        f"[eta: {eta}, time (data): {found['time']:.3f} ({found['data_time']:.3f}), "
+        f"{found['samples_per_second']:.1f} samples/s{memory}] "
+        + "".join(f"{key}: {value:.4e} " for key, value in found["losses"].items())
     )

@@ -98,16 +98,14 @@ class Training:
     def _report_edits(self, said: Progress, *, applied: bool) -> None:
         """Name the options that were edited since, and which of them a resume leaves out."""
         for path, (before, now) in find_edits(self._opt["as_given"], said.options).items():
-            change = f"{path}: was {before!r}, is {now!r} in the option file"
-            if not path.startswith(_KEPT_BY_STATE):
-                self._log.info(f"edited since the run began: {change}")
-            elif applied:
-                self._log.info(f"edited since the run began, and applied: {change}")
-            else:
-                self._log.warning(
-                    f"edited since the run began, and NOT used: {change}; the run continues with "
-                    "what its state holds; --apply_edits applies the option file's"
-                )
+            is_kept = path.startswith(_KEPT_BY_STATE)
+            ignored = is_kept and not applied
+            effect = ", and NOT used" if ignored else ", and applied" if is_kept else ""
+            fix = "; the state's is used unless you add --apply_edits" if ignored else ""
+            (self._log.warning if ignored else self._log.info)(
+                f"edited since the run began{effect}: {path}: was {before!r}, is {now!r} in the "
+                f"option file{fix}"
+            )
 
     def _build_data(self, train_opt: Mapping[str, Any]) -> None:
         opt, processes = self._opt, self._processes
@@ -259,11 +257,13 @@ class Training:
 
     def _print(self) -> None:
         self._losses.check()
-        iteration, epoch, model = self._progress.iteration, self._progress.place.epoch, self.model
-        losses = {name: float(value) for name, value in model.get_current_log().items()}
-        rates, pace = model.get_current_learning_rate(), self._pace.take(iteration)
-        self._log.info(training_line(self._opt["name"], epoch, iteration, rates, pace, losses))
-        self._log.record("train", iter=iteration, epoch=epoch, lr=rates, losses=losses, **pace)
+        iteration = self._progress.iteration
+        losses = {name: float(value) for name, value in self.model.get_current_log().items()}
+        rates, pace = self.model.get_current_learning_rate(), self._pace.take(iteration)
+        found = {"iter": iteration, "epoch": self._progress.place.epoch, "lr": rates}
+        found |= {"losses": losses, **pace}
+        self._log.info(training_line(self._opt["name"], found))
+        self._log.record("train", **found)
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses.items())[:2]})
         if self._log.tensorboard is not None:
             shown = {f"losses/{k}" if k.startswith("l_") else k: v for k, v in losses.items()}
