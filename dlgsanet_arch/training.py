@@ -90,14 +90,13 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     or that cannot work here, is a TrainingError.
 
     Attributes:
-        scaler: The torch.amp.GradScaler of `amp: fp16`, else None; a resume needs its state.
+        scaler: A torch.amp.GradScaler, enabled by `amp: fp16`; a resume then needs its state.
         log_dict: The losses of the last iteration, as tensors on the device, of this process; and
             `grad_norm` where gradients are clipped. All finite, where all is well.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.settings = _settings(opt)
-        self.scaler: torch.amp.GradScaler | None = None
         self.log_dict: dict[str, Tensor] = {}
         # Gradients that overflow in float16 are the scaler's business: it passes the step over.
         self._may_overflow: dict[str, Tensor] = {}
@@ -119,8 +118,8 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             self._autocast()
         except RuntimeError as error:
             raise TrainingError(f"train:amp cannot be used on this device: {error}") from error
-        if self.settings.amp is torch.float16:
-            self.scaler = torch.amp.GradScaler(self.device.type)
+        is_half = self.settings.amp is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_half)
         super().init_training_settings()
         if self.settings.channels_last and self.ema_decay > 0:
             _to_channels_last(self.net_g_ema)
@@ -171,7 +170,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
                 output = output if self.settings.amp is None else output.float()
                 losses = self._losses(output, gt, len(lq) / len(self.lq))
                 loss = sum(losses.values())
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                self.scaler.scale(loss).backward()
             outputs.append(output.detach())
             logs.append({name: loss.detach() for name, loss in losses.items()})
         self.output = outputs[0] if count == 1 else torch.cat(outputs)
@@ -193,27 +192,21 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             weight = 1 if getattr(self.cri_pix, "reduction", "mean") == "sum" else share
             losses["l_pix"] = self.cri_pix(output, gt) * weight
         if self.cri_perceptual:
-            for name, loss in zip(
-                ("l_percep", "l_style"), self.cri_perceptual(output, gt), strict=True
-            ):
-                if loss is not None:
-                    losses[name] = loss * share
+            content, style = self.cri_perceptual(output, gt)
+            found = {"l_percep": content, "l_style": style}
+            losses |= {name: loss * share for name, loss in found.items() if loss is not None}
         return losses
 
     def _step(self) -> None:
         scaler, optimizer = self.scaler, self.optimizer_g
         if self.settings.clip_grad_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad_norm)
-            log = self.log_dict if scaler is None else self._may_overflow
+            log = self._may_overflow if scaler.is_enabled() else self.log_dict
             log["grad_norm"] = norm.detach()
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
 
     def get_current_log(self) -> dict[str, float]:
         """Return the last iteration's losses, the mean over all processes; all must call it."""

@@ -6,9 +6,7 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -124,7 +122,7 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def built(run: Path, train: Mapping = MappingProxyType({}), **network) -> SRModel:
+def built(run: Path, train=(), kind=SRModel, **network) -> SRModel:
     """Build a real SRModel of another network, adapted, with everything a state holds."""
     opt = {
         "num_gpu": 0,
@@ -132,11 +130,11 @@ def built(run: Path, train: Mapping = MappingProxyType({}), **network) -> SRMode
         "dist": False,
         "network_g": {"type": "EDSR", **NETWORK, **network},
         "path": {"experiments_root": str(run), "models": str(run / "models")},
-        "train": copy.deepcopy({**TRAIN, **train}),
+        "train": copy.deepcopy(TRAIN | dict(train)),
         "logger": {"save_checkpoint_freq": 2},
     }
     opt["path"]["training_states"] = str(run / "training_states")
-    model = SRModel(opt)
+    model = kind(opt)
     model.basicsr_save = model.save_network
     adapter.adapt(model, Processes())
     return model
@@ -206,10 +204,8 @@ class WithDiscriminator(SRModel):
         self.save_network(self.net_g, "net_d", current_iter)
 
 
-def test_latest_and_best_are_no_pairs(run):
-    model = built(run)
-    model.__class__ = WithDiscriminator
-    adapter.adapt(model, Processes())
+def test_latest_and_best_are_not_pairs(run):
+    model = built(run, kind=WithDiscriminator)
     checkpoints = saver(model)
     checkpoints.save_latest()
     checkpoints.save_best(31.25, 9)
@@ -239,13 +235,14 @@ def test_only_the_last_pairs_are_kept(model, run, monkeypatch, full_disk):
 
 
 def test_a_second_save_of_an_iteration_writes_the_state_alone(model, run):
-    checkpoints = saver(model)
-    checkpoints.save(progress(5, validate=True))
-    written = (run / "models/net_g_5.pth").stat().st_ino
-    checkpoints.save(progress(5))
-    assert (run / "models/net_g_5.pth").stat().st_ino == written
-    start = find_start(options(), run.parent.parent, auto_resume=True)
-    assert Progress.from_state(start.state).validate is False
+    checkpoints, written = saver(model), run / "models/net_g_5.pth"
+    inodes = []
+    for validate in (True, False):
+        checkpoints.save(progress(5, validate=validate))
+        inodes.append(written.stat().st_ino)
+        start = find_start(options(), run.parent.parent, auto_resume=True)
+        assert Progress.from_state(start.state).validate is validate
+    assert inodes[0] == inodes[1]
 
 
 def save_pair(run: Path, iteration: int, *, labels=("net_g",), checksums=True) -> None:
@@ -269,16 +266,6 @@ def files_of(start: Start) -> dict:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def test_the_newest_pair_is_taken_by_number(run, tmp_path):
-    for iteration in (5, 20, 100):
-        save_pair(run, iteration)
-    (run / "training_states/latest.state").write_bytes(b"stray")  # fault 22
-    (run / "models/net_g_latest.pth").write_bytes(b"stray")
-    start = find_start(options(), tmp_path, auto_resume=True)
-    assert (start.path, start.iteration) == (run / "training_states/100.state", 100)
-    assert files_of(start) == {"network_g": run / "models/net_g_100.pth"}
 
 
 def edit_state(path: Path, **changes) -> None:
@@ -373,9 +360,11 @@ def test_a_named_state_finds_its_weights_beside_it_in_any_run(run, tmp_path):
         find_start(named, tmp_path, auto_resume=False)
 
 
-def test_each_file_of_a_pair_is_read_once(run, tmp_path, monkeypatch):
-    for iteration in (10, 20):
+def test_the_newest_pair_is_taken_by_number_and_each_file_is_read_once(run, tmp_path, monkeypatch):
+    for iteration in (5, 20, 100):
         save_pair(run, iteration, labels=("net_g", "net_d"))
+    (run / "training_states/latest.state").write_bytes(b"stray")  # fault 22
+    (run / "models/net_g_latest.pth").write_bytes(b"stray")
     opened, real = [], io.open
 
     def counted(path, *arguments, **named):
@@ -384,10 +373,12 @@ def test_each_file_of_a_pair_is_read_once(run, tmp_path, monkeypatch):
 
     for module in (io, builtins):
         monkeypatch.setattr(module, "open", counted)
-    find_start({**options(), "network_d": {}}, tmp_path, auto_resume=True)
+    start = find_start({**options(), "network_d": {}}, tmp_path, auto_resume=True)
     monkeypatch.undo()
+    assert (start.path, start.iteration) == (run / "training_states/100.state", 100)
+    assert files_of(start) == {f"network_{x}": run / f"models/net_{x}_100.pth" for x in "gd"}
     read = [path.name for path in opened if path.suffix in (".pth", ".state")]
-    assert sorted(read) == ["20.state", "net_d_20.pth", "net_g_20.pth"]
+    assert sorted(read) == ["100.state", "net_d_100.pth", "net_g_100.pth"]
 
 
 def step(model: SRModel, iteration: int) -> float:

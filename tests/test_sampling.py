@@ -48,13 +48,6 @@ def test_any_iteration_can_be_gone_on_from():
         assert rest == whole[iteration:]
 
 
-def test_the_incomplete_last_batch_of_an_epoch_is_left_out():
-    sampling = Sampling(11, 1, 4)
-    epochs = [batch[0].epoch for batch in sampling.batches(Place(), 6)]
-    assert sampling.batches_an_epoch == 2
-    assert epochs == [0, 0, 1, 1, 2, 2]
-
-
 def test_a_smaller_batch_goes_on_at_the_same_position():
     place = Sampling(20, 1, 8).place_of(1)
     batch = next(Sampling(20, 1, 4).batches(place, 1))

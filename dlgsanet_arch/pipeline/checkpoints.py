@@ -176,7 +176,8 @@ def _plain(value: Any) -> Any:
 
 
 def _scalers(model: Any) -> dict[str, torch.amp.GradScaler]:
-    return {k: v for k, v in vars(model).items() if isinstance(v, torch.amp.GradScaler)}
+    found = {k: v for k, v in vars(model).items() if isinstance(v, torch.amp.GradScaler)}
+    return {name: scaler for name, scaler in found.items() if scaler.is_enabled()}
 
 
 def _state_of(model: Any) -> dict[str, Any]:
