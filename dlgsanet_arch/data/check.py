@@ -6,12 +6,12 @@ BasicSR would fail hours into a run on what is wrong, or read it otherwise witho
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.data.images import Header, ImageError, read_header
+from dlgsanet_arch.data.images import ImageError, read_header
 from dlgsanet_arch.data.listing import Checked, Fault, PairSet, list_images, open_image, size_faults
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import quoted
@@ -45,27 +45,6 @@ class Scan:
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def _read_headers(
-    checked: Checked, names: Sequence[str], changed: dict[tuple[str, str], list[str]]
-) -> tuple[list[Header], dict[str, str]]:
-    """Read the headers of a sample: those of all sides, and faults by part."""
-    headers, faults = [], {}
-    for (part, path), name in zip(checked.set.paths.items(), names, strict=True):
-        try:
-            with open_image(path, name) as file:
-                header = read_header(file)
-        except OSError as error:
-            faults[part] = f"{part.upper()} cannot be opened: {error.strerror}"
-        except ImageError as error:
-            faults[part] = f"{part.upper()} {error.reason}"
-        else:
-            headers.append(header)
-            for kind in CHANGED:
-                if getattr(header, kind):
-                    changed[part, kind].append(name)
-    return headers, faults
-
-
 def _check_headers(checked: Checked) -> None:
     """Check evenly spread samples of a set by the headers of their images."""
     pairs = checked.pairs[:: math.ceil(len(checked.pairs) / MOST_HEADERS) or 1]
@@ -75,7 +54,17 @@ def _check_headers(checked: Checked) -> None:
     changed: dict[tuple[str, str], list[str]] = defaultdict(list)
     paths, sizes = checked.set.paths, []
     for names in pairs:
-        headers, faults = _read_headers(checked, names, changed)
+        headers, faults = [], {}
+        for (part, path), name in zip(paths.items(), names, strict=True):
+            try:
+                with open_image(path, name) as file:
+                    headers.append(read_header(file))
+            except (OSError, ImageError) as error:
+                reason = getattr(error, "reason", None) or f"cannot be opened: {error.strerror}"
+                faults[part] = f"{part.upper()} {reason}"
+            else:
+                for kind in (kind for kind in CHANGED if getattr(headers[-1], kind)):
+                    changed[part, kind].append(name)
         if not faults and checked.set.hr:
             hr, lr = (*headers, None)[:2]
             sizes.append(hr[:2])

@@ -69,8 +69,8 @@ def _notices(layout: str, where: Path, paths: Sequence[PurePath]) -> tuple[str, 
             f"{where} holds images that were cropped before: with the uncropped originals, "
             "figures would be closer to the known ones",
         )
-    others = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
-    others = [name for name in others if not LR.fullmatch(name)]
+    folders = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
+    others = [name for name in folders if not LR.fullmatch(name)]
     if layout == LOOSE and others:
         return (
             f"images in folders of {where} were left out: {', '.join(others)}; to take images of "

@@ -16,10 +16,9 @@ from dlgsanet_arch.errors import UserError
 
 
 class Part(NamedTuple):
-    """HR or LR images: archive, the folder it is unpacked into, and where they may lie."""
+    """HR or LR images: the archive, and the folders that they may lie in."""
 
     archive: str
-    unpacked: str
     folders: tuple[str, ...]
 
 
@@ -36,18 +35,18 @@ class OfficialSet(NamedTuple):
 def _div2k_lr(scale: int) -> Part:
     name = f"DIV2K_train_LR_bicubic_X{scale}"
     together = f"DIV2K_train_LR_bicubic/X{scale}"
-    return Part(f"{name}.zip", name, (together, f"{name}/X{scale}", f"{name}/{together}", name))
+    return Part(f"{name}.zip", (together, f"{name}/X{scale}", f"{name}/{together}", name))
 
 
 def _flickr2k(inside: str) -> Part:
-    return Part("Flickr2K.tar", "Flickr2K", (inside, f"Flickr2K/{inside}"))
+    return Part("Flickr2K.tar", (inside, f"Flickr2K/{inside}"))
 
 
 DIV2K = OfficialSet(
     "DIV2K",
     800,
     "https://data.vision.ee.ethz.ch/cvl/DIV2K/",
-    Part("DIV2K_train_HR.zip", "DIV2K_train_HR", ("DIV2K_train_HR",)),
+    Part("DIV2K_train_HR.zip", ("DIV2K_train_HR",)),
     _div2k_lr,
 )
 FLICKR2K = OfficialSet(
@@ -93,7 +92,7 @@ def _located(part: Part, places: Sequence[Path]) -> Path:
     if folder := _find(part.folders, places):
         return folder
     archive = _find([part.archive], places)
-    extract(archive, places[0] / part.unpacked)
+    extract(archive, places[0] / archive.stem)
     if folder := _find(part.folders, places[:1]):
         return folder
     raise UserError(
