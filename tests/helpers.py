@@ -78,6 +78,20 @@ def write_pairs(folder: Path, count: int, hr_size: tuple[int, int] = (48, 64), s
             assert cv2.imwrite(name, image.clip(0, 255).round().astype(np.uint8)), name
 
 
+def noisy_image(seed: Any, size: tuple[int, int]) -> np.ndarray:
+    """Smooth colours and some noise of a size (height, width), other ones for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, (7, 9, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return (smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Write an image, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
 def small_train_options(data: Path, **changes: Any) -> dict[str, Any]:
     """A complete option file for a 4-iteration CPU run on write_pairs' folders under `data`."""
     pairs = {

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
-from helpers import tree
+from helpers import noisy_image, tree
+from helpers import save_image as save
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark
@@ -25,16 +26,7 @@ SIZE = (27, 34)  # no scale divides a side
 
 
 def made(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A smooth image with some noise, another one for each number."""
-    random = np.random.default_rng(number)
-    coarse = random.integers(0, 256, (4, 5, 3)).astype(np.float32)
-    smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return (smooth + random.normal(0, 5, smooth.shape)).round().clip(0, 255).astype(np.uint8)
-
-
-def save(path: Path, image: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), image)
+    return noisy_image(number, size)
 
 
 def read(path: Path) -> np.ndarray:

@@ -124,10 +124,7 @@ def test_views_and_channels_are_resized_one_by_one(scale):
         (made(4), 2, r"\(4,\)"),
         (made(1, 4, 4, 3), 2, r"\(1, 4, 4, 3\)"),
         (made(0, 4, 3), 2, r"\(0, 4, 3\)"),
-        (made(4, 4), 0, "scale=0"),
-        (made(4, 4), -0.5, "scale=-0.5"),
-        (made(4, 4), float("nan"), "scale=nan"),
-        (made(4, 4), float("inf"), "scale=inf"),
+        *((made(4, 4), scale, f"scale={scale}") for scale in (0, -0.5, np.nan, np.inf)),
     ],
 )
 def test_what_cannot_be_resized_is_named(image, scale, named):

@@ -5,7 +5,6 @@ import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import cv2
 import lmdb
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ from basicsr.utils.lmdb_util import LmdbMaker
 from basicsr.utils.matlab_functions import imresize
 from helpers import decoded_entries as entries
 from helpers import entries as raw_entries
+from helpers import noisy_image
+from helpers import save_image as save
 from processes import started
 
 from dlgsanet_arch import files
@@ -29,16 +30,7 @@ CROP, STEP = 96, 60
 
 
 def image(name: str, height: int = 205, width: int = 250) -> np.ndarray:
-    """Smooth colours and some noise, other ones for every name."""
-    rng = np.random.default_rng(list(name.encode()))
-    coarse = rng.uniform(0, 255, (7, 9, 3)).astype(np.float32)
-    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return (smooth + rng.normal(0, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), pixels)
+    return noisy_image([*name.encode()], (height, width))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import lmdb
 import numpy as np
 import pytest
 import yaml
-from helpers import decoded, entries
+from helpers import decoded, entries, save_image
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import demo, verify
@@ -27,9 +27,8 @@ def photograph(name: str) -> np.ndarray:
 
 
 def save(folder: Path, *names: str, reduce=lambda image: image) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        assert cv2.imwrite(str(folder / name), reduce(photograph(name)[:288, :360]))
+        save_image(folder / name, reduce(photograph(name)[:288, :360]))
 
 
 def halved(hr: np.ndarray) -> np.ndarray:
