@@ -37,34 +37,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def together(
-    root: Path,
-    options: dict,
-    *flags: str,
-    launcher: str = "pytorch",
-    world: int = 2,
-    **more: Any,
-) -> list[Forked]:
+VARIABLES = {
+    "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+}
+
+
+def together(root: Path, options: dict, *flags: str, launcher="pytorch", world=2, **more: Any):
     """Run a verb in several processes, with the variables that torchrun or srun sets."""
     port = str(options.get("dist_params", {}).get("port") or free_port())
-    names = {
-        "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-        "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-    }[launcher]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if launcher == "slurm":
         meeting = {"SLURM_NODELIST": "127.0.0.1,other"}
-    flags = ("--launcher", launcher, *flags)
-    return [
-        Forked(
-            root,
-            options,
-            *flags,
-            environment=meeting | dict(zip(names, map(str, (rank, rank, world)), strict=True)),
-            **more,
-        )
-        for rank in range(world)
-    ]
+    runs = []
+    for rank in range(world):
+        own = dict(zip(VARIABLES[launcher], map(str, (rank, rank, world)), strict=True))
+        environment = meeting | own
+        flags_of = ("--launcher", launcher, *flags)
+        runs.append(Forked(root, options, *flags_of, environment=environment, **more))
+    return runs
 
 
 def statuses(runs: list[Forked], seconds: float = 100) -> list[int]:

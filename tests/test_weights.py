@@ -91,7 +91,6 @@ def test_the_weights_that_are_meant_are_found(save, found, tmp_path, layout, tes
     save(content if is_dict else content[""])
     for train, used in ((False, tested), (True, trained)):
         options = options_of(EDSR, train=train, pretrain_network_g="weights.pth")
-        options.get("train", {}).pop("ema_decay", None)
         result = found(options, train)
         assert (result.problems, result.keys) == ([], {"network_g": used})
         does = "network_g starts from" if train else "testing"
@@ -168,17 +167,9 @@ def test_every_network_of_a_training_is_checked(save, found):
     assert found(options).problems == []  # a test has no use for it
 
 
-def test_averages_must_start_from_something(save, found):
-    options = options_of(EDSR, train=True, pretrain_network_g=save(state(EDSR)))
-    (problem,) = found(options, train=True).problems
-    assert "has neither the key params nor params_ema" in problem
-    options["train"]["ema_decay"] = 0
-    assert found(options, train=True).problems == []
-
-
 def test_the_average_starts_from_the_averaged_weights_where_there_are_any(save, found):
     options = options_of(EDSR, train=True, pretrain_network_g="weights.pth")
-    for content, expected in (({"params": 1, "params_ema": 2}, 2), ({"params": 1}, 1)):
+    for content, expected in (({"params": 1, "params_ema": 2}, 2), ({"state_dict": 1}, 1)):
         save({key: constant(state(EDSR), value) for key, value in content.items()})
         model = found(options, train=True).model
         assert (first_value(model.net_g), first_value(model.net_g_ema)) == (1, expected)

@@ -15,7 +15,6 @@ from dlgsanet_arch.averaging import bare
 from dlgsanet_arch.checkpoint import check_compatible, read_weights
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Context
-from dlgsanet_arch.options.context import is_number
 from dlgsanet_arch.pipeline.checkpoints import Start
 from dlgsanet_arch.storage import CheckpointError, is_safetensors, read_pth
 
@@ -56,15 +55,8 @@ def _named(context: Context, key: str) -> Source | None:
             f"param_key_{label}: {there}"
         )
     weights = averaged = read_weights(file, used)
-    decay = context.section("train").get("ema_decay", 0)
-    if keys and context.train and label == "g" and is_number(decay) and decay > 0:
-        other = next((each for each in ("params_ema", "params") if each in keys), None)
-        if other is None:
-            raise CheckpointError(
-                f"{file} has neither the key params nor params_ema, one of which BasicSR needs to "
-                "start the averaged weights of train:ema_decay; save the state dict under params"
-            )
-        averaged = weights if other == used else read_weights(file, other)
+    if context.train and "params_ema" in keys:
+        averaged = read_weights(file, "params_ema")
     strict = bool(paths.get(f"strict_load_{label}", True))
     return Source(f"path:pretrain_{key}", file, used, weights, averaged, strict)
 
