@@ -150,7 +150,7 @@ def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Te
             the first of `WEIGHT_KEYS` that is there, else the file as a bare state dict.
 
     Returns:
-        The state dict, its tensors on the CPU, its names without the prefixes of wrappers.
+        The state dict on the CPU, its names without the prefixes of wrappers.
 
     Raises:
         CheckpointError: The file cannot be read, is damaged or not a checkpoint, holds objects

@@ -36,7 +36,6 @@ BOUNDS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
 CHECKED_SIZES = ((1, 31, 45), (3, 1, 16), (2, 40, 64))
 CHECKED_BATCHES = (1, 2, 3)  # of files with a fixed size
 _EXAMPLE = (2, 24, 28)  # all 2 or more, or the exporter takes them for constants
-_LARGEST_FILE = 1 << 31  # of protobuf
 _DOMAIN = "dlgsanet"  # of what is not an operator of ONNX's, while a file is made
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -288,9 +287,7 @@ def _compare(
     return Comparison(tuple(image.shape), difference, seconds, in_pytorch)
 
 
-def _check_arguments(
-    path: Path, dtype: Precision, size: tuple[int, int] | None, checkpoint: Checkpoint
-) -> None:
+def _check_arguments(path: Path, dtype: Precision, size: tuple[int, int] | None) -> None:
     if path.suffix not in FORMATS:
         raise ExportError(f"{path}: the name must end in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
@@ -306,8 +303,6 @@ def _check_arguments(
             "bf16 in ONNX cannot be checked, as ONNX Runtime has no bf16 convolutions on a CPU; "
             "take fp16 or fp32, or a .pt2 file"
         )
-    if 4 * checkpoint.parameters >= _LARGEST_FILE:
-        raise ExportError(f"{checkpoint.parameters:,} parameters do not fit into one ONNX file")
     _require("onnx", "onnxscript", "onnxruntime")
     if not hasattr(torch.onnx, "ops"):
         raise ExportError(f"ONNX files need PyTorch 2.8 or later; this is {torch.__version__}")
@@ -342,7 +337,7 @@ def export(
         ExportError: It cannot be exported so, differs from the network, or a package is missing.
     """
     path = Path(path)
-    _check_arguments(path, dtype, size, checkpoint)
+    _check_arguments(path, dtype, size)
     windows = bool(checkpoint.config["tlc_flag"]) and size is not None
     fitting = Checkpoint(checkpoint.weights, {**checkpoint.config, "tlc_flag": windows})
     facts = {

@@ -139,13 +139,8 @@ class HubMixin:
     ) -> str:
         """Create a repository on the Hugging Face Hub if need be, and upload the network to it.
 
-        Args:
-            repo_id: "owner/name".
-            notes: As in `save_pretrained`.
-            options: `private` and `token`.
-
-        Returns:
-            The address of the commit.
+        `repo_id` is "owner/name", `notes` are those of `save_pretrained`, and options `private`
+        and `token`. Returns the address of the commit.
         """
         api = _hub().HfApi(token=options.get("token"))
         repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id

@@ -25,14 +25,8 @@ _SYMMETRIES: tuple[Run, ...] = (
 def self_ensemble(run: Run, image: Tensor, symmetries: Sequence[Run] = _SYMMETRIES) -> Tensor:
     """Return the mean of `run` over the eight flips and rotations of an image, each turned back.
 
-    Args:
-        run: Maps (B, C, H, W) to (B, C', s·H, s·W), for images on their side too.
-        image: (B, C, H, W).
-        symmetries: Those to take together.
-
-    Returns:
-        (B, C', s·H, s·W). A `run` that turns with the image is unchanged, to the bit: means are
-        taken of two at a time.
+    `run` maps (B, C, H, W) to (B, C', s·H, s·W). If it turns with the image, its result is
+    unchanged, to the bit: means are taken of two at a time.
     """
     if not symmetries:
         return run(image)
@@ -161,13 +155,10 @@ def run_in_tiles(run: Run, image: Tensor, scale: int, tile: int, overlap: int) -
 
     Args:
         run: Maps (B, C, h, w) to (B, C', scale·h, scale·w).
-        image: (B, C, H, W) of any size; along a side shorter than a tile there is one.
+        image: (B, C, H, W) of any size.
         scale: How much larger the result is.
         tile: Side of a tile, in pixels of `image`.
         overlap: What neighbouring tiles share at least, in pixels of `image`.
-
-    Returns:
-        (B, C', scale·H, scale·W), where `run` leaves it and in its dtype.
 
     Raises:
         ValueError: An argument is out of range, or `run` gives another size than `scale` says.

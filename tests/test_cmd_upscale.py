@@ -170,7 +170,6 @@ def test_requests_that_cannot_be_met_are_named(call, tmp_path, capsys):
     ):
         assert said in call(*more, status=1).err
     for more, said in (
-        (("--device", "cuda:0,cuda:1"), "here with --device cuda:0 --shard 1/2; --device cuda:1"),
         (("--shard", "4/3"), "'4/3' is not a part"),
         (("--quality", "101"), "must be 1 to 100"),
     ):

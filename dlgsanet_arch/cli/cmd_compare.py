@@ -48,16 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_result(place: Path, name: str) -> Path:
-    """Find a method's result of an image.
+    """Find a method's result of an image: a file, or the only one of a folder by its name.
 
-    Args:
-        place: The result, or a folder of results.
-        name: The image's name without its ending. In a folder the result has this name, or
-            begins with it and continues with no letter or digit, or with a scale: `baby_EDSR.png`,
-            `baby-x4.png`, `babyx4.png`.
-
-    Raises:
-        UserError: There is not exactly one.
+    That is the image's name, or begins with it and continues with no letter or digit, or with a
+    scale: `baby_EDSR.png`, `baby-x4.png`, `babyx4.png`. UserError for none or several.
     """
     from dlgsanet_arch.data.finding import SUFFIXES
 

@@ -34,17 +34,6 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def _device(text: str) -> str:
-    names = text.split(",")
-    if len(names) > 1:
-        commands = [f"--device {name} --shard {i}/{len(names)}" for i, name in enumerate(names, 1)]
-        raise argparse.ArgumentTypeError(
-            f"{text!r} names several devices: start one process for each of them, here with "
-            + "; ".join(commands)
-        )
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
@@ -72,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     text = "cpu, cuda, cuda:1 or mps (default: a GPU if there is one, else the CPU)"
-    add("--device", type=_device, metavar="NAME", help=text)
+    add("--device", metavar="NAME", help=text)
     text = "tiles, or images of one size, that are computed together (default: 1)"
     add("--batch", type=int, default=1, metavar="N", help=text)
     text = "the I-th of N parts of a folder, to divide it among GPUs and machines"
@@ -87,11 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Screen:
-    """Shows a bar over images, or over the tiles of one, and says what happened.
-
-    Args:
-        total: How many images there are.
-    """
+    """Shows a bar over images, or over the tiles of one, and says what happened."""
 
     def __init__(self, total: int) -> None:
         from dlgsanet_arch.progress import progress_bar
@@ -162,11 +147,7 @@ def _check_tiles(upscaler, jobs) -> int:
 
 @exit_status
 def main(argv: Sequence[str] | None = None) -> int:
-    """Enlarge images.
-
-    Returns:
-        0, or 1 where an image could not be done.
-    """
+    """Enlarge images; 1 where one could not be done."""
     args = build_parser().parse_args(argv)
     clean_up_on_sigterm()
     try:

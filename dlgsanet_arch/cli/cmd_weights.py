@@ -29,24 +29,22 @@ ACTIONS = {
 }
 
 
+def _note(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as tlc_flag=false")
+    return name, value
+
+
 def _argument(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE, the value as option files have it."""
     import yaml
 
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as tlc_flag=false")
+    name, value = _note(text)
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{value!r} cannot be read as YAML") from error
-
-
-def _note(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TEXT, such as licence=Apache-2.0")
-    return name, value
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -63,15 +63,7 @@ def from_pillow(image: Any) -> NDArray:
 
 
 def _fill(colour: Tensor, seen: Tensor) -> Tensor:
-    """Continue colours into where nothing is seen: the mean of ever larger surroundings.
-
-    Args:
-        colour: (1, C, H, W).
-        seen: (1, 1, H, W), the weight of each pixel's colour, not all zero.
-
-    Returns:
-        (1, C, H, W), equal to `colour` where `seen` is not zero.
-    """
+    """Continue colours (1, C, H, W) into where `seen` (1, 1, H, W) is 0, by means around it."""
     if bool((seen > 0).all()):
         return colour
     coarse_seen = F.avg_pool2d(seen, 2, ceil_mode=True)
@@ -85,10 +77,6 @@ def fill_transparent(colour: NDArray[Depth], alpha: NDArray[Depth]) -> NDArray[D
     """Give transparent pixels the colours around them; those with any opacity keep their own.
 
     A file often holds black there, which the network would draw into the rim of what is seen.
-
-    Args:
-        colour: (H, W, C), not multiplied by alpha.
-        alpha: (H, W, 1).
     """
     if alpha.all() or not alpha.any():
         return colour
@@ -101,10 +89,6 @@ def keep_flat(made: NDArray[Depth], alpha: NDArray[Depth]) -> None:
     """Write alpha where it is the same all around: opaque stays opaque, and clear stays clear.
 
     The network gives nearly that, and one level less shows what is behind.
-
-    Args:
-        made: (H', W', 1), enlarged alpha; is written to.
-        alpha: (H, W, 1).
     """
     plane = torch.from_numpy(alpha.astype(np.float32)).permute(2, 0, 1)[None]
     most, least = (F.max_pool2d(sign * plane, 3, 1, 1) * sign for sign in (1, -1))

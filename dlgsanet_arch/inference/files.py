@@ -33,45 +33,32 @@ NOT_READ = frozenset(_OTHERS.split())
 
 @dataclass(frozen=True)
 class Job:
-    """An image to be enlarged.
-
-    Args:
-        source: Its file.
-        target: What is to be written.
-        instead: What is written where the target's format cannot hold the image; None for nothing.
-        fault: Why it cannot be done, where that is known before it is read.
-    """
+    """An image to be enlarged."""
 
     source: Path
     target: Path
-    instead: Path | None = None
-    fault: str = ""
+    instead: Path | None = None  # written where the target's format cannot hold the image
+    fault: str = ""  # why it cannot be done, where that is known before it is read
 
 
 def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
     """Find the images below a folder, each folder read once, outside of the folder of results.
 
-    Returns:
-        The images, sorted; folders that cannot be read, as jobs; and how many files there are with
-        each suffix of `NOT_READ`.
+    Also folders that cannot be read, as jobs; and the number of files by suffix of `NOT_READ`.
     """
-    found, left, errors = [], Counter(), []
-    pending, seen = [folder], set()
-    for top in pending:  # grows: links come last, what is reachable without one is named so
-        for current, folders, names in os.walk(top, onerror=errors.append):
-            real = os.path.realpath(current)
-            if real in seen or f"{real}/".startswith(out):
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths = [Path(current, name) for name in folders]
-            pending += [path for path in paths if path.is_symlink()]
-            for path in (Path(current, name) for name in names if not name.startswith(".")):
-                # A link to nothing is named when it is read.
-                if path.suffix.lower() in READ and (os.path.isfile(path) or path.is_symlink()):
-                    found.append(path)
-                left[path.suffix.lower()] += path.suffix.lower() in NOT_READ
+    found, left, errors, seen = [], Counter(), [], set()
+    for current, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        real = os.path.realpath(current)
+        if real in seen or f"{real}/".startswith(out):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(current, name) for name in names if not name.startswith(".")):
+            # A link to nothing is named when it is read.
+            if path.suffix.lower() in READ and (os.path.isfile(path) or path.is_symlink()):
+                found.append(path)
+            left[path.suffix.lower()] += path.suffix.lower() in NOT_READ
     faults = [
         Job(Path(each.filename), Path(), fault=f"cannot be read: {each.strerror}")
         for each in errors
@@ -170,11 +157,7 @@ def listed(left: Counter[str]) -> str:
 def _read(job: Job, scale: float) -> tuple[StoredImage, Path, list[str]]:
     """Decode an image, decide on the file of its result, and make the folder for that.
 
-    Returns:
-        The image, the file, and sentences on what is changed or left out.
-
-    Raises:
-        UserError: It cannot be read, or its result not be written: found before it is computed.
+    Returns them with sentences on what is changed; what cannot be written is found here already.
     """
     if job.fault:
         raise UserError(job.fault)

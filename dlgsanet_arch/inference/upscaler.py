@@ -70,27 +70,18 @@ class Upscaler:
 
     Args:
         weights: A file of weights, the name of bundled ones, or a checkpoint that was read. None
-            takes the bundled ones. They must be for 1 or 3 channels: a network for colour sees
-            gray as three equal channels, one for gray sees each channel alone.
-        device: Where the network runs. None takes CUDA where it is available, else MPS, else the
-            CPU.
+            takes the bundled ones. A network for colour sees gray as three equal channels, one for
+            gray sees each channel alone.
+        device: None takes CUDA where it is available, else MPS, else the CPU.
         dtype: "fp32", or "bf16" or "fp16" by autocast: faster on GPUs.
         tile: Side of the tiles that an image is computed in, in its own pixels; 0 computes it
             whole, "auto" does so where memory suffices.
         overlap: What neighbouring tiles share, in pixels of the image; half a tile at most.
         ensemble: Whether the mean over eight flips and rotations is taken.
         batch: How many tiles, or images of one size, are computed together at most.
-        scale: How many times larger the sides become. Other than the network's, its result is
-            resized. None takes the network's.
+        scale: None takes the network's; to reach another, its result is resized.
         config: Arguments of the network that are known better than the file states them.
-        notice: Takes a sentence where something was done otherwise than requested, such as smaller
-            tiles. None warns.
-
-    Attributes:
-        checkpoint: What was read.
-        scale: How many times larger the sides become.
-        device: Where the network is.
-        network: The network.
+        notice: Takes a sentence on what was done otherwise than requested; None warns.
 
     Raises:
         UpscaleError: An argument is out of range, or the device cannot do what is requested.
@@ -154,17 +145,13 @@ class Upscaler:
             self._notice(f"{self._dtype} is slower than fp32 on a CPU and needs more memory")
 
     def __call__(self, image: Any, progress: Progress | None = None) -> Any:
-        """Enlarge an image, or a batch as a tensor.
+        """Enlarge an image, or a batch as a tensor, and return the same kind of thing.
 
         Args:
-            image: An array (H, W) or (H, W, 1) of gray, (H, W, 2) of gray and alpha, (H, W, 3) of
-                RGB or (H, W, 4) of RGB and alpha, uint8 or uint16; a tensor (B, 3, H, W) or
-                (B, 1, H, W), floats in [0, 1]; a Pillow image; or the path of an image's file.
+            image: An array (H, W) or (H, W, C), uint8 or uint16, of gray, gray and alpha, RGB, or
+                RGB and alpha; a tensor (B, 3, H, W) or (B, 1, H, W), floats in [0, 1]; a Pillow
+                image; or the path of an image's file, for which an array is returned.
             progress: Called with the number of tiles done and of all.
-
-        Returns:
-            The same kind of thing, of a file an array; its sides `scale` times as long: gray stays
-            gray, the dtype and a tensor's device stay, and values are clipped to the range.
 
         Raises:
             UpscaleError: `image` is of another shape, dtype or range, memory does not suffice, or

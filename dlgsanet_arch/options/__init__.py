@@ -34,18 +34,14 @@ def problems(
     root: Path,
     registered: Registered | None,
 ) -> list[str]:
-    """List what is wrong with options; nothing is read into memory.
+    """List what is wrong with options, one line a problem: the key's path, the fault, the fix.
 
     Args:
         options: As `load` returns them.
         train: Whether they are to train, else to test.
         root: The folder that relative paths start from.
-        registered: What is in each of BasicSR's registries by name, under "arch", "model",
-            "dataset", "metric" and "loss"; a registry that is absent, or None for all, is not
-            checked.
-
-    Returns:
-        One line a problem: the key's path, what is wrong, the fix.
+        registered: What is in BasicSR's registries "arch", "model", "dataset", "metric" and
+            "loss" by name; one that is absent, or None for all, is not checked.
     """
     found, sound = compare(Context(options, train, root, registered))
     context = Context(sound, train, root, registered)
@@ -53,11 +49,7 @@ def problems(
 
 
 def refuse(found: Sequence[str]) -> None:
-    """Raise one error for all problems, if there are any.
-
-    Raises:
-        OptionsError: Lists them, one a line.
-    """
+    """Raise an OptionsError that lists all problems, if there are any."""
     if found:
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
         raise OptionsError("\n  ".join([f"the options have {count}:", *found]))

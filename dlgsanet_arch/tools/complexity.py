@@ -108,16 +108,9 @@ def measure(
 ) -> tuple[float, int | None]:
     """Measure forwards of an image (1, 3, H, W) in eval mode and float32, after a warm-up.
 
-    Args:
-        net: The network; it is moved to the device.
-        height: H.
-        width: W.
-        device: cpu or cuda.
-        runs: How many are timed; by default 1 on a CPU, and 10 on a GPU.
-
     Returns:
-        The median time in seconds; and the peak of memory in bytes beyond weights and input, None
-        where the system does not state it.
+        The median time in seconds of `runs` (by default 1 on a CPU, 10 on a GPU); and the peak of
+        memory in bytes beyond weights and input, None where the system does not state it.
     """
     net = net.eval().to(device)
     x = torch.rand(1, 3, height, width, device=device)
@@ -149,11 +142,10 @@ def evaluate(
         network: A key of PUBLISHED.
         output: Height and width to reach; the input has a scale-th of each, rounded down.
         device: cpu or cuda; None for counts only.
-        runs: Timed forwards.
+        runs: As in `measure`.
 
     Returns:
-        A flat record for JSON and CSV. None stands for what was not measured or is not known;
-        `fault` says why a network could not be measured.
+        A flat record for JSON and CSV; None stands for what is not known.
     """
     name, scale = network
     height, width = (side // scale for side in output)

@@ -263,11 +263,7 @@ def report() -> list[Problem]:
 def fix(problems: Sequence[Problem], *, yes: bool) -> int:
     """Show the pip commands that fix problems, ask unless `yes`, run them, and report again.
 
-    Returns:
-        0 where no problem is left, else 1.
-
-    Raises:
-        UserError: pip is absent, or fails.
+    Returns 0 where no problem is left, else 1; UserError where pip is absent, or fails.
     """
     commands = list(dict.fromkeys(each for problem in problems for each in problem.commands))
     if not commands:

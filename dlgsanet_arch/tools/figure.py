@@ -209,11 +209,7 @@ def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> list[_
 def draw(comparisons: Sequence[Comparison]) -> Any:
     """Draw for each comparison the whole image with the detail marked, and each panel's crop.
 
-    Returns:
-        A figure of matplotlib's, the comparisons one below the other.
-
-    Raises:
-        UserError: matplotlib is not installed.
+    Returns a figure of matplotlib's; UserError where that is not installed.
     """
     try:
         from matplotlib.figure import Figure

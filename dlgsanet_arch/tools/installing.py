@@ -27,13 +27,9 @@ def build_paths() -> list[Path]:
 
 
 def run_pip(python: Path | str, verb: str, *arguments: object, paths: Sequence[Path] = ()) -> bool:
-    """Run that Python's pip; return whether it worked. Prints the larger downloads.
+    """Run that Python's pip, `paths` first in PYTHONPATH; return whether it worked.
 
-    Args:
-        python: The environment's Python.
-        verb: install or uninstall.
-        arguments: What to install, and options.
-        paths: Folders for PYTHONPATH, first.
+    Prints the larger downloads.
     """
     others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *others])}

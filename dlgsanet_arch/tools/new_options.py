@@ -142,16 +142,9 @@ def _hold_out(sources: Sequence[Source], folder: Path) -> list[Source]:
 def _make_sets(
     asked: argparse.Namespace, hr: Path | None, name: str, patch: int
 ) -> tuple[dict[str, Path], str, list[str]]:
-    """Make the data sets that are not prepared yet.
+    """Make the data sets that are not prepared yet; `hr` is an LMDB of HR sub-images, if given.
 
-    Args:
-        asked: Arguments of `dlgsanet new-options`.
-        hr: LMDB of HR sub-images, where it is given.
-        name: Of the training set.
-        patch: Side of a patch in LR pixels.
-
-    Returns:
-        The paths `hr`, `lr`, `val_hr` and `val_lr`; the name of the validation set; and reports.
+    Returns the paths `hr`, `lr`, `val_hr` and `val_lr`; the validation set's name; and reports.
     """
     settings = {"workers": usable_cores(), "skip_bad": asked.skip_bad, "overwrite": asked.overwrite}
     scales, reports = [asked.scale], []
@@ -209,11 +202,7 @@ def _write(files: Sequence[Path], values: Mapping[str, Any], root: Path) -> None
 def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """Find or make the data sets, and write an option file to train and one to test.
 
-    Args:
-        asked: Arguments of `dlgsanet new-options`.
-
-    Returns:
-        The files, and notes for the user.
+    Takes the arguments of `dlgsanet new-options`, and returns the files and notes for the user.
 
     Raises:
         UserError: Something is wrong with the arguments, images, weights, memory or disk.

@@ -97,13 +97,8 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 def load(path: Path, *, param_key: str | None = None, **options: Any) -> Weights:
     """Read weights, and find the row of the table that they belong to.
 
-    Args:
-        path: `.pth` or `.safetensors`.
-        param_key: As in `read_checkpoint`.
-        options: `Upscaler`'s: device, dtype, tile, ensemble.
-
-    Raises:
-        CheckpointError: The file cannot be used.
+    `path` and `param_key` are those of `read_checkpoint`, the options `Upscaler`'s: device, dtype,
+    tile, ensemble.
     """
     checkpoint = read_checkpoint(path, param_key)
     nearest, differing = nearest_published(checkpoint.config)
