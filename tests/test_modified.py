@@ -746,6 +746,7 @@ INCONSISTENT = {
     "padding": _set(f"{LOCAL_FFN}.dwconv", padding=(0, 0)),
     "other layer": lambda net: put(net, f"{LOCAL_FFN}.project_in", Conv1x1(12, 8, 1, bias=False)),
     "other width": lambda net: put(net, LOCAL_FFN, network.GDFN(8, 8)),
+    "other groups": lambda net: put(net, f"{MHDLSA}.conv", network.FilterGenerator(12, 5, 3)),
     "other attention": lambda net: put(net, GSA, network.SparseGSA(8, 4, "relu", 4)),
 }
 
