@@ -116,6 +116,8 @@ def _examine(names: Sequence[str], each: PairSet, sizes: Sequence[Size]) -> Samp
             images.append(decode_8_bits(read_image(path, name), path / name, least=1).pixels)
         except ImageError as error:
             faults.append(f"{part.upper()} {error.reason}")
+        except MemoryError:
+            faults.append(f"{part.upper()} takes more memory than there is")
     if faults:
         return Sample(faults)
     digest = pixel_digest(images[0])
