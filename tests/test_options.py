@@ -95,7 +95,6 @@ def testing(option_root):
         {"train:scheduler": COSINE | {"restart_weights": [1, 0.5], "eta_min": 1e-7}},
         {"datasets:train:prefetch_mode": "cuda", "datasets:train:pin_memory": True},
         {"val:metrics:psnr:better": "higher", "val:metrics:psnr:input_order": "HWC"},
-        {"train:scheduler:restarts": [0, 3], "train:scheduler:restart_weights": [1, 1]},
         {"x_common": {"a": {"b": 1}}, "x-more": [1], "x_empty": None},
         {"datasets:train:color": "y", "datasets:val:color": "y", "network_g:in_chans": 1},
         {"train:total_iter": 4e0, "val:val_freq": 5e3, "logger:print_freq": 1e2, "num_gpu": 0},
@@ -153,8 +152,8 @@ datasets:val:io_backend:type=file => datasets:val:io_backend:type: 'file' is …
 val:val_freq=0 => val:val_freq: must be above 0; got 0
 path:pretrain_network_g=~no-such-user/x => path:pretrain_network_g: names an unknown user … ./~no
 network_g:dim='12' => network_g:dim: must be a number without quotes
-network_g:activation=1 => network_g:activation: 1 is not known; there are: 'relu'
-network_g:buildblock_type=sparsedge => network_g:buildblock_type: 'sparsedge' is … 'sparseedge'?
+network_g:activation=1 => network_g:activation: must be text
+network_g:buildblock_type=sparsedge => network_g:buildblock_type: … one of 'sparseedge'
 
 a=1 => a: SRModel does not read it; delete it
 netowrk_d={type: EDSR} => netowrk_d: … did you mean 'network_d'?
@@ -210,6 +209,9 @@ train:total_itres=4 => train:total_itres: TwoStepModel does not read it; did you
     ({"train:scheduler": COSINE}, """
 train:scheduler:periods=[2, 1] => train:scheduler:periods: their sum, 3, is less than train:total_
 train:scheduler:periods=- => train:scheduler:periods: missing
+"""),
+    ({"train:scheduler:restarts": [0, 3], "train:scheduler:restart_weights": [1, 1]}, """
+val:tile=~ => train:scheduler:milestones: 3 is a restart too
 """),
     ({"datasets:val:io_backend": LMDB, "datasets:val:dataroot_gt": "pairs.lmdb"}, """
 val:tile=~ => datasets:val:dataroot_lq: … LR is not an LMDB by its name … `type: disk`

@@ -7,6 +7,7 @@ step can show, such as arguments that a loss refuses, is found when the pipeline
 
 from collections.abc import Iterator
 
+from dlgsanet_arch.arguments import check_arguments
 from dlgsanet_arch.configs import DEFAULTS
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options.context import Context, optimizers
@@ -16,11 +17,17 @@ _REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
 
 
 def _network(context: Context) -> Iterator[str]:
-    """The network must enlarge by `scale`; SwinIRModel pads images by its window."""
+    """The network can be built and enlarges by `scale`; SwinIRModel pads images by its window."""
     scale, network = context.options.get("scale"), context.section("network_g")
     found = {**network}
     if network.get("type") == "DLGSANet":
         found = {**DEFAULTS, **network}
+        try:
+            if None not in network.values():  # else a wrong one is reported already
+                check_arguments(found)
+        except ValueError as error:
+            yield f"network_g:{str(error).split()[0]}: {error}"
+            return
         found["upscale"] = 1 if found["upsampler"] == "" else found["upscale"]
     for name in ("upscale", "scale"):
         if scale is not None and found.get(name) not in (None, scale):
@@ -59,6 +66,11 @@ def _training(context: Context) -> Iterator[str]:
         yield (
             f"{path}:periods: their sum, {sum(starts)}, is less than train:total_iter {total}"
             ", where BasicSR's schedule fails; make the last period longer"
+        )
+    for milestone in sorted({*(scheduler.get("milestones") or ())} & {*(starts or ())}):
+        yield (
+            f"{path}:milestones: {milestone} is a restart too, and BasicSR then passes over "
+            "the milestone; remove one of them"
         )
     if None not in (starts, weights) and len(starts) != len(weights):
         yield (
