@@ -1,7 +1,6 @@
 """Option files and overriding entries, read: YAML in which 5e-4 is a number."""
 
 import copy
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,10 @@ from dlgsanet_arch.options.context import OptionsError
 
 # What PyYAML raises on text that is not YAML, and on tags that do not fit their values.
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+
+
+_MOST_BYTES = 1 << 17  # shipped files have 4 thousand; reading a million takes half a minute
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,6 +42,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _check_size(options: Any, path: Path) -> None:
+    """Refuse anchors that hold themselves, or that multiply one another."""
+    left, count = [options], 0
+    while left:
+        each = left.pop()
+        left.extend(each.values() if isinstance(each, dict) else each if type(each) is list else ())
+        count += 1
+        if count > _MOST_VALUES:
+            fault = f"{path} has more than {_MOST_VALUES:,} values, by anchors within anchors"
+            raise OptionsError(f"{fault}; write fewer")
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read an option file: YAML whose top level is a mapping.
 
@@ -49,8 +64,13 @@ def load(path: Path) -> dict[str, Any]:
             not YAML or has a key twice (with line and column), or is not a mapping.
     """
     try:
-        options = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        json.dumps(options, default=str, skipkeys=True)  # fails where an anchor holds itself
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            fault = f"{path} has more than {_MOST_BYTES:,} characters"
+            raise OptionsError(f"{fault}; an option file has a few thousand")
+        options = yaml.load(text, Loader=_Loader)
+        _check_size(options, path)
     except FileNotFoundError:
         near = suggest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
         raise OptionsError(f"option file {path} does not exist{near}") from None
