@@ -10,6 +10,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from test_gan import options_of, root, small_sharpener  # noqa: F401 - fixtures
 from torch import nn
+from torchvision.models import VGG11_Weights
 from training_runs import events, small_options, train
 
 from dlgsanet_arch import cli
@@ -112,12 +113,21 @@ def with_network(**network):
     return lambda options: options.update(network_g=network)
 
 
+def with_perceptual_loss(options):
+    loss = {"type": "PerceptualLoss", "layer_weights": {"conv1_1": 1}, "vgg_type": "vgg11"}
+    options["train"]["perceptual_opt"] = loss
+
+
 FAULTS = {
     "discriminator": (with_discriminator, r"network_d: a step .*images of 64x64"),
     "metric": (with_metric, r"metrics:much: the smallest image of .*made_val, of 64x48 .*too sm"),
     "channels": (with_network(type="NoisyNet", channels=1), r"network_g: a step .*1 channels"),
     "building": (with_network(type="NoisyNet", channels=-1), r"network_g: building the model"),
     "size": (with_network(type="SwinIR"), r"network_g: building .*more than 20 tensors"),
+    "download": (
+        with_perceptual_loss,
+        r"perceptual_opt: .*download http://0\.0\.0\.0/vgg11.pth by hand and put it at /.*/vgg11.pth",
+    ),
     "sample": (
         lambda options: options["datasets"]["train"].update(dataroot_lq="damaged"),
         r"damaged/image\d\.png of the data set made: cannot be decoded",
@@ -146,6 +156,7 @@ def test_what_cannot_work_is_named_before_anything_is_created(root, monkeypatch,
         (root / "damaged" / image.name).write_bytes(image.read_bytes()[:100])
     if fault == "size":
         monkeypatch.setattr(adapter, "_MOST_TENSORS", 20)
+    monkeypatch.setattr(VGG11_Weights.IMAGENET1K_V1.value, "url", "http://0.0.0.0/vgg11.pth")
     file = helpers.write_options(root / "earlier.yml", options)
     before = listing(root)
     with pytest.raises(UserError, match=message):

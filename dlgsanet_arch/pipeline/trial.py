@@ -62,6 +62,14 @@ def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -
     return found
 
 
+def _fix(error: Exception) -> str:
+    """Say what helps: a file by hand where torch.hub could not download it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if {"url", "cached_file"} <= frame.f_locals.keys():
+            return "download {url} by hand and put it at {cached_file}".format(**frame.f_locals)
+    return "correct it, or the data that it is given"
+
+
 @contextmanager
 def explained(
     doing: str, options: Mapping[str, Any], model: Any = None, option: str = ""
@@ -78,8 +86,7 @@ def explained(
         fault = option or _option_at_fault(error, options, model)
         said = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise TrialError(
-            f"{fault}: {doing} fails ({type(error).__name__}: {said}); correct it, or the data "
-            "that it is given"
+            f"{fault}: {doing} fails ({type(error).__name__}: {said}); {_fix(error)}"
         ) from error
 
 
