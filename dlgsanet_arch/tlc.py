@@ -46,10 +46,14 @@ class Axis(NamedTuple):
         starts = torch.arange(self.count, device=device) * self.step
         return starts.clamp(max=self.length - self.side)
 
+    def windows(self) -> list[slice]:
+        """List the positions under each window."""
+        starts = self.starts(torch.device("cpu")).tolist()
+        return [slice(start, start + self.side) for start in starts]
+
     def cells(self) -> list[slice]:
         """List the longest slices of positions under the same windows."""
-        starts = self.starts(torch.device("cpu")).tolist()
-        cuts = sorted({cut for start in starts for cut in (start, start + self.side)})
+        cuts = sorted({cut for each in self.windows() for cut in (each.start, each.stop)})
         return [slice(*pair) for pair in itertools.pairwise(cuts)]
 
     def membership(self, positions: Tensor) -> Tensor:

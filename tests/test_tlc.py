@@ -105,15 +105,10 @@ def test_gradients_of_half_precision_are_near_those_of_float64():
         assert error(actual, expected) < 3e-2
 
 
-def windows_of(axis):
-    starts = axis.starts(torch.device("cpu")).tolist()
-    return [slice(start, start + axis.side) for start in starts]
-
-
 def test_gradients_equal_those_of_cut_windows():
     size, side = (13, 9), 5
     qkv, temperature = (each.requires_grad_() for each in made(size))
-    rows, columns = (windows_of(Axis.plan(length, side)) for length in size)
+    rows, columns = (Axis.plan(length, side).windows() for length in size)
     total, count = 0, 0
     for row, column in itertools.product(rows, columns):
         lies = torch.zeros(size, dtype=torch.float64)
@@ -136,7 +131,7 @@ def test_axes_are_cut_as_the_definition_cuts_them(size, side):
     for length in size:
         axis = Axis.plan(length, side)
         starts, width = definition.window_starts(length, side)
-        windows = windows_of(axis)
+        windows = axis.windows()
         assert windows == [slice(start, start + width) for start in starts]
         assert len(windows) == axis.count
 
@@ -166,7 +161,7 @@ def test_no_position_is_under_three_windows():
 
 
 def test_no_side_is_one_window_over_all():
-    assert windows_of(Axis.plan(13, None)) == [slice(0, 13)]
+    assert Axis.plan(13, None).windows() == [slice(0, 13)]
     qkv, temperature = made((13, 9))
     whole = channel_attention(qkv, temperature, HEADS, "relu")
     torch.testing.assert_close(windowed_attention(qkv, temperature, HEADS, "relu", 13), whole)
