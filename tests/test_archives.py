@@ -1,10 +1,12 @@
 import errno
 import os
 import random
+import resource
 import shutil
 import stat
 import struct
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,13 +51,16 @@ def made(tmp_path: Path, kind: str, members=MEMBERS) -> Path:
 
 
 def refused(archive: Path, reason: str) -> None:
-    """Check that an archive is refused, and that nothing of it is written anywhere."""
-    before = tree(archive.parent)
+    """Check that an archive is refused in 10 s and 1 GB, and that nothing of it is written."""
+    before, start = tree(archive.parent), time.monotonic()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=reason) as caught:
         extract(archive, archive.parent / "out" / "set")
     assert tree(archive.parent) == before
     assert not (archive.parent / "out" / "set.unfinished").exists()
     assert str(archive) in str(caught.value)
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000  # KiB
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dlgsanet_arch import pipeline
+from dlgsanet_arch import cli, pipeline
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import OptionsError, load, shipped
+from dlgsanet_arch.pipeline import preparation
 
 
 def test_names_are_those_of_the_verb_s_folder(repository):
@@ -51,3 +53,23 @@ def test_a_wheel_s_files_go_before_a_folder_beside_the_package(tmp_path, monkeyp
         (top / "train" / f"{name}.yml").write_text("name: x")
     monkeypatch.setattr(shipped, "_PACKAGE", package)
     assert shipped.names(train=True) == ["right"]
+
+
+def test_a_shipped_file_is_printed_as_it_is(repository, capsys):
+    assert cli.main(["options", "tiny_x4"]) == 0
+    text = (repository / "options/train/tiny_x4.yml").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == text
+    assert cli.main(["options", "--test"]) == 0
+    assert capsys.readouterr().out.split() == shipped.names(train=False)
+    assert cli.main(["options", "tinyx4"]) == 1
+    assert "did you mean 'tiny_x4'" in capsys.readouterr().err
+
+
+def test_a_test_takes_some_of_a_file_s_sets(tmp_path):
+    parse = pipeline.build_parser("test").parse_args
+    asked = parse(["-opt", "tiny_x4", "--sets", "Set14", "Set5"])
+    _, options = preparation.read(tmp_path, asked, train=False)
+    assert sorted(each["name"] for each in options["datasets"].values()) == ["Set14", "Set5"]
+    asked = parse(["-opt", "tiny_x4", "--sets", "Set4"])
+    with pytest.raises(UserError, match="no data set 'Set4'; did you mean 'Set14'"):
+        preparation.read(tmp_path, asked, train=False)

@@ -57,6 +57,7 @@ def test_published_networks_load_from_files(name, tmp_path):
     model = spandrel.ModelLoader().load_from_file(path)
     assert isinstance(model, spandrel.ImageModelDescriptor)
     assert isinstance(model.model, DLGSANet)
+    assert model.model.config == network.config
     assert not model.model.training
     scale = PUBLISHED[name]["upscale"]
     assert (model.architecture.id, model.purpose, model.scale) == ("DLGSANet", "SR", scale)
@@ -77,6 +78,10 @@ def test_ablations_load_from_their_weights(name, tmp_path):
     safetensors.torch.save_file(weights, path)
     model = spandrel.ModelLoader().load_from_file(path)
     scale = ABLATIONS[name].get("upscale", 2)
+    # Global layers alone do not show the settings of local ones.
+    unknown = ("idynamic", "window") if network.config["buildblock_type"] == "restormer" else ()
+    shown = {key: value for key, value in network.config.items() if not key.startswith(unknown)}
+    assert shown.items() <= model.model.config.items()
     assert model.scale == scale
     assert model.purpose == ("SR" if scale > 1 else "Restoration")
     assert model.input_channels == model.output_channels == network.in_chans

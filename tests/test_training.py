@@ -293,6 +293,15 @@ def test_what_cannot_be_trained_is_refused(tmp_path, features, backend, options,
         build(tmp_path, top=top, **options)
 
 
+def test_amp_on_a_device_without_it_is_refused(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise RuntimeError("Current CUDA Device does not support bfloat16")
+
+    monkeypatch.setattr(torch, "autocast", unsupported)
+    with pytest.raises(UserError, match=r"train:amp cannot .* not support bfloat16"):
+        build(tmp_path, amp="bf16")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_batch_in_parts_gives_the_whole_batchs_gradients(tmp_path, features, reduction):
     losses = {"type": "CharbonnierLoss", "reduction": reduction}

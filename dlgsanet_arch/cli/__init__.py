@@ -33,6 +33,7 @@ VERBS = {
     "doctor": "Say what is installed, what is wrong and how to fix it.",
     "export": "Write the network as ONNX or .pt2, compared with the network first.",
     "new-options": "Write an option file for your data.",
+    "options": "Print a shipped option file, or their names.",
     "reproduce": "Measure weights on the benchmark sets, beside the paper's figures.",
     "test": "Test trained weights as an option file says, through BasicSR.",
     "train": "Train a network as an option file says, through BasicSR.",

@@ -35,6 +35,9 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     values = "set values of the option file, such as train:total_iter=1000"
     add("--force_yml", nargs="+", metavar="KEY=VALUE", default=[], help=values)
     add("--local_rank", "--local-rank", type=int, default=0, help="given by some launchers")
+    if verb == "test":
+        names = "test on these sets of the option file alone, by their names"
+        add("--sets", nargs="+", metavar="NAME", default=[], help=names)
     for flag, text in (
         ("auto_resume", "resume from the run's newest complete checkpoint, else it is renamed"),
         ("apply_edits", "when resuming, take optimizer, schedule and seed from the option file"),

@@ -18,6 +18,7 @@ from dlgsanet_arch import _basicsr
 from dlgsanet_arch import options as option_files
 from dlgsanet_arch.data import check
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options import Context, shipped
 from dlgsanet_arch.options.context import is_whole
 from dlgsanet_arch.pipeline import checkpoints, weights
@@ -94,6 +95,20 @@ def _shorten_for_debugging(options: dict[str, Any]) -> None:
             options[section] |= values
 
 
+def _take_sets(options: dict[str, Any], names: Sequence[str]) -> None:
+    """Leave only the data sets with these names."""
+    datasets = options.get("datasets")
+    if not isinstance(datasets, dict):  # the check will say so
+        return
+    sets = {phase: each for phase, each in datasets.items() if isinstance(each, dict)}
+    by_name = {str(each.get("name")): phase for phase, each in sets.items()}
+    for name in names:
+        if name not in by_name:
+            hint = suggest_or_list(name, by_name)
+            raise UserError(f"--sets: the option file has no data set {name!r}{hint}")
+    options["datasets"] = {by_name[name]: datasets[by_name[name]] for name in names}
+
+
 def read(
     root: Path, arguments: argparse.Namespace, *, train: bool
 ) -> tuple[argparse.Namespace, dict]:
@@ -108,6 +123,8 @@ def read(
     arguments.opt = shipped.find(arguments.opt.expanduser(), train=train).resolve()
     options = option_files.load(arguments.opt)
     option_files.override(options, arguments.force_yml)
+    if not train and arguments.sets:
+        _take_sets(options, arguments.sets)
     if arguments.debug and isinstance(options.get("name"), str):
         _shorten_for_debugging(options)
     return arguments, options
