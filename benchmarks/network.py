@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from dlgsanet_arch import DLGSANet
+from dlgsanet_arch import DLGSANet, cpu
 from dlgsanet_arch.checkpoint import infer_config, read_weights
 
 OUTPUT = (720, 1280)  # height and width
@@ -240,6 +241,20 @@ def configurations_section(asked: argparse.Namespace) -> Section:
     )
 
 
+@contextmanager
+def _recorded_kernels() -> Iterator[None]:
+    """Let the profiler see the fused layers in C, which are not operators of PyTorch."""
+    run = cpu.run
+
+    def recorded(name: str, *given: Any) -> None:
+        with torch.profiler.record_function(name):
+            run(name, *given)
+
+    cpu.run = recorded
+    yield
+    cpu.run = run
+
+
 def profile(cell: Cell, setting: Setting) -> Record:
     """Find the operators that a forward's time goes to."""
     net = contestants.build(OURS, cell["variant"], cell["scale"]).eval()
@@ -249,7 +264,7 @@ def profile(cell: Cell, setting: Setting) -> Record:
     activity = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[setting.device]
     with torch.no_grad(), measuring.numerics(cell["dtype"], setting.device):
         run = measuring.measure(lambda: lambda: net(x), setting)
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        with _recorded_kernels(), torch.profiler.profile(activities=[activity]) as profiler:
             for _ in range(PROFILED_FORWARDS):
                 net(x)
             measuring.synchronize(setting.device)
