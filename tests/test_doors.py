@@ -105,6 +105,19 @@ def test_a_missing_tensorboard_is_a_warning_and_a_launcher_s_flag_is_taken(tmp_p
     assert [entry["iter"] for entry in events(root, "bare", "train")] == [1, 2]
 
 
+def test_wandb_follows_a_run_offline(tmp_path, repository):
+    pytest.importorskip("wandb", reason="20 MB for one test: pip install wandb")
+    root = make_root(tmp_path)
+    options = small_options("tracked", total=2, num_worker_per_gpu=0)
+    options["logger"] |= {"use_tb_logger": True, "wandb": {"project": "sr", "resume_id": None}}
+    file = helpers.write_options(root / "tracked.yml", options)
+    train_py = [repository / "train.py", "-opt", file, "--root", root]
+    result = helpers.run(train_py, cwd=root, env={"WANDB_MODE": "offline"})
+    assert result.returncode == 0, result.stderr
+    (record,) = root.glob("wandb/offline-run-*/*.wandb")
+    assert b"losses/l_pix" in record.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def table(repository) -> list[list[str]]:
     """The rows of the table in docs/faults.md, cell by cell."""

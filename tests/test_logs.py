@@ -82,7 +82,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(log, tmp_path, capsys
 @pytest.fixture
 def opt(tmp_path):
     logger = {"use_tb_logger": True, "wandb": {"project": "sr"}}
-    return {"name": "small", "root_path": str(tmp_path), "logger": logger}
+    return {"name": "small", "root_path": str(tmp_path), "logger": logger, "as_given": {}}
 
 
 def test_what_is_not_installed_is_one_warning(log, opt, tmp_path, monkeypatch):
@@ -98,7 +98,6 @@ def test_tensorboard_is_written_below_the_root(log, opt, tmp_path, monkeypatch):
     started = []
     wandb = types.SimpleNamespace(
         init=lambda **values: started.append((values["project"], log.tensorboard)),
-        util=types.SimpleNamespace(generate_id=lambda: "id"),
         __spec__=object(),
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -149,3 +148,13 @@ def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, tmp_path, 
         monkeypatch.setattr(sys, "stderr", file)
         assert progress_bar("", 10, "iter", transient=True).disable
     os.close(ours)
+
+
+def test_a_wandb_that_does_not_start_is_a_warning(log, opt, tmp_path, monkeypatch):
+    def init(**values):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=object()))
+    start_trackers(log, opt, Processes(), 1)
+    assert "wandb does not start (api_key not configured)" in (tmp_path / "train.log").read_text()
+    assert log.tensorboard is not None

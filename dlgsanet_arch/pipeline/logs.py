@@ -152,14 +152,32 @@ def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first
             f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the same"
         )
     if wandb and "wandb" not in missing:
-        from basicsr.utils import init_wandb_logger
-
-        init_wandb_logger(opt)  # before TensorBoard's writer, whose files it follows
+        _start_wandb(log, opt, **wanted["wandb"])  # before TensorBoard's writer, which it follows
     if asked and "tensorboard" not in missing:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
         log.tensorboard = SummaryWriter(str(folder), purge_step=first)
+
+
+def _start_wandb(
+    log: RunLog, opt: Mapping[str, Any], project: str, resume_id: str | None = None
+) -> None:
+    """Start wandb as BasicSR does, whose own function needs a wandb of 2022."""
+    import wandb
+
+    resume, config = "allow" if resume_id else "never", opt["as_given"]
+    try:
+        wandb.init(
+            project=project,
+            name=opt["name"],
+            id=resume_id,
+            resume=resume,
+            config=config,
+            sync_tensorboard=True,
+        )
+    except Exception as error:  # such as one who is not logged in
+        log.warning(f"wandb does not start ({error}); the run continues without")
 
 
 class Pace:
