@@ -413,7 +413,7 @@ def formula_section(asked: argparse.Namespace) -> Section:
         title="The formula of Tiny x4 without gradients",
         cells=[
             cell
-            for dtype in ("fp32", "bf16", "fp64")
+            for dtype in ("fp32", "fp64", "bf16")
             for cell in _size_cells(asked.device, PYTORCH, variant, 4, dtype, sizes)
         ],
         columns=_SIZE_COLUMNS,
