@@ -125,7 +125,7 @@ def test_operations_do_not_depend_on_how_they_are_computed():
     ("main", "arguments", "section", "rows"),
     [
         (limits.main, [], "limits", 3),
-        (dynamic_dwconv.main, [], "dynamic_dwconv", 8),
+        (dynamic_dwconv.main, [], "dynamic_dwconv", 4),
         (training_step.main, [], "training_step", 6),
         (training_step.main, ["--agreement"], "agreement", 2),
         (network.main, [], "network", 5),
