@@ -231,8 +231,7 @@ def reproduce(
         missing = "no weights of {} x{} are given; --weights FILE measures them".format(*network)
         empty = [make_cell(*network, name, missing=missing) for name in datasets]
         cells += [cell for cell in empty if cell["published"]]
-    order = list(PUBLISHED)
-    cells.sort(key=lambda cell: order.index((cell["network"], cell["scale"])))  # stable
+    cells.sort(key=lambda cell: [*PUBLISHED].index((cell["network"], cell["scale"])))  # stable
     return {
         "protocol": _PROTOCOL.format(tolerance),
         "tolerance_db": tolerance,
