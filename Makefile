@@ -35,7 +35,9 @@ help:
 demo: environment
 	$(RUN) scripts/demo.py
 
+# One worker more than there are processors, as some tests wait.
 test: lint
+	PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
 	$(PYTEST) -m "not gpu and not faults" -n auto --maxprocesses 8
 
 test-faults: environment
