@@ -37,7 +37,7 @@ from dlgsanet_arch.storage import (
     is_safetensors,
     read_pth,
     read_safetensors,
-    save_whole,
+    save_complete,
     write_safetensors,
 )
 
@@ -275,7 +275,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     if checkpoint.iteration is not None:
         extra["iteration"] = str(checkpoint.iteration)
     if path.suffix == ".pth":
-        save_whole({"params": weights, "params_ema": weights, **extra}, path)
+        save_complete({"params": weights, "params_ema": weights, **extra}, path)
     elif path.suffix == ".safetensors":
         write_safetensors(weights, extra, path)
     else:

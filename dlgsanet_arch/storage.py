@@ -74,11 +74,11 @@ def check_complete(path: Path) -> int:
     return _read(path)[1]
 
 
-def save_whole(content: Any, path: Path) -> int:
+def save_complete(content: Any, path: Path) -> int:
     """Save as torch.save does, so that after a crash the file is the old one or the new one.
 
     It is written under a temporary name, flushed to the disk, read again and checked first. Returns
-    the checksum that `read_whole` returns for it. If it cannot be written, which is a
+    the checksum that `read_complete` returns for it. If it cannot be written, which is a
     CheckpointError, the old file is as it was.
     """
     checksums: list[int] = []
@@ -102,10 +102,10 @@ def save_whole(content: Any, path: Path) -> int:
     return checksums[-1]
 
 
-def read_whole(path: Path) -> tuple[Any, int]:
+def read_complete(path: Path) -> tuple[Any, int]:
     """Load a file of torch.save's on the CPU without running code that it may hold; read once.
 
-    Returns its content, and the checksum that `save_whole` returned. A file that is missing,
+    Returns its content, and the checksum that `save_complete` returned. A file that is missing,
     truncated or damaged, or holds more than tensors, is a CheckpointError.
     """
     data, checksum = _read(path)
@@ -131,8 +131,8 @@ def read_whole(path: Path) -> tuple[Any, int]:
 
 
 def read_pth(path: Path) -> Any:
-    """Return the content of a file as `read_whole` does."""
-    return read_whole(path)[0]
+    """Return the content of a file as `read_complete` does."""
+    return read_complete(path)[0]
 
 
 def is_safetensors(path: Path) -> bool:

@@ -28,7 +28,7 @@ from dlgsanet_arch.pipeline.checkpoints import (
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
 from dlgsanet_arch.pipeline.sampling import Place
-from dlgsanet_arch.storage import CheckpointError, check_complete, save_whole
+from dlgsanet_arch.storage import CheckpointError, check_complete, save_complete
 
 NETWORK = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
 TRAIN = {
@@ -42,7 +42,7 @@ TRAIN = {
 
 def write(path: Path, size: int = 1000) -> dict:
     content = {"params": {"weight": torch.rand(size)}}
-    save_whole(content, path)
+    save_complete(content, path)
     return content
 
 
@@ -249,11 +249,11 @@ def save_pair(run: Path, iteration: int, *, labels=("net_g",), checksums=True) -
     networks = {}
     for label in labels:
         path = run / "models" / f"{label}_{iteration}.pth"
-        networks[path.name] = save_whole({"params": {"weight": torch.rand(50)}}, path)
+        networks[path.name] = save_complete({"params": {"weight": torch.rand(50)}}, path)
     state = {"epoch": 0, "iter": iteration, "optimizers": [], "schedulers": []}
     if checksums:
         state["networks"] = networks
-    save_whole(state, run / "training_states" / f"{iteration}.state")
+    save_complete(state, run / "training_states" / f"{iteration}.state")
 
 
 def options(**path) -> dict:
@@ -269,7 +269,7 @@ def truncate(path: Path) -> None:
 
 
 def edit_state(path: Path, **changes) -> None:
-    save_whole({**torch.load(path, weights_only=True), **changes}, path)
+    save_complete({**torch.load(path, weights_only=True), **changes}, path)
 
 
 DAMAGE = {
@@ -288,7 +288,7 @@ DAMAGE = {
     "empty state": ("training_states/20.state", lambda p: p.write_bytes(b""), "is empty"),
     "edited state": (
         "training_states/20.state",
-        lambda path: save_whole({"epoch": 0, "iter": "20", "optimizers": 3}, path),
+        lambda path: save_complete({"epoch": 0, "iter": "20", "optimizers": 3}, path),
         "is not a training state",
     ),
     "edited progress": (
@@ -296,7 +296,7 @@ DAMAGE = {
         lambda path: edit_state(path, progress={"place": "far", "seed": []}),
         "is not a training state",
     ),
-    "list": ("training_states/20.state", lambda path: save_whole([1], path), "not a training"),
+    "list": ("training_states/20.state", lambda path: save_complete([1], path), "not a training"),
     "pipe": ("training_states/20.state", lambda p: (p.unlink(), os.mkfifo(p)), "is not a file"),
     "pipe for weights": (
         "models/net_g_20.pth",
@@ -305,7 +305,7 @@ DAMAGE = {
     ),
     "other weights": (
         "models/net_g_20.pth",
-        lambda path: save_whole({"params": {"weight": torch.rand(50)}}, path),
+        lambda path: save_complete({"params": {"weight": torch.rand(50)}}, path),
         "is not the file that was saved with 20.state",
     ),
 }

@@ -20,7 +20,7 @@ from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule, bare
 from dlgsanet_arch.memory import free_memory
 from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.storage import save_whole
+from dlgsanet_arch.storage import save_complete
 
 _MOST_TENSORS = 100_000  # of a network: more is a slip of the pen, and takes minutes to build
 # What BasicSR's models load while they are built, which `weights.load` does instead.
@@ -103,7 +103,7 @@ class _Adapted:
             self.gathered[net_label] = content
             return
         file = f"{net_label}_{'latest' if current_iter == -1 else current_iter}.pth"
-        save_whole(content, Path(self.opt["path"]["models"]) / file)
+        save_complete(content, Path(self.opt["path"]["models"]) / file)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Do nothing: states hold more than a model knows, and `checkpoints` writes them."""

@@ -23,7 +23,7 @@ from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample
 from dlgsanet_arch.pipeline.sampling import Place
-from dlgsanet_arch.storage import read_whole, save_whole
+from dlgsanet_arch.storage import read_complete, save_complete
 
 # RealESRNetModel and RealESRGANModel draw their batches from a pool that they fill themselves.
 _POOL = ("queue_lr", "queue_gt", "queue_ptr")
@@ -90,7 +90,7 @@ class Start(NamedTuple):
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Read a state, and check that what a run takes from it is of the right types."""
-    state, _ = read_whole(path)
+    state, _ = read_complete(path)
     try:
         for name in ("epoch", "iter"):
             if type(state[name]) is not int:
@@ -120,7 +120,7 @@ def read_pair(path: Path, options: Mapping[str, Any]) -> Start:
     checksums, networks = state.get("networks", {}), {}
     # Our states name the networks that were saved: a fixed teacher, for example, was not.
     for name in checksums or keys:
-        content, found = read_whole(folder / name)
+        content, found = read_complete(folder / name)
         if checksums and found != checksums[name]:
             raise ResumeError(f"{folder / name} is not the file that was saved with {path.name}")
         if name in keys:
@@ -232,7 +232,7 @@ class Checkpoints:
         networks = self._model.gathered_networks()
         files = {f"{net}_{label}.pth": networks[net] for net in networks if only in (None, net)}
         folder = self._run / "models"
-        return {name: save_whole(content, folder / name) for name, content in files.items()}
+        return {name: save_complete(content, folder / name) for name, content in files.items()}
 
     def _write(self, progress: Progress, generators: Sequence[Any]) -> None:
         iteration = progress.iteration
@@ -249,7 +249,7 @@ class Checkpoints:
             "progress": progress.as_state(),
             "randomness": list(generators),
         }
-        save_whole(state, self._run / "training_states" / f"{iteration}.state")
+        save_complete(state, self._run / "training_states" / f"{iteration}.state")
         if self._keep_last is not None:
             self._remove_old(iteration)
 

@@ -163,7 +163,7 @@ def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first
 def _start_wandb(
     log: RunLog, opt: Mapping[str, Any], project: str, resume_id: str | None = None
 ) -> None:
-    """Start wandb as BasicSR does, whose own function needs a wandb of 2022."""
+    """Start wandb as BasicSR does, whose function calls what current wandb no longer has."""
     import wandb
 
     resume, config = "allow" if resume_id else "never", opt["as_given"]
