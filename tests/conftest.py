@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import dlgsanet_arch  # noqa: F401 - repairs BasicSR before a test module import
 from dlgsanet_arch.cpu import library
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# A shell's background jobs ignore SIGINT, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
