@@ -25,7 +25,7 @@ from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import open_database
 from dlgsanet_arch.data.finding import find_images
 from dlgsanet_arch.data.images import read_8_bits
-from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.making import crop_to_multiple
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 
 SIZE = (1356, 2040)
@@ -53,7 +53,7 @@ def _photographs(folder: str | None) -> list[NDArray[np.uint8]]:
         names = (*demo.TRAIN_IMAGES, *demo.VALIDATION_IMAGES)
         paths = [demo.images_folder() / name for name in names]
     else:
-        paths = [file.path for file in find_images(Path(folder))][: 9 * PICTURES]
+        paths = list(find_images(Path(folder)).values())[: 9 * PICTURES]
     return [read_8_bits(path).pixels for path in paths]
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.finding import find_images
 from dlgsanet_arch.data.images import read_8_bits
-from dlgsanet_arch.data.sub_images import crop_to_multiple, encode_png
+from dlgsanet_arch.data.making import crop_to_multiple, encode_png
 from dlgsanet_arch.data.training_sets import Cutting, build, database_name, find_sources
 
 T = TypeVar("T")
@@ -273,7 +273,7 @@ def validation_set(count: int, size: Sequence[int]) -> dict[str, Any]:
     folder = Path(os.environ[DATA]) / f"val_{count}"
     if not folder.exists():
         given = _shared_pictures("Set14", "HR") if tuple(size) == MADE_SIZE else None
-        paths = [file.path for file in find_images(given)] if given else []
+        paths = list(find_images(given).values()) if given else []
         for index in range(count):
             picture = read_8_bits(paths[index]).pixels if paths else _made(index, size)
             hr = crop_to_multiple(picture, SCALE)

@@ -16,10 +16,16 @@ from helpers import save_image as save
 
 from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import benchmark
-from dlgsanet_arch.data.benchmark import Summary, build, folder_sha256, report
-from dlgsanet_arch.data.benchmarks import KNOWN, KnownSet, set_name
-from dlgsanet_arch.data.discovery import find_source
-from dlgsanet_arch.data.scores import Scores
+from dlgsanet_arch.data.benchmark import (
+    KNOWN,
+    KnownSet,
+    Scores,
+    Summary,
+    build,
+    folder_sha256,
+    report,
+)
+from dlgsanet_arch.data.discovery import find_source, set_name
 from dlgsanet_arch.errors import UserError
 
 SIZE = (27, 34)  # no scale divides a side

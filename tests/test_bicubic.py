@@ -7,8 +7,8 @@ from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
 
 from dlgsanet_arch.data import bicubic as module
+from dlgsanet_arch.data.benchmark import Scores, measure
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.scores import Scores, measure
 
 SCALES = [1 / 2, 1 / 3, 1 / 4, 2, 3, 4]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from dlgsanet_arch.data import check
 from dlgsanet_arch.data.check import batch_problems, scan
 from dlgsanet_arch.data.images import read_header
-from dlgsanet_arch.data.sub_images import encode_png
+from dlgsanet_arch.data.making import encode_png
 
 SAMPLES = 3
 DATABASE = {"type": "lmdb"}

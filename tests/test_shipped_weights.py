@@ -11,7 +11,7 @@ from dlgsanet_arch import Upscaler, upscale
 from dlgsanet_arch.checkpoint import nearest_published, read_checkpoint
 from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.sub_images import crop_to_multiple
+from dlgsanet_arch.data.making import crop_to_multiple
 from dlgsanet_arch.inference.upscaler import default_weights
 
 SCALE = 4

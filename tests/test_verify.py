@@ -16,7 +16,7 @@ from dlgsanet_arch.cli import cmd_data
 from dlgsanet_arch.data import demo, verify
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.images import read_8_bits
-from dlgsanet_arch.data.sub_images import encode_png
+from dlgsanet_arch.data.making import encode_png
 
 HR, X2, X3 = "train_HR_sub.lmdb", "train_LR_bicubic_X2_sub.lmdb", "train_LR_bicubic_X3_sub.lmdb"
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png")

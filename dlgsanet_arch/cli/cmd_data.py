@@ -21,61 +21,45 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _build_training(arguments: argparse.Namespace, sources: Sequence, out: Path) -> int:
-    from dlgsanet_arch.data import training_sets
-
-    summary = training_sets.build(
-        sources,
-        arguments.scale,
-        out,
-        cutting=training_sets.Cutting(arguments.crop, arguments.step, arguments.patch),
-        workers=arguments.workers,
-        skip_bad=arguments.skip_bad,
-        overwrite=arguments.overwrite,
-    )
-    print(training_sets.report(summary))
-    return 0
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from dlgsanet_arch.data.training_sets import find_sources
-
-    sources = find_sources(arguments.hr, arguments.lr, arguments.scale)
-    return _build_training(arguments, sources, arguments.output)
+def _making(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("workers", "skip_bad", "overwrite")}
 
 
 # The sets that a verb joins, and the folder they go into.
 OFFICIAL = {"div2k": (("DIV2K",), "DIV2K"), "df2k": (("DIV2K", "FLICKR2K"), "DF2K")}
 
 
-def _official(arguments: argparse.Namespace) -> int:
-    from dlgsanet_arch.data import official
+def _train(arguments: argparse.Namespace) -> int:
+    from dlgsanet_arch.data import training_sets
 
-    names, target = OFFICIAL[arguments.verb]
-    found = []
-    for each in [getattr(official, name) for name in names]:
-        places = [arguments.root / "datasets" / each.name, arguments.root / "datasets"]
-        if arguments.archives:
-            places.insert(0, arguments.archives)
-        found += official.sources(each, arguments.scale, places, arguments.mirror)
-    out = arguments.output or arguments.root / "datasets" / target
-    return _build_training(arguments, found, out)
+    out, scales = arguments.output, arguments.scale
+    if arguments.verb == "train":
+        sources = training_sets.find_sources(arguments.hr, arguments.lr, scales)
+    else:
+        from dlgsanet_arch.data import official
+
+        names, target = OFFICIAL[arguments.verb]
+        datasets, sources = arguments.root / "datasets", []
+        out = out or datasets / target
+        for each in (getattr(official, name) for name in names):
+            places = [datasets / each.name, datasets]
+            if arguments.archives:
+                places.insert(0, arguments.archives)
+            sources += official.sources(each, scales, places, arguments.mirror)
+    cutting = training_sets.Cutting(arguments.crop, arguments.step, arguments.patch)
+    made = training_sets.build(sources, scales, out, cutting=cutting, **_making(arguments))
+    print(training_sets.report(made))
+    return 0
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from dlgsanet_arch.data import benchmark, benchmarks, discovery
+    from dlgsanet_arch.data import benchmark, discovery
 
-    name = benchmarks.set_name(arguments.name)
-    summary = benchmark.build(
-        name,
-        arguments.hr or discovery.find_source(name, arguments.root),
-        arguments.root / "datasets" / "benchmark" / name,
-        arguments.scale,
-        workers=arguments.workers,
-        skip_bad=arguments.skip_bad,
-        overwrite=arguments.overwrite,
-    )
-    print(benchmark.report(summary))
+    name = discovery.set_name(arguments.name)
+    source = arguments.hr or discovery.find_source(name, arguments.root)
+    target = arguments.root / "datasets" / "benchmark" / name
+    made = benchmark.build(name, source, target, arguments.scale, **_making(arguments))
+    print(benchmark.report(made))
     return 0
 
 
@@ -133,7 +117,7 @@ VERBS = {
         opened before anything is written.""",
     ),
     "div2k": (
-        _official,
+        _train,
         """DIV2K's 800 training images with their official LR
 
         Archives and unpacked folders that are there are used, what is missing is downloaded:
@@ -141,7 +125,7 @@ VERBS = {
         `train`.""",
     ),
     "df2k": (
-        _official,
+        _train,
         """DIV2K and Flickr2K's 2650 images together, with their official LR
 
         As `div2k`, with Flickr2K's one archive of about 20 GB, and as much again unpacked.""",
@@ -178,14 +162,11 @@ def _add_flags(verb: str, add: Any) -> None:
     """Add the flags of a verb."""
     if verb in ("train", "div2k", "df2k"):
         _add_making(add, "all", [*SCALES])
+        patch = "side of the patches to be trained on in LR pixels: smaller is refused"
         for name, default, text in (
             ("--crop", 480, "side of a sub-image in HR pixels"),
             ("--step", 240, "distance between two sub-images in HR pixels"),
-            (
-                "--patch",
-                48,
-                "side of the patches to be trained on in LR pixels: smaller is refused",
-            ),
+            ("--patch", 48, patch),
         ):
             add(name, **NUMBER, default=default, help=f"{text} (default: {default})")
     if verb == "train":

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = build_parser().parse_args(argv)
     if not asked.tolerance >= 0:
         raise UserError(f"--tolerance is in dB, 0 or more; got {asked.tolerance}")
-    from dlgsanet_arch.data.benchmarks import set_name
+    from dlgsanet_arch.data.discovery import set_name
     from dlgsanet_arch.tools import reproduction
 
     options = {name: getattr(asked, name) for name in ("device", "dtype", "tile", "ensemble")}

@@ -24,22 +24,19 @@ def _cubic(x: NDArray[np.float32]) -> NDArray[np.float32]:
     x = np.abs(x)
     x2 = x * x
     x3 = x2 * x
-    half = np.float32(0.5)
     inner = np.float32(1.5) * x3 - np.float32(2.5) * x2 + 1
-    outer = -half * x3 + np.float32(2.5) * x2 - 4 * x + 2
+    outer = np.float32(-0.5) * x3 + np.float32(2.5) * x2 - 4 * x + 2
     return np.where(x <= 1, inner, np.where(x <= 2, outer, np.float32(0)))
 
 
 def _taps(length: int, scale: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """How N = ceil(length·scale) results are summed along an axis: K weights from a position on.
 
-    Returns:
-        First positions (N,), which may be outside, and weights (N, K).
+    Returns first positions (N,), which may be outside, and weights (N, K).
     """
-    count = math.ceil(length * scale)
     shrink = min(scale, 1.0)
     support = _SUPPORT / shrink
-    places = np.arange(1, count + 1, dtype=np.float32)
+    places = np.arange(1, math.ceil(length * scale) + 1, dtype=np.float32)
     centres = places / np.float32(scale) + np.float32(0.5 * (1 - 1 / scale))
     left = np.floor(centres - np.float32(support / 2))
     offsets = np.arange(math.ceil(support) + 2, dtype=np.float32)
@@ -62,14 +59,10 @@ def bicubic(image: NDArray[Depth], scale: float) -> NDArray[Depth]:
     """Resize an image as MATLAB's imresize does: bicubic, antialiased when shrinking.
 
     Args:
-        image: (H, W) or (H, W, C), any C, uint8 or uint16, with pixels.
-        scale: New side over old side, positive and finite; sides are rounded up.
+        image: (H, W) or (H, W, C), any C, uint8 or uint16, with pixels; else ValueError.
+        scale: New side over old side, positive and finite, else ValueError.
 
-    Returns:
-        (ceil(H·scale), ceil(W·scale)) or (..., C), rounded and clipped, of the image's dtype.
-
-    Raises:
-        ValueError: An argument is anything else.
+    Returns (ceil(H·scale), ceil(W·scale)) or (..., C), rounded and clipped, of the image's dtype.
     """
     if image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"image must be of uint8 or uint16, got {image.dtype=}")

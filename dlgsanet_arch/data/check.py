@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.data.images import ImageError, read_header
-from dlgsanet_arch.data.listing import Checked, Fault, PairSet, list_images, open_image, size_faults
+from dlgsanet_arch.data.images import Header, read_header
+from dlgsanet_arch.data.listing import (
+    Checked,
+    PairSet,
+    list_images,
+    open_image,
+    read_sample,
+    size_faults,
+)
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import quoted
 from dlgsanet_arch.options import Context, Registered
@@ -45,30 +52,28 @@ class Scan:
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
+def _header(path: Path, name: str) -> Header:
+    with open_image(path, name) as file:
+        return read_header(file)
+
+
 def _check_headers(checked: Checked) -> None:
     """Check evenly spread samples of a set by the headers of their images."""
-    pairs = checked.pairs[:: math.ceil(len(checked.pairs) / MOST_HEADERS) or 1]
+    each, pairs = checked.set, checked.pairs
+    pairs = pairs[:: math.ceil(len(pairs) / MOST_HEADERS) or 1]
     count = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
     checked.notes.append(f"{len(checked.pairs):,} {checked.what}; checked the headers of {count}")
     wrong: dict[str, dict[str, str]] = {"hr": {}, "lr": {}}
     changed: dict[tuple[str, str], list[str]] = defaultdict(list)
-    paths, sizes = checked.set.paths, []
+    sizes = []
     for names in pairs:
-        headers, faults = [], {}
-        for (part, path), name in zip(paths.items(), names, strict=True):
-            try:
-                with open_image(path, name) as file:
-                    headers.append(read_header(file))
-            except (OSError, ImageError) as error:
-                reason = getattr(error, "reason", None) or f"cannot be opened: {error.strerror}"
-                faults[part] = f"{part.upper()} {reason}"
-            else:
-                for kind in (kind for kind in CHANGED if getattr(headers[-1], kind)):
-                    changed[part, kind].append(name)
-        if not faults and checked.set.hr:
-            hr, lr = (*headers, None)[:2]
-            sizes.append(hr[:2])
-            faults = size_faults(checked.set, checked.set.scale, hr, lr)
+        headers, faults = read_sample(each, names, _header)
+        for part, name in zip(each.paths, names, strict=True):
+            for kind in (kind for kind in CHANGED if getattr(headers.get(part), kind, False)):
+                changed[part, kind].append(name)
+        if not faults and each.hr:
+            sizes.append(headers["hr"][:2])
+            faults = size_faults(each, each.scale, headers["hr"], headers.get("lr"))
         for part, text in faults.items():
             wrong[part][names[0]] = text
     checked.smallest = min(sizes, key=sorted, default=None)
@@ -78,17 +83,9 @@ def _check_headers(checked: Checked) -> None:
             fix = "make them again or leave them out, or correct the path or the scale"
             checked.add(part, f"{what}; the first: {next(iter(texts.values()))}; {fix}")
     for (part, kind), names in changed.items():
-        text = f"{len(names)} of {len(pairs)} images checked in {paths[part]} {CHANGED[kind][0]}: "
-        text += f"{quoted(names, 3)}; {CHANGED[kind][1]}"
-        checked.warnings.append(Fault(part, text))
-
-
-def check_quickly(each: PairSet) -> Checked:
-    """Check names and counts of a set, and headers of some of its images; nothing is decoded."""
-    checked = list_images(each)
-    if not checked.faults:
-        _check_headers(checked)
-    return checked
+        text = f"{len(names)} of {len(pairs)} images checked in {each.paths[part]} "
+        text += f"{CHANGED[kind][0]}: {quoted(names, 3)}; {CHANGED[kind][1]}"
+        checked.warnings.append((part, text))
 
 
 def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet]:
@@ -185,7 +182,9 @@ def _scan_set(phase: str, context: Context, listing: str | None, found: Scan) ->
     path, whose = f"datasets:{phase}", owner(phase, context.section(f"datasets:{phase}"))
     keys = {"hr": "dataroot_gt", "lr": "dataroot_lq", "list": listing, "template": "filename_tmpl"}
     try:
-        checked = check_quickly(_pair_set(phase, context))
+        checked = list_images(_pair_set(phase, context))
+        if not checked.faults:
+            _check_headers(checked)
     except (OSError, UserError) as error:
         found.problems.append(f"{path}: {error}")
         return

@@ -18,8 +18,7 @@ from pathlib import Path
 import lmdb
 
 from dlgsanet_arch._basicsr import shared_environments
-from dlgsanet_arch.data.making import Recipe, fits, made_before
-from dlgsanet_arch.data.sub_images import PNG_COMPRESSION
+from dlgsanet_arch.data.making import PNG_COMPRESSION, Recipe, fits, made_before
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
     RECIPE,
@@ -174,7 +173,7 @@ def _os_errors(folder: Path) -> Iterator[None]:
 
 
 class DatabaseWriter:
-    """Makes one database, to be used in a `with` statement; `finish` gives it its name.
+    """Makes one database; `finish` gives it its name, and `close` leaves it to be continued.
 
     `recipe` is all that decides about its content, in JSON types: an unfinished database of the
     same recipe is continued, one of another is thrown away.
@@ -182,8 +181,6 @@ class DatabaseWriter:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self._path, self._recipe, self._folder = path, dict(recipe), unfinished(path)
-
-    def __enter__(self) -> "DatabaseWriter":
         if not fits(read_json(self._folder / RECIPE), self._recipe):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -192,10 +189,7 @@ class DatabaseWriter:
             self._environment = lmdb.open(
                 str(self._folder), map_size=FIRST_MAP_SIZE, readahead=False
             )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._environment.close()
+        self.close = self._environment.close
 
     def has(self, key: str) -> bool:
         """Whether a key is there, from this run or an earlier one."""
@@ -220,7 +214,7 @@ class DatabaseWriter:
             for key, data in transaction.cursor():
                 width, height = struct.unpack(">II", data[16:24])  # of a PNG file
                 lines.append(f"{key.decode('ascii')}.png ({height},{width},3) {PNG_COMPRESSION}\n")
-        self._environment.close()
+        self.close()
         write_atomically(self._folder / META_INFO, "".join(lines).encode("ascii"))
         write_json(self._folder / RECIPE, {**self._recipe, "entries": len(lines)})
         (self._folder / "lock.mdb").unlink(missing_ok=True)

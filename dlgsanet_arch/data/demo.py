@@ -7,20 +7,15 @@ the folder given to `prepare`:
     val/X4/HR/<name>.png, val/X4/LR/<name>.png         whole images, equal names
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.images import ImageError, read_8_bits
-from dlgsanet_arch.data.sub_images import Cutting, crop_to_multiple, encode_png
+from dlgsanet_arch.data.making import Source, crop_to_multiple, encode_png
+from dlgsanet_arch.data.training_sets import Cutting, Summary, build
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
-
-if TYPE_CHECKING:
-    from dlgsanet_arch.data.training_sets import Summary
 
 # The two motorcycle images are one scene seen by a stereo camera: they stay on one side. The
 # retina is left out: bicubic restores it to 49 dB, so half the patches would teach nothing.
@@ -38,11 +33,7 @@ CUTTING = Cutting(crop=120, step=60, patch=24)
 
 
 def images_folder() -> Path:
-    """The folder of photographs inside the installed scikit-image.
-
-    Raises:
-        UserError: scikit-image is not installed.
-    """
+    """The folder of photographs inside the installed scikit-image; UserError without that."""
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -68,14 +59,8 @@ def prepare(folder: Path, *, workers: int = 1) -> Summary:
     Raises:
         UserError: A photograph is missing, or `folder` holds databases that were not made here.
     """
-    from dlgsanet_arch.data import training_sets  # needs lmdb, which `images_folder` does not
-
-    sources = [
-        training_sets.Source(Path(name).stem, images_folder() / name) for name in TRAIN_IMAGES
-    ]
-    summary = training_sets.build(
-        sources, [SCALE], folder, cutting=CUTTING, workers=workers, overwrite=True
-    )
+    sources = [Source(Path(name).stem, images_folder() / name) for name in TRAIN_IMAGES]
+    summary = build(sources, [SCALE], folder, cutting=CUTTING, workers=workers, overwrite=True)
     try:
         with disk_faults_named(f"{folder} cannot be written"):
             _write_validation(folder)

@@ -1,4 +1,4 @@
-"""The forms in which test sets circulate: where HR of a set lies in a folder."""
+"""Test sets by their names, and where HR of one lies in a folder, in the forms that circulate."""
 
 import re
 from collections import defaultdict
@@ -7,17 +7,19 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from dlgsanet_arch.data import SCALES
-from dlgsanet_arch.data.benchmarks import known_name, set_name
 from dlgsanet_arch.data.finding import image_key, sharing, walk_images
 from dlgsanet_arch.data.making import Source
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, RECIPE, UNFINISHED
 
+NAMES = ("Set5", "Set14", "B100", "Urban100", "Manga109")
+SPELLINGS = {name.casefold(): name for name in NAMES} | {"bsd100": "B100", "bsds100": "B100"}
+
 # How a set's folder may hold HR, the best first: patterns of the paths of HR images from there.
 # They may state the folder of HR, and the one scale that images are for.
-UNCROPPED, CROPPED, LOOSE = "uncropped", "cropped", "loose"
+CROPPED, LOOSE = "cropped", "loose"
 LAYOUTS = {
-    UNCROPPED: r"(?P<folder>([^/]*_)?(hr|gt|originals?))/(?P<name>.+)",
+    "uncropped": r"(?P<folder>([^/]*_)?(hr|gt|originals?))/(?P<name>.+)",
     "by scale": r"x(?P<scale>\d)/hr/(?P<name>.+)",
     # SelfExSR's: image_SRF_4/img_001_SRF_4_HR.png
     "SelfExSR": r"(image_srf_\d/)?(?P<name>[^/]+)_srf_(?P<scale>\d)_hr",
@@ -25,6 +27,26 @@ LAYOUTS = {
     LOOSE: r"(?!.+_srf_\d_)(?P<name>[^/]+)",
 }
 LR = re.compile(r"(.*_)?lr.*|.*x\d", re.IGNORECASE)
+
+
+def known_name(text: str) -> str | None:
+    """The name of a set that papers test on, however it is spelled; None for any other text."""
+    return SPELLINGS.get(re.sub(r"[\s_-]", "", text).casefold())
+
+
+def set_name(text: str) -> str:
+    """The name of a test set as the data tree spells it: ``set5`` and ``Set 5`` are Set5.
+
+    Raises:
+        UserError: It is neither a known set nor made of letters, digits, - and _.
+    """
+    known = known_name(text)
+    if known is None and not re.fullmatch("[A-Za-z0-9_-]+", text):
+        raise UserError(
+            f"{text!r} cannot be a test set's name: use letters, digits, - and _, "
+            f"or one of {', '.join(NAMES)}"
+        )
+    return known or text
 
 
 def _is_called(folder: str, name: str) -> bool:
@@ -49,9 +71,8 @@ def find_source(name: str, root: Path) -> Path:
         if found:
             return found[0]
     raise UserError(
-        f"{name} was not found: there is neither "
-        f"{' nor '.join(str(place / name) for place in places)}; put its images into one of them, "
-        "or name their folder with --hr FOLDER"
+        f"{name} was found neither at {' nor at '.join(str(place / name) for place in places)}: "
+        "put its images into one of them, or name their folder with --hr FOLDER"
     )
 
 
@@ -60,7 +81,7 @@ class Layout(NamedTuple):
 
     where: Path
     hr: Mapping[int, Sequence[Source]]
-    notices: tuple[str, ...] = ()
+    notices: tuple[str, ...]
 
 
 def _notices(layout: str, where: Path, paths: Sequence[PurePath]) -> tuple[str, ...]:
@@ -96,8 +117,7 @@ def _layouts(folder: Path, paths: Sequence[PurePath]) -> list[Layout]:
                 raise UserError(f"{equal} have one name: remove or rename all but one")
         if found:
             return [
-                Layout(where, by_scale, _notices(layout, where, paths))
-                for where, by_scale in found.items()
+                Layout(where, hr, _notices(layout, where, paths)) for where, hr in found.items()
             ]
     return []
 
@@ -116,10 +136,10 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
     if len(layouts) == 1:
         return layouts[0]
     if layouts:
-        places = ", ".join(str(layout.where) for layout in layouts)
         raise UserError(
-            f"{source} holds HR images in more than one place: {places}; "
-            f"name the folder that is {name} with --hr FOLDER"
+            f"{source} holds HR images in more than one place: "
+            f"{', '.join(str(layout.where) for layout in layouts)}; name the folder that is {name} "
+            "with --hr FOLDER"
         )
     raise UserError(
         f"no HR images of {name} in {source}: looked for a folder HR, GT, original or GTmod12, for "
@@ -141,8 +161,8 @@ def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | N
         for path in walk_images(source)
         if not any(part.endswith((UNFINISHED, OLD)) for part in path.parts)
     ]
-    ours = [target / f"X{scale}" for scale in SCALES if (target / f"X{scale}" / RECIPE).is_file()]
-    others = [path for path in paths if not {*ours}.intersection((source / path).parents)]
+    ours = {target / f"X{scale}" for scale in SCALES if (target / f"X{scale}" / RECIPE).is_file()}
+    others = [path for path in paths if not ours.intersection((source / path).parents)]
     where, hr, notices = _choose(name, source, others or paths)
     there = sorted(hr.keys() & set(SCALES))
     missing = [f"x{scale}" for scale in scales or SCALES if scale not in there]

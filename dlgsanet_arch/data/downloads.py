@@ -33,11 +33,6 @@ def _validator(headers: Mapping[str, str]) -> str | None:
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
 
 
-def _empty(file: BinaryIO) -> None:
-    file.seek(0)
-    file.truncate()
-
-
 def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) -> int:
     """Empty the file, record its version on the server and return its length."""
     headers = response.headers
@@ -46,7 +41,9 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
         raise requests.RequestException("the server does not state how long the file is")
     if headers.get("Content-Type", "").startswith("text/html"):
         raise requests.RequestException("the server sends a web page instead of the file")
-    _empty(file)  # first, so that no bytes are ever under the record of another version
+    file.truncate(
+        file.seek(0)
+    )  # first, so that no bytes are ever under the record of another version
     write_json(record, {"url": url, "length": int(length), "validator": _validator(headers)})
     return int(length)
 
@@ -67,7 +64,7 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
             same = _validator(response.headers) in (None, validator)
             rest = f"bytes {size}-{length - 1}/{length}"
             if not same or response.headers.get("Content-Range") != rest:
-                _empty(file)
+                file.truncate(file.seek(0))
                 _fetch(session, url, file, record, name)
                 return
         elif response.status_code == 200:

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePath
-from typing import NamedTuple
 from urllib.parse import quote
 
 from dlgsanet_arch.errors import UserError
@@ -19,13 +18,6 @@ SUFFIXES |= {".webp": "WebP", ".bmp": "BMP"}
 
 # A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
 KEY_LENGTH = 200
-
-
-class ImageEntry(NamedTuple):
-    """An image that was found, and its name in a data set: see `image_key`."""
-
-    path: Path
-    key: str
 
 
 def image_key(relative: PurePath) -> str:
@@ -74,12 +66,11 @@ def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
     seen = set()
     for name, folders, files in os.walk(folder, followlinks=True, onerror=failed):
-        current = Path(name)
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        current, real = Path(name), os.path.realpath(name)
+        if real in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(real)
         # links last: images in folders beside them are named without them
         visible = (each for each in folders if not each.startswith("."))
         folders[:] = sorted(visible, key=lambda each: ((current / each).is_symlink(), each))
@@ -116,8 +107,8 @@ def sharing(keys: Mapping[object, str]) -> str:
     return named([" and ".join(group) for group in by_key.values() if len(group) > 1], 3)
 
 
-def find_images(folder: Path) -> list[ImageEntry]:
-    """Find all images below a folder as `walk_images` does, with their keys.
+def find_images(folder: Path) -> dict[str, Path]:
+    """Find all images below a folder as `walk_images` does, by their keys.
 
     Raises:
         UserError: As there, or images of one folder differ in their suffixes only.
@@ -128,4 +119,4 @@ def find_images(folder: Path) -> list[ImageEntry]:
             f"images in {folder} differ in their suffixes only, and would share one name in the "
             f"data set: {equal}; rename or remove one of each"
         )
-    return [ImageEntry(folder / relative, key) for relative, key in keys.items()]
+    return {key: folder / relative for relative, key in keys.items()}

@@ -18,17 +18,7 @@ from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - importin
 from PIL.ImageFile import ImageFile
 
 from dlgsanet_arch.data.finding import SUFFIXES
-from dlgsanet_arch.data.samples import (
-    TIFF_BITS,
-    TIFF_EXTRA_SAMPLES,
-    TIFF_PHOTOMETRIC,
-    TIFF_SAMPLE_FORMAT,
-    Pixels,
-    Refusal,
-    bits_of,
-    on_white,
-    samples,
-)
+from dlgsanet_arch.data.samples import Pixels, Refusal, bits_of, check_tiff, on_white, samples
 from dlgsanet_arch.errors import UserError
 
 # Larger images are refused by their header. The largest cameras make 151 million pixels; above
@@ -62,8 +52,7 @@ class ImageError(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)  # both in args, so that the error survives pickling
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return f"{self.path} {self.reason}"
@@ -84,11 +73,7 @@ class StoredImage:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read an image's file.
-
-    Raises:
-        ImageError: It cannot be opened, or is larger than any image.
-    """
+    """Read an image's file; ImageError if it cannot be opened, or is larger than any image."""
     try:
         if path.exists() and not path.is_file():
             raise ImageError(path, "is not a file")
@@ -113,38 +98,6 @@ def _opened(file: BinaryIO, name: str) -> ImageFile:
     return Image.OPEN[name.upper()][0](file)
 
 
-def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise Refusal(TOO_LARGE.format(f"{width} x {height}"))
-    if min(width, height) < least:
-        raise Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
-    uncompressed = width * height * len(image.getbands()) * max(1, bits // 8)
-    if uncompressed > max(ANY_GROWTH, MAX_GROWTH * file_size):
-        raise Refusal(
-            f"claims {width} x {height} pixels in {file_size:,} bytes, which is more than images "
-            "compress: if the size is true, cut the image into parts"
-        )
-
-
-def _check_tiff(data: bytes) -> None:
-    """Refuse by their tags the samples that Pillow does not know, or reads as something else."""
-    tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])  # 43: BigTIFF
-    stream = BytesIO(data)
-    stream.seek(tags.next)
-    tags.load(stream)
-    bits = max(np.ravel(tags.get(TIFF_BITS, 1)))
-    formats = {int(number) for number in np.ravel(tags.get(TIFF_SAMPLE_FORMAT, 1))}
-    if formats != {1} or bits not in (1, 2, 4, 8, 16):
-        numbers = {1: "integer", 2: "signed integer", 3: "floating-point"}
-        kind = " and ".join(numbers.get(number, "unknown") for number in sorted(formats))
-        raise Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
-    if bits == 16 and tags.get(TIFF_PHOTOMETRIC, 1) == 0:
-        raise Refusal("is 16-bit gray with zero for white: save it with zero for black")
-    if bits == 16 and 1 in np.ravel(tags.get(TIFF_EXTRA_SAMPLES, 0)):
-        raise Refusal("has 16-bit colours multiplied by alpha: save it with unassociated alpha")
-
-
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
     """Turn what a decoder raises into an ImageError, and suppress its warnings."""
@@ -163,18 +116,31 @@ def _decoding(path: Path) -> Iterator[None]:
         raise ImageError(path, f"cannot be decoded: {reason}") from error
 
 
+def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Refusal(TOO_LARGE.format(f"{width} x {height}"))
+    if min(width, height) < least:
+        raise Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
+    uncompressed = width * height * len(image.getbands()) * max(1, bits // 8)
+    if uncompressed > max(ANY_GROWTH, MAX_GROWTH * file_size):
+        raise Refusal(
+            f"claims {width} x {height} pixels in {file_size:,} bytes, which is more than images "
+            "compress: if the size is true, cut the image into parts"
+        )
+
+
 def _has_all_pixels(data: bytes) -> bool:
     """Whether a JPEG file without its end has all pixels: then other bytes there change none."""
     ends = (JPEG_END, b"\x55" * 64 + JPEG_END)
-    images = [np.asarray(_opened(BytesIO(data + end), "JPEG")) for end in ends]
-    return np.array_equal(*images)
+    return np.array_equal(*(np.asarray(_opened(BytesIO(data + end), "JPEG")) for end in ends))
 
 
 def _open(data: bytes, least: int, converts: bool) -> ImageFile:
     """Open a complete file and check it; CMYK and Lab are refused, unless it `converts` them."""
     name = _format_of(data, FORMATS)
     if name == "TIFF":
-        _check_tiff(data)
+        check_tiff(data)
     stream = BytesIO(data)
     image = _opened(stream, name)
     _check_size(image, bits_of(image, data), len(data), least)
@@ -212,20 +178,18 @@ def _exif(image: ImageFile) -> bytes | None:
     """What `StoredImage.exif` holds; data that cannot be read or written is left out."""
     try:
         found, kept = image.getexif(), Image.Exif()
-        for tag in EXIF_KEPT:
-            if tag in found:
-                kept[tag] = found[tag]
+        for tag in (tag for tag in EXIF_KEPT if tag in found):
+            kept[tag] = found[tag]
         for folder in EXIF_FOLDERS:
             entries = found.get_ifd(folder).items()
-            left = {tag: value for tag, value in entries if tag not in EXIF_STALE}
-            if left:
+            if left := {tag: value for tag, value in entries if tag not in EXIF_STALE}:
                 kept[folder] = left
         return kept.tobytes() if len(kept) else None
     except Exception:  # as in _decoding; the pixels are fine
         return None
 
 
-def _notices(image: ImageFile, data: bytes, path: Path) -> Iterator[str]:
+def _notices(image: ImageFile, data: bytes, path: Path, orientation: int | None) -> Iterator[str]:
     name = _format_of(data, FORMATS)
     announced = SUFFIXES.get(path.suffix.lower(), name)
     if announced != name:
@@ -238,6 +202,8 @@ def _notices(image: ImageFile, data: bytes, path: Path) -> Iterator[str]:
         by = "a rule of thumb, without a usable profile"
         by = "its profile" if "icc_profile" in image.info else by
         yield f"holds {image.mode} colours; they were converted to sRGB by {by}"
+    if orientation is None:
+        yield "has EXIF data that cannot be read; it was not rotated"
 
 
 def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> StoredImage:
@@ -248,9 +214,7 @@ def _decode(data: bytes, path: Path, least: int, converts: bool = False) -> Stor
         orientation = _orientation(image)
         image.load()
         pixels, alpha = samples(image, data, orientation or 1)
-        notices = (*_notices(image, data, path),)
-    if orientation is None:
-        notices += ("has EXIF data that cannot be read; it was not rotated",)
+        notices = tuple(_notices(image, data, path, orientation))
     if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
         pixels = np.concatenate([pixels, alpha[..., None]], 2)
     icc = None if image.mode in ("CMYK", "LAB") else image.info.get("icc_profile")
@@ -306,11 +270,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read the header of an image of any size; no pixel is decoded.
-
-    Raises:
-        ImageError: It is not an image.
-    """
+    """Read the header of an image of any size; no pixel is decoded. ImageError if it is none."""
     with _decoding(Path(getattr(file, "name", "it"))):
         start = file.read(32)
         file.seek(0)
@@ -319,11 +279,11 @@ def read_header(file: BinaryIO) -> Header:
         # Pillow decodes a whole PNG to look for EXIF behind the pixels.
         if image.format == "JPEG" and (_orientation(image) or 1) >= 5:
             width, height = height, width
-        deep = image.mode.startswith(("I", "F")) or bits_of(image, start) > 8
-    return Header(
-        height,
-        width,
-        gray=image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;"),
-        alpha=image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info,
-        deep=deep,
-    )
+        mode = image.mode
+        return Header(
+            height,
+            width,
+            gray=mode in ("1", "L", "LA", "La") or mode.startswith(("I", "F")),
+            alpha=mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info,
+            deep=mode.startswith(("I", "F")) or bits_of(image, start) > 8,
+        )

@@ -5,12 +5,12 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, TypeVar
 
 from dlgsanet_arch.data.databases import DATA, check_keys, is_database, open_entry
 from dlgsanet_arch.data.finding import SUFFIXES, check_folder, sharing
@@ -20,6 +20,7 @@ from dlgsanet_arch.hints import quoted
 
 FIX = "a new one by `dlgsanet data verify --fix`"
 READ_BY_OPENCV = {*SUFFIXES, ".pgm", ".ppm"}
+Result = TypeVar("Result")
 HEAD = 2**20  # bytes of an LMDB's entry that hold its header
 
 
@@ -44,11 +45,8 @@ class PairSet:
         return {part: path for part, path in (("hr", self.hr), ("lr", self.lr)) if path}
 
 
-class Fault(NamedTuple):
-    """What is wrong, and with what: "hr", "lr", "list", "template" or LR's "kernel"."""
-
-    part: str
-    text: str
+# What is wrong: with "hr", "lr", "list", "template" or LR's "kernel", and a sentence.
+Fault = tuple[str, str]
 
 
 @contextmanager
@@ -101,7 +99,7 @@ class Checked:
 
     def add(self, part: str, text: str) -> None:
         """Note a fault."""
-        self.faults.append(Fault(part, text))
+        self.faults.append((part, text))
 
 
 def _folder_images(checked: Checked, part: str, path: Path) -> list[str]:
@@ -146,8 +144,8 @@ def _partner(name: str, template: str) -> str:
     return f"{template.format(base)}{suffix}"
 
 
-def _listed_pairs(checked: Checked) -> Iterator[tuple[str, ...]]:
-    """Pairs as a list of file names states them."""
+def _pair_by_list(checked: Checked) -> None:
+    """Pair images as a list of file names states it."""
     each = checked.set
     lines = each.listing.read_text(encoding="utf-8", errors="replace").splitlines()
     names = [line.strip() for line in lines if line.strip()]
@@ -156,19 +154,15 @@ def _listed_pairs(checked: Checked) -> Iterator[tuple[str, ...]]:
     if not names:
         checked.add("list", f"{each.listing} lists no images; fill the list")
     for line in names:
+        pair = tuple(line.split(", "))
         if not each.lists_pairs:
             name = line.split(" ")[0]
-            yield (name, _partner(name, each.template))[: len(each.paths)]
-        elif line.count(", ") == 1:
-            yield tuple(line.split(", "))
-        else:
+            pair = (name, _partner(name, each.template))[: len(each.paths)]
+        elif len(pair) != 2:
             checked.add("list", f"{each.listing}: write `HR, LR` in each line; {line!r} is not")
-            return
-
-
-def _pair_by_list(checked: Checked) -> None:
-    checked.pairs = list(_listed_pairs(checked))
-    for index, (part, path) in enumerate(checked.set.paths.items()):
+            break
+        checked.pairs.append(pair)
+    for index, (part, path) in enumerate(each.paths.items()):
         gone = [pair[index] for pair in checked.pairs if not (path / pair[index]).is_file()]
         if gone:
             checked.add(
@@ -235,6 +229,23 @@ def list_images(each: PairSet) -> Checked:
         text = f"images in {path} differ in their suffixes only: {equal}"
         checked.add(part, f"{text}; rename or remove one of each")
     return checked
+
+
+def read_sample(
+    each: PairSet, names: Sequence[str], read: Callable[[Path, str], Result]
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """What `read` returns for a sample's images by part, and faults of those it cannot read."""
+    found, faults = {}, {}
+    for (part, path), name in zip(each.paths.items(), names, strict=True):
+        try:
+            found[part] = read(path, name)
+        except ImageError as error:
+            faults[part] = f"{part.upper()} {error.reason}"
+        except OSError as error:
+            faults[part] = f"{part.upper()} cannot be opened: {error.strerror}"
+        except MemoryError:
+            faults[part] = f"{part.upper()} takes more memory than there is"
+    return found, faults
 
 
 def size_faults(

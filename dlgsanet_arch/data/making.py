@@ -1,5 +1,6 @@
 """What the makers of training sets and of test sets share: sources, recipes, bad images."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +9,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.images import ImageError, read_8_bits, read_bytes
-from dlgsanet_arch.data.sub_images import HR_MULTIPLE
 from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import RECIPE, read_json
 from dlgsanet_arch.hints import named
 
+# HR cut to a multiple of it serves all scales with one and the same database.
+HR_MULTIPLE = math.lcm(*SCALES)
+PNG_COMPRESSION = 1
+
+ImageArray = NDArray[np.uint8]
 Recipe = Mapping[str, Any]
 
 
@@ -33,6 +42,17 @@ def checked_scales(scales: Iterable[int]) -> list[int]:
     if not result or not set(result) <= set(SCALES):
         raise ValueError(f"scales must be from {SCALES}, got {scales=}")
     return result
+
+
+def crop_to_multiple(image: ImageArray, multiple: int) -> ImageArray:
+    """Cut rows and columns off the bottom and the right so that `multiple` divides both sides."""
+    height, width = (side - side % multiple for side in image.shape[:2])
+    return image[:height, :width]
+
+
+def encode_png(image: ImageArray) -> bytes:
+    """Encode an image (H, W, 3) in BGR without loss."""
+    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])[1].tobytes()
 
 
 # Recipes: what a folder was made from

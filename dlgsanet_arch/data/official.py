@@ -23,39 +23,28 @@ class Part(NamedTuple):
 
 
 class OfficialSet(NamedTuple):
-    """A published set: its name, number of images, server, HR images, and LR images by scale."""
+    """A published set: its name, number of images, server, and parts by scale; 1 is HR."""
 
     name: str
     images: int
     server: str
-    hr: Part
-    lr: Callable[[int], Part]
+    part: Callable[[int], Part]
 
 
-def _div2k_lr(scale: int) -> Part:
-    name = f"DIV2K_train_LR_bicubic_X{scale}"
-    together = f"DIV2K_train_LR_bicubic/X{scale}"
+def _div2k(scale: int) -> Part:
+    if scale == 1:
+        return Part("DIV2K_train_HR.zip", ("DIV2K_train_HR",))
+    name, together = f"DIV2K_train_LR_bicubic_X{scale}", f"DIV2K_train_LR_bicubic/X{scale}"
     return Part(f"{name}.zip", (together, f"{name}/X{scale}", f"{name}/{together}", name))
 
 
-def _flickr2k(inside: str) -> Part:
+def _flickr2k(scale: int) -> Part:
+    inside = "Flickr2K_HR" if scale == 1 else f"Flickr2K_LR_bicubic/X{scale}"
     return Part("Flickr2K.tar", (inside, f"Flickr2K/{inside}"))
 
 
-DIV2K = OfficialSet(
-    "DIV2K",
-    800,
-    "https://data.vision.ee.ethz.ch/cvl/DIV2K/",
-    Part("DIV2K_train_HR.zip", ("DIV2K_train_HR",)),
-    _div2k_lr,
-)
-FLICKR2K = OfficialSet(
-    "Flickr2K",
-    2650,
-    "https://cv.snu.ac.kr/research/EDSR/",
-    _flickr2k("Flickr2K_HR"),
-    lambda scale: _flickr2k(f"Flickr2K_LR_bicubic/X{scale}"),
-)
+DIV2K = OfficialSet("DIV2K", 800, "https://data.vision.ee.ethz.ch/cvl/DIV2K/", _div2k)
+FLICKR2K = OfficialSet("Flickr2K", 2650, "https://cv.snu.ac.kr/research/EDSR/", _flickr2k)
 # SHA-256 of the archives on DIV2K's own server, as TensorFlow Datasets lists them.
 PUBLISHED = {
     f"DIV2K_train_{name}.zip": sha256
@@ -112,10 +101,10 @@ def sources(
         UserError: Images cannot be had, or are not as many as were published.
     """
     server = official.server if mirror is None else mirror.rstrip("/") + "/"
-    lr = {scale: official.lr(scale) for scale in scales}
-    _download_missing([official.hr, *lr.values()], places, server)
-    hr = _located(official.hr, places)
-    found = pair(hr, {scale: _located(part, places) for scale, part in lr.items()})
+    parts = {scale: official.part(scale) for scale in (1, *scales)}
+    _download_missing([*parts.values()], places, server)
+    hr, *lr = (_located(part, places) for part in parts.values())
+    found = pair(hr, dict(zip(scales, lr, strict=True)))
     if len(found) != official.images:
         raise UserError(
             f"{official.name} has {official.images} training images and {hr} holds {len(found)}: "

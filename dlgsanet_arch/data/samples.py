@@ -1,10 +1,10 @@
-"""Colour and alpha of an image that Pillow has loaded, 8 or 16 bits, upright."""
+"""Samples of images: which are read, and colour and alpha of 8 or 16 bits, upright."""
 
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 from PIL.ImageFile import ImageFile
 
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 258, 262, 284
@@ -23,6 +23,24 @@ def bits_of(image: ImageFile, start: bytes) -> int:
     if image.format == "PNG":
         return start[24]
     return int(max(np.ravel(image.tag_v2.get(TIFF_BITS, 1)))) if image.format == "TIFF" else 8
+
+
+def check_tiff(data: bytes) -> None:
+    """Refuse by their tags the samples that Pillow does not know, or reads as something else."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])  # 43: BigTIFF
+    stream = BytesIO(data)
+    stream.seek(tags.next)
+    tags.load(stream)
+    bits = max(np.ravel(tags.get(TIFF_BITS, 1)))
+    formats = {int(number) for number in np.ravel(tags.get(TIFF_SAMPLE_FORMAT, 1))}
+    if formats != {1} or bits not in (1, 2, 4, 8, 16):
+        kinds = {1: "integer", 2: "signed integer", 3: "floating-point"}
+        kind = " and ".join(kinds.get(number, "unknown") for number in sorted(formats))
+        raise Refusal(f"holds {bits}-bit {kind} samples: save it with 8 or 16 bits")
+    if bits == 16 and tags.get(TIFF_PHOTOMETRIC, 1) == 0:
+        raise Refusal("is 16-bit gray with zero for white: save it with zero for black")
+    if bits == 16 and 1 in np.ravel(tags.get(TIFF_EXTRA_SAMPLES, 0)):
+        raise Refusal("has 16-bit colours multiplied by alpha: save it with unassociated alpha")
 
 
 def turned(array: Pixels, orientation: int) -> Pixels:
@@ -74,8 +92,7 @@ def _in_rgb(image: ImageFile) -> Image.Image:
 def samples(image: ImageFile, data: bytes, orientation: int) -> tuple[Pixels, Pixels | None]:
     """Separate colour and alpha of a loaded image, which Pillow has turned if it is TIFF.
 
-    Returns:
-        (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None if it has none.
+    Returns (H, W, 1) gray or (H, W, 3) RGB, and (H, W) alpha, None if it has none.
     """
     transparent, bits = image.info.get("transparency"), bits_of(image, data)
     loaded = image

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlgsanet_arch.data.bicubic import bicubic
-from dlgsanet_arch.data.sub_images import ImageArray
+from dlgsanet_arch.data.making import ImageArray
 
 # Of bicubic downscaling, in LR pixels: LR of a sub-image was made from HR beyond its border.
 REACH = 2

@@ -7,30 +7,29 @@ Every image is opened before anything is written. An image's sub-images go into 
 one transaction each: what a killed run had written is found by its keys and not made again.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_finished
 from dlgsanet_arch.data.finding import check_folder, find_images
 from dlgsanet_arch.data.images import read_8_bits
 from dlgsanet_arch.data.making import (
+    HR_MULTIPLE,
     Findings,
+    ImageArray,
     Recipe,
     Source,
     checked_scales,
-    file_hashes,
-    images_sha256,
-)
-from dlgsanet_arch.data.sub_images import (
-    HR_MULTIPLE,
-    Cutting,
     crop_to_multiple,
     encode_png,
-    sub_images,
+    file_hashes,
+    images_sha256,
 )
 from dlgsanet_arch.data.workers import with_progress
 from dlgsanet_arch.errors import UserError
@@ -44,6 +43,46 @@ RECIPE_VERSION = 1
 def database_name(scale: int) -> str:
     """The folder of the sub-images whose HR is `scale` times their side; 1 is HR itself."""
     return "train_HR_sub.lmdb" if scale == 1 else f"train_LR_bicubic_X{scale}_sub.lmdb"
+
+
+class Cutting(NamedTuple):
+    """Side of a sub-image and distance of two in HR pixels, side of a training patch in LR's."""
+
+    crop: int = 480
+    step: int = 240
+    patch: int = 48
+
+    def check(self, scales: Sequence[int]) -> None:
+        """Raise a UserError where LR cannot be cut to match at one of the scales."""
+        for name, value in (("--crop", self.crop), ("--step", self.step)):
+            wrong = [scale for scale in scales if value < 1 or value % scale]
+            if wrong:
+                multiple = math.lcm(*scales)
+                near = max(multiple, round(value / multiple) * multiple)
+                raise UserError(
+                    f"{name} {value} is not a multiple of scale {wrong[0]}: LR could not be cut "
+                    f"to match; use {near}"
+                )
+
+
+def _starts(length: int, size: int, step: int) -> list[int]:
+    """Where windows of `size` start along `length`: every `step`, the last flush with the end.
+
+    The rule of BasicSR's `extract_subimages.py` with a `thresh_size` of 0. A `length` less than
+    `size` is one window.
+    """
+    if length <= size:
+        return [0]
+    return sorted({*range(0, length - size + 1, step), length - size})
+
+
+def _sub_images(image: ImageArray, cutting: Cutting, scale: int) -> Iterator[ImageArray]:
+    """Cut an image, HR or `scale` times smaller, into parts that show equal places, row by row."""
+    size = cutting.crop // scale
+    rows, columns = (_starts(side * scale, *cutting[:2]) for side in image.shape[:2])
+    for top in (row // scale for row in rows):
+        for left in (column // scale for column in columns):
+            yield image[top : top + size, left : left + size]
 
 
 @dataclass
@@ -73,10 +112,9 @@ def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
 
 def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
     """Find HR images, and LR of the same names in a folder for each scale: a or ax4 is LR of a."""
-    sources = [Source(key, path, {}) for path, key in find_images(hr)]
+    sources = [Source(key, path, {}) for key, path in find_images(hr).items()]
     for scale, folder in lr.items():
-        found = {key: path for path, key in find_images(folder)}
-        lonely = []
+        found, lonely = find_images(folder), []
         for each in sources:
             names = (each.key, f"{each.key}x{scale}", f"{each.key}X{scale}")
             match = next((name for name in names if name in found), None)
@@ -120,7 +158,7 @@ def _cut(
             image = read_8_bits(source.lr[scale]).pixels[:height, :width]
         else:
             image = hr if scale == 1 else bicubic(hr, 1 / scale)
-        parts = sub_images(image, cutting.crop, cutting.step, scale)
+        parts = _sub_images(image, cutting, scale)
         entries[scale] = [
             (f"{source.key}_s{index:03d}", encode_png(part)) for index, part in enumerate(parts, 1)
         ]
@@ -133,7 +171,7 @@ def _write(
     """Cut the images that no earlier run has cut, write their sub-images, and count them."""
     with ExitStack() as stack:
         writers = {
-            recipe["scale"]: stack.enter_context(DatabaseWriter(path, recipe))
+            recipe["scale"]: stack.enter_context(closing(DatabaseWriter(path, recipe)))
             for path, recipe in recipes.items()
         }
         # an image's sub-images come in one transaction: where the first is, all are

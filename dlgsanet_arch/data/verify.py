@@ -8,17 +8,26 @@ are read by processes of their own, as a damaged LMDB may crash its reader.
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from dlgsanet_arch.data.benchmarks import known_name
 from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_database, is_finished
+from dlgsanet_arch.data.discovery import known_name
 from dlgsanet_arch.data.finding import SUFFIXES, check_folder, walk_folders
-from dlgsanet_arch.data.images import ImageError, decode_8_bits
-from dlgsanet_arch.data.listing import Checked, PairSet, list_images, read_image, size_faults
+from dlgsanet_arch.data.images import decode_8_bits
+from dlgsanet_arch.data.listing import (
+    Checked,
+    PairSet,
+    list_images,
+    read_image,
+    read_sample,
+    size_faults,
+)
+from dlgsanet_arch.data.making import ImageArray, encode_png
 from dlgsanet_arch.data.similarity import (
     WHOLE,
     Levels,
@@ -29,7 +38,6 @@ from dlgsanet_arch.data.similarity import (
     pixel_digest,
     psnr_to_bicubic,
 )
-from dlgsanet_arch.data.sub_images import encode_png
 from dlgsanet_arch.data.workers import ordered, with_progress
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import OLD, UNFINISHED, disk_faults_named, one_writer
@@ -93,8 +101,7 @@ def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
             hr, scale = partner
             pairs.append(PairSet(str(path), hr, path, scale, template=None, role=_role(hr)))
             paired |= {hr, path}
-    alone = [PairSet(str(path), path, None, role=_role(path)) for path in found]
-    return pairs + [each for each in alone if each.hr not in paired]
+    return pairs + [PairSet(str(p), p, None, role=_role(p)) for p in found if p not in paired]
 
 
 class Sample(NamedTuple):
@@ -108,30 +115,25 @@ class Sample(NamedTuple):
     corners: Mapping[Size, Levels] = {}  # of HR, see `corner_thumbnails`
 
 
+def _pixels(path: Path, name: str) -> ImageArray:
+    return decode_8_bits(read_image(path, name), path / name, least=1).pixels
+
+
 def _examine(names: Sequence[str], each: PairSet, sizes: Sequence[Size]) -> Sample:
-    """Decode a sample, by its name on each side, and check it; `sizes` as for `verify_set`."""
-    faults, images = [], []
-    for (part, path), name in zip(each.paths.items(), names, strict=True):
-        try:
-            images.append(decode_8_bits(read_image(path, name), path / name, least=1).pixels)
-        except ImageError as error:
-            faults.append(f"{part.upper()} {error.reason}")
-        except MemoryError:
-            faults.append(f"{part.upper()} takes more memory than there is")
+    """Decode a sample, by its name on each side, and check it; `sizes` as for `_verify_set`."""
+    images, faults = read_sample(each, names, _pixels)
     if faults:
-        return Sample(faults)
-    digest = pixel_digest(images[0])
-    if each.hr is None:
-        return Sample(faults, digest=digest)
-    hr, lr = (*images, None)[:2]
-    scale = psnr = None
+        return Sample([*faults.values()])
+    hr, lr, scale, psnr = images.get("hr"), images.get("lr"), None, None
+    if hr is None:
+        return Sample([], digest=pixel_digest(lr))
     if lr is not None:
         scale = each.scale or max(1, round(hr.shape[0] / lr.shape[0]))
-    faults += size_faults(each, scale, hr.shape, None if lr is None else lr.shape).values()
+    faults = size_faults(each, scale, hr.shape, None if lr is None else lr.shape)
     if lr is not None and not faults:
         psnr = psnr_to_bicubic(lr, hr[: lr.shape[0] * scale, : lr.shape[1] * scale], scale)
     corners = corner_thumbnails(hr, sizes if each.role == "test" else ())
-    return Sample(faults, scale, digest, psnr, hr.shape[:2], corners)
+    return Sample([*faults.values()], scale, pixel_digest(hr), psnr, hr.shape[:2], corners)
 
 
 def _judge(checked: Checked, samples: Mapping[str, Sample]) -> None:
@@ -161,7 +163,7 @@ def _judge(checked: Checked, samples: Mapping[str, Sample]) -> None:
             checked.bad[name] = faults
 
 
-def verify_set(
+def _verify_set(
     each: PairSet, workers: int, sizes: Sequence[Size]
 ) -> tuple[Checked, dict[str, Sample]]:
     """Check every image of a set; `sizes` are those of the training images to compare with."""
@@ -173,8 +175,8 @@ def verify_set(
         samples = {name: one for (name, *_), one in found}
     except UserError as error:
         checked, samples = Checked(each), {}
-        part, places = next(iter(each.paths)), " and ".join(map(str, each.paths.values()))
-        checked.add(part, f"{places} cannot be read: {error}")
+        paths = " and ".join(map(str, each.paths.values()))
+        checked.add(next(iter(each.paths)), f"{paths} cannot be read: {error}")
     if samples:
         _judge(checked, samples)
     return checked, samples
@@ -192,7 +194,7 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Checked]:
     reported: set[tuple[str, str]] = set()  # test sets of several scales hold the same
     for each in sorted(sets, key=lambda each: each.role == "test"):
         sizes = sorted({size for _, small in training.values() for size in small})
-        checked[each], samples = verify_set(each, workers, sizes)
+        checked[each], samples = _verify_set(each, workers, sizes)
         if each.role == "train":  # HR of several scales is one database
             small = {name: (s.size, s.corners[WHOLE]) for name, s in samples.items() if s.corners}
             training[each.hr] = checked[each], by_size(small)
@@ -200,36 +202,35 @@ def verify(sets: Sequence[PairSet], workers: int) -> list[Checked]:
         for path, (trained, small) in training.items():
             for name, sample in samples.items() if path != each.hr else ():
                 copies = {_image_of(copy) for copy in find_copies(small, sample.corners)}
-                text = f"shows the same as the test image {each.hr / name}" if copies else ""
-                for copy, *_ in trained.pairs:
+                for copy, *_ in trained.pairs if copies else ():
                     if _image_of(copy) in copies and (copy, name) not in reported:
                         reported.add((copy, name))
+                        text = f"shows the same as the test image {each.hr / name}"
                         trained.bad[copy].append(text)
     return [checked[each] for each in sets]
 
 
-def _report_on(each: Checked) -> Iterator[str]:
-    scale = f" at scale {each.scale}" if each.scale else ""
-    state = "good" if each.is_good else "NOT GOOD"
-    yield f"{each.set.name}: {len(each.pairs)} {each.what}{scale}: {state}"
-    yield from (f"  {note}" for note in each.notes)
-    yield from (f"  wrong: {fault.text}" for fault in each.faults)
-    bad = [
-        f"  wrong: {(each.set.hr or each.set.lr) / name}: {reason}"
-        for name, reasons in each.bad.items()
-        for reason in reasons
-    ]
-    yield from bad[:MOST_LISTED]
-    if len(bad) > MOST_LISTED:
-        yield f"  and {len(bad) - MOST_LISTED} lines more of this kind"
-    if each.bad:
-        yield f"  {len(each.bad)} of {len(each.pairs)} {each.what} are bad: fix or remove them"
-
-
 def report(verified: Sequence[Checked]) -> str:
     """What was found, for the terminal: each set, what is wrong with it and what to do."""
+    lines = []
+    for each in verified:
+        scale = f" at scale {each.scale}" if each.scale else ""
+        state = "good" if each.is_good else "NOT GOOD"
+        lines += [f"{each.set.name}: {len(each.pairs)} {each.what}{scale}: {state}"]
+        lines += [f"  {note}" for note in each.notes]
+        lines += [f"  wrong: {text}" for _, text in each.faults]
+        bad = [
+            f"  wrong: {(each.set.hr or each.set.lr) / name}: {reason}"
+            for name, reasons in each.bad.items()
+            for reason in reasons
+        ]
+        lines += bad[:MOST_LISTED]
+        if len(bad) > MOST_LISTED:
+            lines.append(f"  and {len(bad) - MOST_LISTED} lines more of this kind")
+        if each.bad:
+            count = f"{len(each.bad)} of {len(each.pairs)}"
+            lines.append(f"  {count} {each.what} are bad: fix or remove them")
     good = sum(each.is_good for each in verified)
-    lines = [line for each in verified for line in _report_on(each)]
     return "\n".join([*lines, f"{good} of {len(verified)} data sets are good"])
 
 
@@ -240,12 +241,11 @@ def _copy(path: Path, keys: Sequence[str]) -> Path:
     recipe = {"fixed": str(path.resolve()), "images": digest}
     with one_writer(path.parent), disk_faults_named(f"{fixed} cannot be written"):
         if not is_finished(fixed, recipe, overwrite=True):
-            with DatabaseWriter(fixed, recipe) as writer:
+            with closing(DatabaseWriter(fixed, recipe)) as writer:
                 for key in keys:
                     data = read_image(path, key)
-                    if not data.startswith(b"\x89PNG"):
-                        data = encode_png(decode_8_bits(data, path / key, least=1).pixels)
-                    writer.put([(key, data)])
+                    is_png = data.startswith(b"\x89PNG")
+                    writer.put([(key, data if is_png else encode_png(_pixels(path, key)))])
                 writer.finish()
     return fixed
 
@@ -261,17 +261,18 @@ def fix(verified: Sequence[Checked]) -> list[Path]:
     """
     by_first: dict[Path, list[Checked]] = defaultdict(list)
     for each in verified:
-        if each.pairs and all(map(is_database, each.set.paths.values())):
-            by_first[next(iter(each.set.paths.values()))].append(each)
+        paths = [*each.set.paths.values()]
+        if each.pairs and all(map(is_database, paths)):
+            by_first[paths[0]].append(each)
     written = []
-    for path, sets in by_first.items():
-        if all(not each.bad and all(f.part == "kernel" for f in each.faults) for each in sets):
+    for first, sets in by_first.items():
+        parts = {part for each in sets for part, _ in each.faults}
+        if parts <= {"kernel"} and not any(each.bad for each in sets):
             continue
-        good = set.intersection(
-            *({key for key, *_ in each.pairs} - each.bad.keys() for each in sets)
-        )
+        keys = ({key for key, *_ in each.pairs} - each.bad.keys() for each in sets)
+        good = sorted(set.intersection(*keys))
         if not good:
-            raise UserError(f"{path}: all images are bad, so a new set would be empty")
+            raise UserError(f"{first}: all images are bad, so a new set would be empty")
         paths = dict.fromkeys(path for each in sets for path in each.set.paths.values())
-        written += [_copy(path, sorted(good)) for path in paths]
+        written += [_copy(path, good) for path in paths]
     return written

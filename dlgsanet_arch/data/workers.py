@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from multiprocessing.context import BaseContext
 from typing import TypeVar
@@ -85,40 +84,8 @@ def _cause_of_death(exit_codes: Iterable[int | None], workers: int) -> str:
     return f"it ended with exit status {codes[0] if codes else 'unknown'}"
 
 
-def ordered(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    workers: int,
-    *,
-    isolated: bool = False,
-) -> Iterator[Result]:
-    """Apply a function to items in worker processes, and yield the results in the items' order.
-
-    At most ``AHEAD * workers`` items are in flight, so memory does not grow with their number.
-
-    Args:
-        function: Importable by name, or a `functools.partial` of such a function; what it raises
-            is raised here, at its item's turn.
-        items: Can be pickled, as can the results.
-        workers: Number of processes; with one or none the function runs in this process.
-        isolated: Start a process even for one worker: what the function reads may crash it.
-
-    Raises:
-        UserError: Memory ran out, or a worker died.
-    """
-    workers = max(1, workers)
-    run = map if workers == 1 and not isolated else partial(_by_processes, workers)
-    try:
-        yield from run(function, iter(items))
-    except MemoryError as error:
-        raise UserError(
-            f"memory ran out with --workers {workers}: run again with fewer, or with more "
-            "memory; finished work is kept"
-        ) from error
-
-
 def _by_processes(
-    workers: int, function: Callable[[Item], Result], remaining: Iterator[Item]
+    function: Callable[[Item], Result], remaining: Iterator[Item], workers: int
 ) -> Iterator[Result]:
     pending: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(workers, process_context(function), _begin_worker)
@@ -135,6 +102,36 @@ def _by_processes(
         raise UserError(f"a worker process died, {cause}; finished work is kept") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ordered(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    isolated: bool = False,
+) -> Iterator[Result]:
+    """Apply a function to items in worker processes, and yield the results in the items' order.
+
+    `function` is importable by name, or a `functools.partial` of such a function; what it raises is
+    raised here, at its item's turn. At most ``AHEAD * workers`` items are in flight, so memory does
+    not grow with their number. With one worker or none the function runs in this process, unless
+    it is `isolated`, because what it reads may crash it.
+
+    Raises:
+        UserError: Memory ran out, or a worker died.
+    """
+    workers, remaining = max(1, workers), iter(items)
+    try:
+        if workers == 1 and not isolated:
+            yield from map(function, remaining)
+        else:
+            yield from _by_processes(function, remaining, workers)
+    except MemoryError as error:
+        raise UserError(
+            f"memory ran out with --workers {workers}: run again with fewer, or with more "
+            "memory; finished work is kept"
+        ) from error
 
 
 def with_progress(

@@ -19,8 +19,8 @@ import yaml
 from dlgsanet_arch import memory, options
 from dlgsanet_arch.checkpoint import bundled_weights, check_compatible, read_weights
 from dlgsanet_arch.data import benchmark, training_sets
-from dlgsanet_arch.data.benchmarks import set_name
 from dlgsanet_arch.data.databases import META_INFO
+from dlgsanet_arch.data.discovery import set_name
 from dlgsanet_arch.data.training_sets import Source, database_name
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
