@@ -721,7 +721,7 @@ def checkpoints(cell: Cell, setting: Setting) -> Record:
     from dlgsanet_arch.pipeline.adapter import adapt
     from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress
     from dlgsanet_arch.pipeline.processes import Processes
-    from dlgsanet_arch.pipeline.sampling import Place
+    from dlgsanet_arch.pipeline.samples import Place
 
     load, sizes = os.getloadavg()[0], {}
     with tempfile.TemporaryDirectory() as name, _apart(Path(name)):

@@ -4,15 +4,14 @@
 `pipeline.adapter` adds them to the others.
 """
 
-import copy
-import math
+import warnings
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -63,31 +62,19 @@ class AveragesWeights:
         average(self.net_g_ema, self.net_g, decay)
 
 
-def _factor(iteration: int, warmup_iter: int) -> float:
-    return min(1.0, iteration / warmup_iter) if warmup_iter > 0 else 1.0
-
-
-def _set_rates(groups: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:
-    for group, rate in zip(groups, rates, strict=True):
+def _set_rates(scheduler: LRScheduler, rates: Sequence[float]) -> None:
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 
-def _replayed(scheduler: Any) -> list[float]:
-    """Return the rates of the scheduler's current step, found from the initial ones.
-
-    A state that BasicSR's own loop saved during a warm-up holds others, as its warm-up feeds back
-    into the schedule.
-    """
-    groups = [
-        {"lr": group["initial_lr"], "initial_lr": group["initial_lr"]}
-        for group in scheduler.optimizer.param_groups
-    ]
-    twin = copy.copy(scheduler)
-    twin.optimizer = SimpleNamespace(param_groups=groups)
-    for step in range(scheduler.last_epoch + 1):
-        twin.last_epoch = step
-        _set_rates(groups, twin.get_lr())
-    return [group["lr"] for group in groups]
+def replay(scheduler: LRScheduler, steps: int) -> None:
+    """Put a schedule, and its optimizer's rates, where `steps` steps from the start lead."""
+    _set_rates(scheduler, [group["initial_lr"] for group in scheduler.optimizer.param_groups])
+    scheduler.last_epoch = -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer did not step in between
+        for _ in range(steps + 1):
+            scheduler.step()
 
 
 class FollowsSchedule:
@@ -101,18 +88,21 @@ class FollowsSchedule:
 
         The state of optimizer and scheduler resumes it at any iteration.
         """
+        factor = min(1.0, current_iter / warmup_iter) if warmup_iter > 0 else 1.0
         for scheduler in self.schedulers:
-            groups = scheduler.optimizer.param_groups
             if current_iter > 1:
                 # A schedule may work on the rate of the step before: it must see it as scheduled.
-                before, rates = _factor(current_iter - 1, warmup_iter), scheduler.get_last_lr()
-                warmed_up = [rate * before for rate in rates]
-                if before < 1 and not all(
-                    math.isclose(group["lr"], rate)
-                    for group, rate in zip(groups, warmed_up, strict=True)
-                ):
-                    rates = _replayed(scheduler)
-                _set_rates(groups, rates)
+                _set_rates(scheduler, scheduler.get_last_lr())
                 scheduler.step()
-            factor = _factor(current_iter, warmup_iter)
-            _set_rates(groups, [rate * factor for rate in scheduler.get_last_lr()])
+            _set_rates(scheduler, [rate * factor for rate in scheduler.get_last_lr()])
+
+    def resume_training(self, resume_state: Mapping[str, Any]) -> None:
+        """Restore optimizers and schedules, also from within the warm-up of BasicSR's own loop.
+
+        Such a state holds other rates, as that warm-up feeds back into the schedule.
+        """
+        super().resume_training(resume_state)
+        warmup_iter = self.opt["train"].get("warmup_iter") or -1
+        if "progress" not in resume_state and resume_state["iter"] < warmup_iter:
+            for scheduler in self.schedulers:
+                replay(scheduler, scheduler.last_epoch)

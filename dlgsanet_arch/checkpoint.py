@@ -35,7 +35,7 @@ from dlgsanet_arch.storage import (
     CheckpointError,
     check_complete,  # noqa: F401
     is_safetensors,
-    read_pth,
+    read_complete,
     read_safetensors,
     save_complete,
     write_safetensors,
@@ -133,7 +133,7 @@ def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping
     if is_safetensors(path):
         weights, extra = read_safetensors(path)
     else:
-        extra = read_pth(path)
+        extra, _ = read_complete(path)
         weights = _state_dict_in(extra, path, param_key)
     _check_tensors(weights, path)
     return _bare(weights), extra

@@ -9,8 +9,10 @@ these follow from E[s], E[d], E[s²] and E[d²]: four filters instead of five. T
 float64, because flat regions lose a variance of float32 in the squares of the means.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,47 +83,39 @@ def _planes(image: Tensor, *, y_channel: bool) -> Tensor:
     return planes
 
 
+@cache
 def _weights() -> list[float]:
     distances = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = torch.exp(distances**2 / (-2 * _SIGMA**2))
     return (weights / weights.sum()).tolist()
 
 
-def _blur_by_shifts(plane: Tensor) -> Tensor:
+def _blur(plane: Tensor) -> Tensor:
     """Filter (H, W) float64 by the Gaussian window; (H - 10, W - 10), on any device."""
+    if plane.device.type == "cpu":
+        with suppress(ImportError):  # without OpenCV it is only slower
+            import cv2
+            import numpy as np
+
+            window, border = np.array(_weights()), WINDOW // 2
+            # sepFilter2D reads the tensor's own memory; its made-up border is cut off.
+            blurred = cv2.sepFilter2D(plane.numpy(), -1, window, window)
+            return torch.from_numpy(blurred)[border:-border, border:-border]
     for axis in (0, 1):
         size = plane.shape[axis] - WINDOW + 1
         shifted = [plane.narrow(axis, i, size) for i in range(WINDOW)]
-        blurred = torch.zeros_like(shifted[0])
+        plane = torch.zeros_like(shifted[0])
         for weight, each in zip(_weights(), shifted, strict=True):
-            blurred.add_(each, alpha=weight)
-        plane = blurred
+            plane.add_(each, alpha=weight)
     return plane
 
 
-def _blur_on_cpu() -> Callable[[Tensor], Tensor]:
-    """Return the fastest there is on a CPU for `_blur_by_shifts`."""
-    try:
-        import cv2
-        import numpy as np
-    except ImportError:  # the package works without OpenCV, and this does with less speed
-        return _blur_by_shifts
-    window, border = np.array(_weights()), WINDOW // 2
-
-    def blur(plane: Tensor) -> Tensor:
-        # sepFilter2D reads the tensor's own memory; its made-up border is cut off.
-        blurred = cv2.sepFilter2D(plane.numpy(), -1, window, window)
-        return torch.from_numpy(blurred)[border:-border, border:-border]
-
-    return blur
-
-
-def _ssim_total(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
+def _ssim_total(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of SSIM over the windows inside two planes (H, W)."""
     a, b = a.double(), b.double()
     s, d = a + b, a - b
-    mean_s, mean_d = blur(s).square_(), blur(d).square_()  # the means' squares from here on
-    var_s, var_d = blur(s.square_()).sub_(mean_s), blur(d.square_()).sub_(mean_d)
+    mean_s, mean_d = _blur(s).square_(), _blur(d).square_()  # the means' squares from here on
+    var_s, var_d = _blur(s.square_()).sub_(mean_s), _blur(d.square_()).sub_(mean_d)
     # 2·E[a]·E[b] = (E[s]² - E[d]²)/2, and alike for sums of squares, variances and covariance
     above = ((mean_s - mean_d) / 2 + _C1) * ((var_s - var_d) / 2 + _C2)
     below = ((mean_s + mean_d) / 2 + _C1) * ((var_s + var_d) / 2 + _C2)
@@ -160,14 +154,12 @@ class Compared:
                 f"SSIM needs {WINDOW}x{WINDOW} pixels and what is left of the image after "
                 f"crop_border is {width}x{height}"
             )
-        device = self.output.device
-        blur = _blur_on_cpu() if device.type == "cpu" else _blur_by_shifts
-        totals = torch.zeros(batch, dtype=torch.float64, device=device)
+        totals = torch.zeros(batch, dtype=torch.float64, device=self.output.device)
         for i in range(batch):
             for channel in range(channels):
                 a, b = self.output[i, channel], self.target[i, channel]
                 for block in _blocks(a, WINDOW - 1):
-                    totals[i] += _ssim_total(a[block], b[block], blur)
+                    totals[i] += _ssim_total(a[block], b[block])
         return totals / (channels * (height - WINDOW + 1) * (width - WINDOW + 1))
 
 

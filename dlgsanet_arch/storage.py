@@ -130,11 +130,6 @@ def read_complete(path: Path) -> tuple[Any, int]:
         raise CheckpointError(f"{path} {fault}") from error
 
 
-def read_pth(path: Path) -> Any:
-    """Return the content of a file as `read_complete` does."""
-    return read_complete(path)[0]
-
-
 def is_safetensors(path: Path) -> bool:
     """Detect the format by the content: the length of a JSON object, and the object."""
     try:

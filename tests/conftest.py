@@ -1,5 +1,6 @@
 """Fixtures shared by every test module."""
 
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,18 @@ def logged() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    # Networks freed after it would wait for gloo's threads with the lock that they wait for.
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

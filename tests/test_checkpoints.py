@@ -26,8 +26,7 @@ from dlgsanet_arch.pipeline.checkpoints import (
     numbered,
 )
 from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.pipeline.samples import BadSample
-from dlgsanet_arch.pipeline.sampling import Place
+from dlgsanet_arch.pipeline.samples import BadSample, Place
 from dlgsanet_arch.storage import CheckpointError, check_complete, save_complete
 
 NETWORK = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
@@ -324,20 +323,6 @@ def test_a_pair_that_is_not_whole_is_passed_over_and_named(run, tmp_path, damage
     assert reason in line
 
 
-def test_every_network_of_a_pair_counts(run, tmp_path):
-    for iteration in (10, 20):
-        save_pair(run, iteration, labels=("net_g", "net_d"))
-    truncate(run / "models/net_d_20.pth")
-    wanted = {**options(), "network_d": {}}
-    start = find_start(wanted, tmp_path, auto_resume=True)
-    assert start.iteration == 10
-    assert files_of(start) == {f"network_{x}": run / f"models/net_{x}_10.pth" for x in "gd"}
-    ignoring = {**wanted, "path": {"ignore_resume_networks": ["network_d"]}}
-    assert files_of(find_start(ignoring, tmp_path, auto_resume=True)) == {
-        "network_g": run / "models/net_g_10.pth"
-    }
-
-
 def test_no_whole_pair_is_an_error_and_no_new_start(run, tmp_path):
     for auto_resume in (True, False):
         assert find_start(options(), tmp_path, auto_resume=auto_resume) == Start()
@@ -368,17 +353,25 @@ def test_the_newest_pair_is_taken_by_number_and_each_file_is_read_once(run, tmp_
     opened, real = [], io.open
 
     def counted(path, *arguments, **named):
-        opened.append(Path(path))
+        opened.append(Path(path).name)
         return real(path, *arguments, **named)
 
+    def pair(iteration, nets="gd"):
+        return {f"network_{x}": run / f"models/net_{x}_{iteration}.pth" for x in nets}
+
+    wanted = {**options(), "network_d": {}}
     for module in (io, builtins):
         monkeypatch.setattr(module, "open", counted)
-    start = find_start({**options(), "network_d": {}}, tmp_path, auto_resume=True)
+    start = find_start(wanted, tmp_path, auto_resume=True)
     monkeypatch.undo()
     assert (start.path, start.iteration) == (run / "training_states/100.state", 100)
-    assert files_of(start) == {f"network_{x}": run / f"models/net_{x}_100.pth" for x in "gd"}
-    read = [path.name for path in opened if path.suffix in (".pth", ".state")]
+    assert files_of(start) == pair(100)
+    read = [name for name in opened if name.endswith((".pth", ".state"))]
     assert sorted(read) == ["100.state", "net_d_100.pth", "net_g_100.pth"]
+    truncate(run / "models/net_d_100.pth")  # every network of a pair counts
+    assert files_of(find_start(wanted, tmp_path, auto_resume=True)) == pair(20)
+    wanted["path"]["ignore_resume_networks"] = ["network_d"]
+    assert files_of(find_start(wanted, tmp_path, auto_resume=True)) == pair(20, "g")
 
 
 def step(model: SRModel, iteration: int) -> float:

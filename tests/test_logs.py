@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -13,21 +14,21 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.logger import initialized_logger
 
 from dlgsanet_arch.pipeline import logs
-from dlgsanet_arch.pipeline.logs import Pace, run_log, start_trackers, training_line
+from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.progress import progress_bar
 
 
 @pytest.fixture
 def log(tmp_path):
-    with run_log(Processes()) as log:
+    with RunLog(Processes()) as log:
         log.open(tmp_path, "train.log")
         yield log
 
 
 def test_basicsr_s_logger_writes_to_the_run_s_log_and_is_left_as_it_was(tmp_path, capsys):
     before = logging.getLogger("basicsr").handlers[:], dict(initialized_logger)
-    with run_log(Processes()) as log:
+    with RunLog(Processes()) as log:
         get_root_logger().info("from a model")
         get_root_logger().info("long\n" * 20)
         log.record("early")
@@ -48,7 +49,7 @@ def test_basicsr_s_logger_writes_to_the_run_s_log_and_is_left_as_it_was(tmp_path
 
 
 def test_another_process_writes_no_file_and_only_errors(tmp_path, capsys):
-    with run_log(Processes(rank=1, world=2)) as log:
+    with RunLog(Processes(rank=1, world=2)) as log:
         log.open(tmp_path, "train.log")
         log.info("hidden")
         log.record("train", iter=1)
@@ -60,7 +61,7 @@ def test_another_process_writes_no_file_and_only_errors(tmp_path, capsys):
 
 def test_json_lines_hold_what_json_cannot_and_are_appended(tmp_path):
     for value in (float("inf"), 1.5):
-        with run_log(Processes()) as log:
+        with RunLog(Processes()) as log:
             log.open(tmp_path, "train.log")
             log.record("validation", metrics={"psnr": value}, name="späti")
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -87,23 +88,22 @@ def opt(tmp_path):
 
 def test_what_is_not_installed_is_one_warning(log, opt, tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "find_spec", lambda name: None)
-    start_trackers(log, opt, Processes(), 1)
+    log.start_trackers(opt, 1)
     assert log.tensorboard is None
-    warnings = [x for x in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in x]
-    assert len(warnings) == 1
-    assert "pip install tensorboard wandb" in warnings[0]
+    (warning,) = re.findall("WARNING: .*", (tmp_path / "train.log").read_text())
+    assert "pip install tensorboard wandb" in warning
 
 
-def test_tensorboard_is_written_below_the_root(log, opt, tmp_path, monkeypatch):
-    started = []
-    wandb = types.SimpleNamespace(
-        init=lambda **values: started.append((values["project"], log.tensorboard)),
-        __spec__=object(),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    start_trackers(log, opt, Processes(), 6)
-    assert started == [("sr", None)]  # before TensorBoard, which it follows
-    log.tensorboard.add_scalar("losses/l_pix", 0.5, 6)
+def test_trackers_start_below_the_root_and_a_wandb_that_does_not_is_a_warning(
+    log, opt, tmp_path, monkeypatch
+):
+    def init(**values):  # before TensorBoard, which it follows
+        raise RuntimeError(f"{values['project']} and {log.tensorboard}")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=object()))
+    log.start_trackers(opt, 6)
+    assert "wandb does not start (sr and None)" in (tmp_path / "train.log").read_text()
+    log.scalars({"losses/l_pix": 0.5}, 6)
     assert list((tmp_path / "tb_logger/small").glob("events.*"))
 
 
@@ -111,13 +111,10 @@ def test_the_time_left_counts_from_the_resume(monkeypatch):
     clock = iter([100.0, 110.0, 130.0])
     monkeypatch.setattr(logs.time, "perf_counter", lambda: next(clock))
     pace = Pace(start=1000, total=1100, samples=16)
-    for _ in range(10):
-        pace.waited(0.25)
+    pace.waited = 2.5
     taken = pace.take(1010)  # 10 iterations in 10 s, 90 left
     assert taken == {"time": 1.0, "data_time": 0.25, "samples_per_second": 16.0, "eta": 90.0}
-    pace.paused(10.0)  # a validation
-    for _ in range(5):
-        pace.waited(0.0)
+    pace.paused = 10.0  # a validation
     taken = pace.take(1015)
     assert taken["time"] == 2.0
     assert taken["eta"] == pytest.approx(30.0 / 15 * 85)
@@ -148,13 +145,3 @@ def test_a_bar_is_on_a_terminal_alone_whatever_its_width(monkeypatch, tmp_path, 
         monkeypatch.setattr(sys, "stderr", file)
         assert progress_bar("", 10, "iter", transient=True).disable
     os.close(ours)
-
-
-def test_a_wandb_that_does_not_start_is_a_warning(log, opt, tmp_path, monkeypatch):
-    def init(**values):
-        raise RuntimeError("api_key not configured")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=object()))
-    start_trackers(log, opt, Processes(), 1)
-    assert "wandb does not start (api_key not configured)" in (tmp_path / "train.log").read_text()
-    assert log.tensorboard is not None

@@ -27,7 +27,7 @@ from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import loop, runs
 from dlgsanet_arch.pipeline.lock import LockedError
 from dlgsanet_arch.pipeline.reports import Evaluation
-from dlgsanet_arch.pipeline.sampling import Sampling
+from dlgsanet_arch.pipeline.samples import Sampling
 
 SWINIR = {
     "type": "SwinIR",

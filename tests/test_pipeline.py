@@ -91,6 +91,7 @@ REFUSED = [
     (SET + "model_type=DLGSANetModel train:compile=fastest", r"train:compile.*'fastest'"),
     (SET + "path:resume_state=10.state", r"10\.state"),
     (SET + "train:total_itre=8", "total_itre.*total_iter"),
+    ("test", r"cut\.pth is truncated"),
     ("--root nowhere", "folder .*nowhere does not exist"),
 ]
 
@@ -108,19 +109,13 @@ def bad_root(root):
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED)
 def test_training_refuses_before_anything_is_created(bad_root, options, tmp_path, flags, message):
+    run = pipeline.train
+    if flags == "test":
+        run, options, flags = pipeline.test, helpers.small_test_options(Path("data"), "cut.pth"), ""
     file = helpers.write_options(tmp_path / "train.yml", options)
     before = listing(bad_root)
     with pytest.raises(UserError, match=message):
-        pipeline.train(bad_root, ["-opt", str(file), *flags.split()])
-    assert listing(bad_root) == before
-
-
-def test_testing_refuses_before_anything_is_created(bad_root, tmp_path):
-    options = helpers.small_test_options(Path("data"), Path("cut.pth"))
-    file = helpers.write_options(tmp_path / "test.yml", options)
-    before = listing(bad_root)
-    with pytest.raises(UserError, match=r"cut\.pth is truncated"):
-        pipeline.test(bad_root, ["-opt", str(file)])
+        run(bad_root, ["-opt", str(file), *flags.split()])
     assert listing(bad_root) == before
 
 

@@ -1,10 +1,7 @@
-import gc
 import json
 import math
 import re
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import helpers
@@ -26,8 +23,6 @@ from dlgsanet_arch.pipeline.adapter import adapt
 from dlgsanet_arch.pipeline.losses import FiniteLosses
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.training import DLGSANetModel
-
-update_learning_rate = FollowsSchedule.update_learning_rate
 
 EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 1}
 EDSR |= {"upscale": 2}
@@ -321,18 +316,6 @@ def test_a_batch_in_parts_gives_the_whole_batchs_gradients(tmp_path, features, r
     assert calls == [1, 1]
 
 
-@pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1
-    )
-    yield
-    # Networks freed after it would wait for gloo's threads with the lock that they wait for.
-    gc.collect()
-    torch.distributed.destroy_process_group()
-
-
 def test_parts_of_a_batch_share_gradients_once(tmp_path, group):
     model = build(tmp_path, accumulation=3, ema_decay=0.9)
     lone = build(tmp_path, accumulation=3, ema_decay=0.9)
@@ -351,24 +334,6 @@ def test_parts_of_a_batch_share_gradients_once(tmp_path, group):
     assert shared.count(True) == 2
     assert_equal(weights(model.net_g.module), weights(lone.net_g))
     assert_equal(weights(model.net_g_ema), weights(lone.net_g_ema))
-
-
-def test_the_log_is_the_mean_over_processes(monkeypatch):
-    store, here = torch.distributed.HashStore(), threading.local()
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda tensor: here.group.allreduce([tensor]).wait()
-    )
-
-    def log_of(rank):  # ranks are threads here: processes would import everything once more
-        here.group = torch.distributed.ProcessGroupGloo(store, rank, 2)
-        losses = {"l_pix": torch.tensor(1.0 + rank), "l_style": torch.tensor(4.0 * rank)}
-        opt = {"dist": True, "world_size": 2}
-        model = SimpleNamespace(opt=opt, log_dict=losses, _may_overflow={})
-        return DLGSANetModel.get_current_log(model)
-
-    with ThreadPoolExecutor(2) as ranks:
-        logs = list(ranks.map(log_of, range(2)))
-    assert logs == [{"l_pix": 1.5, "l_style": 2.0}] * 2
 
 
 BASE = (1e-3, 2e-4)  # of two groups of parameters
@@ -403,23 +368,33 @@ SCHEDULES = [
 ]
 
 
-def scheduled_model(scheduler, arguments, resumed=None):
-    """What update_learning_rate needs of a model; with the states of another one, if given."""
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASE]
-    optimizer = torch.optim.Adam(groups)
-    model = SimpleNamespace(optimizers=[optimizer], schedulers=[scheduler(optimizer, **arguments)])
-    model._get_init_lr = lambda: BaseModel._get_init_lr(model)
-    model._set_lr = lambda rates: BaseModel._set_lr(model, rates)
-    if resumed is not None:
-        optimizer.load_state_dict(resumed.optimizers[0].state_dict())
-        model.schedulers[0].load_state_dict(resumed.schedulers[0].state_dict())
-        optimizer.step()  # schedulers warn of a step before the first one
-    return model
+class Scheduled(FollowsSchedule, BaseModel):
+    """A model with a schedule, and a state that it resumes from if one is given."""
+
+    def __init__(self, scheduler, arguments, warmup=-1, state=None):
+        self.opt = {"train": {"warmup_iter": warmup}}
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in BASE]
+        self.optimizers = [torch.optim.Adam(groups)]
+        self.schedulers = [scheduler(self.optimizers[0], **arguments)]
+        if state is not None:
+            self.resume_training(state)
+
+    def rates(self, iteration, update=FollowsSchedule.update_learning_rate):
+        """The rates of an iteration, set by `update`."""
+        self.optimizers[0].step()  # schedulers warn of a step before the first one
+        update(self, iteration, self.opt["train"]["warmup_iter"])
+        return [group["lr"] for group in self.optimizers[0].param_groups]
+
+    def state(self, iteration):
+        optimizers, schedulers = (
+            [each.state_dict() for each in part] for part in (self.optimizers, self.schedulers)
+        )
+        return {"iter": iteration, "optimizers": optimizers, "schedulers": schedulers}
 
 
-def rates(model):
-    model.optimizers[0].step()
-    return [group["lr"] for group in model.optimizers[0].param_groups]
+def expected_rates(formula, iteration, warmup):
+    factor = min(1, iteration / warmup) if warmup > 0 else 1
+    return pytest.approx([formula(base, iteration - 1) * factor for base in BASE], rel=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [-1, 0, 1, 5, 16])
@@ -427,28 +402,24 @@ def rates(model):
 def test_every_learning_rate_is_the_closed_form_also_through_resumes(
     scheduler, arguments, formula, warmup
 ):
-    through, stopped = (scheduled_model(scheduler, arguments) for _ in range(2))
+    through = stopped = Scheduled(scheduler, arguments, warmup)
     for iteration in range(1, 22):
-        factor = min(1, iteration / warmup) if warmup > 0 else 1
-        expected = [formula(base, iteration - 1) * factor for base in BASE]
-        stopped = scheduled_model(scheduler, arguments, resumed=stopped)
+        said = {"progress": {}} if iteration % 2 else {}  # of this package's loop or BasicSR's
+        state = stopped.state(iteration - 1) | said
+        stopped = Scheduled(scheduler, arguments, warmup, state)
         for model in (through, stopped):
-            update_learning_rate(model, iteration, warmup)
-            assert rates(model) == pytest.approx(expected, rel=1e-12), iteration
+            assert model.rates(iteration) == expected_rates(formula, iteration, warmup), iteration
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 @pytest.mark.parametrize(("scheduler", "arguments", "formula"), SCHEDULES)
 def test_a_run_of_basicsrs_own_loop_is_resumed_in_its_warm_up(scheduler, arguments, formula, stop):
-    model = scheduled_model(scheduler, arguments)
+    model = Scheduled(scheduler, arguments, 9)
     for iteration in range(1, stop + 1):
-        BaseModel.update_learning_rate(model, iteration, 9)
-        rates(model)
-    model = scheduled_model(scheduler, arguments, resumed=model)
+        model.rates(iteration, BaseModel.update_learning_rate)
+    model = Scheduled(scheduler, arguments, 9, model.state(stop))
     for iteration in range(stop + 1, 22):
-        update_learning_rate(model, iteration, 9)
-        expected = [formula(base, iteration - 1) * min(1, iteration / 9) for base in BASE]
-        assert rates(model) == pytest.approx(expected, rel=1e-12), iteration
+        assert model.rates(iteration) == expected_rates(formula, iteration, 9), iteration
 
 
 @pytest.mark.parametrize(
@@ -485,7 +456,7 @@ def test_a_shared_parameter_is_averaged_once_and_a_new_one_is_met():
     assert torch.equal(ema[0].weight, torch.full((2, 2), 7.0))
 
 
-def test_any_model_is_adapted_once_as_a_subclass_of_its_own(tmp_path):
+def test_any_model_is_adapted_as_a_subclass_of_its_own(tmp_path, logged):
     model = build(tmp_path, {"type": "NormedNet"}, "SRModel", ema_decay=0.9)
     kind, before = type(model), dict(vars(model))
     adapt(model, Processes())
@@ -498,11 +469,7 @@ def test_any_model_is_adapted_once_as_a_subclass_of_its_own(tmp_path):
     model.update_learning_rate(4, 8)
     assert model.get_current_learning_rate() == [5e-4 * 4 / 8]
 
-
-def test_a_class_that_has_its_own_method_keeps_it(tmp_path, logged):
-    model = build(tmp_path, model_type="SRModel")
-
-    class OwnAverage(type(model)):
+    class OwnAverage(kind):
         def model_ema(self, decay=0.999):
             self.averaged = decay
 

@@ -60,17 +60,17 @@ def train(root: Path, argv: Sequence[str]) -> None:
             checkpoint that cannot be written: then the checkpoints before are complete.
         Interrupted: A signal asked for the end; the current iteration is saved.
     """
-    arguments = build_parser("train").parse_args(argv)
-    _basicsr.import_basicsr("basicsr")  # its absence is reported first
-    from dlgsanet_arch.pipeline import runs
-
-    runs.train(root, arguments)
+    _run("train", root, argv)
 
 
 def test(root: Path, argv: Sequence[str]) -> None:
     """Test weights as an option file says, as `train`; results are written below ``results/``."""
-    arguments = build_parser("test").parse_args(argv)
-    _basicsr.import_basicsr("basicsr")
+    _run("test", root, argv)
+
+
+def _run(verb: str, root: Path, argv: Sequence[str]) -> None:
+    arguments = build_parser(verb).parse_args(argv)
+    _basicsr.import_basicsr("basicsr")  # its absence is reported first
     from dlgsanet_arch.pipeline import runs
 
-    runs.test(root, arguments)
+    getattr(runs, verb)(root, arguments)

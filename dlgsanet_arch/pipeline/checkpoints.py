@@ -7,7 +7,6 @@ to it, in types that `torch.load(weights_only=True)` takes.
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dlgsanet_arch.averaging import replay
 from dlgsanet_arch.errors import ResumeError, UserError
-from dlgsanet_arch.pipeline import randomness
 from dlgsanet_arch.pipeline.logs import LOG
 from dlgsanet_arch.pipeline.processes import Processes
-from dlgsanet_arch.pipeline.samples import BadSample
-from dlgsanet_arch.pipeline.sampling import Place
+from dlgsanet_arch.pipeline.samples import BadSample, Place, generators, restore_generators
 from dlgsanet_arch.storage import read_complete, save_complete
 
 # RealESRNetModel and RealESRGANModel draw their batches from a pool that they fill themselves.
@@ -44,10 +42,9 @@ class Progress:
 
     def as_state(self) -> dict[str, Any]:
         """Return it in types that any reader of states takes."""
-        plain = {name: getattr(self, name) for name in ("epoch_length", "seed", "validate")}
-        bad_samples = [list(each) for each in self.bad_samples]
-        options = json.dumps(self.options, default=str)
-        return {"place": list(self.place), "bad_samples": bad_samples, "options": options, **plain}
+        state = {name: value for name, value in vars(self).items() if name != "iteration"}
+        state["place"], state["bad_samples"] = list(self.place), list(map(list, self.bad_samples))
+        return state | {"options": json.dumps(self.options, default=str)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress | None":
@@ -180,17 +177,6 @@ def _scalers(model: Any) -> dict[str, torch.amp.GradScaler]:
     return {name: scaler for name, scaler in found.items() if scaler.is_enabled()}
 
 
-def _state_of(model: Any) -> dict[str, Any]:
-    """Return what a model holds except networks, in a state's words."""
-    return {
-        "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
-        "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
-        "scalers": {name: scaler.state_dict() for name, scaler in _scalers(model).items()},
-        "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
-        "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
-    }
-
-
 class Checkpoints:
     """Writes the checkpoints of a run, and restores them; every process calls each method.
 
@@ -211,10 +197,10 @@ class Checkpoints:
 
         With `alone`, the main process writes it when the others no longer answer.
         """
-        own = randomness.state()
-        generators = [own] if alone else self._processes.gather(own)
+        own = generators()
+        of_all = [own] if alone else self._processes.gather(own)
         with nullcontext() if alone else self._processes.agreed():
-            self._write(progress, generators)
+            self._write(progress, of_all)
 
     def save_latest(self) -> None:
         """Write `net_*_latest.pth`."""
@@ -234,20 +220,25 @@ class Checkpoints:
         folder = self._run / "models"
         return {name: save_complete(content, folder / name) for name, content in files.items()}
 
-    def _write(self, progress: Progress, generators: Sequence[Any]) -> None:
+    def _write(self, progress: Progress, random_states: list[Any]) -> None:
         iteration = progress.iteration
         if self._written[0] != iteration:
             self._written = iteration, self._write_networks(iteration)
         if not self._processes.is_main:
             return
+        model = self._model
         state = {
             "epoch": progress.place.epoch,
             "iter": iteration,
             "networks": self._written[1],
-            **_state_of(self._model),
+            "optimizers": [optimizer.state_dict() for optimizer in model.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in model.schedulers],
+            "scalers": {name: scaler.state_dict() for name, scaler in _scalers(model).items()},
+            "pool": {name: getattr(model, name) for name in _POOL if hasattr(model, name)},
+            "best_metric_results": _plain(getattr(model, "best_metric_results", {})),
             "best": self.best,
             "progress": progress.as_state(),
-            "randomness": list(generators),
+            "randomness": random_states,
         }
         save_complete(state, self._run / "training_states" / f"{iteration}.state")
         if self._keep_last is not None:
@@ -279,7 +270,7 @@ class Checkpoints:
                     "model_type of that run, or start a new run from its weights by "
                     "path:pretrain_network_g"
                 )
-        generators, world = state.get("randomness", ()), self._processes.world
+        random_states, world = state.get("randomness", ()), self._processes.world
         try:
             model.resume_training(_with_edits(model, state) if apply_edits else state)
             for name, scaler in _scalers(model).items():
@@ -287,8 +278,8 @@ class Checkpoints:
                     scaler.load_state_dict(state["scalers"][name])
             for name, value in state.get("pool", {}).items():
                 setattr(model, name, value.to(model.device) if torch.is_tensor(value) else value)
-            if len(generators) == world:
-                randomness.restore(generators[self._processes.rank])
+            if len(random_states) == world:
+                restore_generators(random_states[self._processes.rank])
         except Exception as error:  # whatever a state of other types makes of it
             raise ResumeError(
                 f"{start.path} does not fit this {kind} ({type(error).__name__}: {error}); resume "
@@ -297,9 +288,9 @@ class Checkpoints:
         if state.get("best_metric_results"):
             model.best_metric_results = state["best_metric_results"]
         self.best = dict(state.get("best", {}))
-        if generators and len(generators) != world:
+        if random_states and len(random_states) != world:
             return (
-                f"the run continues with {world} processes and had {len(generators)}: random "
+                f"the run continues with {world} processes and had {len(random_states)}: random "
                 "numbers of the network itself differ from here"
             )
         return ""
@@ -310,11 +301,8 @@ def _with_edits(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
     What the optimizers have learned stays.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the optimizer did not step in between
-        for scheduler in model.schedulers:
-            for _ in range(state["iter"] - 1):  # BasicSR steps before every iteration but the first
-                scheduler.step()
+    for scheduler in model.schedulers:
+        replay(scheduler, state["iter"] - 1)  # BasicSR steps before every iteration but the first
     optimizers = [
         {**saved, "param_groups": optimizer.state_dict()["param_groups"]}
         for saved, optimizer in zip(state["optimizers"], model.optimizers, strict=True)

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from dlgsanet_arch import metrics
 from dlgsanet_arch.averaging import bare, networks_of
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import disk_faults_named, write_atomically
-from dlgsanet_arch.pipeline import randomness, reports
+from dlgsanet_arch.pipeline import reports
 from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.reports import Evaluation, Row
-from dlgsanet_arch.pipeline.samples import Samples, load
+from dlgsanet_arch.pipeline.samples import Samples, load, preserved_generators
 from dlgsanet_arch.progress import progress_bar
 from dlgsanet_arch.tiles import Run, run_in_tiles, self_ensemble
 
@@ -177,27 +177,24 @@ def measure(output: Tensor, target: Tensor | None, wanted: Wanted, image: str) -
 
     Output and ground truth are (1, C, H, W), RGB in [0, 1]; `image` names them in messages.
     """
+
+    @cache
+    def compared(crop_border: int, y_channel: bool) -> metrics.Compared:
+        return metrics.compare(output, target, crop_border=crop_border, y_channel=y_channel)
+
+    @cache
+    def images() -> dict[str, np.ndarray]:
+        pair = {"img": output} if target is None else {"img": output, "img2": target}
+        return {name: tensor2img([tensor]) for name, tensor in pair.items()}
+
     figures: Figures = {}
-    compared: dict[tuple[int, bool], metrics.Compared] = {}
-    images: dict[str, np.ndarray] = {}
     for name, metric in wanted.items():
         try:
             if metric["type"] in _ON_DEVICE:
-                border, y_channel = key = (
-                    int(metric["crop_border"]),
-                    bool(metric.get("test_y_channel", False)),
-                )
-                if key not in compared:
-                    compared[key] = metrics.compare(
-                        output, target, crop_border=border, y_channel=y_channel
-                    )
-                figures[name] = _ON_DEVICE[metric["type"]](compared[key]).item()
-                continue
-            if not images:
-                images["img"] = tensor2img([output])
-                if target is not None:
-                    images["img2"] = tensor2img([target])
-            figures[name] = float(calculate_metric(images, metric))
+                settings = int(metric["crop_border"]), bool(metric.get("test_y_channel", False))
+                figures[name] = _ON_DEVICE[metric["type"]](compared(*settings)).item()
+            else:
+                figures[name] = float(calculate_metric(images(), metric))
         except Exception as error:  # a metric may raise anything on an image that it cannot take
             height, width = output.shape[-2:]
             raise EvaluationError(
@@ -246,37 +243,31 @@ def _shown(image: Tensor) -> np.ndarray:
 
 def _measure_share(
     model: Any, images: Images, label: int | str, processes: Processes, save_img: bool, shown: int
-) -> list[tuple[int, Row, Figures, np.ndarray | None]]:
+) -> list[tuple[int, Row, np.ndarray | None]]:
     """Run, measure and save the images of this process.
 
-    Returns for each image its number in the data set; name and figures; bicubic enlargement's in a
-    training's first validation; and what TensorBoard shows, for the set's first `shown` images.
+    Returns for each image its number in the data set, its figures, and what TensorBoard shows, for
+    the set's first `shown` images.
     """
     opt, dataset, found = model.opt, images.dataset.opt["name"], []
-    asked = wanted = opt["val"].get("metrics") or {}
+    asked = opt["val"].get("metrics") or {}
     first = opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
-    logger, hidden = get_root_logger(), not opt["val"].get("pbar", True) or not processes.is_main
+    hidden = not opt["val"].get("pbar", True) or not processes.is_main
     with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
         for number, batch in images.share():
             name = Path(batch["lq_path"][0]).stem
             output, target, lq = _result(model, batch)
-            wanted, before = measurable(asked, target), wanted
-            if left_out := [each for each in before if each not in wanted]:  # said once
-                logger.warning(
-                    f"the data set {dataset} has no ground truth: {', '.join(left_out)} of "
-                    "val:metrics cannot be measured on it"
-                )
+            wanted = measurable(asked, target)
             if output.isfinite().all():
                 figures = measure(output, target, wanted, f"{name} of the data set {dataset}")
             else:
                 figures = dict.fromkeys(wanted, math.nan)
-                logger.warning(
+                get_root_logger().warning(
                     f"the output of {name} of the data set {dataset} is not finite (nan or inf): "
                     "its figures are nan, and so are the means"
                 )
-            bicubic = _bicubic(lq, target, wanted) if first else {}
-            thumbnail = _shown(output) if number < shown else None
-            found.append((number, Row(name, figures), bicubic, thumbnail))
+            row = Row(name, figures, _bicubic(lq, target, wanted) if first else {})
+            found.append((number, row, _shown(output) if number < shown else None))
             if save_img:
                 _save(output, opt, dataset, name, label)
             bar.set_postfix_str(name)
@@ -298,7 +289,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
         model.is_train = False
     vars(model).update({name: bare(network) for name, network in networks.items()})
     try:
-        with randomness.preserved(), torch.no_grad():
+        with preserved_generators(), torch.no_grad():
             yield
     finally:
         model.is_train = is_train
@@ -321,14 +312,18 @@ def validate(
     with processes.agreed(), _undisturbed(model):
         measured = _measure_share(model, images, iteration, processes, save_img, shown)
     everything = sorted(chain(*processes.gather(measured)), key=lambda each: each[0])
-    _, rows, bicubic, thumbnails = zip(*everything, strict=True)
     dataset, wanted = images.dataset.opt["name"], model.opt["val"].get("metrics") or {}
-    found = reports.summarise(dataset, iteration, rows, wanted, bicubic)
+    found = reports.summarise(dataset, iteration, [row for _, row, _ in everything], wanted)
     if wanted:
         reports.keep(model, found)
     if processes.is_main:
+        if left_out := [name for name in wanted if name not in found.means]:
+            get_root_logger().warning(
+                f"the data set {dataset} has no ground truth: {', '.join(left_out)} of val:metrics "
+                "cannot be measured on it"
+            )
         reports.log(model, found, tb_logger)
-        for row, image in zip(rows, thumbnails, strict=True):
+        for _, row, image in everything:
             if image is not None:
                 tb_logger.add_image(f"validation/{dataset}/{row.name}", image, iteration)
     return found

@@ -11,14 +11,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.utils.logger import initialized_logger
 from tqdm import tqdm
 
 from dlgsanet_arch.pipeline.processes import Processes
@@ -58,21 +58,40 @@ def readable(value: Any) -> Any:
 
 
 class RunLog:
-    """The logs of a run; on a process that is not the main one it only prints errors.
+    """BasicSR's logger as the logs of a run inside a `with` block; at its end it is as it was.
 
-    What is logged before `open` is kept, and shown then: a run that cannot start says why, and
-    nothing else. `tensorboard` is its writer, None where it is not used.
+    On a process that is not the main one it only prints errors. What is logged before `open` is
+    kept, and shown then: a run that cannot start says why, and nothing else. `tensorboard` is its
+    writer, None where it is not used.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.tensorboard: Any = None
-        self._kept = MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
-        self._logger = logging.getLogger(_NAME)
-        self._logger.handlers[:] = [self._kept]
         self._is_main = processes.is_main
+        self._kept = MemoryHandler(sys.maxsize, sys.maxsize, flushOnClose=False)
         self._json_lines: Path | None = None
         self._waiting: list[str] = []
-        self.info, self.warning = self._logger.info, self._logger.warning
+        self._logger = logger = logging.getLogger(_NAME)
+        self.info, self.warning = logger.info, logger.warning
+
+    def __enter__(self) -> "RunLog":
+        logger = self._logger
+        self._before = logger.handlers[:], logger.level, logger.propagate, dict(initialized_logger)
+        logger.handlers[:] = [self._kept]
+        logger.setLevel(logging.INFO if self._is_main else logging.ERROR)
+        logger.propagate = False
+        initialized_logger[_NAME] = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        for handler in self._logger.handlers:
+            handler.close()
+        *settings, initialized = self._before
+        self._logger.handlers[:], self._logger.level, self._logger.propagate = settings
+        initialized_logger.clear()
+        initialized_logger.update(initialized)
 
     def open(self, folder: Path, text_log: str, first: Sequence[str] = ()) -> None:
         """Write to the console and `text_log` in the run's folder, `first` and what was kept."""
@@ -112,103 +131,80 @@ class RunLog:
         except OSError as error:  # a checkpoint that cannot be written ends the run, not its log
             self.warning(f"{self._json_lines} cannot be written: {error}")
 
+    def start_trackers(self, opt: dict[str, Any], first: int) -> None:
+        """Start wandb and TensorBoard as the options ask; what is missing is one warning.
 
-@contextmanager
-def run_log(processes: Processes) -> Iterator[RunLog]:
-    """Take BasicSR's logger for the logs of a run; at the end it is as it was."""
-    from basicsr.utils.logger import initialized_logger
+        TensorBoard's entries from the iteration `first`, the next one, are replaced.
+        """
+        wanted = opt["logger"]
+        if not self._is_main or "debug" in opt["name"]:
+            return
+        wandb = (wanted.get("wandb") or {}).get("project") is not None
+        asked = ["tensorboard"] * bool(wanted.get("use_tb_logger") or wandb) + ["wandb"] * wandb
+        if missing := [name for name in asked if find_spec(name) is None]:
+            self.warning(
+                f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
+                f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the "
+                "same"
+            )
+        if wandb and "wandb" not in missing:
+            self._start_wandb(opt, **wanted["wandb"])  # before TensorBoard's, which it follows
+        if asked and "tensorboard" not in missing:
+            from torch.utils.tensorboard import SummaryWriter
 
-    logger = logging.getLogger(_NAME)
-    before = logger.handlers[:], logger.level, logger.propagate, dict(initialized_logger)
-    log = RunLog(processes)
-    logger.setLevel(logging.INFO if processes.is_main else logging.ERROR)
-    logger.propagate = False
-    initialized_logger[_NAME] = True
-    try:
-        yield log
-    finally:
-        if log.tensorboard is not None:
-            log.tensorboard.close()
-        for handler in logger.handlers:
-            handler.close()
-        logger.handlers[:], logger.level, logger.propagate = before[:3]
-        initialized_logger.clear()
-        initialized_logger.update(before[3])
+            folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
+            self.tensorboard = SummaryWriter(str(folder), purge_step=first)
 
+    def _start_wandb(
+        self, opt: Mapping[str, Any], project: str, resume_id: str | None = None
+    ) -> None:
+        """Start wandb as BasicSR does, whose function calls what current wandb no longer has."""
+        import wandb
 
-def start_trackers(log: RunLog, opt: dict[str, Any], processes: Processes, first: int) -> None:
-    """Start wandb and TensorBoard as the options ask; what is missing is one warning.
+        try:
+            wandb.init(
+                project=project,
+                name=opt["name"],
+                id=resume_id,
+                resume="allow" if resume_id else "never",
+                config=opt["as_given"],
+                sync_tensorboard=True,
+            )
+        except Exception as error:  # such as one who is not logged in
+            self.warning(f"wandb does not start ({error}); the run continues without")
 
-    TensorBoard's entries from the iteration `first`, the next one, are replaced.
-    """
-    wanted = opt["logger"]
-    if not processes.is_main or "debug" in opt["name"]:
-        return
-    wandb = (wanted.get("wandb") or {}).get("project") is not None
-    asked = ["tensorboard"] * bool(wanted.get("use_tb_logger") or wandb) + ["wandb"] * wandb
-    if missing := [name for name in asked if find_spec(name) is None]:
-        log.warning(
-            f"{' and '.join(missing)} asked for in `logger` and not installed (pip install "
-            f"{' '.join(missing)}); the run continues without, log.jsonl in its folder has the same"
-        )
-    if wandb and "wandb" not in missing:
-        _start_wandb(log, opt, **wanted["wandb"])  # before TensorBoard's writer, which it follows
-    if asked and "tensorboard" not in missing:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = Path(opt["root_path"]) / "tb_logger" / opt["name"]
-        log.tensorboard = SummaryWriter(str(folder), purge_step=first)
-
-
-def _start_wandb(
-    log: RunLog, opt: Mapping[str, Any], project: str, resume_id: str | None = None
-) -> None:
-    """Start wandb as BasicSR does, whose function calls what current wandb no longer has."""
-    import wandb
-
-    resume, config = "allow" if resume_id else "never", opt["as_given"]
-    try:
-        wandb.init(
-            project=project,
-            name=opt["name"],
-            id=resume_id,
-            resume=resume,
-            config=config,
-            sync_tensorboard=True,
-        )
-    except Exception as error:  # such as one who is not logged in
-        log.warning(f"wandb does not start ({error}); the run continues without")
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """Write figures to TensorBoard, where it is used."""
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, iteration)
 
 
 class Pace:
-    """How fast a training goes, from iteration `start` of `total`, with `samples` an iteration."""
+    """How fast a training goes, from iteration `start` of `total`, with `samples` an iteration.
+
+    Its user adds seconds: to `waited` for samples, to `paused` for validations and saves.
+    """
 
     def __init__(self, start: int, total: int, samples: int) -> None:
-        self._start, self._total, self._samples = start, total, samples
+        self._start = self._last = start
+        self._total, self._samples = total, samples
         self._began = self._since = time.perf_counter()
-        self._waits: list[float] = []
-
-    def waited(self, seconds: float) -> None:
-        """Note an iteration, and how long it waited for its samples."""
-        self._waits.append(seconds)
-
-    def paused(self, seconds: float) -> None:
-        """Leave time out of the pace of iterations: a validation, a save."""
-        self._since += seconds
+        self.waited = self.paused = 0.0
 
     def take(self, iteration: int) -> dict[str, float]:
         """Return what an iteration took since the last call, and the seconds left for the run."""
-        now, count = time.perf_counter(), max(1, len(self._waits))
-        each = max(1e-9, (now - self._since) / count)
+        now, count = time.perf_counter(), max(1, iteration - self._last)
+        each = max(1e-9, (now - self._since - self.paused) / count)
         overall = (now - self._began) / max(1, iteration - self._start)
-        waited = sum(self._waits) / count
-        self._since, self._waits = now, []
-        return {
+        found = {
             "time": each,
-            "data_time": waited,
+            "data_time": self.waited / count,
             "samples_per_second": self._samples / each,
             "eta": overall * (self._total - iteration),
         }
+        self._since, self._last, self.waited, self.paused = now, iteration, 0.0, 0.0
+        return found
 
 
 def training_line(name: str, found: Mapping[str, Any]) -> str:

@@ -24,11 +24,9 @@ from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
 from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
 from dlgsanet_arch.pipeline.losses import FiniteLosses
-from dlgsanet_arch.pipeline.processes import LostProcessError, Processes
+from dlgsanet_arch.pipeline.processes import LostProcessError, Processes, stop_on_signals
 from dlgsanet_arch.pipeline.reports import Evaluation
-from dlgsanet_arch.pipeline.samples import BadSamples, ReadingError, Samples, load
-from dlgsanet_arch.pipeline.sampling import Sampling
-from dlgsanet_arch.pipeline.signals import stop_on_signals
+from dlgsanet_arch.pipeline.samples import BadSamples, ReadingError, Samples, Sampling, load
 from dlgsanet_arch.progress import progress_bar
 
 # What a state holds and the option file says too; the state's is what a resumed run uses.
@@ -39,23 +37,12 @@ def _is_due(iteration: int, every: Any) -> bool:
     return every is not None and iteration % int(every) == 0
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _flat(value, f"{prefix}:{key}" if prefix else str(key))
-    else:
-        yield prefix, node
-
-
-def find_edits(options: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return path, value of the run so far and value now of each option that was edited."""
-    now = dict(_flat(json.loads(json.dumps(options, default=str))))
-    before = dict(_flat(saved))
-    return {
-        path: (before.get(path), now.get(path))
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path)
-    }
+def _flat(node: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the values of nested options by their paths, such as "train:total_iter"."""
+    if not isinstance(node, Mapping) or not node:
+        return {":".join(path): node}
+    parts = [_flat(value, (*path, str(key))) for key, value in node.items()]
+    return {path: value for part in parts for path, value in part.items()}
 
 
 class Training:
@@ -97,14 +84,18 @@ class Training:
 
     def _report_edits(self, said: Progress, *, applied: bool) -> None:
         """Name the options that were edited since, and which of them a resume leaves out."""
-        for path, (before, now) in find_edits(self._opt["as_given"], said.options).items():
+        now = _flat(json.loads(json.dumps(self._opt["as_given"], default=str)))
+        before = _flat(said.options)
+        for path in sorted(now.keys() | before.keys()):
+            if now.get(path) == before.get(path):
+                continue
             is_kept = path.startswith(_KEPT_BY_STATE)
             ignored = is_kept and not applied
             effect = ", and NOT used" if ignored else ", and applied" if is_kept else ""
             fix = "; the state's is used unless you add --apply_edits" if ignored else ""
             (self._log.warning if ignored else self._log.info)(
-                f"edited since the run began{effect}: {path}: was {before!r}, is {now!r} in the "
-                f"option file{fix}"
+                f"edited since the run began{effect}: {path}: was {before.get(path)!r}, is "
+                f"{now.get(path)!r} in the option file{fix}"
             )
 
     def _build_data(self, train_opt: Mapping[str, Any]) -> None:
@@ -217,7 +208,7 @@ class Training:
                 self._save()
             if progress.validate:
                 self._validate()
-            if signalled := self._processes.largest(self._stop.signal):
+            if signalled := max(self._processes.gather(self._stop.signal)):
                 self._stop.signal = signalled
                 raise self._stop.interrupted()
 
@@ -235,13 +226,12 @@ class Training:
         since = time.perf_counter()
         for batch, bad in batches:
             self._bad.add(bad, replaced=batch is not None)
-            self._pace.waited(time.perf_counter() - since)
+            self._pace.waited += time.perf_counter() - since
             yield batch
             since = time.perf_counter()
 
     def _step(self, iteration: int, batch: Mapping[str, Any]) -> None:
-        model = self.model
-        warmup = int(self._opt["train"].get("warmup_iter") or -1)
+        model, warmup = self.model, int(self._opt["train"].get("warmup_iter") or -1)
         model.update_learning_rate(iteration, warmup_iter=warmup)
         with self._processes.answered():
             model.feed_data(batch)
@@ -265,11 +255,9 @@ class Training:
         self._log.info(training_line(self._opt["name"], found))
         self._log.record("train", **found)
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses.items())[:2]})
-        if self._log.tensorboard is not None:
-            shown = {f"losses/{k}" if k.startswith("l_") else k: v for k, v in losses.items()}
-            shown |= {"lr": rates[0], "samples_per_second": pace["samples_per_second"]}
-            for name, value in shown.items():
-                self._log.tensorboard.add_scalar(name, value, iteration)
+        shown = {f"losses/{k}" if k.startswith("l_") else k: v for k, v in losses.items()}
+        shown |= {"lr": rates[0], "samples_per_second": pace["samples_per_second"]}
+        self._log.scalars(shown, iteration)
 
     # ---- saving
 
@@ -282,7 +270,7 @@ class Training:
         self._log.info("Saving models and training states.")
         self._checkpoints.save(self._progress)
         self._saved()
-        self._pace.paused(time.perf_counter() - since)
+        self._pace.paused += time.perf_counter() - since
 
     def _saved(self) -> None:
         self._saved_at = self._progress.iteration
@@ -327,16 +315,16 @@ class Training:
     def _validate(self) -> None:
         """Validate on every set, and keep the weights if they are the best so far."""
         self._losses.check()
-        since, iteration = time.perf_counter(), self._progress.iteration
+        since = time.perf_counter()
         with nullcontext() if self._processes.distributed else self._stop.at_once():
             results = self._evaluated()
         self._progress.validate = False
         for result in results:
             bicubic = {"bicubic": result.bicubic} if result.bicubic else {}
             found = {"dataset": result.dataset, "metrics": result.means, **bicubic}
-            self._log.record("validation", iter=iteration, **found)
+            self._log.record("validation", iter=self._progress.iteration, **found)
         self._keep_best(results)
-        self._pace.paused(time.perf_counter() - since)
+        self._pace.paused += time.perf_counter() - since
 
     def _evaluated(self) -> list[Evaluation]:
         iteration, writer = self._progress.iteration, self._log.tensorboard

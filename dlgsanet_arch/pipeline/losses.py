@@ -1,6 +1,5 @@
 """Losses watched: a run ends at the first that is infinite or not a number."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import write_json
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.pipeline.logs import readable
 from dlgsanet_arch.pipeline.processes import Processes
@@ -25,21 +25,7 @@ class NonFiniteError(UserError):
 class _Batch(NamedTuple):
     iteration: int
     samples: Sequence[str]
-    losses: dict[str, float | Tensor]
-
-
-def _on_device(value: float | Tensor) -> bool:
-    return isinstance(value, Tensor) and not value.is_cpu
-
-
-def _first_bad(batches: Sequence[_Batch]) -> _Batch | None:
-    """Bring losses to the host, all at once, and return the first batch with a bad one."""
-    waiting = [(b.losses, name) for b in batches for name, v in b.losses.items() if _on_device(v)]
-    if waiting:
-        means = torch.stack([losses[name].float().mean() for losses, name in waiting])
-        for (losses, name), number in zip(waiting, means.tolist(), strict=True):
-            losses[name] = number
-    return next((b for b in batches if not all(map(math.isfinite, b.losses.values()))), None)
+    losses: dict[str, Tensor | float]
 
 
 class FiniteLosses:
@@ -59,32 +45,40 @@ class FiniteLosses:
         self, iteration: int, samples: Sequence[str], losses: Mapping[str, float | Tensor]
     ) -> None:
         """Take in an iteration: the names of its samples, its losses as numbers or tensors."""
-        values = {
-            name: value.detach() if _on_device(value) else float(value)
-            for name, value in losses.items()
-        }
+        values = {name: torch.as_tensor(value).detach() for name, value in losses.items()}
         self._kept.append(_Batch(iteration, samples, values))
-        waits = any(map(_on_device, values.values())) and len(self._kept) < _KEPT
+        waits = any(not each.is_cpu for each in values.values()) and len(self._kept) < _KEPT
         if not self._processes.distributed and not waits:
             self.check()
 
+    def _first_bad(self) -> _Batch | None:
+        """Bring the losses to the host, all at once, and return the first batch with a bad one."""
+        kept, self._kept = self._kept, []
+        tensors = [each.float().mean() for batch in kept for each in batch.losses.values()]
+        if not tensors:
+            return None
+        device = next((each.device for each in tensors if not each.is_cpu), "cpu")
+        numbers = iter(torch.stack([each.to(device) for each in tensors]).tolist())
+        batches = [
+            batch._replace(losses={k: next(numbers) for k in batch.losses}) for batch in kept
+        ]
+        return next((b for b in batches if not all(map(math.isfinite, b.losses.values()))), None)
+
     def check(self) -> None:
         """Check all losses before anything is printed, saved or validated; every process calls."""
-        kept, self._kept = self._kept, []
-        found = [each for each in self._processes.gather(_first_bad(kept)) if each is not None]
+        found = [each for each in self._processes.gather(self._first_bad()) if each is not None]
         if not found:
             return
         iteration, _, losses = min(found, key=lambda batch: batch.iteration)
         samples = [name for each in found if each.iteration == iteration for name in each.samples]
         where = named(samples)
         if self.folder is not None:
-            with suppress(OSError):  # the message has what matters
-                file = self.folder / f"non_finite_{iteration}.json"
+            file = self.folder / f"non_finite_{iteration}.json"
+            where += f", see {file}"
+            if self._processes.is_main:
                 report = {"iteration": iteration, "losses": losses, "samples": samples}
-                if self._processes.is_main:
-                    text = json.dumps(readable(report), indent=2)
-                    file.write_text(f"{text}\n", encoding="utf-8")
-                where += f", see {file}"
+                with suppress(OSError):  # the message has what matters
+                    write_json(file, readable(report))
         values = ", ".join(f"{name} {value}" for name, value in losses.items())
         raise NonFiniteError(
             f"iteration {iteration} gave a value that is not finite ({values}); the batch's "

@@ -109,14 +109,11 @@ def _take_sets(options: dict[str, Any], names: Sequence[str]) -> None:
     options["datasets"] = {by_name[name]: datasets[by_name[name]] for name in names}
 
 
-def read(
-    root: Path, arguments: argparse.Namespace, *, train: bool
-) -> tuple[argparse.Namespace, dict]:
+def read(root: Path, arguments: argparse.Namespace, *, train: bool) -> dict[str, Any]:
     """Read the option file that a command line names, by its path or by a shipped one's name.
 
-    Returns the arguments, `opt` and `root` as absolute paths, and the options with `--force_yml`.
+    Returns the options with `--force_yml`; `opt` and `root` of the arguments become absolute.
     """
-    arguments = argparse.Namespace(**vars(arguments))
     arguments.root = (arguments.root or root).expanduser().resolve()
     if not arguments.root.is_dir():
         raise UserError(f"--root: folder {arguments.root} does not exist")
@@ -127,7 +124,7 @@ def read(
         _take_sets(options, arguments.sets)
     if arguments.debug and isinstance(options.get("name"), str):
         _shorten_for_debugging(options)
-    return arguments, options
+    return options
 
 
 def prepare(
@@ -195,10 +192,11 @@ def _check(
         copies = processes.world if processes.distributed else max(1, gpus)
         problems += check.batch_problems(options, scanned.samples, copies)
     option_files.refuse(problems)
-    passed_over = [f"not complete, and passed over: {line}" for line in start.passed_over]
-    for line in scanned.warnings + passed_over:
+    for line in scanned.warnings:
         log.warning(line)
+    for line in start.passed_over:
+        log.warning(f"not complete, and passed over: {line}")
     for line in scanned.notes + notes:
         log.info(line)
-    names = {phase: options["datasets"][phase]["name"] for phase in scanned.smallest}
-    return start, sources, {names[phase]: size for phase, size in scanned.smallest.items()}
+    named = options["datasets"]
+    return start, sources, {named[phase]["name"]: size for phase, size in scanned.smallest.items()}

@@ -1,27 +1,36 @@
-"""The processes of a run: one, or those that torchrun or Slurm started."""
+"""The processes of a run: one, or those that torchrun or Slurm started; and how a signal ends it.
+
+A signal lets the run finish its iteration, save, and say how to continue.
+"""
 
 import os
+import re
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.errors import Interrupted, UserError
 
 # Ranks wait for each other over a group of its own, however long one of them validates or saves:
 # a process that died is noticed by its launcher, not by this.
 _PATIENCE = timedelta(days=30)
 _DEFAULT_PORT = "29500"  # PyTorch's own
-# The variables that PyTorch reads, as each launcher names them.
-_VARIABLES = {
-    "pytorch": {name: name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-    "slurm": {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that PyTorch reads
+_LAUNCHERS = {
+    "pytorch": ("torchrun", _VARIABLES),
+    "slurm": ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
 }
+# Ctrl-C; what kill and Slurm's pre-emption send; what `sbatch --signal` sends ahead of the limit.
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class RemoteRankError(UserError):
@@ -56,13 +65,12 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's have no class of their own everywhere
-            said = str(error)
-            lost = any(each in said for each in ("onnection", "imed out", "NCCL"))
-            if not self.distributed or not lost:
+            said = str(error).strip()
+            if not self.distributed or not re.search("onnection|imed out|NCCL", said):
                 raise
             raise LostProcessError(
-                f"another process of the run has ended ({said.strip().splitlines()[0]}); its own "
-                "output says why"
+                f"another process of the run has ended ({said.splitlines()[0]}); its own output "
+                "says why"
             ) from error
 
     def gather(self, value: Any) -> list[Any]:
@@ -77,15 +85,6 @@ class Processes:
     def share(self, value: Any) -> Any:
         """Return the value that the main process gave; each must call."""
         return self.gather(value if self.is_main else None)[0]
-
-    def largest(self, value: int) -> int:
-        """Return the largest value that any process gave; each must call."""
-        if not self.distributed:
-            return value
-        found = torch.tensor(value)
-        with self.answered():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
-        return int(found)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -120,9 +119,9 @@ def _first_host(hosts: str) -> str:
 
 def _set_environment(launcher: str, dist_params: Mapping[str, Any]) -> None:
     """Set the variables that torch.distributed reads, as the launcher gives them."""
-    for ours, theirs in _VARIABLES[launcher].items():
+    starter, given = _LAUNCHERS[launcher]
+    for ours, theirs in zip(_VARIABLES, given, strict=True):
         if theirs not in os.environ:
-            starter = {"pytorch": "torchrun", "slurm": "srun"}[launcher]
             raise UserError(
                 f"--launcher {launcher} needs to be started by {starter}, which sets {theirs}; it "
                 "is not set; for a single process leave the flag out"
@@ -164,3 +163,48 @@ def started(launcher: str, options: Mapping[str, Any]) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), control)
     finally:
         dist.destroy_process_group()
+
+
+class StopRequest:
+    """Whether a signal has asked this process to end; `signal` is its number, else 0."""
+
+    signal = 0
+    _at_once = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; the second Ctrl-C does not wait any longer."""
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        if self._at_once:
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """Return what to raise: exit status 130 after Ctrl-C, 143 after any other signal."""
+        name = signal.Signals(self.signal).name
+        return Interrupted(f"stopped by {name}", 130 if self.signal == signal.SIGINT else 143)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the block by `Interrupted`: for work that can be done again."""
+        if self.signal:
+            raise self.interrupted()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Collect the signals of the block; outside the main thread there are none to collect."""
+    request, before = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        before = {number: signal.signal(number, request.receive) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

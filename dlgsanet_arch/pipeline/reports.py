@@ -24,6 +24,7 @@ class Row(NamedTuple):
 
     name: str
     values: dict[str, float]
+    bicubic: dict[str, float] = {}  # noqa: RUF012 - of LR enlarged so, in a first validation
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ def summarise(
     iteration: int | str,
     rows: Sequence[Row],
     wanted: Mapping[str, Mapping[str, Any]],
-    bicubic: Sequence[Mapping[str, float]] = (),
 ) -> Evaluation:
     """Return the means of all images' rows over `val:metrics`, and of bicubic's figures."""
     means = {
@@ -64,8 +64,8 @@ def summarise(
     identical = [
         sum(row.values[name] == math.inf for row in rows) for name in means if _rises(wanted[name])
     ]
-    found = {name: _mean([each[name] for each in bicubic]) for name in (bicubic or [{}])[0]}
-    return Evaluation(dataset, iteration, tuple(rows), means, max(identical, default=0), found)
+    bicubic = {name: _mean([row.bicubic[name] for row in rows]) for name in rows[0].bicubic}
+    return Evaluation(dataset, iteration, tuple(rows), means, max(identical, default=0), bicubic)
 
 
 def keep(model: Any, found: Evaluation) -> None:

@@ -21,7 +21,7 @@ from dlgsanet_arch.pipeline import adapter, preparation, reports, trial, weights
 from dlgsanet_arch.pipeline.checkpoints import numbered
 from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.lock import one_run
-from dlgsanet_arch.pipeline.logs import RunLog, run_log, start_trackers
+from dlgsanet_arch.pipeline.logs import RunLog
 from dlgsanet_arch.pipeline.loop import Training
 from dlgsanet_arch.pipeline.processes import Processes, started
 from dlgsanet_arch.pipeline.samples import system_limit
@@ -164,11 +164,11 @@ class _Run:
 
 @contextmanager
 def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iterator[_Run]:
-    arguments, options = preparation.read(root, arguments, train=train)
+    options = preparation.read(root, arguments, train=train)
     with (
         started(arguments.launcher, options) as processes,
         _current_folder(arguments.root),
-        run_log(processes) as log,
+        RunLog(processes) as log,
     ):
         try:
             prepared = preparation.prepare(arguments, options, processes, log, train=train)
@@ -194,7 +194,7 @@ def train(root: Path, arguments: argparse.Namespace) -> None:
 
         def begin() -> None:
             run.begin()
-            start_trackers(log, opt, processes, start.iteration + 1)
+            log.start_trackers(opt, start.iteration + 1)
 
         with run.locked():
             log.record("start", iter=start.iteration, options=opt["as_given"])

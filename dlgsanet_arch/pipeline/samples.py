@@ -1,15 +1,19 @@
-"""Samples of BasicSR's data sets: drawn by position, and named where they are bad.
+"""Samples of BasicSR's data sets: which ones an iteration draws, read by workers, named if bad.
 
-Whatever a sample draws at random is a function of (seed, epoch, position) alone, whichever process,
-worker or resumed run reads it. A sample that cannot be read comes back as a `BadSample` instead of
-an error: a worker's traceback would name the line that failed, and never the file.
+An epoch is a shuffled list of positions, the same for every number of processes and workers. Each
+iteration takes the next `batch * world` of them, and each process its own piece. What a sample
+draws at random depends on (seed, epoch, position) alone. So processes together train on the batch
+that a single one would, and a run resumes at any position without reading what was drawn before.
 """
 
 import errno
+import math
 import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
@@ -18,11 +22,132 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline import randomness
 from dlgsanet_arch.pipeline.logs import RunLog
-from dlgsanet_arch.pipeline.sampling import Draw
 
 _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
+
+
+# ---- random numbers
+
+
+def generators(*, cuda: bool = True) -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and PyTorch's generators, with `cuda` the GPU's too."""
+    kind, keys, *rest = np.random.get_state()
+    found = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if cuda and torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def restore_generators(found: Mapping[str, Any]) -> None:
+    """Put the generators into a state that `generators` returned."""
+    random.setstate(found["python"])
+    kind, keys, *rest = found["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(found["torch"])
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["cuda"])
+
+
+@contextmanager
+def preserved_generators(*, cuda: bool = True) -> Iterator[None]:
+    """Restore the generators at the end; a worker may not ask for CUDA's."""
+    before = generators(cuda=cuda)
+    try:
+        yield
+    finally:
+        restore_generators(before)
+
+
+def _seed_all(*numbers: int) -> None:
+    """Seed the three generators from numbers, each of which changes all that is drawn."""
+    seeds = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    # torch.manual_seed would also seed the GPUs, whose generators belong to the network
+    torch.default_generator.manual_seed(int(seeds[2]))
+
+
+# ---- drawn
+
+
+class Draw(NamedTuple):
+    """One sample: its position in an epoch of all processes, and its index in the data set."""
+
+    epoch: int
+    position: int
+    index: int
+
+
+class Place(NamedTuple):
+    """How far a run has come: `position` positions of an epoch are done, epochs count from 0."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a training set is drawn."""
+
+    samples: int  # of the data set
+    ratio: float  # `dataset_enlarge_ratio`: how often an epoch has each of them
+    batch: int  # samples that one process takes an iteration
+    world: int = 1
+    rank: int = 0
+    seed: int = 0  # shuffles the epochs
+
+    @property
+    def epoch_length(self) -> int:
+        """Positions of an epoch."""
+        return math.ceil(self.samples * self.ratio)
+
+    @property
+    def taken(self) -> int:
+        """Samples that all processes take an iteration."""
+        return self.batch * self.world
+
+    @property
+    def batches_an_epoch(self) -> int:
+        """Iterations of an epoch; an incomplete last batch is left out."""
+        return self.epoch_length // self.taken
+
+    def after(self, place: Place) -> Place:
+        """Return the place after one more iteration."""
+        if place.position + self.taken > self.epoch_length:
+            return Place(place.epoch + 1, self.taken)
+        return Place(place.epoch, place.position + self.taken)
+
+    def place_of(self, iteration: int) -> Place:
+        """Return the place after `iteration` iterations of this batch from the very start."""
+        if iteration == 0:
+            return Place()
+        epoch, batch = divmod(iteration - 1, self.batches_an_epoch)
+        return Place(epoch, (batch + 1) * self.taken)
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """Return the indices of an epoch's samples, position by position."""
+        # NumPy's old generator: it draws the same in every version, and a run may outlive one.
+        generator = np.random.RandomState([self.seed % 2**32, epoch])
+        return generator.permutation(self.epoch_length) % self.samples
+
+    def batches(self, place: Place, count: int) -> Iterator[list[Draw]]:
+        """Yield this process's next `count` batches after a place."""
+        epoch, order = -1, np.empty(0, np.int64)
+        for _ in range(count):
+            place = self.after(place)
+            if place.epoch != epoch:
+                epoch, order = place.epoch, self.shuffled(place.epoch)
+            first = place.position - self.taken + self.rank * self.batch
+            positions = range(first, first + self.batch)
+            yield [Draw(epoch, position, int(order[position])) for position in positions]
+
+
+# ---- read
 
 
 class ReadingError(UserError):
@@ -69,15 +194,6 @@ def system_limit(error: BaseException) -> str:
     return ""
 
 
-def _seed_all(*numbers: int) -> None:
-    """Seed the three generators from numbers, each of which changes all that is drawn."""
-    seeds = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    # torch.manual_seed would also seed the GPUs, whose generators belong to the network
-    torch.default_generator.manual_seed(int(seeds[2]))
-
-
 def _fault(client: Any, place: str, key: str) -> str:
     """Say what is wrong with an encoded image, or return nothing."""
     try:
@@ -101,9 +217,8 @@ def _files(dataset: Any, index: int) -> Mapping[str, Any]:
     return paths[index] if isinstance(paths[index], Mapping) else {"lq_path": paths[index]}
 
 
-def _describe(dataset: Any, index: int, error: Exception) -> BadSample:
+def _describe(dataset: Any, options: Mapping[str, Any], index: int, error: Exception) -> BadSample:
     """Name the sample whose reading failed, and the file at fault where it can be found."""
-    options = getattr(dataset, "opt", None) or {}
     name = str(options.get("name", type(dataset).__name__))
     if limit := system_limit(error):
         return BadSample(name, "", limit)
@@ -128,37 +243,28 @@ class Samples(Dataset):
     """
 
     def __init__(self, dataset: Any, seed: int = 0, *, replace_bad: bool = False) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.replace_bad = replace_bad
+        self.dataset, self._seed = dataset, seed
+        self.opt = getattr(dataset, "opt", None) or {}  # a model finds the name there
+        self._attempts = _MOST_REPLACEMENTS if replace_bad else 1
         # BasicSR lists a folder in the order of the disk.
         files = [_files(dataset, index) for index in range(len(dataset))]
         self._order = sorted(range(len(files)), key=lambda i: str(files[i].get("lq_path", "")))
-
-    @property
-    def opt(self) -> dict[str, Any]:
-        """The data set's options, where BasicSR's models look for its name."""
-        return self.dataset.opt
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw | int) -> Sample:
-        if isinstance(draw, Draw):
-            with randomness.preserved(cuda=False):
-                return self._read(draw.index, draw)
-        return self._read(draw, None)
-
-    def _read(self, index: int, draw: Draw | None) -> Sample:
-        bad = []
-        for attempt in range(_MOST_REPLACEMENTS if self.replace_bad else 1):
-            candidate = self._order[(index + attempt) % len(self.dataset)]
-            if draw is not None:
-                _seed_all(self.seed % 2**32, draw.epoch, draw.position)
-            try:
-                return Sample(self.dataset[candidate], tuple(bad))
-            except Exception as error:  # a data set may raise anything on a bad file
-                bad.append(_describe(self.dataset, candidate, error))
+        bad, index = [], draw.index if isinstance(draw, Draw) else draw
+        with preserved_generators(cuda=False):
+            for attempt in range(self._attempts):
+                candidate = self._order[(index + attempt) % len(self)]
+                if isinstance(draw, Draw):
+                    _seed_all(self._seed % 2**32, draw.epoch, draw.position)
+                try:
+                    return Sample(self.dataset[candidate], tuple(bad))
+                except Exception as error:  # a data set may raise anything on a bad file
+                    # A worker's traceback would name the line that failed, and never the file.
+                    bad.append(_describe(self.dataset, self.opt, candidate, error))
         return Sample(None, tuple(bad))
 
 
@@ -198,22 +304,17 @@ class BadSamples:
                 f"{self._tolerated}, if a good one can take its place; fix them, see `dlgsanet "
                 f"data verify`, and resume with --auto_resume):\n  {lines}"
             )
-        self.found = found
-        for number, each in enumerate(new, len(found) - len(new) + 1):
+        for number, each in enumerate(new, len(self.found) + 1):
             self._log.warning(
                 f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
                 f"{each}"
             )
             self._log.record("bad_sample", sample=each.sample, reason=each.reason)
+        self.found = found
 
 
 def load(
-    samples: Samples,
-    batches: Iterable[list],
-    workers: int,
-    *,
-    pin_memory: bool,
-    **more: Any,
+    samples: Samples, batches: Iterable[list], workers: int, *, pin_memory: bool, **more: Any
 ) -> Iterator[Batch]:
     """Read batches, given as draws or indices, by `workers` processes, or by this one if 0.
 

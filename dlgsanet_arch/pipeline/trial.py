@@ -17,10 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlgsanet_arch.averaging import bare, networks_of
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline import evaluation, randomness
+from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.evaluation import Images
-from dlgsanet_arch.pipeline.samples import Sample, Samples, collate
-from dlgsanet_arch.pipeline.sampling import Draw
+from dlgsanet_arch.pipeline.samples import Draw, Sample, Samples, collate, preserved_generators
 
 # Which option an attribute of a model comes from.
 _OPTION_OF = (
@@ -116,17 +115,11 @@ def _good(sample: Sample) -> dict[str, Any]:
     return sample.content
 
 
-def _iteration(train: Mapping[str, Any]) -> int:
-    """Return the number of an iteration in which a GAN trains both networks."""
-    every = int(train.get("net_d_iters", 1))
-    return every * (int(train.get("net_d_init_iters", 0)) // every + 1)
-
-
 def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[str, Any]) -> None:
     """Take one step of a copy of the model on the first samples that the run will draw."""
     modules = (each for network in networks_of(model).values() for each in network.modules())
     count = 2 if any(isinstance(each, _BatchNorm) for each in modules) else 1  # for its variance
-    with randomness.preserved():
+    with preserved_generators():
         with explained("a sample of the training set", options, option="datasets:train"):
             contents = [_good(samples[draw]) for draw in draws[:count]]
             batch, bad = collate([Sample(content) for content in (contents * count)[:count]])
@@ -136,7 +129,9 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
             tried = _copy(model)
         with explained("a step on a sample of the training set", options, tried):
             tried.feed_data(batch)
-            tried.optimize_parameters(_iteration(options["train"]))
+            train = options["train"]
+            every, alone = int(train.get("net_d_iters", 1)), int(train.get("net_d_init_iters", 0))
+            tried.optimize_parameters(every * (alone // every + 1))  # a GAN trains both networks
     if model.device.type == "cuda":
         del tried
         torch.cuda.empty_cache()
@@ -151,7 +146,7 @@ def measurements(
     `smallest` is height and width of the set's smallest HR image, None where they are not known.
     """
     name = images.dataset.opt["name"]
-    with randomness.preserved(), explained(f"a sample of {name}", options, option="datasets"):
+    with preserved_generators(), explained(f"a sample of {name}", options, option="datasets"):
         content = _good(images.dataset[0])
         lq, gt = content.get("lq"), content.get("gt")
         if lq is None:

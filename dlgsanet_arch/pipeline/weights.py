@@ -16,7 +16,7 @@ from dlgsanet_arch.checkpoint import check_compatible, read_weights
 from dlgsanet_arch.hints import named
 from dlgsanet_arch.options import Context
 from dlgsanet_arch.pipeline.checkpoints import Start
-from dlgsanet_arch.storage import CheckpointError, is_safetensors, read_pth
+from dlgsanet_arch.storage import CheckpointError, is_safetensors, read_complete
 
 # Where files keep weights, by what each kind of run wants first.
 _KEYS_TO_TRAIN = ("params", "params_ema", "state_dict")
@@ -44,7 +44,7 @@ def _named(context: Context, key: str) -> Source | None:
     given = paths.get(f"pretrain_{key}")
     if not isinstance(given, str) or not (file := context.weights(given)).is_file():
         return None  # the check of the options reports a missing file
-    content = {} if is_safetensors(file) else read_pth(file)
+    content = {} if is_safetensors(file) else read_complete(file)[0]
     keys = list(content) if isinstance(content, Mapping) else []
     wanted = _KEYS_TO_TRAIN if context.train else _KEYS_TO_TEST
     there = next((each for each in wanted if each in keys), None)
