@@ -69,6 +69,11 @@ def _edsr_baseline(scale: int) -> nn.Module:
 PEERS = {SWINIR: _swinir_light, EDSR: _edsr_baseline}
 
 
+def tiny(quick: bool) -> str:
+    """Return the variant that most sections measure."""
+    return QUICK if quick else "tiny"
+
+
 def configuration(variant: str, scale: int) -> dict[str, Any]:
     """Return the arguments of a DLGSANet, as its option file has them."""
     name = "tiny" if variant == QUICK else variant

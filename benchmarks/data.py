@@ -73,21 +73,25 @@ def picture(cell: Cell, index: int) -> NDArray[np.uint8]:
 
 
 def _resizer(contestant: str, scale: int) -> Callable[[NDArray[np.uint8]], object]:
-    if contestant == OURS:
-        return lambda hr: bicubic(hr, 1 / scale)
-    if contestant == IMRESIZE:
-        from basicsr.utils.matlab_functions import imresize
-
-        return lambda hr: (imresize(hr.astype(np.float32) / 255, 1 / scale) * 255).round()
-    if contestant == PILLOW:
+    def pillow(hr: NDArray[np.uint8]) -> object:
         from PIL import Image
 
-        return lambda hr: Image.fromarray(hr).resize(
-            (hr.shape[1] // scale, hr.shape[0] // scale), Image.Resampling.BICUBIC
-        )
-    return lambda hr: cv2.resize(
-        hr, None, fx=1 / scale, fy=1 / scale, interpolation=cv2.INTER_CUBIC
-    )
+        size = hr.shape[1] // scale, hr.shape[0] // scale
+        return Image.fromarray(hr).resize(size, Image.Resampling.BICUBIC)
+
+    def basicsr(hr: NDArray[np.uint8]) -> object:
+        from basicsr.utils.matlab_functions import imresize
+
+        return (imresize(hr.astype(np.float32) / 255, 1 / scale) * 255).round()
+
+    return {
+        OURS: lambda hr: bicubic(hr, 1 / scale),
+        IMRESIZE: basicsr,
+        PILLOW: pillow,
+        OPENCV: lambda hr: cv2.resize(
+            hr, None, fx=1 / scale, fy=1 / scale, interpolation=cv2.INTER_CUBIC
+        ),
+    }[contestant]
 
 
 def reduce(cell: Cell, setting: Setting) -> Record:
@@ -126,13 +130,6 @@ def write(cell: Cell, setting: Setting) -> Record:
     return {**measured, "items": cell["pictures"]}
 
 
-def _unpack(database: Path, folder: Path) -> None:
-    folder.mkdir()
-    with open_database(database) as environment, environment.begin() as read:
-        for key, data in read.cursor():
-            (folder / f"{key.decode()}.png").write_bytes(data)
-
-
 def _pairs(cell: Cell, folder: Path) -> dict[str, str]:
     """Write the pictures in the form that the cell names; return BasicSR's options for them."""
     _save_pictures(cell, folder / "HR", cell["pictures"])
@@ -147,9 +144,12 @@ def _pairs(cell: Cell, folder: Path) -> dict[str, str]:
         build(find_sources(folder / "HR", None, [SCALE]), [SCALE], folder, cutting=_cutting(cell))
         roots = (folder / database_name(1), folder / database_name(SCALE))
         if cell["contestant"] == SUB_IMAGES:
-            for root in roots:
-                _unpack(root, root.with_suffix(""))
-            roots = tuple(root.with_suffix("") for root in roots)
+            databases, roots = roots, tuple(root.with_suffix("") for root in roots)
+            for database, root in zip(databases, roots, strict=True):
+                root.mkdir()
+                with open_database(database) as environment, environment.begin() as read:
+                    for key, data in read.cursor():
+                        (root / f"{key.decode()}.png").write_bytes(data)
     return {"dataroot_gt": str(roots[0]), "dataroot_lq": str(roots[1])}
 
 
@@ -193,18 +193,14 @@ WORKS = {
 }
 
 
-def _row(record: Record, records: list[Record]) -> list[str]:
+def _rows(record: Record, records: list[Record]) -> list[list[str]]:
     cell = record["cell"]
     seconds = measuring.median(record)
-    first = next(
-        each
-        for each in records
-        if each["cell"]["measure"] == cell["measure"]
-        and each["cell"].get("scale") == cell.get("scale")
-    )
+    kind = cell["measure"], cell.get("scale")
+    first = next(r for r in records if (r["cell"]["measure"], r["cell"].get("scale")) == kind)
     rate = record.get("items", 0) / seconds
     base = first.get("items", 0) / measuring.median(first)
-    return [
+    row = [
         WORKS[cell["measure"]].format(scale=cell.get("scale"), patch=PATCH),
         cell["contestant"],
         str(cell.get("workers", "–")),
@@ -212,56 +208,35 @@ def _row(record: Record, records: list[Record]) -> list[str]:
         measuring.times(rate / base),
         *measuring.milliseconds(record),
     ]
+    return [row]
 
 
 def _sections(asked: argparse.Namespace) -> list[Section]:
     photographs = asked.photographs and str(asked.photographs.resolve())
     size = QUICK_SIZE if asked.quick else SIZE
     common = {"photographs": photographs, "size": size}
-    count = 1 if asked.quick else PICTURES
-    workers = (1,) if asked.quick else WORKERS
     cells: list[Cell] = [
         {"measure": "data:reduce", "contestant": contestant, "scale": scale, **common}
         for scale in (2, 3, 4)
         for contestant in (OURS, IMRESIZE, PILLOW, OPENCV)
     ]
+    written = {"measure": "data:write", "pictures": 1 if asked.quick else WRITTEN, **common}
+    read = {"measure": "data:read", "batches": 1 if asked.quick else 40, **common}
+    read["pictures"] = 1 if asked.quick else PICTURES
+    works = [(written, OURS), *((read, name) for name in (DATABASE, SUB_IMAGES, WHOLE))]
     cells += [
-        {
-            "measure": "data:write",
-            "contestant": OURS,
-            "workers": number,
-            "pictures": 1 if asked.quick else WRITTEN,
-            **common,
-        }
-        for number in workers
-    ]
-    cells += [
-        {
-            "measure": "data:read",
-            "contestant": contestant,
-            "workers": number,
-            "pictures": count,
-            "batches": 1 if asked.quick else 40,
-            **common,
-        }
-        for contestant in (DATABASE, SUB_IMAGES, WHOLE)
-        for number in workers
+        {**work, "contestant": contestant, "workers": number}
+        for work, contestant in works
+        for number in ((1,) if asked.quick else WORKERS)
     ]
     return [
         Section(
             name="data",
             title="Data",
             cells=cells,
-            columns=[
-                "work",
-                "contestant",
-                "workers",
-                "items a second",
-                "x first of its kind",
-                "median ms",
-                "range ms",
-            ],
-            rows=lambda records: [_row(record, records) for record in records],
+            columns="work | contestant | workers | items a second | x first of its kind | median ms"
+            " | range ms",
+            rows=_rows,
             notes=lambda records: [
                 f"Pictures of {size[1]}x{size[0]} pixels laid out of photographs; "
                 f"{os.cpu_count()} cores, files in the temporary folder and in the page cache.",

@@ -6,6 +6,7 @@ PyTorch or by our operator: in C on a CPU, in Triton on a GPU.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -63,13 +64,9 @@ def make_inputs(cell: Cell, device: str) -> tuple[Tensor, ...]:
     """Make random x, hidden, weight and bias, which want gradients where the work has any."""
     channels, groups, hidden, kernel = GEOMETRIES[cell["geometry"]]
     batch, height, width = cell["size"]
-    made = []
-    for shape in (
-        (batch, channels, height, width),
-        (batch, hidden, height, width),
-        (groups * kernel**2, hidden),
-        (groups * kernel**2,),
-    ):
+    made, taps = [], groups * kernel**2
+    maps = ((batch, each, height, width) for each in (channels, hidden))
+    for shape in (*maps, (taps, hidden), (taps,)):
         each = torch.randn(shape, device=device).to(DTYPES[cell["dtype"]])
         if len(shape) == 4 and cell["layout"] == CHANNELS_LAST:
             each = each.to(memory_format=torch.channels_last)
@@ -86,23 +83,18 @@ def _work(cell: Cell, inputs: tuple[Tensor, ...], grad: Tensor | None) -> tuple[
     return torch.autograd.grad(out, inputs, grad.to(out.dtype))
 
 
-def operations(cell: Cell) -> int:
-    """Count floating-point operations of our form by FlopCounterMode, on no device."""
-    cell = {**cell, "form": OURS}
+def least(cell: Cell) -> Record:
+    """Return floating-point operations of our form, and bytes of inputs and outputs of a pass."""
     inputs = make_inputs(cell, "meta")
     grad = None if cell["work"] == WORKS[0] else torch.empty_like(inputs[0])
     with FlopCounterMode(display=False) as counter:
-        _work(cell, inputs, grad)
-    return counter.get_total_flops()
-
-
-def least_bytes(cell: Cell) -> int:
-    """Return the bytes of inputs and outputs, each read or written once in a pass."""
-    inputs = make_inputs(cell, "meta")
-    size = inputs[0].element_size()
-    forward = sum(each.numel() for each in inputs) + inputs[0].numel()
-    backward = 2 * sum(each.numel() for each in inputs) + inputs[0].numel()
-    return size * (forward if cell["work"] == WORKS[0] else forward + backward)
+        _work({**cell, "form": OURS}, inputs, grad)
+    given, made = sum(each.numel() for each in inputs), inputs[0].numel()
+    values = given + made if grad is None else 3 * given + 2 * made
+    return {
+        "operations": counter.get_total_flops(),
+        "bytes": inputs[0].element_size() * values,
+    }
 
 
 def convolve(cell: Cell, setting: Setting) -> Record:
@@ -111,49 +103,31 @@ def convolve(cell: Cell, setting: Setting) -> Record:
     inputs = make_inputs(cell, device)
     sets = 1
     if device == "cuda":
-        size = sum(each.numel() * each.element_size() for each in inputs)
+        size = sum(each.nbytes for each in inputs)
         sets = min(MOST_SETS, max(1, ROTATED_BYTES // size))
-    many = [inputs, *(make_inputs(cell, device) for _ in range(sets - 1))]
+    turns = itertools.cycle([*(make_inputs(cell, device) for _ in range(sets - 1)), inputs])
     grad = None if cell["work"] == WORKS[0] else torch.randn_like(inputs[0])
-    turn = 0
-
-    def run() -> object:
-        nonlocal turn
-        turn = (turn + 1) % len(many)
-        return _work(cell, many[turn], grad)
-
     with measuring.numerics(cell["dtype"], device), contestants.operators(cell["form"]):
-        measured = measuring.measure(lambda: run, setting)
-    return {**measured, "operations": operations(cell), "bytes": least_bytes(cell)}
+        measured = measuring.measure(lambda: lambda: _work(cell, next(turns), grad), setting)
+    return {**measured, **least(cell)}
 
 
-def _rows(records: list[Record]) -> list[list[str]]:
+def _rows(record: Record, records: list[Record]) -> list[list[str]]:
     """Put the two works of a form into one row."""
-    machine = limits.Limits(records)
-    joined: dict[str, dict[str, Record]] = {}
-    for record in records:
-        if not limits.is_limit(record):
-            cell = {name: value for name, value in record["cell"].items() if name != "work"}
-            joined.setdefault(measuring.key(cell), {})[record["cell"]["work"]] = record
-    rows = []
-    for works in joined.values():
-        cell = next(iter(works.values()))["cell"]
-        row = [
-            cell["geometry"],
-            f"{cell['size'][0]}x{cell['size'][2]}x{cell['size'][1]}",
-            cell["form"],
-            cell["dtype"],
-            cell["layout"],
+    cell = record["cell"]
+    if cell["work"] != WORKS[0]:
+        return []
+    size = f"{cell['size'][0]}x{cell['size'][2]}x{cell['size'][1]}"
+    row = [cell["geometry"], size, cell["form"], cell["dtype"], cell["layout"]]
+    for work in WORKS:
+        cell = {**cell, "work": work}
+        found = next((each for each in records if each["cell"] == cell), {"cell": cell})
+        row += [
+            *measuring.milliseconds(found),
+            measuring.times(measuring.median(found) / limits.Limits(records).seconds(found), ".1f"),
+            measuring.mebibytes(found),
         ]
-        for work in WORKS:
-            record = works.get(work, {"cell": cell})
-            row += [
-                *measuring.milliseconds(record),
-                measuring.times(measuring.median(record) / machine.seconds(record), ".1f"),
-                measuring.mebibytes(record),
-            ]
-        rows.append(row)
-    return rows
+    return [row]
 
 
 def _forms(device: str) -> list[tuple[str, str, str]]:
@@ -201,21 +175,8 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
             name="dynamic_dwconv",
             title="The dynamic convolution, from hidden features to its output",
             cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
-            columns=[
-                "geometry",
-                "input",
-                "form",
-                "dtype",
-                "layout",
-                "forward, ms",
-                "range",
-                "of limit",
-                "MiB",
-                "with backward, ms",
-                "range",
-                "of limit",
-                "MiB",
-            ],
+            columns="geometry | input | form | dtype | layout | forward, ms | range | of limit"
+            " | MiB | with backward, ms | range | of limit | MiB",
             rows=_rows,
             notes=lambda records: [
                 "Filters 7x7; C, G and D are 48, 8 and 12 for Tiny, 90, 15 and 22 for Large. MiB",

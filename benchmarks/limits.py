@@ -30,8 +30,9 @@ def cells(device: str, measured: list[Cell], quick: bool = False) -> list[Cell]:
     return made
 
 
-def _longer(setting: Setting) -> Setting:
-    return Setting(setting.device, max(_LEAST_SAMPLES, setting.runs))
+def _measure(run: measuring.Run, setting: Setting) -> Record:
+    longer = Setting(setting.device, max(_LEAST_SAMPLES, setting.runs))
+    return measuring.measure(lambda: run, longer)
 
 
 def product(cell: Cell, setting: Setting) -> Record:
@@ -40,7 +41,7 @@ def product(cell: Cell, setting: Setting) -> Record:
     a, b = (torch.randn(side, side, device=setting.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     with measuring.numerics(cell["dtype"], setting.device):
-        measured = measuring.measure(lambda: lambda: torch.mm(a, b, out=out), _longer(setting))
+        measured = _measure(lambda: torch.mm(a, b, out=out), setting)
     return {**measured, "work": 2 * side**3}
 
 
@@ -49,8 +50,7 @@ def copy(cell: Cell, setting: Setting) -> Record:
     count = cell["mebibytes"] * measuring.MIB // 4
     source = torch.randn(count, device=setting.device)
     target = torch.empty_like(source)
-    measured = measuring.measure(lambda: lambda: target.copy_(source), _longer(setting))
-    return {**measured, "work": 2 * 4 * count}
+    return {**_measure(lambda: target.copy_(source), setting), "work": 2 * 4 * count}
 
 
 class Limits:
@@ -93,29 +93,20 @@ def _with(threads: int | None) -> str:
     return f" with {threads} thread{'s' * (threads > 1)}" if threads else ""
 
 
-def is_limit(record: Record) -> bool:
-    """Return whether a record is of the machine and not of a contestant."""
-    return record["cell"]["measure"].startswith("limits:")
-
-
-def _rows(records: list[Record]) -> list[list[str]]:
-    rows = []
-    for record in records:
-        cell = record["cell"]
-        is_product = cell["measure"] == "limits:product"
-        rate = record.get("work", math.nan) / measuring.median(record) / 1e9
-        spread = [record["work"] / s / 1e9 for s in record.get("seconds", [])]
-        rows.append(
-            [
-                f"product of {cell['side']}²" if is_product else f"copy of {cell['mebibytes']} MiB",
-                cell.get("dtype", "–"),
-                measuring.times(rate, ".4g"),
-                f"{min(spread):.4g} to {max(spread):.4g}" if spread else record["error"],
-                "GFLOP/s" if is_product else "GB/s",
-                str(len(spread)),
-            ]
-        )
-    return rows
+def _rows(record: Record, _: list[Record]) -> list[list[str]]:
+    cell = record["cell"]
+    is_product = cell["measure"] == "limits:product"
+    rate = record.get("work", math.nan) / measuring.median(record) / 1e9
+    spread = [record["work"] / s / 1e9 for s in record.get("seconds", [])]
+    row = [
+        f"product of {cell['side']}²" if is_product else f"copy of {cell['mebibytes']} MiB",
+        cell.get("dtype", "–"),
+        measuring.times(rate, ".4g"),
+        f"{min(spread):.4g} to {max(spread):.4g}" if spread else record["error"],
+        "GFLOP/s" if is_product else "GB/s",
+        str(len(spread)),
+    ]
+    return [row]
 
 
 def served_dtypes(device: str) -> list[str]:
@@ -124,18 +115,16 @@ def served_dtypes(device: str) -> list[str]:
 
 
 def _sections(asked: argparse.Namespace) -> list[Section]:
-    return [
-        Section(
-            name="limits",
-            title="The machine's limits",
-            cells=cells(
-                asked.device, [{"dtype": d} for d in served_dtypes(asked.device)], asked.quick
-            ),
-            columns=["what", "dtype", "rate", "range", "unit", "samples"],
-            rows=_rows,
-            notes=lambda _: ["Medians; copies count bytes read and written."],
-        )
-    ]
+    dtypes = [{"dtype": name} for name in served_dtypes(asked.device)]
+    section = Section(
+        name="limits",
+        title="The machine's limits",
+        cells=cells(asked.device, dtypes, asked.quick),
+        columns="what | dtype | rate | range | unit | samples",
+        rows=_rows,
+        notes=lambda _: ["Medians; copies count bytes read and written."],
+    )
+    return [section]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,50 +59,33 @@ _START = {"cpu": "forkserver", "cuda": "spawn"}
 
 @dataclass(frozen=True)
 class Setting:
-    """How a cell is measured.
+    """How a cell is measured."""
 
-    Attributes:
-        device: cpu or cuda.
-        runs: Timed samples a process.
-        seconds: No sample is begun after this time, but for the first.
-    """
-
-    device: str
-    runs: int
-    seconds: float = math.inf
+    device: str  # cpu or cuda
+    runs: int  # timed samples a process
+    seconds: float = math.inf  # no sample is begun after this time, but for the first
 
 
 @dataclass
 class Section:
     """One table of RESULTS.md.
 
-    Attributes:
-        name: A key of reporting.SECTIONS.
-        title: Its heading, without the device.
-        cells: What is measured.
-        columns: Names.
-        rows: Makes the rows from the records of what is measured so far, in the cells' order.
-        notes: Makes the sentences above the table, likewise.
-        group: Tells which cells share a process on a GPU.
-        draw: Writes a plot of the records to a path; returns whether it could.
-        rounds: Times that each cell is measured.
-        runs: Timed samples a round, if not RUNS.
-        seconds: As in Setting.
-        options: Of the command line beyond the section's own.
+    Rows and notes are made of the records so far, in the cells' order, and rows that are too short
+    are filled with dashes. The machine's limits have no rows but in their own section.
     """
 
-    name: str
-    title: str
+    name: str  # a key of reporting.SECTIONS
+    title: str  # without the device
     cells: list[Cell]
-    columns: list[str]
-    rows: Callable[[list[Record]], list[list[str]]]
-    notes: Callable[[list[Record]], list[str]]
-    group: Callable[[Cell], object] = lambda cell: cell["measure"]
-    draw: Callable[[list[Record], Path], bool] | None = None
-    rounds: int = ROUNDS
-    runs: int | None = None
-    seconds: float = math.inf
-    options: Sequence[str] = ()
+    columns: str  # as in Markdown: "network | input | ms"
+    rows: Callable[[Record, list[Record]], list[list[str]]]  # of one record among all
+    notes: Callable[[list[Record]], list[str]]  # sentences above the table
+    group: Callable[[Cell], object] = lambda cell: cell["measure"]  # in one process on a GPU
+    draw: Callable[[list[Record], Path], bool] | None = None  # a plot; returns whether it could
+    rounds: int = ROUNDS  # times that each cell is measured
+    runs: int | None = None  # timed samples a round, if not RUNS
+    seconds: float = math.inf  # as in Setting
+    options: Sequence[str] = ()  # of the command line beyond the section's own
 
 
 @contextmanager
@@ -150,13 +133,6 @@ def _of_process(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def _return_freed_memory() -> None:
-    """Let the C library give back what it keeps of freed memory: it would hide later use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 class Memory:
     """Peak memory from now on, beyond what is in use now, in bytes.
 
@@ -173,7 +149,9 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            _return_freed_memory()
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:  # else freed memory that the C library keeps would hide later use
+                trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             self._before = _of_process("VmRSS") - _of_process("RssFile")
 
@@ -288,6 +266,11 @@ def in_this_process(cells: list[Cell], setting: Setting) -> Iterator[Record]:
         yield _attempt(cell, setting)
 
 
+def is_limit(record: Record) -> bool:
+    """Return whether a record is of the machine and not of a contestant."""
+    return record["cell"]["measure"].startswith("limits:")
+
+
 def key(cell: Cell) -> str:
     """Return a text that tells cells apart."""
     return ", ".join(f"{name} {value}" for name, value in cell.items())
@@ -295,14 +278,7 @@ def key(cell: Cell) -> str:
 
 @dataclass
 class Report:
-    """What is measured of a section so far, saved with each addition.
-
-    Attributes:
-        section: What is measured.
-        device: cpu or cuda.
-        results: The folder of the JSON.
-        records: By the cells' keys.
-    """
+    """What is measured of a section so far, by the cells' keys, saved with each addition."""
 
     section: Section
     device: str
@@ -344,9 +320,17 @@ class Report:
         """Return whether each cell was measured in each round."""
         return all(self.rounds(cell) >= self.section.rounds for cell in self.section.cells)
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the columns and the rows."""
+        columns, records = self.section.columns.split(" | "), self.ordered()
+        shown = [r for r in records if self.section.name == "limits" or not is_limit(r)]
+        rows = [row for record in shown for row in self.section.rows(record, records)]
+        return columns, [row + ["–"] * (len(columns) - len(row)) for row in rows]
+
     def save(self) -> Path:
         """Write what there is, and the plot when all is there."""
         records = self.ordered()
+        columns, rows = self.table()
         notes = self.section.notes(records)
         picture = None
         if self.section.draw and self.complete():
@@ -362,8 +346,8 @@ class Report:
             "environment": self._environment,
             "complete": self.complete(),
             "notes": notes,
-            "columns": self.section.columns,
-            "rows": self.section.rows(records),
+            "columns": columns,
+            "rows": rows,
             "picture": picture,
             "raw": self.records,
         }
@@ -385,35 +369,23 @@ def take_turns(
         for group in groups.values():
             waiting = [cell for cell in group if report.rounds(cell) <= turn]
             while waiting:
-                answered = 0
-                for reply in launch(waiting, setting):
-                    cell = waiting[answered]
-                    answered += 1
+                before = len(waiting)
+                for reply in launch(list(waiting), setting):
+                    cell = waiting.pop(0)
                     report.add(cell, reply)
                     print(
-                        f"round {turn + 1} of {section.rounds}: {describe(cell)}: "
-                        f"{describe_reply(reply)}",
+                        f"round {turn + 1} of {section.rounds}: {describe(cell)}, ms: "
+                        f"{milliseconds(reply)[0]}",
                         file=sys.stderr,
                         flush=True,
                     )
-                if not answered:
-                    report.add(waiting[0], {"error": "its process died", "broken": True})
-                    answered = 1
-                waiting = waiting[answered:]
+                if len(waiting) == before:
+                    report.add(waiting.pop(0), {"error": "its process died", "broken": True})
 
 
 def describe(cell: Cell) -> str:
     """Return a cell in a few words, for progress."""
     return " ".join(str(value) for name, value in cell.items() if name != "measure")
-
-
-def describe_reply(reply: Record) -> str:
-    """Return what was measured in a few words, for progress."""
-    if "error" in reply:
-        return reply["error"]
-    if "seconds" in reply:
-        return f"{statistics.median(reply['seconds']) * 1e3:.3g} ms"
-    return "done"
 
 
 def milliseconds(record: Record) -> list[str]:
@@ -480,8 +452,7 @@ def run(
 ) -> int:
     """Measure the sections that the command line asks for, print the tables and save them.
 
-    Returns:
-        1 where something could not be measured for a reason other than memory, else 0.
+    The status is 1 where something could not be measured for a reason other than memory.
     """
     add_arguments(parser)
     asked = parser.parse_args(arguments)
@@ -508,7 +479,8 @@ def run(
             print("interrupted: the same command continues", file=sys.stderr)
             return 130
         path = report.save()
-        for row in [section.columns, *section.rows(report.ordered())]:
+        columns, rows = report.table()
+        for row in [columns, *rows]:
             print("  ".join(f"{value:>14}" for value in row))
         print(f"written: {path}, {results.parent / 'RESULTS.md'}")
         broken |= any("broken" in record for record in report.records.values())

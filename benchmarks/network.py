@@ -23,14 +23,7 @@ import measuring
 import reporting
 import torch
 import torch.nn.functional as F
-from contestants import (
-    DEFINITION,
-    EDSR,
-    OURS,
-    OURS_CHANNELS_LAST,
-    PUBLISHED,
-    PYTORCH,
-)
+from contestants import DEFINITION, EDSR, OURS, OURS_CHANNELS_LAST, PUBLISHED, PYTORCH
 from measuring import DTYPES, Cell, Record, Section, Setting
 from torch import Tensor
 from torch.profiler import ProfilerActivity
@@ -97,61 +90,38 @@ def forward(cell: Cell, setting: Setting) -> Record:
     }
 
 
-_COLUMNS = [
-    "network",
-    "input",
-    "dtype",
-    "parameters",
-    "GMACs",
-    "ms",
-    "range",
-    "ratio",
-    "of limit",
-    "ms a block",
-    "MiB",
-]
+_COLUMNS = "network | input | dtype | parameters | GMACs | ms | range | ratio | of limit"
+_COLUMNS += " | ms a block | MiB"
 
 
-def _rows(device: str, records: list[Record]) -> list[list[str]]:
-    machine = limits.Limits(records)
-    measured = [record for record in records if not limits.is_limit(record)]
-    rows = []
-    for record in measured:
-        cell, seconds = record["cell"], measuring.median(record)
-        ours = measuring.median_of(
-            records, {**cell, "contestant": OURS, "dtype": BASE_DTYPE[device]}
-        )
-        blocks = contestants.blocks(cell["variant"], cell["scale"])
-        is_peer = cell["contestant"] in contestants.PEERS
-        rows.append(
-            [
-                contestants.title(cell),
-                f"{cell['size'][1]}x{cell['size'][0]}",
-                cell["dtype"],
-                f"{record['parameters'] / 1e3:.0f} K" if "parameters" in record else "–",
-                measuring.times(record.get("operations", math.nan) / 2e9, ".1f"),
-                *measuring.milliseconds(record),
-                measuring.times(seconds / ours),
-                measuring.times(seconds / machine.seconds(record)),
-                "–" if is_peer else measuring.times(1e3 * seconds / blocks, ".3g"),
-                measuring.mebibytes(record),
-            ]
-        )
-    return rows
+def _rows(device: str, record: Record, records: list[Record]) -> list[list[str]]:
+    cell, seconds = record["cell"], measuring.median(record)
+    base = {**cell, "contestant": OURS, "dtype": BASE_DTYPE[device]}
+    blocks = contestants.blocks(cell["variant"], cell["scale"])
+    is_peer = cell["contestant"] in contestants.PEERS
+    row = [
+        contestants.title(cell),
+        f"{cell['size'][1]}x{cell['size'][0]}",
+        cell["dtype"],
+        f"{record['parameters'] / 1e3:.0f} K" if "parameters" in record else "–",
+        measuring.times(record.get("operations", math.nan) / 2e9, ".1f"),
+        *measuring.milliseconds(record),
+        measuring.times(seconds / measuring.median_of(records, base)),
+        measuring.times(seconds / limits.Limits(records).seconds(record)),
+        "–" if is_peer else measuring.times(1e3 * seconds / blocks, ".3g"),
+        measuring.mebibytes(record),
+    ]
+    return [row]
 
 
 def _notes(device: str, records: list[Record], more: list[str]) -> list[str]:
-    asked = [PUBLISHED, *contestants.PEERS]
-    base = BASE_DTYPE[device]
     if device == "cuda":
-        more = [
-            *more,
-            "Forwards follow each other; the GPU is waited for after each 20 ms of them.",
-        ]
+        more = ["Forwards follow each other; the GPU is waited for after each 20 ms of them."]
     return [
         "One image a forward. Times are medians over all processes; MiB is the peak beyond the",
         "loaded process with weights and input.",
-        f"'ratio' is to ours in {base} of that configuration, for the light networks to Tiny's;",
+        f"'ratio' is to ours in {BASE_DTYPE[device]} of that configuration, for the light networks "
+        "to Tiny's;",
         "'of limit' to the larger of operations / product rate and bytes / bandwidth, with bytes",
         "of weights, input and output. GMACs are those of the formula, by FlopCounterMode, without",
         "norms, activations, additions and what is computed twice; a block is a local and a global",
@@ -159,7 +129,7 @@ def _notes(device: str, records: list[Record], more: list[str]) -> list[str]:
         "precision.",
         *more,
         limits.Limits(records).note(),
-        *contestants.absence_notes(device, asked),
+        *contestants.absence_notes(device, [PUBLISHED, *contestants.PEERS]),
     ]
 
 
@@ -196,48 +166,51 @@ def _input(scale: int, quick: bool) -> tuple[int, int]:
     return OUTPUT[0] // scale, OUTPUT[1] // scale
 
 
+def _forward_section(
+    asked: argparse.Namespace, cells: list[Cell], more: list[str], **given: Any
+) -> Section:
+    return Section(
+        cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
+        columns=_COLUMNS,
+        rows=functools.partial(_rows, asked.device),
+        notes=lambda records: _notes(asked.device, records, more),
+        group=_group,
+        **given,
+    )
+
+
 def network_section(asked: argparse.Namespace) -> Section:
     """Tiny x4 for a 1280x720 output, with all contestants."""
-    variant = contestants.QUICK if asked.quick else "tiny"
+    variant = contestants.tiny(asked.quick)
     cells = [
         _forward_cell(name, variant, 4, dtype, _input(4, asked.quick))
         for name, dtype in contestants.taking_part(asked.device, _contestants(asked.device, False))
     ]
-    return Section(
-        name="network",
-        title="Tiny x4 and light networks to 1280x720",
-        cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
-        columns=_COLUMNS,
-        rows=functools.partial(_rows, asked.device),
-        notes=lambda records: _notes(asked.device, records, []),
-        group=_group,
-    )
+    title = "Tiny x4 and light networks to 1280x720"
+    return _forward_section(asked, cells, [], name="network", title=title)
 
 
 def configurations_section(asked: argparse.Namespace) -> Section:
     """All published configurations for a 1280x720 output."""
+    on_cpu = asked.device == "cpu"
     variants = [contestants.QUICK] if asked.quick else contestants.VARIANTS
-    every = contestants.taking_part(asked.device, _contestants(asked.device, True))
     peers = [(peer, dtype) for peer in contestants.PEERS for dtype in ("bf16", "tf32")]
     cells = []
     for variant in variants:
+        names = _contestants(asked.device, True)
+        if not on_cpu and variant == variants[0]:
+            names += peers
         for scale in reversed(contestants.SCALES):
-            names = list(every)
-            if asked.device == "cuda" and variant == variants[0]:
-                names += contestants.taking_part(asked.device, peers)
-            for name, dtype in names:
+            for name, dtype in contestants.taking_part(asked.device, names):
                 cell = _forward_cell(name, variant, scale, dtype, _input(scale, asked.quick))
-                cells.append({**cell, "once": True} if asked.device == "cpu" else cell)
-    once = ["Each process times a single forward."] if asked.device == "cpu" else []
-    return Section(
+                cells.append({**cell, "once": True} if on_cpu else cell)
+    return _forward_section(
+        asked,
+        cells,
+        ["Each process times a single forward."] if on_cpu else [],
         name="configurations",
         title="All configurations to 1280x720",
-        cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
-        columns=_COLUMNS,
-        rows=functools.partial(_rows, asked.device),
-        notes=lambda records: _notes(asked.device, records, once),
-        group=_group,
-        rounds=measuring.ROUNDS if asked.device == "cpu" else 1,
+        rounds=measuring.ROUNDS if on_cpu else 1,
     )
 
 
@@ -268,18 +241,15 @@ def profile(cell: Cell, setting: Setting) -> Record:
             for _ in range(PROFILED_FORWARDS):
                 net(x)
             measuring.synchronize(setting.device)
-    operators = []
-    for event in profiler.key_averages():
-        micros = (
-            event.self_cpu_time_total if setting.device == "cpu" else event.self_device_time_total
-        )
-        operators.append(
-            {
-                "name": event.key,
-                "seconds": micros / 1e6 / PROFILED_FORWARDS,
-                "calls": event.count / PROFILED_FORWARDS,
-            }
-        )
+    spent = "self_cpu_time_total" if setting.device == "cpu" else "self_device_time_total"
+    operators = [
+        {
+            "name": event.key,
+            "seconds": getattr(event, spent) / 1e6 / PROFILED_FORWARDS,
+            "calls": event.count / PROFILED_FORWARDS,
+        }
+        for event in profiler.key_averages()
+    ]
     operators.sort(key=lambda operator: -operator["seconds"])
     return {**run, "operators": operators}
 
@@ -287,18 +257,15 @@ def profile(cell: Cell, setting: Setting) -> Record:
 def profile_section(asked: argparse.Namespace) -> Section:
     """Where the time of Tiny x4 goes, operator by operator."""
     dtype = BASE_DTYPE[asked.device]
-    cell = _forward_cell(
-        OURS, contestants.QUICK if asked.quick else "tiny", 4, dtype, _input(4, asked.quick)
-    )
+    size = _input(4, asked.quick)
+    cell = _forward_cell(OURS, contestants.tiny(asked.quick), 4, dtype, size)
 
-    def rows(records: list[Record]) -> list[list[str]]:
-        operators = [each for record in records for each in record.get("operators", [])]
+    def rows(record: Record, _: list[Record]) -> list[list[str]]:
+        operators = record.get("operators", [])
         total = sum(each["seconds"] for each in operators)
         return [
             [
-                f"`{each['name']}`",
-                f"{each['calls']:.0f}",
-                f"{1e3 * each['seconds']:.3g}",
+                *(f"`{each['name']}`", f"{each['calls']:.0f}", f"{1e3 * each['seconds']:.3g}"),
                 f"{each['seconds'] / total:.1%}",
             ]
             for each in operators[:PROFILED_OPERATORS]
@@ -308,7 +275,7 @@ def profile_section(asked: argparse.Namespace) -> Section:
         name="profile",
         title="Where the time of Tiny x4 goes",
         cells=[{**cell, "measure": "network:profile"}],
-        columns=["operator", "calls", "ms", "share"],
+        columns="operator | calls | ms | share",
         rows=rows,
         notes=lambda records: [
             f"A forward to 1280x720 in {dtype}: time of its own, the mean of {PROFILED_FORWARDS},",
@@ -347,52 +314,48 @@ def _draw_curve(records: list[Record], path: Path) -> bool:
     return True
 
 
-def _size_cells(device: str, name: str, variant: str, scale: int, dtype: str, sizes: Any) -> Any:
-    for size in sizes:
-        once = device == "cpu" and math.prod(size) >= ONCE_PIXELS
-        cell = _forward_cell(name, variant, scale, dtype, size)
-        yield {**cell, "once": True} if once else cell
+def _size_section(
+    asked: argparse.Namespace,
+    forms: list[tuple[str, ...]],
+    scale: int,
+    sizes: Sequence[tuple[int, int]],
+    **given: Any,
+) -> Section:
+    """Return a section with every form, a contestant and a dtype, at every size."""
+    cells = []
+    for name, dtype in contestants.taking_part(asked.device, forms):
+        for size in ((16, 16), (24, 30)) if asked.quick else sizes:
+            cell = _forward_cell(name, contestants.tiny(asked.quick), scale, dtype, size)
+            once = asked.device == "cpu" and math.prod(size) >= ONCE_PIXELS
+            cells.append({**cell, "once": True} if once else cell)
+    columns = "network | dtype | input | ms | µs a pixel | MiB | bytes a pixel"
+    return Section(cells=cells, columns=columns, rows=_size_rows, **given)
 
 
-_SIZE_COLUMNS = ["network", "dtype", "input", "ms", "µs a pixel", "MiB", "bytes a pixel"]
-
-
-def _size_rows(records: list[Record]) -> list[list[str]]:
-    made = []
-    for record in records:
-        cell, memory = record["cell"], record.get("memory", math.nan)
-        pixels = math.prod(cell["size"])
-        made.append(
-            [
-                contestants.title(cell),
-                cell["dtype"],
-                f"{cell['size'][1]}x{cell['size'][0]}",
-                measuring.milliseconds(record)[0],
-                measuring.times(1e6 * measuring.median(record) / pixels, ".3f"),
-                measuring.mebibytes(record),
-                measuring.times(memory / pixels, ".0f"),
-            ]
-        )
-    return made
+def _size_rows(record: Record, _: list[Record]) -> list[list[str]]:
+    cell, pixels = record["cell"], math.prod(record["cell"]["size"])
+    row = [
+        contestants.title(cell),
+        cell["dtype"],
+        f"{cell['size'][1]}x{cell['size'][0]}",
+        measuring.milliseconds(record)[0],
+        measuring.times(1e6 * measuring.median(record) / pixels, ".3f"),
+        measuring.mebibytes(record),
+        measuring.times(record.get("memory", math.nan) / pixels, ".0f"),
+    ]
+    return [row]
 
 
 def curve_section(asked: argparse.Namespace) -> Section:
     """Time and memory of Tiny x2 against the pixels of the input, powers of two among them."""
-    names = [(OURS, "fp32")]
-    if asked.device == "cuda":
-        names = [(OURS, "bf16"), (OURS, "tf32"), (PUBLISHED, "tf32")]
-    variant = contestants.QUICK if asked.quick else "tiny"
-    sizes = ((16, 16), (24, 30)) if asked.quick else CURVE_SIZES
-    return Section(
+    on_gpu = [(OURS, "bf16"), (OURS, "tf32"), (PUBLISHED, "tf32")]
+    return _size_section(
+        asked,
+        on_gpu if asked.device == "cuda" else [(OURS, "fp32")],
+        2,
+        CURVE_SIZES,
         name="curve",
         title="Tiny x2 against the input's pixels",
-        cells=[
-            cell
-            for name, dtype in contestants.taking_part(asked.device, names)
-            for cell in _size_cells(asked.device, name, variant, 2, dtype, sizes)
-        ],
-        columns=_SIZE_COLUMNS,
-        rows=_size_rows,
         notes=lambda _: [
             "Medians of a few forwards; on a CPU, of the large inputs, one a process. Cost grows",
             "linearly where the figures a pixel level off. MiB is the peak beyond the loaded",
@@ -406,18 +369,13 @@ def curve_section(asked: argparse.Namespace) -> Section:
 
 def formula_section(asked: argparse.Namespace) -> Section:
     """Time and memory of the formula, PyTorch's own operators without gradients, by dtype."""
-    variant = contestants.QUICK if asked.quick else "tiny"
-    sizes = ((16, 16), (24, 30)) if asked.quick else FORMULA_SIZES
-    return Section(
+    return _size_section(
+        asked,
+        [(PYTORCH, dtype) for dtype in ("fp32", "fp64", "bf16")],
+        4,
+        FORMULA_SIZES,
         name="formula",
         title="The formula of Tiny x4 without gradients",
-        cells=[
-            cell
-            for dtype in ("fp32", "fp64", "bf16")
-            for cell in _size_cells(asked.device, PYTORCH, variant, 4, dtype, sizes)
-        ],
-        columns=_SIZE_COLUMNS,
-        rows=_size_rows,
         notes=lambda _: [
             "What runs where the C library does not: in other dtypes, or where it was not built.",
             "In eval mode, with TLC. Medians of a few forwards; of the large inputs, one. MiB is",
@@ -441,11 +399,8 @@ def _weights(named: str | None, quick: bool) -> tuple[dict[str, Any], dict[str, 
         names = (name for name in stored if name.startswith("param/"))
         state = {name[len("param/") :]: torch.from_numpy(stored[name]) for name in names}
         return json.loads(str(stored["config"])), state
-    variant = contestants.QUICK if quick else "tiny"
-    return (
-        contestants.configuration(variant, 4),
-        contestants.build(OURS, variant, 4).state_dict(),
-    )
+    net = contestants.build(OURS, contestants.tiny(quick), 4)
+    return contestants.configuration(contestants.tiny(quick), 4), net.state_dict()
 
 
 def set14() -> list[Path]:
@@ -536,33 +491,17 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
         for dtype in limits.served_dtypes(asked.device)
     ]
 
-    def rows(records: list[Record]) -> list[list[str]]:
-        made = []
-        for record in records:
-            dtype = record["cell"]["dtype"]
-            if "relative" not in record:
-                made.append([dtype, record["error"], *"–––––"])
-                continue
-            errors = [f"{record['relative']:.1e}", f"{record['worst']:.1e}"]
-            images = record["images"]
-            if not images:
-                made.append([dtype, *errors, *"––––"])
-                continue
-            ours = statistics.mean(each["this"] for each in images)
-            full = statistics.mean(each["fp32"] for each in images)
-            most = max((each["this"] - each["fp32"] for each in images), key=abs)
-            least = min(each["between"] for each in images)
-            made.append(
-                [
-                    dtype,
-                    *errors,
-                    f"{ours:.3f}",
-                    f"{ours - full:+.4f}",
-                    f"{most:+.4f}",
-                    "–" if math.isinf(least) else f"{least:.1f}",
-                ]
-            )
-        return made
+    def rows(record: Record, _: list[Record]) -> list[list[str]]:
+        dtype, images = record["cell"]["dtype"], record.get("images")
+        if "relative" not in record:
+            return [[dtype, record["error"]]]
+        row = [dtype, f"{record['relative']:.1e}", f"{record['worst']:.1e}"]
+        if images:
+            apart = [each["this"] - each["fp32"] for each in images]
+            row += [f"{statistics.mean(each['this'] for each in images):.3f}"]
+            row += [f"{statistics.mean(apart):+.4f}", f"{max(apart, key=abs):+.4f}"]
+            row += [measuring.times(min(each["between"] for each in images), ".1f")]
+        return [row]
 
     if weights:
         source = f"the checkpoint {weights}"
@@ -574,15 +513,8 @@ def accuracy_section(asked: argparse.Namespace) -> Section:
         name="accuracy",
         title="Accuracy by dtype",
         cells=cells,
-        columns=[
-            "dtype",
-            "error, norms",
-            "error, largest",
-            "Y-PSNR",
-            "minus fp32's",
-            "on the worst image",
-            "least Y-PSNR between the two",
-        ],
+        columns="dtype | error, norms | error, largest | Y-PSNR | minus fp32's | on the worst image"
+        " | least Y-PSNR between the two",
         rows=rows,
         notes=lambda records: [
             f"With {source}. Errors are relative to the definition in float64 on a crop; PSNR in",

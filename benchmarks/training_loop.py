@@ -49,9 +49,10 @@ MADE_SIZE = (480, 480)
 METRIC_SIZE = (720, 1280)
 QUICK_SIZE = (64, 72)
 TOLERANCES = {"psnr": 1e-4, "ssim": 1e-6}
-COMPARED = ["x BasicSR", "in the laps", "CPU ms", "x BasicSR, CPU", "in the laps, CPU"]
+COMPARED = "x BasicSR | in the laps | CPU ms | x BasicSR, CPU | in the laps, CPU"
 METRICS = {"PSNR": ["psnr"], "SSIM": ["ssim"], "PSNR and SSIM": ["psnr", "ssim"]}
-NOTICED = 0.98  # of BasicSR's speed: what is slower is told
+NOTICED = 0.98  # of BasicSR's speed: what is slower is named
+SAVED = (".pth", ".state")
 
 EDSR = "EDSR, 16 channels"
 TINY = "DLGSANet Tiny"
@@ -72,6 +73,7 @@ LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     f"{OWN_MODEL}, bf16": ("DLGSANetModel", _HALF, {}),
     f"{OWN_MODEL}, all three": ("DLGSANetModel", {**_LAYOUT, **_HALF}, _FUSED),
 }
+_SECTION = functools.partial(Section, group=measuring.key, rounds=1)
 _SAME_NUMBERS = list(LOOPS)[:4]  # where the network's arithmetic is the same
 
 
@@ -79,7 +81,7 @@ _SAME_NUMBERS = list(LOOPS)[:4]  # where the network's arithmetic is the same
 
 
 def in_turns(works: Mapping[str, Callable[[], T]], laps: int) -> dict[str, list[T]]:
-    """Call each work once a lap, each lap beginning with another one, and tell of it."""
+    """Call each work once a lap, each lap beginning with another one, and print the times."""
     found: dict[str, list[T]] = {name: [] for name in works}
     names = list(works)
     for lap in range(laps):
@@ -98,17 +100,53 @@ def _cpu_seconds() -> float:
     return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
-def _timed(run: Callable[[], T], device: str) -> tuple[Lap, T]:
-    """Time one call; return its result, too."""
-    measuring.synchronize(device)
-    start, cpu = time.perf_counter(), _cpu_seconds()
-    result = run()
-    measuring.synchronize(device)
-    return {"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu}, result
+def check_agreement(theirs: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """Return how far figures are apart; ValueError where that is too far for a comparison."""
+    apart = {name: abs(ours[name] - theirs[name]) for name in theirs}
+    for name, difference in apart.items():
+        if not difference <= TOLERANCES[name]:
+            raise ValueError(f"{name} is {ours[name]!r} and BasicSR's is {theirs[name]!r}")
+    return apart
 
 
-def _of(laps: Sequence[Lap], clock: str) -> list[float]:
-    return [lap[clock] for lap in laps]
+def _compared(
+    works: Mapping[str, Callable[[], Any]],
+    setting: Setting,
+    expected: Mapping[str, Mapping[str, float]] | None = None,
+    after: Callable[[str], None] = lambda name: None,
+) -> Record:
+    """Time works in turns, after a warm-up of all.
+
+    Args:
+        works: By name.
+        setting: As of all measurements.
+        expected: By the same names, the figures that a work must return.
+        after: Called with the name after each call, untimed.
+    """
+    load, apart = os.getloadavg()[0], dict.fromkeys(TOLERANCES, 0.0)
+
+    def timed(name: str) -> Lap:
+        measuring.synchronize(setting.device)
+        start, cpu = time.perf_counter(), _cpu_seconds()
+        figures = works[name]()
+        measuring.synchronize(setting.device)
+        lap = {"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu}
+        after(name)
+        if expected:
+            for figure, difference in check_agreement(expected[name], figures).items():
+                apart[figure] = max(apart[figure], difference)
+        return lap
+
+    calls = {name: functools.partial(timed, name) for name in works}
+    in_turns(calls, 1)
+    laps = in_turns(calls, setting.runs)
+    return {"load": load, "laps": laps, **({"apart": apart} if expected else {})}
+
+
+def _of(laps: Sequence[Record], clock: str) -> list[float]:
+    """Return each lap's time by a clock, the median where it has several."""
+    times = [lap[clock] for lap in laps]
+    return [statistics.median(each) if isinstance(each, list) else each for each in times]
 
 
 def ratios(base: Sequence[float], laps: Sequence[float]) -> tuple[float, float, float]:
@@ -117,56 +155,86 @@ def ratios(base: Sequence[float], laps: Sequence[float]) -> tuple[float, float, 
     return statistics.median(each), each[0], each[-1]
 
 
-def _ratio_cells(base: Sequence[float], laps: Sequence[float]) -> list[str]:
-    middle, least, most = ratios(base, laps)
+def _ratio_cells(base: Sequence[Record], laps: Sequence[Record], clock: str) -> list[str]:
+    middle, least, most = ratios(_of(base, clock), _of(laps, clock))
     return [f"{middle:.2f}", f"{least:.2f} to {most:.2f}"]
 
 
 def _lap_cells(base: Sequence[Lap], laps: Sequence[Lap], count: int = 1) -> list[str]:
-    """Return median, range and ratio by the clock, then CPU time and its ratio.
-
-    Args:
-        base: BasicSR's.
-        laps: Of whom the row tells.
-        count: Of what one call does; times are of one.
-    """
-    cpu = [each / count for each in _of(laps, "cpu")]
+    """Return the time of one of `count` by both clocks, each with the ratio to BasicSR's."""
+    cpu = statistics.median(_of(laps, "cpu")) / count
     return [
-        *_milliseconds([each / count for each in _of(laps, "seconds")]),
-        *_ratio_cells(_of(base, "seconds"), _of(laps, "seconds")),
-        f"{1e3 * statistics.median(cpu):.4g}",
-        *_ratio_cells(_of(base, "cpu"), _of(laps, "cpu")),
+        *measuring.milliseconds({"seconds": [each / count for each in _of(laps, "seconds")]}),
+        *_ratio_cells(base, laps, "seconds"),
+        f"{1e3 * cpu:.4g}",
+        *_ratio_cells(base, laps, "cpu"),
     ]
 
 
-def _milliseconds(seconds: Sequence[float]) -> list[str]:
-    return measuring.milliseconds({"seconds": list(seconds)})
+def _compared_laps(record: Record) -> Iterator[tuple[str, list[Record], list[Record]]]:
+    """Yield each name, BasicSR's laps (the first, or those of the same metric), and its own."""
+    laps = record.get("laps", {})
+    for name in laps:
+        base = laps.get(f"{name.split(', ')[0]}, {BASICSR}", next(iter(laps.values())))
+        yield name, base, laps[name]
 
 
-CLOCKS = ("the clock", "CPU time", "the CPU time outside the model's step")
+def _rows(
+    cells: Callable[[Record, str, list[Record], list[Record]], list[str]],
+    record: Record,
+    _: list[Record],
+) -> list[list[str]]:
+    """Return a row for each contestant: the network, and `cells` of BasicSR's laps and its own."""
+    first = [record["cell"]["network"]] if "network" in record["cell"] else []
+    if "error" in record:
+        return [[*first, "–", record["error"]]]
+    return [[*first, *cells(record, *each)] for each in _compared_laps(record)]
 
 
-def _told(faster: Mapping[str, Sequence[float]]) -> str:
-    """Name who is slower than BasicSR, from the ratios by the first of `CLOCKS`, by name."""
-    if not faster:
-        return "Nothing is compared yet."
-    told = []
-    for index, clock in enumerate(CLOCKS[: min(map(len, faster.values()))]):
-        slower = [f"{name} ({x[index]:.2f})" for name, x in faster.items() if x[index] < NOTICED]
-        told.append(f"by {clock}, {'; '.join(slower) or 'nothing'}")
-    return f"**Slower than BasicSR's by more than 2 %:** {'. And '.join(told)}."
+CLOCKS = {
+    "seconds": "the clock",
+    "steady": "the clock",
+    "cpu": "CPU time",
+    "own": "the CPU time outside the model's step",
+}
 
 
-def _load_note(records: Sequence[Record]) -> str:
+def _notes(records: Sequence[Record]) -> list[str]:
+    """Say who is slower than BasicSR by which clock, and what the machine's load was."""
+    slower: dict[str, list[str]] = {}
+    for record in records:
+        for name, base, laps in _compared_laps(record):
+            for clock in CLOCKS.keys() & laps[0].keys() if BASICSR not in name else ():
+                ratio = ratios(_of(base, clock), _of(laps, clock))[0]
+                title = ", ".join(filter(None, [record["cell"].get("network"), name]))
+                found = slower.setdefault(CLOCKS[clock], [])
+                found += [f"{title} ({ratio:.2f})"] if ratio < NOTICED else []
     loads = [record["load"] for record in records if "load" in record]
-    if not loads:
-        return "Nothing is measured yet."
-    return (
+    if not slower:
+        return ["Nothing is compared yet."]
+    told = [
+        f"by {clock}, {'; '.join(slower[clock]) or 'nothing'}"
+        for clock in dict.fromkeys(CLOCKS.values())
+        if clock in slower
+    ]
+    return [
+        f"**Slower than BasicSR's by more than 2 %:** {'. And '.join(told)}.",
         f"The machine has {os.cpu_count()} cores, and its load average when a measurement began "
         f"was {min(loads):.1f} to {max(loads):.1f}. Above the number of cores others work on it, "
         "and times by the clock stretch: the ranges over the laps tell how far a ratio can be "
         f"trusted, and CPU time is the better measure. PyTorch had {torch.get_num_threads()} "
-        "threads."
+        "threads.",
+    ]
+
+
+def _apart_note(records: Sequence[Record]) -> str:
+    found = [record["apart"] for record in records if "apart" in record]
+    if not found:
+        return "No figures are compared yet."
+    psnr, ssim = (max(each[name] for each in found) for name in TOLERANCES)
+    return (
+        f"The figures are at most {psnr:.0e} dB and {ssim:.0e} of SSIM apart; "
+        f"more than {TOLERANCES['psnr']:.0e} dB or {TOLERANCES['ssim']:.0e} would be an error."
     )
 
 
@@ -388,9 +456,10 @@ def _train(cell: Cell, loop: str, device: str) -> Record:
                 pipeline.train(root, [*arguments, "--no_trial"])
     if len(stamps) != BLOCKS * cell["block"] + 1:
         raise RuntimeError(f"{loop} made {len(stamps) - 1} iterations of {BLOCKS * cell['block']}")
+    paces = {clock: pace(_of(stamps, clock), cell["block"]) for clock in stamps[0]}
     return {
-        **pace(_of(stamps, "seconds"), cell["block"]),
-        **{clock: pace(_of(stamps, clock), cell["block"])["steady"] for clock in ("cpu", "own")},
+        **paces["seconds"],
+        **{clock: paces[clock]["steady"] for clock in ("cpu", "own")},
         "start": stamps[0]["seconds"] - begin,
     }
 
@@ -404,55 +473,33 @@ def loops(cell: Cell, setting: Setting) -> Record:
     return {"load": load, "laps": in_turns(works, setting.runs)}
 
 
-def _paces(laps: Sequence[Record], clock: str = "steady") -> list[float]:
-    return [statistics.median(lap[clock]) for lap in laps]
-
-
-def _loop_rows(records: list[Record]) -> list[list[str]]:
-    rows = []
-    for record in records:
-        cell = record["cell"]
-        size = f"{cell['batch']}x{cell['patch']}x{cell['patch']}"
-        if "laps" not in record:
-            rows.append([cell["network"], size, record["error"], *"––––––––––––"])
-            continue
-        base = record["laps"][cell["contestants"][0]]
-        for name, laps in record["laps"].items():
-            blocks = [seconds for lap in laps for seconds in lap["steady"]]
-            whole = [lap["whole"] for lap in laps]
-            rows.append(
-                [
-                    cell["network"],
-                    size,
-                    name,
-                    f"{1 / statistics.median(blocks):.3g}",
-                    *_milliseconds(blocks),
-                    *_ratio_cells(_paces(base), _paces(laps)),
-                    f"{1e3 * statistics.median(x for lap in laps for x in lap['cpu']):.4g}",
-                    *_ratio_cells(_paces(base, "cpu"), _paces(laps, "cpu")),
-                    f"{1e3 * statistics.median(x for lap in laps for x in lap['own']):.4g}",
-                    _ratio_cells(_paces(base, "own"), _paces(laps, "own"))[0],
-                    f"{1 / statistics.median(whole):.3g}",
-                    f"{statistics.median(lap['start'] for lap in laps):.2f}",
-                ]
-            )
-    return rows
+def _loop_cells(
+    record: Record, name: str, base: Sequence[Record], laps: Sequence[Record]
+) -> list[str]:
+    cell = record["cell"]
+    blocks, cpu, own = (
+        [seconds for lap in laps for seconds in lap[clock]] for clock in ("steady", "cpu", "own")
+    )
+    return [
+        f"{cell['batch']}x{cell['patch']}x{cell['patch']}",
+        name,
+        f"{1 / statistics.median(blocks):.3g}",
+        *measuring.milliseconds({"seconds": blocks}),
+        *_ratio_cells(base, laps, "steady"),
+        f"{1e3 * statistics.median(cpu):.4g}",
+        *_ratio_cells(base, laps, "cpu"),
+        f"{1e3 * statistics.median(own):.4g}",
+        _ratio_cells(base, laps, "own")[0],
+        f"{1 / statistics.median(_of(laps, 'whole')):.3g}",
+        f"{statistics.median(_of(laps, 'start')):.2f}",
+    ]
 
 
 def _loop_notes(records: list[Record]) -> list[str]:
-    done = [record for record in records if "laps" in record]
-    faster = {}
-    for record in done:
-        base = record["laps"][record["cell"]["contestants"][0]]
-        for name, laps in record["laps"].items():
-            faster[f"{record['cell']['network']}, {name}"] = tuple(
-                ratios(_paces(base, clock), _paces(laps, clock))[0]
-                for clock in ("steady", "cpu", "own")
-            )
     sizes = "; ".join(
-        f"{record['cell']['network']}: {4 * record['cell']['block']} timed iterations, "
-        f"{record['cell']['workers']} workers, {record['cell']['pictures']} pictures to validate on"
-        for record in done
+        f"{cell['network']}: {4 * cell['block']} timed iterations, "
+        f"{cell['workers']} workers, {cell['pictures']} pictures to validate on"
+        for cell in (record["cell"] for record in records if "laps" in record)
     )
     return [
         "`basicsr.train.train_pipeline` with `SRModel` against `dlgsanet_arch.pipeline.train`, by",
@@ -465,8 +512,7 @@ def _loop_notes(records: list[Record]) -> list[str]:
         "outside the model's step, so what the loop itself costs. 'start, s' is from the call to",
         "the first iteration: ours looks at options, data, weights and disk before.",
         f"bf16 and channels_last compute otherwise. {sizes}.",
-        _told(faster),
-        _load_note(records),
+        *_notes(records),
     ]
 
 
@@ -492,39 +538,19 @@ def loop_section(asked: argparse.Namespace) -> Section:
         }
         for network, sizes, names in works
     ]
-    columns = ["network", "batch", "loop", "iterations a second", "ms", "range", *COMPARED]
-    columns += ["own CPU ms", "x BasicSR, own", "a second with pauses", "start, s"]
-    return Section(
+    return _SECTION(
         name="training_loop",
         title="Training loop beside BasicSR's",
         cells=cells,
-        columns=columns,
-        rows=_loop_rows,
+        columns=f"network | batch | loop | iterations a second | ms | range | {COMPARED} "
+        "| own CPU ms | x BasicSR, own | a second with pauses | start, s",
+        rows=functools.partial(_rows, _loop_cells),
         notes=_loop_notes,
-        group=measuring.key,
-        rounds=1,
         runs=3,
     )
 
 
 # -- validation --------------------------------------------------------------------------------
-
-
-def check_agreement(theirs: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
-    """Return how far figures are apart.
-
-    Raises:
-        ValueError: Too far: then no time of them means anything.
-    """
-    apart = {name: abs(ours[name] - theirs[name]) for name in theirs}
-    for name, difference in apart.items():
-        if not difference <= TOLERANCES[name]:
-            raise ValueError(f"{name} is {ours[name]!r} and BasicSR's is {theirs[name]!r}")
-    return apart
-
-
-def _widest(differences: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: max(each[name] for each in differences) for name in TOLERANCES}
 
 
 def _model(network: str, folder: Path, device: str, *, train: bool) -> Any:
@@ -598,67 +624,19 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
 
 def validation(cell: Cell, setting: Setting) -> Record:
     """Measure validations with a network; figures that differ are an error."""
-    load, differences = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as name, _apart(Path(name)):
         model = _model(cell["network"], Path(name), setting.device, train=False)
-        validations = _validations(cell, model, setting.device)
-        expected = validations[BASICSR]()
-
-        def timed(run: Callable[[], dict[str, float]]) -> Lap:
-            lap, figures = _timed(run, setting.device)
-            differences.append(check_agreement(expected, figures))
-            return lap
-
-        works = {each: functools.partial(timed, run) for each, run in validations.items()}
-        in_turns(works, 1)  # a warm-up of all
-        laps = in_turns(works, setting.runs)
-    return {"load": load, "laps": laps, "figures": expected, "apart": _widest(differences)}
+        works = _validations(cell, model, setting.device)
+        figures = works[BASICSR]()
+        return {**_compared(works, setting, dict.fromkeys(works, figures)), "figures": figures}
 
 
-def _validation_rows(records: list[Record]) -> list[list[str]]:
-    rows = []
-    for record in records:
-        cell = record["cell"]
-        if "laps" not in record:
-            rows.append([cell["network"], record["error"], *"––––––––"])
-            continue
-        for name, laps in record["laps"].items():
-            rows.append(
-                [
-                    cell["network"],
-                    name,
-                    f"{cell['pictures'] / statistics.median(_of(laps, 'seconds')):.3g}",
-                    *_lap_cells(record["laps"][BASICSR], laps, cell["pictures"]),
-                ]
-            )
-    return rows
-
-
-def _faster(base: Sequence[Lap], laps: Sequence[Lap]) -> tuple[float, float]:
-    """Return the ratios by the clock and by CPU time."""
-    by_clock, by_cpu = (ratios(_of(base, clock), _of(laps, clock)) for clock in ("seconds", "cpu"))
-    return by_clock[0], by_cpu[0]
-
-
-def _faster_by_network(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
-    """Return the ratios of ours to BasicSR's."""
-    return {
-        f"{record['cell']['network']}, {name}": _faster(record["laps"][BASICSR], laps)
-        for record in records
-        for name, laps in record.get("laps", {}).items()
-        if name.startswith(OURS)
-    }
-
-
-def _apart_note(records: Sequence[Record]) -> str:
-    found = [record["apart"] for record in records if "apart" in record]
-    if not found:
-        return "No figures are compared yet."
-    widest = _widest(found)
-    return (
-        f"The figures are at most {widest['psnr']:.0e} dB and {widest['ssim']:.0e} of SSIM apart; "
-        f"more than {TOLERANCES['psnr']:.0e} dB or {TOLERANCES['ssim']:.0e} would be an error."
-    )
+def _validation_cells(
+    record: Record, name: str, base: Sequence[Lap], laps: Sequence[Lap]
+) -> list[str]:
+    count = record["cell"]["pictures"]
+    rate = count / statistics.median(_of(laps, "seconds"))
+    return [name, f"{rate:.3g}", *_lap_cells(base, laps, count)]
 
 
 def validation_section(asked: argparse.Namespace) -> Section:
@@ -674,30 +652,19 @@ def validation_section(asked: argparse.Namespace) -> Section:
         for network in ([QUICK] if asked.quick else [EDSR, TINY])
     ]
     what = "Set14's first 6" if set14 else f"{cells[0]['pictures']} made"
-    return Section(
+    return _SECTION(
         name="training_loop_validation",
         title="Validation beside BasicSR's",
         cells=cells,
-        columns=[
-            "network",
-            "validation",
-            "pictures a second",
-            "ms a picture",
-            "range",
-            *COMPARED,
-        ],
-        rows=_validation_rows,
+        columns=f"network | validation | pictures a second | ms a picture | range | {COMPARED}",
+        rows=functools.partial(_rows, _validation_cells),
         notes=lambda records: [
-            "`SRModel.nondist_validation` against what `adapter.adapt` gives the same",
             f"model: {what} pictures, x{SCALE}, PSNR and SSIM of Y, workers' start included.",
             "BasicSR has no option for workers in a validation; the row that has them tells how",
             "much of the difference is loading.",
             _apart_note(records),
-            _told(_faster_by_network(records)),
-            _load_note(records),
+            *_notes(records),
         ],
-        group=measuring.key,
-        rounds=1,
         runs=3,
     )
 
@@ -712,10 +679,6 @@ def _train_once(model: Any) -> None:
     model.optimize_parameters(1)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.*") if path.suffix in (".pth", ".state")]
-
-
 def checkpoints(cell: Cell, setting: Setting) -> Record:
     """Measure a checkpoint of a network: weights, their average, and the state."""
     from dlgsanet_arch.pipeline.adapter import adapt
@@ -723,7 +686,7 @@ def checkpoints(cell: Cell, setting: Setting) -> Record:
     from dlgsanet_arch.pipeline.processes import Processes
     from dlgsanet_arch.pipeline.samples import Place
 
-    load, sizes = os.getloadavg()[0], {}
+    sizes = {}
     with tempfile.TemporaryDirectory() as name, _apart(Path(name)):
         folders = {by: Path(name) / by for by in (BASICSR, OURS)}
         models = {}
@@ -738,40 +701,27 @@ def checkpoints(cell: Cell, setting: Setting) -> Record:
             OURS: lambda: Checkpoints(models[OURS], Processes()).save(progress),
         }
 
-        def timed(by: str) -> Lap:
-            lap, _ = _timed(saves[by], setting.device)
-            files = _files(folders[by])
+        def count_and_remove(by: str) -> None:  # the next has to make the files, as in a run
+            files = [path for path in folders[by].rglob("*.*") if path.suffix in SAVED]
             sizes[by] = sum(path.stat().st_size for path in files)
-            for path in files:  # the next has to make them, as in a run
+            for path in files:
                 path.unlink()
-            return lap
 
-        works = {by: functools.partial(timed, by) for by in saves}
-        in_turns(works, 1)
-        laps = in_turns(works, setting.runs)
+        found = _compared(saves, setting, after=count_and_remove)
         count = sum(each.numel() for each in models[OURS].net_g.parameters())
-    return {"load": load, "laps": laps, "sizes": sizes, "parameters": count}
+    return {**found, "sizes": sizes, "parameters": count}
 
 
-def _checkpoint_rows(records: list[Record]) -> list[list[str]]:
-    rows = []
-    for record in records:
-        network = record["cell"]["network"]
-        if "laps" not in record:
-            rows.append([network, "–", record["error"], *"––––––––"])
-            continue
-        for name, laps in record["laps"].items():
-            rows.append(
-                [
-                    network,
-                    f"{record['parameters'] / 1e6:.3g} M",
-                    name,
-                    f"{record['sizes'][name] / 1e6:.1f}",
-                    f"{1e3 * statistics.median(_of(laps, 'seconds')) / SAVE_EVERY:.3g}",
-                    *_lap_cells(record["laps"][BASICSR], laps),
-                ]
-            )
-    return rows
+def _checkpoint_cells(
+    record: Record, name: str, base: Sequence[Lap], laps: Sequence[Lap]
+) -> list[str]:
+    return [
+        f"{record['parameters'] / 1e6:.3g} M",
+        name,
+        f"{record['sizes'][name] / 1e6:.1f}",
+        f"{1e3 * statistics.median(_of(laps, 'seconds')) / SAVE_EVERY:.3g}",
+        *_lap_cells(base, laps),
+    ]
 
 
 def checkpoint_section(asked: argparse.Namespace) -> Section:
@@ -780,31 +730,19 @@ def checkpoint_section(asked: argparse.Namespace) -> Section:
         {"measure": "training_loop:checkpoints", "network": network}
         for network in ([QUICK] if asked.quick else [TINY, RRDB])
     ]
-    return Section(
+    return _SECTION(
         name="training_loop_checkpoints",
         title="Checkpoints beside BasicSR's",
         cells=cells,
-        columns=[
-            "network",
-            "parameters",
-            "checkpoint",
-            "MB",
-            "ms an iteration",
-            "ms",
-            "range",
-            *COMPARED,
-        ],
-        rows=_checkpoint_rows,
+        columns="network | parameters | checkpoint | MB | ms an iteration | ms | range | "
+        + COMPARED,
+        rows=functools.partial(_rows, _checkpoint_cells),
         notes=lambda records: [
-            "A checkpoint is the weights, their average and Adam's state, in two new files in the",
             "temporary folder. BasicSR's is handed to the system's cache and not looked at again;",
             "ours is flushed to the disk, read again, checked by its sums and renamed. 'ms an",
             f"iteration' is the cost spread over the recipe's {SAVE_EVERY} iterations between two.",
-            _told(_faster_by_network(records)),
-            _load_note(records),
+            *_notes(records),
         ],
-        group=measuring.key,
-        rounds=1,
         runs=9,
     )
 
@@ -846,67 +784,36 @@ def _metric_works(
 
 def metric_times(cell: Cell, setting: Setting) -> Record:
     """Measure each metric, and both together; figures that differ are an error."""
-    load, differences = os.getloadavg()[0], []
     output, target = _outputs(cell["size"], setting.device)
-    expected = _metric_works(list(TOLERANCES), output, target)[BASICSR]()
-
-    def timed(names: Sequence[str], run: Callable[[], dict[str, float]]) -> Lap:
-        lap, figures = _timed(run, setting.device)
-        apart = check_agreement({name: expected[name] for name in names}, figures)
-        differences.append({**dict.fromkeys(TOLERANCES, 0.0), **apart})
-        return lap
-
-    works = {
-        f"{metric}, {by}": functools.partial(timed, names, run)
-        for metric, names in METRICS.items()
-        for by, run in _metric_works(names, output, target).items()
-    }
-    in_turns(works, 1)
-    laps = in_turns(works, setting.runs)
-    return {"load": load, "laps": laps, "apart": _widest(differences)}
+    figures = _metric_works(list(TOLERANCES), output, target)[BASICSR]()
+    works, expected = {}, {}
+    for metric, names in METRICS.items():
+        for by, work in _metric_works(names, output, target).items():
+            works[f"{metric}, {by}"] = work
+            expected[f"{metric}, {by}"] = {name: figures[name] for name in names}
+    return _compared(works, setting, expected)
 
 
-def _metric_laps(records: Sequence[Record]) -> dict[str, dict[str, list[Lap]]]:
-    """Return the laps by metric, and by whose it is."""
-    return {
-        metric: {by: record["laps"][f"{metric}, {by}"] for by in (BASICSR, OURS)}
-        for record in records
-        for metric in METRICS
-        if "laps" in record
-    }
-
-
-def _metric_rows(records: list[Record]) -> list[list[str]]:
-    rows = [["–", record["error"], *"–––––––"] for record in records if "laps" not in record]
-    for metric, both in _metric_laps(records).items():
-        for by, laps in both.items():
-            rows.append([metric, by, *_lap_cells(both[BASICSR], laps)])
-    return rows
+def _metric_cells(_: Record, name: str, base: Sequence[Lap], laps: Sequence[Lap]) -> list[str]:
+    return [*name.split(", "), *_lap_cells(base, laps)]
 
 
 def metric_section(asked: argparse.Namespace) -> Section:
     """The cost of PSNR and SSIM."""
     size = QUICK_SIZE if asked.quick else METRIC_SIZE
-    return Section(
+    return _SECTION(
         name="training_loop_metrics",
         title="Metrics beside BasicSR's",
         cells=[{"measure": "training_loop:metric_times", "size": size}],
-        columns=["metric", "by", "ms", "range", *COMPARED],
-        rows=_metric_rows,
+        columns=f"metric | by | ms | range | {COMPARED}",
+        rows=functools.partial(_rows, _metric_cells),
         notes=lambda records: [
             f"Y of a picture of {size[1]}x{size[0]}, from the network's output to the figure:",
             "BasicSR's by `tensor2img` and NumPy, as its validation does it, ours from the tensor",
             "on its device. Together, ours makes Y once.",
             _apart_note(records),
-            _told(
-                {
-                    metric: _faster(both[BASICSR], both[OURS])
-                    for metric, both in _metric_laps(records).items()
-                }
-            ),
-            _load_note(records),
+            *_notes(records),
         ],
-        rounds=1,
         runs=9,
     )
 
@@ -919,17 +826,16 @@ SECTIONS = {
 }
 
 
-def _sections(asked: argparse.Namespace) -> list[Section]:
-    names = [asked.only] if asked.only else list(SECTIONS)
-    return [SECTIONS[name](asked) for name in names]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=list(SECTIONS), help="one of the four")
+
+    def sections(asked: argparse.Namespace) -> list[Section]:
+        return [SECTIONS[name](asked) for name in ([asked.only] if asked.only else SECTIONS)]
+
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {DATA: folder}):
-        return measuring.run(_sections, parser, arguments)
+        return measuring.run(sections, parser, arguments)
 
 
 if __name__ == "__main__":

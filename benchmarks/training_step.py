@@ -94,35 +94,28 @@ def step(cell: Cell, setting: Setting) -> Record:
     }
 
 
-def _rows(records: list[Record]) -> list[list[str]]:
-    machine = limits.Limits(records)
-    rows = []
-    for record in records:
-        if limits.is_limit(record):
-            continue
-        cell, seconds = record["cell"], measuring.median(record)
-        ours = measuring.median_of(records, {**cell, "contestant": OURS, "dtype": "fp32"})
-        rows.append(
-            [
-                contestants.title(cell),
-                f"{cell['batch']}x{cell['patch']}x{cell['patch']}",
-                cell["dtype"],
-                str(cell.get("threads", "–")),
-                measuring.times(1 / seconds, ".3g"),
-                *measuring.milliseconds(record),
-                measuring.times(seconds / ours),
-                measuring.times(seconds / machine.seconds(record)),
-                measuring.mebibytes(record),
-            ]
-        )
-    return rows
+def _rows(record: Record, records: list[Record]) -> list[list[str]]:
+    cell, seconds = record["cell"], measuring.median(record)
+    ours = measuring.median_of(records, {**cell, "contestant": OURS, "dtype": "fp32"})
+    row = [
+        contestants.title(cell),
+        f"{cell['batch']}x{cell['patch']}x{cell['patch']}",
+        cell["dtype"],
+        str(cell.get("threads", "–")),
+        measuring.times(1 / seconds, ".3g"),
+        *measuring.milliseconds(record),
+        measuring.times(seconds / ours),
+        measuring.times(seconds / limits.Limits(records).seconds(record)),
+        measuring.mebibytes(record),
+    ]
+    return [row]
 
 
 def _threads_note(records: list[Record]) -> str:
     most, gains = max(THREADS), []
     for record in records:
         cell = record["cell"]
-        if cell["threads"] == most and not limits.is_limit(record):
+        if cell["threads"] == most and not measuring.is_limit(record):
             gain = measuring.median_of(records, {**cell, "threads": 1}) / measuring.median(record)
             gains.append(f"{contestants.title(cell)} {measuring.times(gain)}")
     return f"Time with one thread over time with {most}: {'; '.join(gains)}."
@@ -132,13 +125,9 @@ def _contestants(device: str) -> list[tuple[str, str]]:
     names = [(name, "fp32") for name in (OURS, PYTORCH, PYTORCH_MAP, DEFINITION, SWINIR, EDSR)]
     if device == "cuda":
         names = [
-            (OURS, "bf16"),
-            (OURS, "tf32"),
-            (OURS, "fp32"),
-            (OURS_CHANNELS_LAST, "bf16"),
-            (OURS_CHANNELS_LAST, "tf32"),
-            (PUBLISHED, "tf32"),
-            (PUBLISHED, "fp32"),
+            *((OURS, dtype) for dtype in ("bf16", "tf32", "fp32")),
+            *((OURS_CHANNELS_LAST, dtype) for dtype in ("bf16", "tf32")),
+            *((PUBLISHED, dtype) for dtype in ("tf32", "fp32")),
             (DEFINITION, "fp32"),
         ]
     return contestants.taking_part(device, names)
@@ -146,12 +135,14 @@ def _contestants(device: str) -> list[tuple[str, str]]:
 
 def step_section(asked: argparse.Namespace) -> Section:
     """Steps a second."""
-    works, threads = [("tiny", 48, _contestants(asked.device))], THREADS
-    if asked.device == "cuda":
-        ours, threads = [(OURS, "bf16"), (OURS, "tf32")], (None,)
+    on_cpu = asked.device == "cpu"
+    works = [("tiny", 48, _contestants(asked.device))]
+    if not on_cpu:
+        ours = [(OURS, "bf16"), (OURS, "tf32")]
         works += [("tiny", 64, ours), ("large", 64, ours)]
     if asked.quick:
         works = [(contestants.QUICK, 16, works[0][2])]
+    threads = (None,) if not on_cpu else THREADS[-1:] if asked.quick else THREADS
     cells = [
         {
             "measure": "training_step:step",
@@ -165,25 +156,15 @@ def step_section(asked: argparse.Namespace) -> Section:
         }
         for variant, patch, taking_part in works
         for name, dtype in taking_part
-        for count in (threads[-1:] if asked.quick else threads)
+        for count in threads
     ]
-    on_cpu = asked.device == "cpu"
+    slow = f"{' and '.join(SLOW)}: one step a process, after one with a single patch."
     return Section(
         name="training_step",
         title="Training steps",
         cells=[*limits.cells(asked.device, cells, asked.quick), *cells],
-        columns=[
-            "network",
-            "input",
-            "dtype",
-            "threads",
-            "steps a second",
-            "ms",
-            "range",
-            "ratio",
-            "of limit",
-            "MiB",
-        ],
+        columns="network | input | dtype | threads | steps a second | ms | range | ratio | of limit"
+        " | MiB",
         rows=_rows,
         notes=lambda records: [
             "Forward, L1 loss, backward and a step of Adam (fused); bf16 is autocast. MiB is the",
@@ -191,14 +172,7 @@ def step_section(asked: argparse.Namespace) -> Section:
             "with as many threads; 'of limit' to the larger of operations / product rate and bytes",
             "/ bandwidth, with three times the operations of the forward, that of the formula for",
             "all forms of Tiny: what a backward computes once more is not counted.",
-            *(
-                [
-                    f"{' and '.join(SLOW)}: one step a process, after one with a single patch.",
-                    _threads_note(records),
-                ]
-                if on_cpu
-                else []
-            ),
+            *([slow, _threads_note(records)] if on_cpu else []),
             limits.Limits(records).note(),
             *contestants.absence_notes(asked.device, [PUBLISHED, *contestants.PEERS]),
         ],
@@ -256,25 +230,16 @@ def agreement(cell: Cell, setting: Setting) -> Record:
     return {"found": found, **({} if abs(ours - plain) <= TOLERANCE else {"broken": True})}
 
 
-def _agreement_rows(records: list[Record]) -> list[list[str]]:
+def _agreement_rows(record: Record, _: list[Record]) -> list[list[str]]:
+    if "found" not in record:
+        return [[record["error"]]]
     rows = []
-    for record in records:
-        if "found" not in record:
-            rows.append([record["error"], *"–––––"])
-            continue
+    for name, each in record["found"].items():
         base = record["found"][PYTORCH]["psnr"]
-        for name, each in record["found"].items():
-            apart = [a - b for a, b in zip(each["psnr"], base, strict=True)]
-            rows.append(
-                [
-                    name,
-                    f"{each['took']:.0f}",
-                    f"{each['loss']:.5f}",
-                    f"{statistics.mean(each['psnr']):.3f}",
-                    f"{statistics.mean(apart):+.4f}",
-                    f"{max(apart, key=abs):+.4f}",
-                ]
-            )
+        apart = [a - b for a, b in zip(each["psnr"], base, strict=True)]
+        row = [name, f"{each['took']:.0f}", f"{each['loss']:.5f}"]
+        row += [f"{statistics.mean(each['psnr']):.3f}", f"{statistics.mean(apart):+.4f}"]
+        rows.append([*row, f"{max(apart, key=abs):+.4f}"])
     return rows
 
 
@@ -283,7 +248,7 @@ def agreement_section(asked: argparse.Namespace) -> Section:
     cell = {
         "measure": "training_step:agreement",
         "contestants": [OURS, PYTORCH],
-        "variant": contestants.QUICK if asked.quick else "tiny",
+        "variant": contestants.tiny(asked.quick),
         "iterations": 2 if asked.quick else 300,
         "batch": 2 if asked.quick else BATCH,
         "patch": 12 if asked.quick else 24,
@@ -292,14 +257,7 @@ def agreement_section(asked: argparse.Namespace) -> Section:
         name="agreement",
         title="Training by our operators and by PyTorch's",
         cells=[cell],
-        columns=[
-            "operators",
-            "s",
-            "last loss",
-            "Y-PSNR",
-            "minus PyTorch's",
-            "on the worst image",
-        ],
+        columns="operators | s | last loss | Y-PSNR | minus PyTorch's | on the worst image",
         rows=_agreement_rows,
         notes=lambda records: [
             f"Tiny x{SCALE} from one seed, {cell['iterations']} iterations of the same batches of",

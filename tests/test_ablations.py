@@ -1,34 +1,29 @@
 """The ablations in small: what is trained, the figures made of it, and resuming."""
 
-import importlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import ablations
 import pytest
+import reporting
 
 from dlgsanet_arch import options
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-ablations = importlib.import_module("ablations")
-reporting = importlib.import_module("reporting")
 
 
 def test_trainings_differ_in_the_network_alone():
     full = ablations.run_options("full", 100, 3)
+    assert full["manual_seed"] == 3
+    assert full["train"]["total_iter"] == sum(full["train"]["scheduler"]["periods"]) == 100
     for variant, (file, _) in ablations.VARIANTS.items():
         other = ablations.run_options(variant, 100, 3)
         shipped = options.load(ROOT / "options" / "train" / f"{file}.yml")
         assert other["network_g"] == shipped["network_g"]
         assert (other["network_g"] == full["network_g"]) == (variant == "full")
-        for each in (full, other):
-            each.pop("network_g"), each.pop("name")
-        assert other == full
-        full = ablations.run_options("full", 100, 3)
-    assert full["manual_seed"] == 3
-    assert full["train"]["total_iter"] == sum(full["train"]["scheduler"]["periods"]) == 100
+        own = {name: full[name] for name in ("network_g", "name")}
+        assert {**other, **own} == full
 
 
 @pytest.fixture

@@ -2,13 +2,22 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import contestants
+import data
+import dynamic_dwconv
+import limits
+import measuring
+import network
+import published_kernels
 import pytest
+import reporting
 import torch
+import training_loop
+import training_step
+from dispatch import Operators
 from helpers import write_pairs
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch import network as our_network
@@ -17,19 +26,6 @@ from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import contestants  # noqa: E402 - only now on the path
-import data  # noqa: E402
-import dynamic_dwconv  # noqa: E402
-import limits  # noqa: E402
-import measuring  # noqa: E402
-import network  # noqa: E402
-import published_kernels  # noqa: E402
-import reporting  # noqa: E402
-import training_loop  # noqa: E402
-import training_step  # noqa: E402
-
 SCALE = 2
 
 
@@ -76,20 +72,6 @@ def test_plainer_forms_compute_the_same(form, training, monkeypatch):
         torch.testing.assert_close(other.grad, ours.grad)
 
 
-class Operators(TorchDispatchMode):
-    """Collects the names of this package's operators that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, _, name = func.name().partition("::")
-        if space == "dlgsanet":
-            self.names.add(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("contestant", "names"),
     [
@@ -109,7 +91,7 @@ def test_plainer_contestants_use_none_of_the_c_library(contestant, names, monkey
         out.mean().backward()
         with torch.no_grad():
             net.eval()(x)
-    assert seen.names == names
+    assert seen.ours == {f"dlgsanet::{name}" for name in names}
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -196,8 +178,8 @@ def section_of(cells, **changes):
         name="limits",
         title="Made",
         cells=cells,
-        columns=["what"],
-        rows=lambda records: [[measuring.describe(record["cell"])] for record in records],
+        columns="what",
+        rows=lambda record, _: [[measuring.describe(record["cell"])]],
         notes=lambda records: [],
         **changes,
     )
@@ -290,8 +272,8 @@ def laps_of(cell):
         seconds = 0.02 if "BasicSR" in name else 0.01
         lap = {"seconds": seconds, "cpu": seconds}
         if cell["measure"] == "training_loop:loops":
-            lap = {"steady": [seconds, seconds], "whole": 3 * seconds, "start": 1.0}
-            lap |= {"cpu": [seconds], "own": [seconds]}
+            lap = {clock: [seconds] for clock in ("steady", "cpu", "own")}
+            lap |= {"whole": 3 * seconds, "start": 1.0}
         laps[name] = [lap, lap]
     apart = {"psnr": 1e-9, "ssim": 1e-9}
     return {"laps": laps, "load": 1.0, "apart": apart, "sizes": dict.fromkeys(names, 1e6)}
@@ -381,7 +363,7 @@ def test_trainings_that_end_apart_are_an_error(monkeypatch, results):
     assert training_step.main(["--quick", "--results", str(results), "--agreement"]) == 1
     assert "do not agree" in (results.parent / "RESULTS.md").read_text()
     found = {name: {"took": 1.0, "loss": 0.1, "psnr": psnr} for name, psnr in figures.items()}
-    rows = training_step._agreement_rows([{"cell": {}, "found": found}])
+    rows = training_step._agreement_rows({"found": found}, [])
     assert rows[0] == ["ours", "1", "0.10000", "30.500", "+0.0500", "+0.1000"]
 
 

@@ -1,6 +1,7 @@
 """`dlgsanet upscale` on real and awkward files, and what its results hold."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,12 +91,13 @@ def test_16_bits(call, expected, tmp_path, channels, suffix):
 def test_16_bit_gray_with_alpha(call, expected, tmp_path):
     array = image(20, 31, 2, np.uint16)
     writing.write_image(tmp_path / "a.png", array)
-    for format, suffix, read in (
-        ("png", "png", lambda path: read_stored(path).pixels),
-        ("tiff", "tif", tifffile.imread),
+    call(tmp_path / "a.png")
+    call(tmp_path / "a.png", tmp_path / "out", "--format", "tiff")
+    for made in (
+        read_stored(tmp_path / "out" / "a.png").pixels,
+        tifffile.imread(tmp_path / "out" / "a.tif"),
     ):
-        call(tmp_path / "a.png", tmp_path / "out", "--format", format)
-        assert np.array_equal(read(tmp_path / "out" / f"a.{suffix}"), expected(array))
+        assert np.array_equal(made, expected(array))
 
 
 @pytest.mark.parametrize(
@@ -299,9 +301,7 @@ def test_bad_files_are_named_and_the_rest_is_done(call, tmp_path):
         "empty.png": "is empty",
         "gone.png": "cannot be opened",
     }.items():
-        start = f"FAILED {folder}/{name}"
-        (line,) = [each for each in said.err.splitlines() if each.startswith(start)]
-        assert reason in line
+        assert re.search(f"FAILED {folder}/{name}.*{reason}", said.err)
     assert made_in(tmp_path / "out") == {"a.png", "z.jpg"}
 
 

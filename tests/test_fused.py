@@ -1,13 +1,15 @@
 """Halves of layers in C: the definition for every option, size, tile and number of threads."""
 
+import contextlib
 import os
+from unittest import mock
 
 import definition
 import numpy as np
 import pytest
 import torch
+from dispatch import LargestTensor, Operators
 from test_network import VARIANTS, build, defined, images
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlgsanet_arch import cpu, fused
@@ -25,37 +27,45 @@ def tile(request, monkeypatch):
     monkeypatch.setattr(c_layers, "_tile", lambda *_: request.param)
 
 
-class Operators(TorchDispatchMode):
-    """Remember which operators ran, and which kernels of the fused forms."""
+@contextlib.contextmanager
+def kernels():
+    """Collect the names of the fused forms' kernels that run."""
+    names, plain = set(), cpu.run
 
-    def __enter__(self):
-        self.names, self.fused, self._run = set(), set(), cpu.run
-        cpu.run = self._remember
-        return super().__enter__()
+    def remember(kernel, *given):
+        names.add(kernel)
+        plain(kernel, *given)
 
-    def __exit__(self, *error):
-        cpu.run = self._run
-        return super().__exit__(*error)
-
-    def _remember(self, kernel, *arguments):
-        self.fused.add(kernel)
-        self._run(kernel, *arguments)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name())
-        return function(*args, **(kwargs or {}))
+    with mock.patch.object(cpu, "run", remember):
+        yield names
 
 
 def run(net, x):
     """Return the output, and which fused operators made it."""
-    with torch.no_grad(), Operators() as ran:
-        return net(x), ran.fused
+    with torch.no_grad(), kernels() as ran:
+        return net(x), ran
+
+
+@pytest.fixture
+def no_c(monkeypatch):
+    """Fail where C is called."""
+    monkeypatch.setattr(cpu, "run", lambda kernel, *_: pytest.fail(f"C was called: {kernel}"))
 
 
 def assert_near(actual, expected):
     """Compare with what float64 gives: 1e-5 of the largest value, as promised for float32."""
     assert actual.dtype == torch.float32
     assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def assert_computes(options, batch, size):
+    """Compare a network with itself in float64; return which fused operators ran."""
+    net = build(options, torch.float32).eval()
+    x = images(net, batch, size)
+    out, ran = run(net, x)
+    with torch.no_grad():
+        assert_near(out, net.double()(x.double()))
+    return ran
 
 
 @pytest.mark.usefixtures("variant", "tile")
@@ -84,22 +94,16 @@ def test_fused_layers_equal_the_formula(options, training):
 
 def test_all_layers_of_the_paper_are_fused():
     net = build({"groups": 2}, torch.float32).eval()
-    _, ran = run(net, images(net, 1, (13, 9)))
+    with Operators() as seen:
+        _, ran = run(net, images(net, 1, (13, 9)))
     assert ran == set(FUSED)
-    with torch.no_grad(), Operators() as seen:
-        net(images(net, 1, (13, 9)))
-    assert not any(name.startswith("dlgsanet::") for name in seen.names)
+    assert not seen.ours
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("size", [(1, 1), (1, 131), (90, 1), (12, 6), (40, 64), (17, 79), (9, 300)])
 def test_any_size(size):
-    net = build({"window_size": 7, "tlc_kernel": 16}, torch.float32).eval()
-    x = images(net, 1, size)
-    out, ran = run(net, x)
-    assert ran
-    with torch.no_grad():
-        assert_near(out, net.double()(x.double()))
+    assert assert_computes({"window_size": 7, "tlc_kernel": 16}, 1, size)
 
 
 @pytest.mark.usefixtures("variant")
@@ -115,23 +119,14 @@ def test_any_size(size):
     ids=str,
 )
 def test_odd_channels_and_the_largest_filter(options):
-    net = build(options, torch.float32).eval()
-    x = images(net, 2, (21, 70))
-    out, ran = run(net, x)
-    assert "add_mhdlsa" in ran
-    with torch.no_grad():
-        assert_near(out, net.double()(x.double()))
+    assert "add_mhdlsa" in assert_computes(options, 2, (21, 70))
 
 
 def test_larger_filters_are_left_to_pytorch():
     options = {"window_size": fused.LARGEST_KERNEL + 2, "dim": 4, "idynamic_num_heads": 2}
-    net = build({**options, "restormer_num_heads": 1}, torch.float32).eval()
-    x = images(net, 1, (5, 40))
-    out, ran = run(net, x)
+    ran = assert_computes({**options, "restormer_num_heads": 1}, 1, (5, 40))
     assert "add_mhdlsa" not in ran
     assert "add_gdfn" in ran
-    with torch.no_grad():
-        assert_near(out, net.double()(x.double()))
 
 
 @pytest.mark.usefixtures("variant")
@@ -170,11 +165,7 @@ def test_threads_change_no_bit(openmp, threads, monkeypatch):
 
 @pytest.mark.usefixtures("tile")
 def test_tiles_change_rounding_only():
-    net = build({"groups": 2, "tlc_kernel": 16}, torch.float32).eval()
-    x = images(net, 3, (50, 70))
-    out, _ = run(net, x)
-    with torch.no_grad():
-        assert_near(out, net.double()(x.double()))
+    assert_computes({"groups": 2, "tlc_kernel": 16}, 3, (50, 70))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -213,21 +204,19 @@ def test_other_dtypes_are_left_to_pytorch(dtype):
 def test_what_keeps_maps_or_traces_is_not_fused(monkeypatch):
     net = build({}, torch.float32).eval()
     x = images(net, 1, (13, 9))
-    with Operators() as ran:
+    with kernels() as ran:
         net(x).mean().backward()
-    assert not ran.fused
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            net(x)
+        with torch.no_grad():
+            traced = torch.jit.trace(net, x, check_trace=False)
+    assert not ran
     assert all(p.grad.isfinite().all() for p in net.parameters())
     layer, features = net.deep_feature_extraction[0].body[0], torch.rand(1, 12, 13, 9)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert fused.can_run(features, layer.norm1, layer.IDynamicDWConv) == (not grad)
-    with torch.no_grad(), Operators() as ran, torch.autocast("cpu", torch.bfloat16):
-        net(x)
-    assert not ran.fused
     with torch.no_grad():
-        with Operators() as ran:
-            traced = torch.jit.trace(net, x, check_trace=False)
-        assert not ran.fused
         torch.testing.assert_close(traced(x), net(x))
     torch.jit.trace(net, x)  # traces once more without gradients and compares
     monkeypatch.setattr(library, "load", lambda: None)
@@ -243,20 +232,6 @@ def test_without_the_library_pytorch_gives_the_same(options, monkeypatch):
     out, ran = run(net, x)
     assert not ran
     assert_near(out, expected.double())
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest number of elements that any operator returned in new memory."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, torch.Tensor):
-                size = each.untyped_storage().nbytes() // each.element_size()
-                self.elements = max(self.elements, size)
-        return result
 
 
 def test_no_map_wider_than_the_features_is_made():
@@ -308,12 +283,6 @@ def test_any_layout_of_input_and_weights():
     assert torch.equal(run(net, x.to(memory_format=torch.channels_last))[0], expected)
 
 
-def test_nothing_gives_nothing():
-    net = build({}, torch.float32).eval()
-    out, _ = run(net, torch.rand(0, 3, 13, 9))
-    assert out.shape == (0, 3, 26, 18)
-
-
 def test_rows_beyond_the_image_are_never_written():
     """Memory before and behind a map stays as it is: no tile and no vector reaches over an end."""
     x, weight = torch.rand(1, 2, 5, 7), torch.rand(7, 2, 3, 3)
@@ -361,32 +330,27 @@ def misfits():
 
 
 @pytest.mark.parametrize(("name", "part", "key", "misfit"), [*misfits()])
-def test_weights_that_do_not_fit_are_refused_before_c_sees_them(
-    name, part, key, misfit, monkeypatch
-):
+def test_weights_that_do_not_fit_are_refused_before_c_sees_them(name, part, key, misfit, no_c):
     add, x, *parts = forms()[name]
     owner, _, own = key.rpartition(".")
     owner = parts[part].get_submodule(owner)
     setattr(owner, own, torch.nn.Parameter(MISFITS[misfit](getattr(owner, own).detach())))
-    monkeypatch.setattr(cpu, "run", lambda kernel, *_: pytest.fail(f"C was called: {kernel}"))
     with torch.no_grad(), pytest.raises(ValueError, match=r"needs|share"):
         add(x, *parts)
 
 
 @pytest.mark.parametrize("shape", [(2, 13, 5, 7), (12, 5, 7), (1, 2, 12, 5, 7), (0,)])
 @pytest.mark.parametrize("name", ["gdfn", "mhdlsa", "attention"])
-def test_maps_that_do_not_fit_are_refused_before_c_sees_them(name, shape, monkeypatch):
+def test_maps_that_do_not_fit_are_refused_before_c_sees_them(name, shape, no_c):
     add, _, *parts = forms()[name]
-    monkeypatch.setattr(cpu, "run", lambda kernel, *_: pytest.fail(f"C was called: {kernel}"))
     with torch.no_grad(), pytest.raises(ValueError, match="needs"):
         add(torch.rand(shape), *parts)
 
 
 @pytest.mark.parametrize("misfit", ["wider", "shorter", "flat", "one axis more", "double", "meta"])
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_3x3_convolution_refuses_what_does_not_fit_before_c_sees_it(misfit, position, monkeypatch):
+def test_3x3_convolution_refuses_what_does_not_fit_before_c_sees_it(misfit, position, no_c):
     given = [torch.rand(2, 6, 5, 7), torch.rand(5, 6, 3, 3), torch.rand(5)]
-    monkeypatch.setattr(cpu, "run", lambda kernel, *_: pytest.fail(f"C was called: {kernel}"))
     given[position] = MISFITS[misfit](given[position])
     if (position, misfit) in {(0, "wider"), (0, "shorter"), (2, "flat")}:
         return  # another image, or the same bias
@@ -395,10 +359,9 @@ def test_3x3_convolution_refuses_what_does_not_fit_before_c_sees_it(misfit, posi
 
 
 @pytest.mark.parametrize("heads", [0, 5, -1, 24])
-def test_heads_that_do_not_fit_are_refused_before_c_sees_them(heads, monkeypatch):
+def test_heads_that_do_not_fit_are_refused_before_c_sees_them(heads, no_c):
     add, x, norm, attention = forms()["attention"]
     attention.heads = heads
-    monkeypatch.setattr(cpu, "run", lambda kernel, *_: pytest.fail(f"C was called: {kernel}"))
     with torch.no_grad(), pytest.raises(ValueError, match="h = "):
         add(x, norm, attention)
 
@@ -411,11 +374,10 @@ def test_kernels_take_float32_on_the_cpu_alone(monkeypatch):
             fused.convolve3x3(x.to(kind), weight.to(kind), None)
 
 
-def test_a_map_without_pixels_or_images_never_reaches_c(monkeypatch):
+def test_a_map_without_pixels_or_images_never_reaches_c():
     net = build({}, torch.float32).eval()
-    for shape in ((0, 3, 13, 9), (2, 3, 0, 9), (2, 3, 13, 0)):
-        x = torch.rand(shape)
-        batch, _, height, width = shape
+    for batch, height, width in ((0, 13, 9), (2, 0, 9), (2, 13, 0)):
+        x = torch.rand(batch, 3, height, width)
         try:
             expected = net(x).shape
         except RuntimeError:
@@ -423,6 +385,7 @@ def test_a_map_without_pixels_or_images_never_reaches_c(monkeypatch):
                 run(net, x)
         else:
             assert run(net, x)[0].shape == expected == (batch, 3, 2 * height, 2 * width)
+    assert run(net, torch.rand(0, 3, 13, 9))[0].shape == (0, 3, 26, 18)
 
 
 def test_a_whole_network_counts_alike_with_gradients_and_without():

@@ -130,16 +130,16 @@ def test_what_is_not_an_image_is_refused(ours, array, said):
 
 
 def test_files_and_pillow_images_are_taken(ours, small, tmp_path):
+    file = tmp_path / "a.png"
     for mode, channels in (("L", 0), ("LA", 2), ("RGB", 3), ("RGBA", 4)):
         array = image(7, 9, channels)
         given = Image.fromarray(array)
-        given.save(tmp_path / "a.png")
+        given.save(file)
         given.info["icc_profile"] = b"profile"
         made = ours(given)
         assert (made.mode, made.size, made.info["icc_profile"]) == (mode, (18, 14), b"profile")
-        assert np.array_equal(np.asarray(made), ours(array))
-        assert np.array_equal(upscale(tmp_path / "a.png", small, device="cpu"), ours(array))
-        assert np.array_equal(ours(str(tmp_path / "a.png")), ours(array))
+        for each in (np.asarray(made), upscale(file, small, device="cpu"), ours(str(file))):
+            assert np.array_equal(each, ours(array))
     turned = Image.fromarray(image(7, 9))
     turned.getexif()[0x0112] = 6
     assert np.array_equal(np.asarray(ours(turned)), ours(np.rot90(image(7, 9), -1)))
@@ -408,21 +408,11 @@ def test_weights_are_needed(monkeypatch, tmp_path, small):
         Upscaler(tmp_path / "none.pth")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("tile", 3),
-        ("tile", -1),
-        ("tile", "big"),
-        ("overlap", -1),
-        ("batch", 0),
-        ("scale", 0),
-        ("scale", 100),
-        ("dtype", "fp8"),
-        ("device", "cuda:99"),
-        ("device", "nonsense"),
-    ],
-)
+WRONG = {"tile": (3, -1, "big"), "overlap": (-1,), "batch": (0,), "scale": (0, 100)}
+WRONG |= {"dtype": ("fp8",), "device": ("cuda:99", "nonsense")}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
 def test_arguments_out_of_range_are_named(small, name, value):
     with pytest.raises(UpscaleError, match=rf"{name}.*{value}"):
         Upscaler(small, **{"device": "cpu", name: value})

@@ -1,20 +1,16 @@
 """What `make gpu` runs, in which order, and what it takes as a result: without a GPU."""
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
+import measuring
 import pytest
+import reporting
 import torch
 from helpers import run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-measuring = importlib.import_module("measuring")
-reporting = importlib.import_module("reporting")
-
 _spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "scripts" / "gpu.py")
 gpu_script = importlib.util.module_from_spec(_spec)
 sys.modules["gpu_script"] = gpu_script  # dataclasses look their module up
@@ -39,18 +35,10 @@ def results(tmp_path):
 
 
 def store(section, results, complete=True, raw=None):
-    result = {
-        "section": section,
-        "kind": "cuda",
-        "title": "Made",
-        "command": reporting.command(section, "cuda"),
-        "environment": reporting.environment("cuda", section),
-        "complete": complete,
-        "notes": [],
-        "columns": ["what"],
-        "rows": [["1"]],
-        "raw": raw or {},
-    }
+    result = {"section": section, "complete": complete, "raw": raw or {}, "kind": "cuda"}
+    result |= {"title": "Made", "command": reporting.command(section, "cuda")}
+    result |= {"environment": reporting.environment("cuda", section), "notes": []}
+    result |= {"columns": ["what"], "rows": [["1"]]}
     reporting.save(f"{section}_h0_80gb", result, results)
 
 

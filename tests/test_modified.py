@@ -9,6 +9,7 @@ import copy
 import functools
 import io
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -63,10 +64,15 @@ def expected_of(net, x):
     return out
 
 
-def fresh(options=None, size=(9, 7), batch=2):
-    """A network in eval mode, images for it, and what it gives before it is changed."""
+def made(options=None, size=(9, 7), batch=2):
+    """A network in eval mode and images for it."""
     net = build(options or {}, torch.float32).eval()
-    x = images(net, batch, size)
+    return net, images(net, batch, size)
+
+
+def fresh(options=None, size=(9, 7)):
+    """A network in eval mode, images for it, and what it gives before it is changed."""
+    net, x = made(options, size)
     return net, x, expected_of(net, x)
 
 
@@ -77,11 +83,9 @@ def error(actual, expected):
 def assert_computes(net, x, unchanged=None):
     """Assert that a changed network computes as a plain one, and another result than before."""
     expected = expected_of(net, x)
-    assert error(net(x), expected) < 1e-5
-    with torch.no_grad():
-        assert error(net(x), expected) < 1e-5
-    with torch.inference_mode():
-        assert error(net(x), expected) < 1e-5
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert error(net(x), expected) < 1e-5
     if unchanged is not None and unchanged.shape == expected.shape:
         assert error(unchanged, expected) > 1e-4
 
@@ -102,9 +106,8 @@ def assert_gradients(net, x):
     net.to(x.dtype)
     largest = max(float(grad.abs().max()) for grad in expected.values())
     for name, grad in expected.items():
-        assert float((found[name] - grad).abs().max()) < 1e-4 * grad.abs().max() + 1e-6 * largest, (
-            name
-        )
+        apart = float((found[name] - grad).abs().max())
+        assert apart < 1e-4 * grad.abs().max() + 1e-6 * largest, name
 
 
 # ---- every module is called
@@ -135,13 +138,10 @@ def _hooked(register, on_module=True):
     return change
 
 
-@contextlib.contextmanager
 def _own_forward(net, name):
     module = net.get_submodule(name)
     before = module.forward
-    module.forward = lambda x: scaled(before(x))
-    yield
-    del module.forward
+    return mock.patch.object(module, "forward", lambda x: scaled(before(x)))
 
 
 @contextlib.contextmanager
@@ -154,22 +154,15 @@ def _subclass(net, name):
     module.__class__ = kind
 
 
-@contextlib.contextmanager
 def _forward_of_class(net, name):
     chosen = net.get_submodule(name)
-    kind, before = type(chosen), type(chosen).forward
-    own = "forward" in vars(kind)
+    before = type(chosen).forward
 
     def forward(self, *given):
         out = before(self, *given)
         return scaled(out) if self is chosen else out
 
-    kind.forward = forward
-    yield
-    if own:
-        kind.forward = before
-    else:
-        del kind.forward
+    return mock.patch.object(type(chosen), "forward", forward)
 
 
 class Scaled(nn.Module):
@@ -185,9 +178,6 @@ class Scaled(nn.Module):
 
 @contextlib.contextmanager
 def _wrapper(net, name):
-    if not name:
-        yield  # the network itself lies in no other
-        return
     module = net.get_submodule(name)
     put(net, name, Scaled(module))
     yield
@@ -218,7 +208,7 @@ def test_every_module_is_called(options, change):
     wrong = {}
     for name in [name for name, _ in net.named_modules()]:
         if not name and change is _wrapper:
-            continue
+            continue  # the network itself lies in no other
         with change(net, name):
             expected = expected_of(net, x)
             errors = [error(net(x), expected)]
@@ -234,8 +224,7 @@ def test_every_module_is_called(options, change):
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_hooks_see_each_module_once_and_the_whole_batch(options, grad):
-    net = build(options, torch.float32).eval()
-    x = images(net, 3, (9, 7))
+    net, x = made(options, batch=3)
     names = [name for name, _ in net.named_modules()]
 
     def seen_by(hooked):
@@ -263,8 +252,8 @@ def test_hooks_see_each_module_once_and_the_whole_batch(options, grad):
     "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
 )
 def test_backward_hooks_of_every_module_are_called(options, register):
-    net = build(options, torch.float32).eval()
-    x = images(net, 2, (9, 7)).requires_grad_()
+    net, x = made(options)
+    x.requires_grad_()
     unhooked = net(x).detach().double()
     called = []
 
@@ -291,16 +280,11 @@ def test_backward_hooks_of_every_module_are_called(options, register):
 
 
 def test_a_global_backward_hook_is_called_for_every_module():
-    net = build({}, torch.float32).eval()
-    x = images(net, 1, (9, 7)).requires_grad_()
+    net, x = made()
+    x.requires_grad_()
     seen = set()
-    handle = torch_module.register_module_full_backward_hook(
-        lambda module, *grads: seen.add(module)
-    )
-    try:
+    with torch_module.register_module_full_backward_hook(lambda module, *_: seen.add(module)):
         net(x).mean().backward()
-    finally:
-        handle.remove()
     assert seen == set(net.modules())
 
 
@@ -318,69 +302,71 @@ def test_a_subclass_that_inherits_forward_is_called():
 
 
 def depthwise(channels, kernel, bias):
-    return DepthwiseConv(
-        channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias
-    )
+    sizes = {"padding": kernel // 2, "groups": channels}
+    return DepthwiseConv(channels, channels, kernel, **sizes, bias=bias)
 
 
-def _replacements():
-    """Yield a name, and what makes the module that takes its place."""
-    project_in, dwconv = f"{LOCAL_FFN}.project_in", f"{LOCAL_FFN}.dwconv"
-    yield f"{LOCAL}.norm1", nn.Identity
-    yield f"{LOCAL}.norm1", lambda: nn.BatchNorm2d(12).eval()
-    yield f"{LOCAL}.norm1", lambda: nn.Sequential(LayerNorm(12), LayerNorm(12))
-    yield f"{GLOBAL}.norm4", nn.Identity
-    yield f"{LOCAL}.norm2.body", nn.Identity
-    yield f"{LOCAL}.norm2.body", lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU())
-    yield f"{LOCAL}.norm2.body", lambda: nn.LayerNorm(12, elementwise_affine=False)
-    yield f"{LOCAL}.norm2.body", lambda: nn.LayerNorm(12, bias=False)
-    yield f"{GLOBAL}.norm3.body", lambda: nn.RMSNorm(12)
-    yield project_in, lambda: Conv3x3(12, 48, 3, padding=1)
-    yield project_in, lambda: Conv1x1(12, 48, 1, bias=True)
-    yield project_in, lambda: nn.Conv2d(12, 48, 1)
-    yield (
-        project_in,
-        lambda: nn.Sequential(Conv1x1(12, 5, 1, bias=False), Conv1x1(5, 48, 1, bias=False)),
-    )
-    yield project_in, lambda: nn.Sequential(Conv1x1(12, 48, 1, bias=False))
-    yield dwconv, lambda: Conv3x3(48, 48, 3, padding=1, bias=False)
-    yield dwconv, lambda: depthwise(48, 3, bias=True)
-    yield dwconv, lambda: depthwise(48, 5, bias=False)
-    yield dwconv, nn.Identity
-    yield f"{LOCAL_FFN}.project_out", lambda: Conv1x1(24, 12, 1, bias=True)
-    yield f"{LOCAL_FFN}.project_out", lambda: torch.jit.script(nn.Conv2d(24, 12, 1))
-    yield LOCAL_FFN, nn.Identity
-    yield LOCAL_FFN, lambda: Conv1x1(12, 12, 1, bias=True)
-    yield LOCAL_FFN, lambda: nn.Sequential(Conv1x1(12, 12, 1, bias=True), nn.GELU())
-    yield LOCAL_FFN, lambda: network.GDFN(12, 5)
-    yield LOCAL_FFN, lambda: network.BaseFFN(12, 5)
-    yield MHDLSA, nn.Identity
-    yield MHDLSA, lambda: network.MHDLSA(12, 3, 5, dynamic=True)
-    yield MHDLSA, lambda: network.GDFN(12, 5)
-    yield f"{MHDLSA}.conv0", lambda: Conv3x3(12, 12, 3, padding=1)
-    yield f"{MHDLSA}.conv1", lambda: Conv1x1(12, 12, 1, bias=True)
-    yield f"{MHDLSA}.conv", lambda: depthwise(12, 7, bias=True)
-    yield f"{MHDLSA}.conv", lambda: network.FilterGenerator(12, 4, 5)
-    yield f"{MHDLSA}.conv.conv1", lambda: Conv1x1(12, 3, 1, bias=True)
-    yield f"{MHDLSA}.conv.conv1.0", lambda: Conv1x1(12, 3, 1, bias=False)
-    yield f"{MHDLSA}.conv.conv1.1", lambda: depthwise(3, 5, bias=True)
-    yield f"{MHDLSA}.conv.conv1.1", lambda: Conv3x3(3, 3, 3, padding=1)
-    yield f"{MHDLSA}.conv.conv2", lambda: Conv1x1(3, 18, 1, bias=True)
-    yield f"{MHDLSA}.conv.conv2.0", lambda: Conv1x1(3, 18, 1, bias=False)
-    yield f"{MHDLSA}.conv.conv2.0", lambda: Conv1x1(3, 36, 1, bias=True)
-    yield f"{MHDLSA}.conv.conv2.0", lambda: Conv3x3(3, 18, 3, padding=1)
-    yield GSA, lambda: network.SparseGSA(12, 3, "gelu", None)
-    yield f"{GSA}.qkv", lambda: Conv1x1(12, 36, 1, bias=True)
-    yield f"{GSA}.qkv", lambda: Conv3x3(12, 36, 3, padding=1)
-    yield f"{GSA}.qkv_dwconv", lambda: depthwise(36, 5, bias=False)
-    yield f"{GSA}.qkv_dwconv", lambda: depthwise(36, 3, bias=True)
-    yield f"{GSA}.project_out", lambda: Conv3x3(12, 12, 3, padding=1)
-    yield f"{GSA}.project_out", lambda: Conv1x1(12, 12, 1, bias=True)
-    yield f"{GROUP}.2", lambda: Conv1x1(12, 12, 1, bias=True)
-    yield f"{GROUP}.2", lambda: Conv3x3(12, 12, 3, padding=1, bias=False)
+def pointwise(ins, outs, bias=True):
+    return Conv1x1(ins, outs, 1, bias=bias)
 
 
-@pytest.mark.parametrize(("name", "make"), list(_replacements()))
+PROJECT_IN, DWCONV = f"{LOCAL_FFN}.project_in", f"{LOCAL_FFN}.dwconv"
+GENERATOR = f"{MHDLSA}.conv"
+# What makes the module that takes the place of another.
+REPLACEMENTS = [
+    (f"{LOCAL}.norm1", nn.Identity),
+    (f"{LOCAL}.norm1", lambda: nn.BatchNorm2d(12).eval()),
+    (f"{LOCAL}.norm1", lambda: nn.Sequential(LayerNorm(12), LayerNorm(12))),
+    (f"{GLOBAL}.norm4", nn.Identity),
+    (f"{LOCAL}.norm2.body", nn.Identity),
+    (f"{LOCAL}.norm2.body", lambda: nn.Sequential(nn.LayerNorm(12), nn.GELU())),
+    (f"{LOCAL}.norm2.body", lambda: nn.LayerNorm(12, elementwise_affine=False)),
+    (f"{LOCAL}.norm2.body", lambda: nn.LayerNorm(12, bias=False)),
+    (f"{GLOBAL}.norm3.body", lambda: nn.RMSNorm(12)),
+    (PROJECT_IN, lambda: Conv3x3(12, 48, 3, padding=1)),
+    (PROJECT_IN, lambda: pointwise(12, 48)),
+    (PROJECT_IN, lambda: nn.Conv2d(12, 48, 1)),
+    (PROJECT_IN, lambda: nn.Sequential(pointwise(12, 5, False), pointwise(5, 48, False))),
+    (PROJECT_IN, lambda: nn.Sequential(pointwise(12, 48, False))),
+    (DWCONV, lambda: Conv3x3(48, 48, 3, padding=1, bias=False)),
+    (DWCONV, lambda: depthwise(48, 3, bias=True)),
+    (DWCONV, lambda: depthwise(48, 5, bias=False)),
+    (DWCONV, nn.Identity),
+    (f"{LOCAL_FFN}.project_out", lambda: pointwise(24, 12)),
+    (f"{LOCAL_FFN}.project_out", lambda: torch.jit.script(nn.Conv2d(24, 12, 1))),
+    (LOCAL_FFN, nn.Identity),
+    (LOCAL_FFN, lambda: pointwise(12, 12)),
+    (LOCAL_FFN, lambda: nn.Sequential(pointwise(12, 12), nn.GELU())),
+    (LOCAL_FFN, lambda: network.GDFN(12, 5)),
+    (LOCAL_FFN, lambda: network.BaseFFN(12, 5)),
+    (MHDLSA, nn.Identity),
+    (MHDLSA, lambda: network.MHDLSA(12, 3, 5, dynamic=True)),
+    (MHDLSA, lambda: network.GDFN(12, 5)),
+    (f"{MHDLSA}.conv0", lambda: Conv3x3(12, 12, 3, padding=1)),
+    (f"{MHDLSA}.conv1", lambda: pointwise(12, 12)),
+    (GENERATOR, lambda: depthwise(12, 7, bias=True)),
+    (GENERATOR, lambda: network.FilterGenerator(12, 4, 5)),
+    (f"{GENERATOR}.conv1", lambda: pointwise(12, 3)),
+    (f"{GENERATOR}.conv1.0", lambda: pointwise(12, 3, False)),
+    (f"{GENERATOR}.conv1.1", lambda: depthwise(3, 5, bias=True)),
+    (f"{GENERATOR}.conv1.1", lambda: Conv3x3(3, 3, 3, padding=1)),
+    (f"{GENERATOR}.conv2", lambda: pointwise(3, 18)),
+    (f"{GENERATOR}.conv2.0", lambda: pointwise(3, 18, False)),
+    (f"{GENERATOR}.conv2.0", lambda: pointwise(3, 36)),
+    (f"{GENERATOR}.conv2.0", lambda: Conv3x3(3, 18, 3, padding=1)),
+    (GSA, lambda: network.SparseGSA(12, 3, "gelu", None)),
+    (f"{GSA}.qkv", lambda: pointwise(12, 36)),
+    (f"{GSA}.qkv", lambda: Conv3x3(12, 36, 3, padding=1)),
+    (f"{GSA}.qkv_dwconv", lambda: depthwise(36, 5, bias=False)),
+    (f"{GSA}.qkv_dwconv", lambda: depthwise(36, 3, bias=True)),
+    (f"{GSA}.project_out", lambda: Conv3x3(12, 12, 3, padding=1)),
+    (f"{GSA}.project_out", lambda: pointwise(12, 12)),
+    (f"{GROUP}.2", lambda: pointwise(12, 12)),
+    (f"{GROUP}.2", lambda: Conv3x3(12, 12, 3, padding=1, bias=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), REPLACEMENTS)
 def test_layers_of_other_kinds_and_sizes_take_a_place(name, make):
     net, x, unchanged = fresh()
     put(net, name, make())
@@ -391,12 +377,12 @@ def test_layers_of_other_kinds_and_sizes_take_a_place(name, make):
 def test_layers_that_change_their_width_together():
     net, x, unchanged = fresh()
     for name, module in {
-        f"{GSA}.qkv": Conv1x1(12, 72, 1, bias=False),
+        f"{GSA}.qkv": pointwise(12, 72, False),
         f"{GSA}.qkv_dwconv": depthwise(72, 3, bias=False),
-        f"{GSA}.project_out": Conv1x1(24, 12, 1, bias=False),
-        f"{MHDLSA}.conv0": Conv1x1(12, 24, 1, bias=False),
+        f"{GSA}.project_out": pointwise(24, 12, False),
+        f"{MHDLSA}.conv0": pointwise(12, 24, False),
         f"{MHDLSA}.conv": network.FilterGenerator(24, 4, 3),
-        f"{MHDLSA}.conv1": Conv1x1(24, 12, 1, bias=False),
+        f"{MHDLSA}.conv1": pointwise(24, 12, False),
     }.items():
         put(net, name, module)
     assert_computes(net, x, unchanged)
@@ -494,76 +480,58 @@ class Transparent(nn.Module):
         return self.wrapped(x)
 
 
-def _wrap(net):
-    for name, conv in pointwise_convolutions(net):
-        put(net, name, Transparent(conv))
+def _old_weight_norm(conv):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(conv)
 
 
-def _in_sequences(net):
-    for name, conv in pointwise_convolutions(net):
-        put(net, name, nn.Sequential(conv))
-
-
-def _old_weight_norm(net):
-    for _, conv in pointwise_convolutions(net):
-        with pytest.warns(FutureWarning, match="weight_norm"):
-            nn.utils.weight_norm(conv)
-
-
-def _weight_norm(net):
-    for _, conv in pointwise_convolutions(net):
-        parametrizations.weight_norm(conv)
-
-
-def _prune(net):
-    for _, conv in pointwise_convolutions(net):
-        prune.l1_unstructured(conv, "weight", amount=0.4)
-
-
-def _double(net):
-    for _, conv in pointwise_convolutions(net):
-        parametrize.register_parametrization(conv, "weight", Scaled(nn.Identity()))
-
-
-# Whether the network computes as before.
+# What is made of each 1x1 convolution, and whether the network computes as before.
 WRAPPERS = {
-    _wrap: True,
-    _in_sequences: True,
-    _old_weight_norm: True,
-    _weight_norm: True,
-    _prune: False,
-    _double: False,
+    "wrap": (Transparent, True),
+    "in sequences": (nn.Sequential, True),
+    "old weight norm": (_old_weight_norm, True),
+    "weight norm": (parametrizations.weight_norm, True),
+    "prune": (lambda conv: prune.l1_unstructured(conv, "weight", amount=0.4), False),
+    "double": (
+        lambda conv: parametrize.register_parametrization(conv, "weight", Scaled(nn.Identity())),
+        False,
+    ),
 }
 
 
+def _wrap(net, wrap):
+    for name, conv in pointwise_convolutions(net):
+        put(net, name, wrap(conv))
+
+
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
-@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__.strip("_"))
-def test_wrapped_convolutions_train(options, wrap):
+@pytest.mark.parametrize(("wrap", "same"), WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_convolutions_train(options, wrap, same):
     net = build(options, torch.float32)
     x = images(net, 2, (9, 7))
     unwrapped = copy.deepcopy(net)
-    wrap(net)
+    _wrap(net, wrap)
     for each in (net, unwrapped):
         for _ in range(2):  # the second fails where a weight was made once and its graph freed
             each(x).square().mean().backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
-    if wrap in (_wrap, _in_sequences):
+    if wrap in (Transparent, nn.Sequential):
         found = [p.grad for p in net.parameters()]
         expected = [p.grad for p in unwrapped.parameters()]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert_gradients(net, x)
-    assert_computes(net.eval(), x, None if WRAPPERS[wrap] else expected_of(unwrapped.eval(), x))
-    if WRAPPERS[wrap]:
-        assert error(net(x), expected_of(unwrapped.eval(), x)) < 1e-5
+    unchanged = expected_of(unwrapped.eval(), x)
+    assert_computes(net.eval(), x, None if same else unchanged)
+    if same:
+        assert error(net(x), unchanged) < 1e-5
     train(net, x)
-    assert_computes(net, x, expected_of(unwrapped, x))
+    assert_computes(net, x, unchanged)
 
 
 def test_every_wrapper_is_called():
-    net = build({}, torch.float32).eval()
-    _wrap(net)
-    x = images(net, 2, (9, 7))
+    net, x = made()
+    _wrap(net, Transparent)
     net(x)
     with torch.no_grad():
         net(x)
@@ -692,9 +660,9 @@ def test_changed_settings_are_followed(change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda net: _set(f"{LOCAL}.IDynamic_ffn.dwconv", padding="same")(net),
-        lambda net: _set(f"{GROUP}.2", padding="same")(net),
-        lambda net: _set(f"{GSA}.qkv", padding="valid")(net),
+        _set(f"{LOCAL_FFN}.dwconv", padding="same"),
+        _set(f"{GROUP}.2", padding="same"),
+        _set(f"{GSA}.qkv", padding="valid"),
     ],
 )
 def test_settings_with_the_same_meaning_change_nothing(change):
@@ -740,11 +708,11 @@ INCONSISTENT = {
     "its projection's input": _part_of_a_weight(f"{MHDLSA}.conv.conv2.0", None, 2),
     "conv1": _part_of_a_weight(f"{MHDLSA}.conv1", None, 4),
     "3x3": _part_of_a_weight(f"{GROUP}.2", None, 4),
-    "bias": lambda net: _bias(f"{MHDLSA}.conv.conv2.0", 9)(net),
-    "norm": lambda net: _set(f"{LOCAL}.norm1.body", weight=nn.Parameter(torch.ones(6)))(net),
-    "temperature": lambda net: _set(GSA, temperature=nn.Parameter(torch.ones(4, 1, 1)))(net),
+    "bias": _bias(f"{MHDLSA}.conv.conv2.0", 9),
+    "norm": _set(f"{LOCAL}.norm1.body", weight=nn.Parameter(torch.ones(6))),
+    "temperature": _set(GSA, temperature=nn.Parameter(torch.ones(4, 1, 1))),
     "padding": _set(f"{LOCAL_FFN}.dwconv", padding=(0, 0)),
-    "other layer": lambda net: put(net, f"{LOCAL_FFN}.project_in", Conv1x1(12, 8, 1, bias=False)),
+    "other layer": lambda net: put(net, PROJECT_IN, pointwise(12, 8, False)),
     "other width": lambda net: put(net, LOCAL_FFN, network.GDFN(8, 8)),
     "other groups": lambda net: put(net, f"{MHDLSA}.conv", network.FilterGenerator(12, 5, 3)),
     "other attention": lambda net: put(net, GSA, network.SparseGSA(8, 4, "relu", 4)),
@@ -754,8 +722,7 @@ INCONSISTENT = {
 @pytest.mark.parametrize("change", INCONSISTENT.values(), ids=INCONSISTENT)
 @pytest.mark.parametrize("grad", [True, False])
 def test_shapes_that_do_not_fit_are_refused_and_never_read(change, grad):
-    net = build({}, torch.float32).eval()
-    x = images(net, 2, (7, 7))
+    net, x = made(size=(7, 7))
     change(net)
     with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)) as caught:
         net(x)
@@ -773,33 +740,45 @@ def test_weights_of_another_dtype_are_refused_as_by_pytorch(grad):
 # ---- weights that change between forwards
 
 
-def test_weights_are_read_anew_at_every_forward():
-    net, x, before = fresh()
+def _in_place(net):
     with torch.no_grad():
-        net(x)
         for parameter in net.parameters():
             parameter.mul_(1.1)
-    assert_computes(net, x, before)
-    before = expected_of(net, x)
+
+
+def _by_data(net):
     for parameter in net.parameters():
         parameter.data = 0.9 * parameter.data
-    assert_computes(net, x, before)
-    before = expected_of(net, x)
-    net.load_state_dict({key: 1.1 * value for key, value in net.state_dict().items()})
-    assert_computes(net, x, before)
-    before = expected_of(net, x)
-    net.load_state_dict({k: 0.9 * v for k, v in net.state_dict().items()}, assign=True)
-    assert_computes(net, x, before)
-    before = expected_of(net, x)
+
+
+def _new_parameters(net):
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(1.1 * parameter.detach()))
-    assert_computes(net, x, before)
-    before = expected_of(net, x)
-    torch.nn.utils.vector_to_parameters(
-        0.9 * torch.nn.utils.parameters_to_vector(net.parameters()).detach(), net.parameters()
-    )
-    assert_computes(net, x, before)
+
+
+def _from_a_vector(net):
+    vector = nn.utils.parameters_to_vector(net.parameters()).detach()
+    nn.utils.vector_to_parameters(0.9 * vector, net.parameters())
+
+
+def _loaded(factor, assign):
+    def change(net):
+        state = {key: factor * value for key, value in net.state_dict().items()}
+        net.load_state_dict(state, assign=assign)
+
+    return change
+
+
+def test_weights_are_read_anew_at_every_forward():
+    net, x = made()
+    loads = (_loaded(1.1, assign=False), _loaded(0.9, assign=True))
+    for change in (_in_place, _by_data, *loads, _new_parameters, _from_a_vector):
+        before = expected_of(net, x)
+        with torch.no_grad():
+            net(x)
+        change(net)
+        assert_computes(net, x, before)
 
 
 def test_frozen_weights_are_read_and_get_no_gradient():
@@ -836,8 +815,7 @@ def test_functional_call_with_other_parameters():
 
 
 def test_inference_mode_leaves_nothing_that_training_trips_over():
-    net = build({}, torch.float32).eval()
-    x = images(net, 1, (13, 9))
+    net, x = made(size=(13, 9))
     with torch.inference_mode():
         inferred = net(x)
     with torch.no_grad():
@@ -863,8 +841,7 @@ def _saved(net):
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
 def test_copies_compute_the_same_and_are_independent(options, copied):
-    net = build(options, torch.float32).eval()
-    x = images(net, 2, (9, 7))
+    net, x = made(options)
     with torch.no_grad():
         expected = net(x)
         twin = copied(net)
@@ -891,8 +868,7 @@ def test_copies_keep_hooks_and_settings():
 )
 @pytest.mark.parametrize("changed", [False, True])
 def test_converted_copies(options, convert, tolerance, changed):
-    net = build(options, torch.float32).eval()
-    x = images(net, 2, (9, 7))
+    net, x = made(options)
     with torch.no_grad():
         expected_before = net(x)
         if changed:
@@ -915,8 +891,7 @@ def test_converted_copies(options, convert, tolerance, changed):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_each_module_is_asked_about_a_time_or_two(grad, monkeypatch):
-    net = build({"groups": 2, "blocks": 2}, torch.float32).eval()
-    x = images(net, 2, (9, 7))
+    net, x = made({"groups": 2, "blocks": 2})
     asked = []
 
     def counting(*modules):

@@ -15,20 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from definition import dynamic_convolution
+from dispatch import Operators
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlgsanet_arch import cpu, ops
 from dlgsanet_arch.cpu import library
-from dlgsanet_arch.ops import (
-    c_backend,
-    dynamic,
-    dynamic_dwconv,
-    projected_dwconv,
-    pytorch_backend,
-)
+from dlgsanet_arch.ops import c_backend, dynamic, dynamic_dwconv, projected_dwconv, pytorch_backend
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference, projected_dwconv_reference
 
 needs_c = pytest.mark.skipif(bool(cpu.why_not()), reason=f"no C library: {cpu.why_not()}")
@@ -82,18 +76,16 @@ class Operator(NamedTuple):
     settings: Callable[..., tuple[Any, ...]] = lambda *_: ()
 
 
+def _weights(x, outs, bias=True):
+    return [(outs, x[1], 1, 1), (outs,) if bias else None]
+
+
 OPERATORS = {
-    "pointwise": Operator(
-        ops.pointwise,
-        F.conv2d,
-        lambda x, outs, bias=True: [x, (outs, x[1], 1, 1), (outs,) if bias else None],
-    ),
+    "pointwise": Operator(ops.pointwise, F.conv2d, lambda x, *sizes: [x, *_weights(x, *sizes)]),
     "normed_pointwise": Operator(
         ops.normed_pointwise,
         define_normed,
-        lambda x, outs, bias=True: [
-            *(x, x[1:2], x[1:2], (outs, x[1], 1, 1), (outs,) if bias else None)
-        ],
+        lambda x, *sizes: [x, x[1:2], x[1:2], *_weights(x, *sizes)],
     ),
     "depthwise": Operator(
         ops.depthwise,
@@ -142,17 +134,21 @@ DECLARED = {
 }
 
 
+def each_of(function, tensors):
+    """Apply a function to all tensors but a bias that is left out."""
+    return [each if each is None else function(each) for each in tensors]
+
+
 def make(name, *sizes, dtype=torch.float32):
     """Return the tensors of a case, None for a bias that is left out, and its settings."""
     operator, (x, *rest) = OPERATORS[name], sizes
     shapes = operator.tensors(x, *rest)
-    tensors = [None if each is None else torch.randn(each, dtype=dtype) for each in shapes]
-    return tensors, operator.settings(*rest)
+    return each_of(lambda shape: torch.randn(shape, dtype=dtype), shapes), operator.settings(*rest)
 
 
 def output_and_gradients(function, tensors, settings=(), grad=None):
     """Return the output and the gradient of each tensor, given that of the output, or ones."""
-    tensors = [None if each is None else each.detach().requires_grad_() for each in tensors]
+    tensors = each_of(lambda each: each.detach().requires_grad_(), tensors)
     out = function(*tensors, *settings)
     grad = torch.ones((), dtype=out.dtype).expand(out.shape) if grad is None else grad
     given = [each for each in tensors if each is not None]
@@ -173,24 +169,10 @@ def check(name, tensors, settings, grad=None, tolerance=1e-5):
     """Compare float32 with the definition in float64 for the same values."""
     operator = OPERATORS[name]
     actual = output_and_gradients(operator.ours, tensors, settings, grad)
-    wide = [None if each is None else each.double() for each in tensors]
-    wide_grad = None if grad is None else grad.double()
+    *wide, wide_grad = each_of(torch.Tensor.double, [*tensors, grad])
     expected = output_and_gradients(operator.definition, wide, settings, wide_grad)
     assert_near(actual, expected, tolerance, tensors[0].dtype)
     return actual
-
-
-class Operators(TorchDispatchMode):
-    """Remember which operators of ours ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "dlgsanet":
-            self.ours.add(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 # ---- layouts
@@ -235,7 +217,7 @@ def lay_out(layout, tensors):
         is_map = each.dim() == 4 and each.shape[2:] == x.shape[2:] and len(each) == len(x)
         return LAYOUTS[layout](each) if is_map else _weight_in_nan(each)
 
-    return [each if each is None else place(each) for each in tensors]
+    return each_of(place, tensors)
 
 
 GUARD = 64
@@ -275,11 +257,6 @@ CASES = {
     "pointwise": [
         ((1, 1, 1, 1), 1), ((3, 5, 1, 7), 7), ((5, 7, 8, 1), 13, False), ((1, 13, 7, 9), 90),
         ((1, 90, 8, 8), 6), ((3, 6, 5, 13), 48), ((1, 7, 1, 257), 1, False), ((3, 5, 150, 41), 7),
-        ((1, 3, 37, 1001), 2), ((2, 90, 20, 31), 270),
-    ],
-    "normed_pointwise": [
-        ((1, 1, 1, 1), 1), ((3, 5, 1, 7), 7), ((5, 7, 8, 1), 13, False), ((1, 13, 7, 9), 90),
-        ((1, 90, 8, 8), 6), ((3, 6, 5, 13), 48), ((1, 7, 1, 257), 1, False), ((3, 5, 150, 41), 7),
         ((1, 5, 37, 1001), 2), ((2, 90, 20, 31), 270),
     ],
     "depthwise": [
@@ -310,6 +287,8 @@ CASES = {
     ],
 }
 # fmt: on
+CASES["normed_pointwise"] = CASES["pointwise"]
+CASES["pointwise"] = [*CASES["pointwise"], ((1, 3, 37, 1001), 2)]
 CASES = [(name, *sizes) for name, cases in CASES.items() for sizes in cases]
 
 
@@ -470,14 +449,9 @@ def test_operators_are_what_they_declare(name, dtype):
                     given[at] = each.detach().clone(memory_format=layout).requires_grad_(i == 0)
             # Eager and compiled runs may differ by rounding only, and here by nothing.
             torch.library.opcheck(operator, tuple(given))
-
-
-@needs_c
-@pytest.mark.parametrize("name", ["pointwise", "normed_pointwise", "depthwise"])
-def test_without_a_bias_operators_are_what_they_declare(name):
-    for position, ((operator, (*given,)),) in enumerate(operator_calls(name), 2):
-        given[position] = None
-        torch.library.opcheck(operator, tuple(given))
+            if name in ("pointwise", "normed_pointwise", "depthwise"):
+                given[2 + i] = None  # the bias
+                torch.library.opcheck(operator, tuple(given))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -526,8 +500,7 @@ def test_second_derivatives_are_refused(name):
 def count(function, tensors, settings=()):
     """Return the operations of the forward and of the backward."""
     with FlopCounterMode(display=False) as counter:
-        tensors = [None if each is None else each.detach().requires_grad_() for each in tensors]
-        out = function(*tensors, *settings)
+        out = function(*each_of(lambda each: each.detach().requires_grad_(), tensors), *settings)
         forward = counter.get_total_flops()
         out.sum().backward()
     return forward, counter.get_total_flops() - forward
@@ -558,14 +531,10 @@ def test_operations_are_counted(name):
 
 @needs_c
 def test_operations_are_those_that_pytorch_counts():
-    tensors, settings = make("pointwise", *SMALL["pointwise"])
-    assert count(ops.pointwise, tensors) == count(F.conv2d, tensors)
-    tensors, settings = make("normed_pointwise", *SMALL["normed_pointwise"])
-    assert count(ops.normed_pointwise, tensors) == count(define_normed, tensors)
-    tensors, settings = make("channel_attention", *SMALL["channel_attention"])
-    assert count(ops.channel_attention, tensors, settings) == count(
-        define_attention, tensors, settings
-    )
+    for name in ("pointwise", "normed_pointwise", "channel_attention"):
+        ours, definition, *_ = OPERATORS[name]
+        case = make(name, *SMALL[name])
+        assert count(ours, *case) == count(definition, *case)
     (x, *rest), _ = make("depthwise", *SMALL["depthwise"])
     # PyTorch counts the weight's gradient once for every pair of channels: compare that of x.
     forward, grad_x = count(lambda each: define_depthwise(each, *rest), [x])
@@ -611,43 +580,27 @@ FREE_BACKWARD = {"head_sums": {(2, 2), (2, 3)}}
 @needs_c
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", IN_C)
-def test_operators_refuse_shapes_before_c_sees_them(name, backward, monkeypatch):
+def test_operators_refuse_what_does_not_fit_before_c_sees_it(name, backward, monkeypatch):
     calls = operator_calls(name)[backward]
     for operator, given in calls:
         operator(*given)
     monkeypatch.setattr(library, "load", Unreachable)
+    dynamic = name == "projected_dwconv"
+    others = (torch.float64, torch.bfloat16, torch.int64, torch.int32)
     for (operator, given), own in zip(calls, DECLARED[name], strict=True):
         for arguments, i, axis in changed(given, _other_shapes):
             # Nothing in x makes nothing of the dynamic convolution, whatever the rest is.
-            nothing = name == "projected_dwconv" and arguments[i].numel() == 0
+            nothing = dynamic and arguments[i].numel() == 0
             if not nothing and (i, axis) not in (FREE_BACKWARD if backward else FREE).get(own, ()):
                 with pytest.raises(ValueError, match=r"need|fit"):
                     operator(*arguments)
-
-
-@needs_c
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", IN_C)
-def test_operators_refuse_other_dtypes_before_c_sees_them(name, backward, monkeypatch):
-    calls = operator_calls(name)[backward]
-    monkeypatch.setattr(library, "load", Unreachable)
-    others = (torch.float64, torch.bfloat16, torch.int64, torch.int32)
-    for operator, given in calls:
         for arguments, _, dtype in changed(given, lambda each: ((t, each.to(t)) for t in others)):
             # The dynamic convolution has a form for every dtype, if not for all mixtures.
             refused = pytest.raises((TypeError, ValueError), match=str(dtype))
-            if name == "projected_dwconv":
+            if dynamic:
                 refused = contextlib.suppress(TypeError, ValueError, RuntimeError)
             with refused:
                 operator(*arguments)
-
-
-@needs_c
-@pytest.mark.parametrize("name", IN_C)
-def test_a_tensor_on_another_device_never_reaches_c(name, monkeypatch):
-    calls = itertools.chain(*operator_calls(name))
-    monkeypatch.setattr(library, "load", Unreachable)
-    for operator, given in calls:
         for arguments, *_ in changed(given, lambda each: [("meta", each.to("meta"))]):
             with contextlib.suppress(TypeError, RuntimeError):  # or what is declared
                 operator(*arguments)
@@ -673,25 +626,23 @@ def test_operators_refuse_settings_before_c_sees_them(own, setting, monkeypatch)
 @needs_c
 @pytest.mark.parametrize("kernel", [2, 4, 35])
 def test_filters_that_c_does_not_know_are_refused(kernel, monkeypatch):
-    calls = [
-        call
-        for name in ("depthwise", "gdfn_gate")
-        for call in itertools.chain(*operator_calls(name))
-    ]
+    names = ("depthwise", "gdfn_gate")
+    calls = [call for name in names for call in itertools.chain(*operator_calls(name))]
     (x, hidden, *_), _ = make("projected_dwconv", *SMALL["projected_dwconv"])
     weight = torch.ones(3 * kernel**2, 5)
     projected = (x, hidden, weight, weight[:, 0], kernel)
+    calls += [(c_backend.projected_forward, projected)]
+    calls += [(c_backend.projected_backward, (x, *projected))]
     monkeypatch.setattr(library, "load", Unreachable)
     for operator, given in calls:
-        fits = [isinstance(each, torch.Tensor) and each.shape[1:] == (1, 3, 3) for each in given]
-        at = fits.index(True)
-        filters = given[at].new_ones(*given[at].shape[:2], kernel, kernel)
-        with pytest.raises(ValueError, match="needs"):
-            operator(*given[:at], filters, *given[at + 1 :])
-    with pytest.raises(ValueError, match=r"needs|fit"):
-        c_backend.projected_forward(*projected)
-    with pytest.raises(ValueError, match=r"needs|fit"):
-        c_backend.projected_backward(x, *projected)
+        given = [
+            each.new_ones(*each.shape[:2], kernel, kernel)
+            if isinstance(each, torch.Tensor) and each.shape[1:] == (1, 3, 3)
+            else each
+            for each in given
+        ]
+        with pytest.raises(ValueError, match=r"needs|fit"):
+            operator(*given)
 
 
 @needs_c
@@ -762,29 +713,25 @@ class Subclass(torch.Tensor):
 
 
 @needs_c
-@pytest.mark.parametrize("name", [name for name in IN_C if name != "projected_dwconv"])
-@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, Subclass], ids=str)
-def test_other_kinds_of_tensors_take_the_plain_form(name, kind):
-    tensors, settings = make(name, *SMALL[name])
-    with Operators() as ran:
-        others = [t.as_subclass(Subclass) if kind is Subclass else t.to(kind) for t in tensors]
-        out = OPERATORS[name].ours(*others, *settings)
-    assert not ran.ours
-    expected = OPERATORS[name].definition(*(each.double() for each in tensors), *settings)
-    tolerance = 0.05 if kind is torch.bfloat16 else 1e-5
-    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@needs_c
 @pytest.mark.parametrize("name", IN_C)
-def test_autocast_takes_the_plain_form(name):
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, Subclass, "autocast"], ids=str)
+def test_other_kinds_of_tensors_and_autocast_take_the_plain_form(name, kind):
     tensors, settings = make(name, *SMALL[name])
-    expected = OPERATORS[name].definition(*(each.double() for each in tensors), *settings)
-    with torch.autocast("cpu", torch.bfloat16), Operators() as ran:
-        out = OPERATORS[name].ours(*tensors, *settings)
+    others, autocast = tensors, contextlib.nullcontext()
+    if kind == "autocast":
+        autocast = torch.autocast("cpu", torch.bfloat16)
+    else:
+        others = [t.as_subclass(Subclass) if kind is Subclass else t.to(kind) for t in tensors]
+    with autocast, Operators() as ran:
+        out = OPERATORS[name].ours(*others, *settings)
+    # The dynamic convolution is an operator for every kind of tensor.
     assert ran.ours <= {"dlgsanet::projected_dwconv"}
-    assert out.dtype == torch.bfloat16
-    assert (out - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert kind == "autocast" or out.dtype == others[0].dtype
+    expected = OPERATORS[name].definition(*(each.double() for each in tensors), *settings)
+    half = kind in (torch.bfloat16, "autocast")
+    assert half == (out.dtype == torch.bfloat16)
+    error = (out.double() - expected).abs().max()
+    assert error <= (0.05 if half else 1e-5) * expected.abs().max()
 
 
 @needs_c
@@ -953,10 +900,9 @@ def test_strips_change_nothing(rows, monkeypatch):
 @pytest.mark.parametrize(("shape", "groups", "kernel"), SHAPES)
 def test_plain_form_equals_the_reference(shape, groups, kernel):
     tensors = make_dynamic(shape, groups, kernel)
+    actual = output_and_gradients(pytorch_backend.plain, tensors)
     expected = output_and_gradients(dynamic_dwconv_reference, tensors)
-    assert_near(
-        output_and_gradients(pytorch_backend.plain, tensors), expected, 1e-13, torch.float64
-    )
+    assert_near(actual, expected, 1e-13, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -1006,58 +952,53 @@ def test_half_precision_is_projected_in_float32():
     assert centre == expected
 
 
-@pytest.mark.parametrize(
-    ("x", "weight", "names"),
-    [
-        (torch.rand(4, 3, 3), torch.rand(1, 2, 3, 3, 3, 3), r"x .*\(4, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(2, 2, 3, 3, 3, 3), r"x .*B = 2.*\(1, 4, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 2, 3, 3, 3, 4), r"x .*W = 4.*\(1, 4, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 2, 4, 4, 3, 3), "odd side; got 4"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 2, 3, 5, 3, 3), r"K, K.*\(1, 2, 3, 5, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 3, 3, 3, 3, 3), r"G·S.*G = 3.*\(1, 4, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 0, 3, 3, 3, 3), r"G·S.*G = 0.*\(1, 4, 3, 3\)"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 2, 3, 3, 3, 3).double(), "torch.float32"),
-        (torch.ones(1, 4, 3, 3).int(), torch.ones(1, 2, 3, 3, 3, 3).int(), "torch.int32"),
-        (torch.rand(1, 4, 3, 3), torch.rand(1, 2, 3, 3, 3, 3, device="meta"), "on meta"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused(x, weight, names):
-    with pytest.raises(ValueError, match=names):
-        dynamic_dwconv(x, weight)
+def given(*shape, **options):
+    return torch.ones(shape, **options)
+
+
+MAPS = {"x": given(1, 4, 3, 3), "weight": given(1, 2, 3, 3, 3, 3)}
+PROJECTED = {
+    **{"x": given(1, 4, 3, 5), "hidden": given(1, 2, 3, 5), "weight": given(18, 2)},
+    **{"bias": given(18), "kernel": 3},
+}
 
 
 @pytest.mark.parametrize(
-    ("changed", "names"),
+    ("fitting", "changed", "names"),
     [
-        ({"x": torch.rand(4, 3, 5)}, r"x of shape \(B, G·S, H, W\).*got \(4, 3, 5\)"),
-        ({"hidden": torch.rand(2, 3, 5)}, r"hidden of shape .*got \(2, 3, 5\)"),
-        ({"weight": torch.rand(18, 2, 1, 1)}, r"weight of shape .*got \(18, 2, 1, 1\)"),
-        ({"bias": torch.rand(18, 1)}, r"bias of shape .*got \(18, 1\)"),
-        ({"x": torch.rand(2, 4, 3, 5)}, r"x of shape .*B = 1.*got \(2, 4, 3, 5\)"),
-        ({"hidden": torch.rand(1, 2, 3, 6)}, r"x of shape .*W = 6.*got \(1, 4, 3, 5\)"),
-        ({"weight": torch.rand(18, 3)}, r"hidden of shape .*D = 3"),
-        ({"bias": torch.rand(9)}, r"bias of shape \(G·K·K\).*got \(9,\)"),
-        ({"kernel": 2}, "odd side; got 2"),
-        ({"kernel": 0}, "odd side; got 0"),
-        ({"kernel": 5}, r"weight of shape \(G·K·K, D\) with K = 5; got \(18, 2\)"),
-        ({"x": torch.rand(1, 5, 3, 5)}, r"x of shape .*G = 2.*got \(1, 5, 3, 5\)"),
-        ({"weight": torch.rand(0, 2), "bias": torch.rand(0)}, r"x of shape .*G = 0"),
-        ({"hidden": torch.rand(1, 2, 3, 5).half()}, "hidden to be torch.float32.*torch.float16"),
-        ({"bias": torch.rand(18).double()}, "bias to be torch.float32.*torch.float64"),
-        ({"weight": torch.rand(18, 2, device="meta")}, "on meta"),
+        (MAPS, {"x": given(4, 3, 3)}, r"x .*\(4, 3, 3\)"),
+        (MAPS, {"weight": given(2, 2, 3, 3, 3, 3)}, r"x .*B = 2.*\(1, 4, 3, 3\)"),
+        (MAPS, {"weight": given(1, 2, 3, 3, 3, 4)}, r"x .*W = 4.*\(1, 4, 3, 3\)"),
+        (MAPS, {"weight": given(1, 2, 4, 4, 3, 3)}, "odd side; got 4"),
+        (MAPS, {"weight": given(1, 2, 3, 5, 3, 3)}, r"K, K.*\(1, 2, 3, 5, 3, 3\)"),
+        (MAPS, {"weight": given(1, 3, 3, 3, 3, 3)}, r"G·S.*G = 3.*\(1, 4, 3, 3\)"),
+        (MAPS, {"weight": given(1, 0, 3, 3, 3, 3)}, r"G·S.*G = 0.*\(1, 4, 3, 3\)"),
+        (MAPS, {"weight": MAPS["weight"].double()}, "torch.float32"),
+        (MAPS, {name: each.int() for name, each in MAPS.items()}, "torch.int32"),
+        (MAPS, {"weight": MAPS["weight"].to("meta")}, "on meta"),
+        (PROJECTED, {"x": given(4, 3, 5)}, r"x of shape \(B, G·S, H, W\).*got \(4, 3, 5\)"),
+        (PROJECTED, {"hidden": given(2, 3, 5)}, r"hidden of shape .*got \(2, 3, 5\)"),
+        (PROJECTED, {"weight": given(18, 2, 1, 1)}, r"weight of shape .*got \(18, 2, 1, 1\)"),
+        (PROJECTED, {"bias": given(18, 1)}, r"bias of shape .*got \(18, 1\)"),
+        (PROJECTED, {"x": given(2, 4, 3, 5)}, r"x of shape .*B = 1.*got \(2, 4, 3, 5\)"),
+        (PROJECTED, {"hidden": given(1, 2, 3, 6)}, r"x of shape .*W = 6.*got \(1, 4, 3, 5\)"),
+        (PROJECTED, {"weight": given(18, 3)}, r"hidden of shape .*D = 3"),
+        (PROJECTED, {"bias": given(9)}, r"bias of shape \(G·K·K\).*got \(9,\)"),
+        (PROJECTED, {"kernel": 2}, "odd side; got 2"),
+        (PROJECTED, {"kernel": 0}, "odd side; got 0"),
+        (PROJECTED, {"kernel": 5}, r"weight of shape \(G·K·K, D\) with K = 5; got \(18, 2\)"),
+        (PROJECTED, {"x": given(1, 5, 3, 5)}, r"x of shape .*G = 2.*got \(1, 5, 3, 5\)"),
+        (PROJECTED, {"weight": given(0, 2), "bias": given(0)}, r"x of shape .*G = 0"),
+        (PROJECTED, {"hidden": PROJECTED["hidden"].half()}, "hidden to be torch.float32.*float16"),
+        (PROJECTED, {"bias": given(18).double()}, "bias to be torch.float32.*torch.float64"),
+        (PROJECTED, {"weight": given(18, 2, device="meta")}, "on meta"),
     ],
 )
-def test_projected_inputs_that_do_not_fit_are_refused(changed, names):
-    fitting = {
-        "x": torch.rand(1, 4, 3, 5),
-        "hidden": torch.rand(1, 2, 3, 5),
-        "weight": torch.rand(18, 2),
-        "bias": torch.rand(18),
-        "kernel": 3,
-    }
-    projected_dwconv(**fitting)
+def test_inputs_that_do_not_fit_are_refused(fitting, changed, names):
+    function = dynamic_dwconv if fitting is MAPS else projected_dwconv
+    function(**fitting)
     with pytest.raises(ValueError, match=names):
-        projected_dwconv(**{**fitting, **changed})
+        function(**{**fitting, **changed})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

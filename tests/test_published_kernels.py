@@ -1,23 +1,19 @@
 """The naive kernels of the published code, compiled for the CPU, and on a GPU."""
 
+import contextlib
 import ctypes
-import importlib
 import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
+import contestants
+import measuring
+import published_kernels
 import pytest
 import torch
 
 from dlgsanet_arch.ops.reference import dynamic_dwconv_reference
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-contestants = importlib.import_module("contestants")
-measuring = importlib.import_module("measuring")
-published_kernels = importlib.import_module("published_kernels")
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +51,6 @@ def naive_on_cpu(compile_kernels, monkeypatch):
     """Let what stands in for CuPy run the kernels on this CPU."""
     cupy = types.ModuleType("cupy")
 
-    class Context:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
     class RawKernel:
         def __init__(self, code, name, options):
             assert code is published_kernels.SOURCE
@@ -74,7 +60,8 @@ def naive_on_cpu(compile_kernels, monkeypatch):
             assert block == (published_kernels.THREADS,)
             self.run(*map(ctypes.c_void_p, pointers), ctypes.c_uint(grid[0]))
 
-    cupy.cuda = types.SimpleNamespace(ExternalStream=Context, Device=Context)
+    context = contextlib.nullcontext
+    cupy.cuda = types.SimpleNamespace(ExternalStream=context, Device=context)
     cupy.RawKernel = RawKernel
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     stream = types.SimpleNamespace(cuda_stream=0)

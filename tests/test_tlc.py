@@ -6,7 +6,7 @@ import definition
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatch import LargestTensor
 
 from dlgsanet_arch.ops import channel_attention
 from dlgsanet_arch.ops.attention import ACTIVATIONS
@@ -167,32 +167,19 @@ def test_no_side_is_one_window_over_all():
     torch.testing.assert_close(windowed_attention(qkv, temperature, HEADS, "relu", 13), whole)
 
 
-def test_sums_over_pixels_are_kept_in_float32():
-    # In bfloat16 a sum of ones stops at 256: q and k would not be of unit length.
-    ones = torch.ones(1, 3 * CHANNELS, 64, 32, dtype=torch.bfloat16)
-    temperature = torch.ones(HEADS, 1, 1, dtype=torch.bfloat16)
-    out = windowed_attention(ones, temperature, HEADS, "relu", 32)
-    assert torch.equal(out, torch.full_like(out, CHANNELS // HEADS))
-
-
-def test_an_image_s_sums_do_not_overflow_float16():
-    ones = torch.full((1, 3 * CHANNELS, 96, 96), 30.0, dtype=torch.float16)
-    temperature = torch.ones(HEADS, 1, 1, dtype=torch.float16)
-    out = windowed_attention(ones, temperature, HEADS, "relu", 90)
-    assert torch.equal(out, torch.full_like(out, 30 * CHANNELS // HEADS))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest number of elements that any operator returned in new memory."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            size = result.untyped_storage().nbytes() // result.element_size()
-            self.elements = max(self.elements, size)
-        return result
+@pytest.mark.parametrize(
+    ("dtype", "value", "size", "side"),
+    [
+        # In bfloat16 a sum of ones stops at 256: q and k would not be of unit length.
+        (torch.bfloat16, 1, (64, 32), 32),
+        (torch.float16, 30, (96, 96), 90),  # an image's sums overflow
+    ],
+)
+def test_sums_over_pixels_are_kept_in_float32(dtype, value, size, side):
+    qkv = torch.full((1, 3 * CHANNELS, *size), float(value), dtype=dtype)
+    temperature = torch.ones(HEADS, 1, 1, dtype=dtype)
+    out = windowed_attention(qkv, temperature, HEADS, "relu", side)
+    assert torch.equal(out, torch.full_like(out, value * CHANNELS // HEADS))
 
 
 def test_no_map_of_all_windows_is_made():
