@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlgsanet_arch import DLGSANet, cpu, network
 from dlgsanet_arch.ops import reference
 from dlgsanet_arch.ops.attention import ACTIVATIONS
+from dlgsanet_arch.tlc import Axis
 
 DEFINITION = "definition"
 PUBLISHED = "published-style"
@@ -118,17 +119,6 @@ def absence_notes(device: str, names: list[str]) -> list[str]:
     return [f"Left out: {name}, since {reasons[name]}." for name in names if name in reasons]
 
 
-def _window_starts(length: int, side: int) -> tuple[int, list[int]]:
-    """Return a window's side along an axis, and where the windows start (TLC)."""
-    side = min(length, side)
-    least = (length - 1) // side + 1
-    step = side if least == 1 else -(-(length - side) // (least - 1))
-    starts = [0]
-    while starts[-1] < length - side:
-        starts.append(min(starts[-1] + step, length - side))
-    return side, starts
-
-
 def _attend(self: network.SparseGSA, qkv: Tensor) -> Tensor:
     """Attend over the channels of q, k and v (B, 3C, H, W), q and k normalised as maps."""
     size = qkv.shape[2:]
@@ -142,13 +132,8 @@ def _attention(self: network.SparseGSA, x: Tensor) -> Tensor:
     qkv = self.qkv_dwconv(self.qkv(x))
     if self.window is None or self.training:
         return self.project_out(_attend(self, qkv))
-    height, rows = _window_starts(qkv.shape[2], self.window)
-    width, columns = _window_starts(qkv.shape[3], self.window)
-    places = [
-        (..., slice(top, top + height), slice(left, left + width))
-        for top in rows
-        for left in columns
-    ]
+    rows, columns = (Axis.plan(length, self.window).windows() for length in qkv.shape[2:])
+    places = [(..., row, column) for row in rows for column in columns]
     parts = [_attend(self, qkv[place]) for place in places]
     total, count = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for place, part in zip(places, parts, strict=True):
@@ -198,10 +183,6 @@ def _global_layer(self: network.GlobalLayer, x: Tensor) -> Tensor:
     return self.restormer_ffn(self.norm4(x)) + x
 
 
-def _group(self: network.RHDTG, x: Tensor) -> Tensor:
-    return self.body(x) + x
-
-
 def _whole(self: DLGSANet, x: Tensor) -> Tensor:
     x = (x - self.mean) * self.img_range
     x = self.overlap_embed(x)
@@ -220,7 +201,7 @@ _PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {
     network.SparseGSA: _attention,
     network.LocalLayer: _local_layer,
     network.GlobalLayer: _global_layer,
-    network.RHDTG: _group,
+    network.RHDTG: lambda self, x: self.body(x) + x,
     DLGSANet: _whole,
 }
 
@@ -246,20 +227,10 @@ def as_published(
 ) -> DLGSANet:
     """Let a built DLGSANet compute as the published code does; it is changed and returned.
 
-    Args:
-        net: The network.
-        dynamic: The dynamic convolution of given filters; tests without a GPU put another here.
+    Tests without a GPU give another dynamic convolution.
     """
     slower = {network.LayerNorm: _norm_of_copies, network.SparseGSA: _attention_emptying_cache}
     return _replace_forwards(net, {**_PLAIN, **slower}, dynamic)
-
-
-def _keep_filters(net: DLGSANet) -> DLGSANet:
-    """Let a built DLGSANet have the filters' map in memory: a hook might read it."""
-    for module in net.modules():
-        if isinstance(module, network.FilterGenerator):
-            module.conv2[0].register_forward_hook(lambda *_: None)
-    return net
 
 
 def _never(*_: object) -> bool:
@@ -287,7 +258,9 @@ def build(contestant: str, variant: str, scale: int) -> nn.Module:
     if contestant == PUBLISHED:
         return as_published(net)
     if contestant == PYTORCH_MAP:
-        return _keep_filters(net)
+        for module in net.modules():
+            if isinstance(module, network.FilterGenerator):  # a hook might read the filters' map
+                module.conv2[0].register_forward_hook(lambda *_: None)
     if contestant == OURS_CHANNELS_LAST:
         return net.to(memory_format=torch.channels_last)
     return net
@@ -312,24 +285,13 @@ def images(
 
 @functools.cache
 def operations(
-    contestant: str,
-    variant: str,
-    scale: int,
-    size: tuple[int, int, int],
-    training: bool = False,
+    contestant: str, variant: str, scale: int, size: tuple[int, int, int], training: bool = False
 ) -> int:
     """Count floating-point operations by PyTorch's FlopCounterMode, without computing.
 
     All forms of DLGSANet are counted as its formula in train mode, whatever is computed twice:
     where TLC's windows overlap, or in a backward. Norms, activations, gates and additions are not
-    counted.
-
-    Args:
-        contestant: Which.
-        variant: Of DLGSANet.
-        scale: Enlargement.
-        size: (B, H, W) of the input.
-        training: Count the forward three times, for itself and its backward.
+    counted. `size` is (B, H, W); `training` counts the forward three times, for its backward too.
     """
     if contestant not in PEERS:
         contestant = OURS

@@ -37,24 +37,20 @@ MOST_SETS = 16
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def _filters(hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    """Make the filters' map (B, G, K, K, H, W), as the generator's last convolution does."""
-    made = F.conv2d(hidden, weight[:, :, None, None], bias)
-    return made.unflatten(1, (-1, kernel, kernel))
+def _with_map(convolve: Callable[[Tensor, Tensor], Tensor]) -> Form:
+    """Return a form with the filters' map (B, G, K, K, H, W) in memory."""
 
+    def form(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
+        filters = F.conv2d(hidden, weight[:, :, None, None], bias)
+        return convolve(x, filters.unflatten(1, (-1, kernel, kernel)))
 
-def _map_in_memory(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    return ops.dynamic_dwconv(x, _filters(hidden, weight, bias, kernel))
-
-
-def _published(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel: int) -> Tensor:
-    return published_kernels.dynamic_dwconv_naive(x, _filters(hidden, weight, bias, kernel))
+    return form
 
 
 FORMS: dict[str, Form] = {
     DEFINITION: reference.projected_dwconv_reference,
-    PUBLISHED: _published,
-    PYTORCH_MAP: _map_in_memory,
+    PUBLISHED: _with_map(published_kernels.dynamic_dwconv_naive),
+    PYTORCH_MAP: _with_map(ops.dynamic_dwconv),
     PYTORCH: ops.projected_dwconv,
     OURS: ops.projected_dwconv,
 }

@@ -16,7 +16,8 @@ THREADS = 256
 
 # B, C, G, H, W and K are compiled in. Maps are (B, C, H, W) and (B, G, K, K, H, W), contiguous.
 SOURCE = r"""
-extern "C" __global__ void convolve(const float* x, const float* filters, float* out) {
+// Sums over the taps: those around a value, or, with a sign of -1, those that it is a tap of.
+__device__ void gather(const float* x, const float* filters, float* out, int sign) {
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= B * C * H * W) return;
     int column = index % W;
@@ -27,35 +28,23 @@ extern "C" __global__ void convolve(const float* x, const float* filters, float*
     float total = 0;
     for (int i = 0; i < K; i++) {
         for (int j = 0; j < K; j++) {
-            int r = row + i - K / 2;
-            int c = column + j - K / 2;
+            int r = row + sign * (i - K / 2);
+            int c = column + sign * (j - K / 2);
             if (r < 0 || r >= H || c < 0 || c >= W) continue;
-            total += filters[((((item * G + group) * K + i) * K + j) * H + row) * W + column]
+            int centre = sign > 0 ? row * W + column : r * W + c;
+            total += filters[(((item * G + group) * K + i) * K + j) * H * W + centre]
                 * x[((item * C + channel) * H + r) * W + c];
         }
     }
     out[index] = total;
 }
 
+extern "C" __global__ void convolve(const float* x, const float* filters, float* out) {
+    gather(x, filters, out, 1);
+}
+
 extern "C" __global__ void gradient_of_x(const float* grad, const float* filters, float* out) {
-    int index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= B * C * H * W) return;
-    int column = index % W;
-    int row = index / W % H;
-    int channel = index / (W * H) % C;
-    int item = index / (W * H * C);
-    int group = channel / (C / G);
-    float total = 0;
-    for (int i = 0; i < K; i++) {
-        for (int j = 0; j < K; j++) {
-            int r = row - i + K / 2;
-            int c = column - j + K / 2;
-            if (r < 0 || r >= H || c < 0 || c >= W) continue;
-            total += filters[((((item * G + group) * K + i) * K + j) * H + r) * W + c]
-                * grad[((item * C + channel) * H + r) * W + c];
-        }
-    }
-    out[index] = total;
+    gather(grad, filters, out, -1);
 }
 
 extern "C" __global__ void gradient_of_filters(const float* grad, const float* x, float* out) {

@@ -243,31 +243,27 @@ def _apart(folder: Path) -> Iterator[None]:
     """Keep what a run prints in a file of `folder`, and the process as it was before."""
     from basicsr.utils.logger import initialized_logger
 
-    logger = logging.getLogger("basicsr")
-    handlers, known = logger.handlers[:], dict(initialized_logger)
-    level, propagates = logger.level, logger.propagate
-    trying = torch.backends.cudnn.benchmark
-    said = folder / "said.txt"
+    logger, cudnn, said = logging.getLogger("basicsr"), torch.backends.cudnn, folder / "said.txt"
+    handlers, trying = logger.handlers[:], cudnn.benchmark
+    kept = {"handlers": handlers[:], "level": logger.level, "propagate": logger.propagate}
     try:
         with (
             said.open("w") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
+            mock.patch.dict(initialized_logger),
+            mock.patch.multiple(logger, **kept),
         ):
             try:
                 yield
             finally:
                 for handler in set(logger.handlers) - set(handlers):
                     handler.close()
-                logger.handlers[:] = handlers
     except Exception:
         print(said.read_text()[-2000:], file=sys.__stderr__)
         raise
     finally:
-        logger.level, logger.propagate = level, propagates
-        initialized_logger.clear()
-        initialized_logger.update(known)
-        torch.backends.cudnn.benchmark = trying
+        cudnn.benchmark = trying
 
 
 def network_options(name: str) -> dict[str, Any]:
@@ -559,12 +555,8 @@ def _model(network: str, folder: Path, device: str, *, train: bool) -> Any:
 
     recipe = reporting.ROOT / "options" / "train" / f"tiny_x{SCALE}.yml"
     options = yaml.safe_load(recipe.read_text())
-    paths = {
-        "experiments_root": folder,
-        "models": folder / "models",
-        "training_states": folder / "training_states",
-        "visualization": folder / "visualization",
-    }
+    parts = ("models", "training_states", "visualization")
+    paths = {"experiments_root": folder, **{part: folder / part for part in parts}}
     for path in paths.values():
         path.mkdir(exist_ok=True)
     options["path"] |= {name: str(path) for name, path in paths.items()}
@@ -589,12 +581,8 @@ def _validations(cell: Cell, model: Any, device: str) -> dict[str, Callable[[], 
     from dlgsanet_arch.pipeline.evaluation import Images
     from dlgsanet_arch.pipeline.processes import Processes
 
-    options = {
-        "name": "pictures",
-        "phase": "val",
-        "scale": SCALE,
-        **validation_set(cell["pictures"], cell["size"]),
-    }
+    options = {"name": "pictures", "phase": "val", "scale": SCALE}
+    options |= validation_set(cell["pictures"], cell["size"])
     num_gpu = int(device == "cuda")
 
     def theirs(workers: int) -> Callable[[], dict[str, float]]:
@@ -672,13 +660,6 @@ def validation_section(asked: argparse.Namespace) -> Section:
 # -- checkpoints -------------------------------------------------------------------------------
 
 
-def _train_once(model: Any) -> None:
-    """Let the optimizer have its state, which a checkpoint holds."""
-    lq = torch.rand(1, 3, 16, 16)
-    model.feed_data({"lq": lq, "gt": torch.rand(1, 3, 16 * SCALE, 16 * SCALE)})
-    model.optimize_parameters(1)
-
-
 def checkpoints(cell: Cell, setting: Setting) -> Record:
     """Measure a checkpoint of a network: weights, their average, and the state."""
     from dlgsanet_arch.pipeline.adapter import adapt
@@ -693,7 +674,10 @@ def checkpoints(cell: Cell, setting: Setting) -> Record:
         for by, folder in folders.items():
             folder.mkdir()
             models[by] = _model(cell["network"], folder, setting.device, train=True)
-            _train_once(models[by])
+            # Once, so that the optimizer has its state, which a checkpoint holds.
+            given = {"lq": torch.rand(1, 3, 16, 16)}
+            models[by].feed_data({**given, "gt": torch.rand(1, 3, 16 * SCALE, 16 * SCALE)})
+            models[by].optimize_parameters(1)
         adapt(models[OURS], Processes())
         progress = Progress(iteration=SAVE_EVERY, place=Place(), epoch_length=1, seed=0)
         saves = {

@@ -16,9 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,14 +45,8 @@ TEST_PROCESSES = 10
 _STOP_SECONDS = 10.0  # between asking a piece to end and ending it
 
 
-@dataclass
-class Outcome:
-    """How a piece ended.
-
-    Attributes:
-        status: Its exit status; None if it was stopped at its limit.
-        seconds: How long it took.
-    """
+class Outcome(NamedTuple):
+    """How a piece ended: its exit status, None if it was stopped at its limit, and its seconds."""
 
     status: int | None
     seconds: float
@@ -80,7 +75,7 @@ def is_done(section: str, results: Path) -> bool:
 
 def execute(arguments: Sequence[str], seconds: float) -> Outcome:
     """Run this Python at the repository's root, its children ended with it at the limit."""
-    start = time.monotonic()
+    start, status = time.monotonic(), None
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -88,29 +83,17 @@ def execute(arguments: Sequence[str], seconds: float) -> Outcome:
         env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
-    status = None
     try:
-        status = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        pass
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(timeout=seconds)
     finally:
         if status is None:
-            _end_group(process)
+            for how in (signal.SIGTERM, signal.SIGKILL):  # its children, too, where it ended
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, how)
+                    process.wait(timeout=_STOP_SECONDS)
+            process.wait()
     return Outcome(status, time.monotonic() - start)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a session of its own, and all that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def read_tests(report: Path) -> dict[str, list[str]]:

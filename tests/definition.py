@@ -82,17 +82,11 @@ def dynamic_convolution(x: Array, filters: Array) -> Array:
     groups, kernel = filters.shape[1:3]
     border = kernel // 2
     out = np.zeros_like(x)
-    for c in range(channels):
-        g = c // (channels // groups)
-        for y in range(height):
-            for column in range(width):
-                for i in range(kernel):
-                    for j in range(kernel):
-                        source = y + i - border, column + j - border
-                        if 0 <= source[0] < height and 0 <= source[1] < width:
-                            out[:, c, y, column] += (
-                                filters[:, g, i, j, y, column] * x[:, c, source[0], source[1]]
-                            )
+    for c, y, column, i, j in np.ndindex(channels, height, width, kernel, kernel):
+        above, left = y + i - border, column + j - border
+        if 0 <= above < height and 0 <= left < width:
+            tap = filters[:, c // (channels // groups), i, j, y, column]
+            out[:, c, y, column] += tap * x[:, c, above, left]
     return out
 
 

@@ -28,6 +28,7 @@ def compile_kernels(tmp_path_factory):
         source = folder / "kernels.cpp"
         source.write_text(
             "#define __global__\n"
+            "#define __device__ static\n"
             "struct Place { unsigned x; };\n"
             "static Place blockIdx, blockDim, threadIdx;\n"
             f"{published_kernels.SOURCE}\n"
