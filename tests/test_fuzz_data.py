@@ -157,11 +157,6 @@ def test_damaged_images_are_read_or_refused(tmp_path, image):
     check_image(*image, tmp_path)
 
 
-@pytest.mark.faults
-def test_more_damaged_images_are_read_or_refused(tmp_path):
-    searched(8000)(given(image=ANY_IMAGE)(lambda image: check_image(*image, tmp_path)))()
-
-
 NAMES = ("set/a.png", "set/" + "b" * 120 + "/é.jpg", "set/notes.txt")
 MEMBERS = [(name, name.encode() * 40) for name in NAMES]
 ARCHIVES = [
@@ -188,11 +183,6 @@ def check_archive(data: bytes, folder: Path) -> None:
 @given(data=ANY_ARCHIVE)
 def test_damaged_archives_are_unpacked_or_refused(tmp_path, data):
     check_archive(data, tmp_path)
-
-
-@pytest.mark.faults
-def test_more_damaged_archives_are_unpacked_or_refused(tmp_path):
-    searched(5000)(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, tmp_path)))()
 
 
 BODY = b"the file " * 30
@@ -250,8 +240,14 @@ def test_any_answer_of_a_server_is_a_file_or_an_error(tmp_path, server, answer, 
 
 
 @pytest.mark.faults
-def test_more_answers_of_a_server_are_files_or_errors(tmp_path, server):
+def test_more_damage(tmp_path, server):
+    searched(8000)(given(image=ANY_IMAGE)(lambda image: check_image(*image, tmp_path)))()
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    searched(5000)(given(data=ANY_ARCHIVE)(lambda data: check_archive(data, archives)))()
+    answers = tmp_path / "answers"
+    answers.mkdir()
     check = given(answer=ANY_ANSWER, has_part=st.booleans())(
-        lambda answer, has_part: check_answer(answer, has_part, server, tmp_path)
+        lambda answer, has_part: check_answer(answer, has_part, server, answers)
     )
     searched(3000)(check)()

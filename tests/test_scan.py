@@ -19,7 +19,6 @@ from dlgsanet_arch.data.images import read_header
 from dlgsanet_arch.data.making import encode_png
 
 SAMPLES = 3
-DATABASE = {"type": "lmdb"}
 
 
 @pytest.fixture
@@ -40,22 +39,20 @@ def image(height=48, width=64):
 def use_databases(options, root, hr, lr, phase="train", lines=None):
     """Make a set of LMDBs of some keys, as BasicSR's tools do, or with other lines for HR."""
     for name, keys, scale in (("hr", hr, 1), ("lr", lr, 2)):
-        path = root / f"{name}.lmdb"
-        with (
-            lmdb.open(str(path), map_size=2**26) as environment,
-            environment.begin(write=True) as w,
-        ):
-            for key in keys:
-                w.put(key.encode(), encode_png(image()[::scale, ::scale]))
-        written = [f"{key}.png (48,64,3) 1" for key in keys]
+        path, written = root / f"{name}.lmdb", [f"{key}.png (48,64,3) 1" for key in keys]
+        for key in keys:
+            put(path, key.encode(), encode_png(image()[::scale, ::scale]))
         written = lines if name == "hr" and lines is not None else written
         (path / "meta_info.txt").write_text("".join(f"{line}\n" for line in written))
     roots = {"dataroot_gt": "hr.lmdb", "dataroot_lq": "lr.lmdb"}
-    options["datasets"][phase] |= {**roots, "io_backend": DATABASE}
+    options["datasets"][phase] |= {**roots, "io_backend": {"type": "lmdb"}}
 
 
 def put(database, key, value):
-    with lmdb.open(str(database)) as environment, environment.begin(write=True) as write:
+    with (
+        lmdb.open(str(database), map_size=2**26) as environment,
+        environment.begin(write=True) as write,
+    ):
         write.put(key, value)
 
 
@@ -99,18 +96,14 @@ def test_good_folders_pass(root, options, scanned):
     assert len(basicsr_reads(options, "train", root)) == SAMPLES
 
 
-def test_good_databases_pass(root, options, scanned):
+def test_good_databases_pass_also_where_an_earlier_run_holds_them_open(root, options, scanned):
+    from basicsr.utils import FileClient
+
     use_databases(options, root, "abcd", "abcd")
     options["datasets"]["val"] = options["datasets"]["train"] | {"name": "other"}
     assert scanned().samples == {"train": 4, "val": 4}
     # nothing stays open: BasicSR may open them
     assert len(basicsr_reads(options, "val", root)) == 4
-
-
-def test_a_database_that_an_earlier_run_holds_open_is_read(root, options, scanned):
-    from basicsr.utils import FileClient
-
-    use_databases(options, root, "a", "a", "val")
     held = FileClient("lmdb", db_paths=[str(root / "hr.lmdb")], client_keys=["gt"])
     scanned()
     assert held.get("a", "gt")  # and is not closed
@@ -138,8 +131,6 @@ def test_unequal_keys_are_named(root, options, scanned):
         (LQ, f"1 of 2 images in {hr} have no partner in {lr}: 'b'"),
         (LQ, f"1 of 2 images in {lr} have no partner in {hr}: 'c'"),
     )
-    with pytest.raises(ValueError, match="are different"):
-        basicsr_reads(options, "train", root)
 
 
 @pytest.mark.parametrize(
@@ -159,17 +150,14 @@ def test_a_damaged_database_is_named(root, options, scanned, damage, said):
     scanned((LQ, "lr.lmdb", said))
 
 
-@pytest.mark.parametrize("entry", [b"no image", b""])
-def test_an_entry_that_is_no_image_is_named(root, options, scanned, entry):
+def test_headers_of_entries_are_read(root, options, scanned):
     use_databases(options, root, "a", "a")
-    put(root / "lr.lmdb", b"a", entry)
-    scanned((LQ, "1 of 1 checked cannot be used: 'a'; the first: LR is not an image"))
-
-
-def test_a_long_preamble_hides_no_header(root, options, scanned):
-    profile = np.random.default_rng(0).bytes(100_000)
+    for entry in (b"no image", b""):
+        put(root / "lr.lmdb", b"a", entry)
+        scanned((LQ, "1 of 1 checked cannot be used: 'a'; the first: LR is not an image"))
+    put(root / "lr.lmdb", b"a", encode_png(image()[::2, ::2]))
+    profile = np.random.default_rng(0).bytes(100_000)  # a long preamble
     Image.new("RGB", (64, 48)).save(root / "a.png", icc_profile=profile, compress_level=0)
-    use_databases(options, root, "a", "a")
     put(root / "hr.lmdb", b"a", (root / "a.png").read_bytes())
     scanned()
 
@@ -216,21 +204,17 @@ def test_a_list_says_which_images_there_are(root, options, scanned):
     scanned(("val:meta_info_file", "has 1 blank lines"), (VAL_GT, *gone), (VAL_LQ, *gone))
 
 
-def test_sets_of_real_esrgan_are_read_as_it_lists_them(root, options, scanned):
+def test_sets_of_other_types_are_read_as_they_list_them(root, options, scanned):
     (root / "pairs.txt").write_text("HR/image0.png, LR/image0.png\n")
     dataset = options["datasets"]["train"]
     dataset |= {"type": "RealESRGANPairedDataset", "meta_info": str(root / "pairs.txt")}
     dataset |= {"dataroot_gt": "data", "dataroot_lq": "data"}
-    assert scanned().samples["train"] == 1
+    single = {"name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR"}
+    options["datasets"]["val"] = single | {"io_backend": {"type": "disk"}}
+    assert scanned().samples == {"train": 1, "val": SAMPLES}
     assert len(basicsr_reads(options, "train", root)) == 1
     (root / "pairs.txt").write_text("HR/image0.png LR/image0.png\n")
     scanned(("train:meta_info", "write `HR, LR` in each line"))
-
-
-def test_single_images_need_no_hr(options, scanned):
-    single = {"name": "a", "type": "SingleImageDataset", "dataroot_lq": "data/LR"}
-    options["datasets"]["val"] = single | {"io_backend": {"type": "disk"}}
-    assert scanned().samples["val"] == SAMPLES
 
 
 def test_patches_must_fit_into_hr(root, options, scanned):
@@ -250,11 +234,9 @@ def test_a_border_must_leave_something_to_measure(options, scanned):
 
 def test_an_image_larger_than_pillow_opens_is_checked(root, scanned):
     """OpenCV, which trains, reads up to 2**30 pixels."""
-    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    )
+    data = bytearray(encode_png(image()))
+    data[16:24] = struct.pack(">II", 20_000, 10_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     for part in ("HR", "LR"):
         (root / "data" / part / "image9.png").write_bytes(data)
     said = "1 of 4 checked cannot be used: 'image9.png'; the first: HR has 10000 x 20000"
@@ -276,20 +258,15 @@ def test_results_need_names_of_their_own(root, scanned):
 
 
 @pytest.mark.parametrize(
-    ("size", "wrong"),
-    [
-        ((48, 65), [LQ]),
-        ((49, 65), [LQ]),
-        ((48, 66), [LQ, VAL_LQ]),
-        ((47, 64), [LQ, VAL_LQ]),
-        ((64, 48), [LQ, VAL_LQ]),
-    ],
+    ("size", "tested"),
+    [((48, 65), False), ((49, 65), False), ((48, 66), True), ((47, 64), True), ((64, 48), True)],
 )
-def test_hr_is_lr_times_the_scale(root, options, scanned, size, wrong):
+def test_hr_is_lr_times_the_scale(root, options, scanned, size, tested):
     """For a benchmark, HR may be larger by less than one LR pixel; BasicSR crops any rest."""
     cv2.imwrite(str(root / "data/HR/image1.png"), image(*size))
     text = f"HR has {size[0]} x {size[1]} pixels, and LR's 24 x 32 times 2"
-    scanned(*((start, "1 of 3 checked cannot be used: 'image1.png'", text) for start in wrong))
+    expected = ("1 of 3 checked cannot be used: 'image1.png'", text)
+    scanned((LQ, *expected), *([(VAL_LQ, *expected)] if tested else []))
     with pytest.raises(ValueError, match="Scale mismatches"):
         basicsr_reads(options, "train", root)
 

@@ -39,17 +39,13 @@ FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is t
 
 @dataclass
 class Scan:
-    """Findings about the data sets of an option file, one a line, and samples by phase.
+    """Findings about the data sets of an option file, one a line or by phase."""
 
-    Problems begin with the option's path; warnings name what BasicSR changes in images without
-    saying so; notes say how much was checked; `smallest` is height and width of the smallest HR.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    samples: dict[str, int] = field(default_factory=dict)
-    smallest: dict[str, tuple[int, int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # begin with the option's path
+    warnings: list[str] = field(default_factory=list)  # what BasicSR changes silently
+    notes: list[str] = field(default_factory=list)  # how much was checked
+    samples: dict[str, int] = field(default_factory=dict)  # their number
+    smallest: dict[str, tuple[int, int]] = field(default_factory=dict)  # HR's height and width
 
 
 def _header(path: Path, name: str) -> Header:
@@ -91,19 +87,13 @@ def _check_headers(checked: Checked) -> None:
 def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet]:
     """The data sets that an option file names, by phase; relative paths start from `root`.
 
-    Raises:
-        UserError: It names none, or one without images.
+    UserError if it names none, or one without images.
     """
     context = Context(options, False, root, None)
     sets = {phase: _pair_set(phase, context) for phase, _ in context.datasets()}
     if not sets:
         raise UserError("the option file names no data sets: it has no `datasets`")
     return sets
-
-
-def _is_training(phase: str) -> bool:
-    """Whether a data set is to train on by its phase, as BasicSR reads it."""
-    return phase.split("_")[0] == "train"
 
 
 def _pair_set(phase: str, context: Context) -> PairSet:
@@ -116,7 +106,8 @@ def _pair_set(phase: str, context: Context) -> PairSet:
     hr, lr = path("dataroot_gt"), path("dataroot_lq")
     if hr is None and lr is None:
         raise UserError(f"datasets:{phase} names neither dataroot_gt nor dataroot_lq")
-    if _is_training(phase):
+    trains = phase.split("_")[0] == "train"  # as BasicSR reads it
+    if trains:
         fills_up = dataset.get("type") == "RealESRGANDataset"
         least, why = None if fills_up else dataset.get("gt_size"), "gt_size"
     else:
@@ -133,18 +124,14 @@ def _pair_set(phase: str, context: Context) -> PairSet:
         template=str(dataset.get("filename_tmpl", "{}")),
         least=least if is_whole(least) else None,
         why=why,
-        role="train" if _is_training(phase) else "test",
+        role="train" if trains else "test",
         listing=None if in_lmdb else path("meta_info_file") or path("meta_info"),
         lists_pairs="meta_info" in dataset and hr is not None and lr is not None,
     )
 
 
 def scan(
-    options: Mapping[str, Any],
-    root: Path,
-    *,
-    train: bool,
-    registered: Registered | None = None,
+    options: Mapping[str, Any], root: Path, *, train: bool, registered: Registered | None = None
 ) -> Scan:
     """Check every data set of BasicSR's types for single images; no pixel is decoded.
 
@@ -157,7 +144,7 @@ def scan(
     phases: dict[str, str] = {}
     for phase, dataset in context.datasets():
         name, kind = str(dataset.get("name")), dataset.get("type")
-        if not _is_training(phase) and phases.setdefault(name, phase) != phase:
+        if phase.split("_")[0] != "train" and phases.setdefault(name, phase) != phase:
             found.problems.append(
                 f"datasets:{phase}:name: {name!r} is the name of datasets:{phases[name]} too, and "
                 "the results of one would replace the other's; rename one"

@@ -32,6 +32,7 @@ from dlgsanet_arch.hints import quoted
 
 DATA = "data.mdb"
 META_INFO = "meta_info.txt"
+AGAIN = "copy it again, or make it again"
 
 # Where a database starts and what it is doubled from whenever it is full. LMDB reserves as many
 # addresses, not memory; BasicSR's 1 TiB is refused where addresses are limited.
@@ -51,8 +52,7 @@ def is_database(path: Path) -> bool:
 def open_database(path: Path) -> Iterator[lmdb.Environment]:
     """Open a finished database for reading, or use the environment that a data set holds open.
 
-    Raises:
-        UserError: The database is missing or damaged; errors inside the block count too.
+    UserError if it is missing or damaged; errors inside the block count too.
     """
     if not (path / DATA).is_file():
         raise UserError(f"{path} is not an LMDB: it holds no data.mdb")
@@ -69,16 +69,10 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             size = (path / DATA).stat().st_size
             if size < needed:
-                raise UserError(
-                    f"{path} is cut short, it has {size:,} of {needed:,} bytes: copy it again, or "
-                    "make it again"
-                )
+                raise UserError(f"{path} is cut short, {size:,} of {needed:,} bytes: {AGAIN}")
             yield environment
     except lmdb.Error as error:
-        raise UserError(
-            f"{path} cannot be read, it is damaged or cut short ({error}): copy it again, or make "
-            "it again"
-        ) from error
+        raise UserError(f"{path} is damaged or cut short ({error}): {AGAIN}") from error
 
 
 def _listed_keys(path: Path) -> list[str]:
@@ -96,8 +90,7 @@ def _entry_keys(path: Path) -> list[str]:
         keys = [bytes(key).decode(errors="replace") for key in stored]
     if len(keys) != claimed:
         raise UserError(
-            f"{path} is damaged: it does not hold the {claimed:,} entries that it claims; copy it "
-            "again, or make it again"
+            f"{path} is damaged: it does not hold the {claimed:,} entries that it claims; {AGAIN}"
         )
     return keys
 
@@ -116,11 +109,7 @@ def open_entry(path: Path, key: str) -> Iterator[memoryview]:
 def check_keys(path: Path) -> tuple[list[str], list[str]]:
     """Compare the list of a database with the keys of its entries.
 
-    Returns:
-        The keys that are in both, sorted, and faults, phrases that follow the name of the database.
-
-    Raises:
-        UserError: The database is damaged.
+    Returns the keys that are in both, sorted, and faults, phrases that follow the database's name.
     """
     entries = set(_entry_keys(path))
     try:

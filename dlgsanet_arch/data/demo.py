@@ -56,8 +56,7 @@ def _write_validation(folder: Path) -> None:
 def prepare(folder: Path, *, workers: int = 1) -> Summary:
     """Build what is missing of the demo's data set in a folder, such as ``datasets/demo``.
 
-    Raises:
-        UserError: A photograph is missing, or `folder` holds databases that were not made here.
+    UserError if a photograph is missing, or `folder` holds databases that were not made here.
     """
     sources = [Source(Path(name).stem, images_folder() / name) for name in TRAIN_IMAGES]
     summary = build(sources, [SCALE], folder, cutting=CUTTING, workers=workers, overwrite=True)

@@ -37,8 +37,7 @@ def known_name(text: str) -> str | None:
 def set_name(text: str) -> str:
     """The name of a test set as the data tree spells it: ``set5`` and ``Set 5`` are Set5.
 
-    Raises:
-        UserError: It is neither a known set nor made of letters, digits, - and _.
+    UserError if it is neither a known set nor made of letters, digits, - and _.
     """
     known = known_name(text)
     if known is None and not re.fullmatch("[A-Za-z0-9_-]+", text):
@@ -54,16 +53,11 @@ def _is_called(folder: str, name: str) -> bool:
 
 
 def find_source(name: str, root: Path) -> Path:
-    """Find a test set in datasets/<name> or datasets/benchmark/<name>, in any spelling.
-
-    Raises:
-        UserError: It is in neither place, or twice in one.
-    """
-    name = set_name(name)
-    places = [root / "datasets", root / "datasets" / "benchmark"]
+    """Find a test set in datasets/<name> or datasets/benchmark/<name>, in any spelling."""
+    name, places = set_name(name), [root / "datasets", root / "datasets" / "benchmark"]
     for place in places:
-        entries = sorted(place.iterdir()) if place.is_dir() else []
-        found = [entry for entry in entries if entry.is_dir() and _is_called(entry.name, name)]
+        entries = sorted(place.glob("*"))
+        found = [each for each in entries if each.is_dir() and _is_called(each.name, name)]
         if len(found) > 1:
             raise UserError(
                 f"{name} may be any of {', '.join(map(str, found))}: name one with --hr FOLDER"
@@ -151,10 +145,8 @@ def _choose(name: str, source: Path, paths: Sequence[PurePath]) -> Layout:
 def find_layout(name: str, source: Path, target: Path, scales: Sequence[int] | None) -> Layout:
     """Find a test set in a folder, for some scales; None means those that are there.
 
-    Images that were made in `target` are used only if there are no others.
-
-    Raises:
-        UserError: HR images are missing, have the same name, or it is not clear which to take.
+    Images that were made in `target` are used only if there are no others. UserError if HR images
+    are missing or have the same name, or if it is not clear which to take.
     """
     paths = [
         path

@@ -127,10 +127,8 @@ def download(url: str, target: Path, sha256: str | None = None) -> None:
 
     Bytes are collected in ``<target>.part``, and ``<target>.part.json`` records the file's version
     on the server. A file that changed there starts again, as does one whose server has no ranges.
-
-    Raises:
-        UserError: The network or the server fails, the SHA-256 differs, the disk is full, or
-            another process is downloading to the same place.
+    UserError if the network or the server fails, the SHA-256 differs, the disk is full, or another
+    process is downloading to the same place.
     """
     if target.is_file():
         return

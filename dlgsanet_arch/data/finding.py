@@ -55,10 +55,8 @@ def check_folder(path: Path, fix: str) -> None:
 def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each visible folder at and below one, once, with its folders and its files.
 
-    Links are followed. Folders that are removed from the list are not entered.
-
-    Raises:
-        OSError: A folder cannot be read.
+    Links are followed. Folders that are removed from the list are not entered. OSError if one
+    cannot be read.
     """
 
     def failed(error: OSError) -> None:
@@ -80,8 +78,7 @@ def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def walk_images(folder: Path) -> list[Path]:
     """Find all images below a folder, by `SUFFIXES`: paths from there, ``a2`` before ``a10``.
 
-    Raises:
-        UserError: The folder is missing, cannot be read, or holds no images.
+    UserError if the folder is missing, cannot be read, or holds no images.
     """
     check_folder(folder, "name a folder of images")
     try:
@@ -108,11 +105,7 @@ def sharing(keys: Mapping[object, str]) -> str:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Find all images below a folder as `walk_images` does, by their keys.
-
-    Raises:
-        UserError: As there, or images of one folder differ in their suffixes only.
-    """
+    """Find all images below a folder as `walk_images` does, by their keys, which must differ."""
     keys = {relative: image_key(relative) for relative in walk_images(folder)}
     if equal := sharing(keys):
         raise UserError(

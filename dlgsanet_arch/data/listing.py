@@ -61,11 +61,7 @@ def open_image(path: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def read_image(path: Path, name: str) -> bytes:
-    """Read an image's file in a folder, or an LMDB's entry, empty if there is none.
-
-    Raises:
-        ImageError: It cannot be read, or is larger than any image.
-    """
+    """Read an image's file in a folder, or an LMDB's entry, empty if there is none."""
     if not is_database(path):
         return read_bytes(path / name)
     with open_entry(path, name) as value:

@@ -160,8 +160,7 @@ class Findings:
     ) -> list[Source]:
         """Decode every image, and return those that can be used: HR has `least` pixels a side.
 
-        Raises:
-            UserError: Images cannot be used, unless they are skipped and some remain.
+        UserError if images cannot be used, unless they are skipped and some remain.
         """
         good, files = [], defaultdict(list)
         read = partial(_scan, least=least)

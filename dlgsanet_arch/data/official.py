@@ -95,10 +95,8 @@ def sources(
 ) -> list[Source]:
     """The images of a published set, HR and their official LR, downloaded and unpacked as needed.
 
-    They are looked for in `places`; what is downloaded or unpacked goes into the first.
-
-    Raises:
-        UserError: Images cannot be had, or are not as many as were published.
+    They are looked for in `places`; what is downloaded or unpacked goes into the first. UserError
+    if there are not as many as were published.
     """
     server = official.server if mirror is None else mirror.rstrip("/") + "/"
     parts = {scale: official.part(scale) for scale in (1, *scales)}

@@ -132,11 +132,7 @@ def pair(hr: Path, lr: Mapping[int, Path]) -> list[Source]:
 
 
 def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Source]:
-    """Find HR images as `pair` does, with LR in a folder that has X2, X3, X4 for several scales.
-
-    Raises:
-        UserError: A folder is missing or empty, or images have no partner.
-    """
+    """Find HR images as `pair` does, with LR in a folder that has X2, X3, X4 for several scales."""
     if lr is None:
         return pair(hr, {})
     check_folder(lr, "name a folder of LR images")

@@ -79,11 +79,7 @@ def _role(path: Path) -> str:
 
 
 def sets_of_paths(paths: Sequence[Path]) -> list[PairSet]:
-    """The data sets below folders, HR and LR put together by the names of the data tree.
-
-    Raises:
-        UserError: A folder does not exist or is empty.
-    """
+    """The data sets below folders, HR and LR put together by the names of the data tree."""
     by_place: dict[Path, Path] = {}
     for path in paths:
         check_folder(path, "name LMDBs, folders of images, or of data sets")
@@ -254,10 +250,7 @@ def fix(verified: Sequence[Checked]) -> list[Path]:
     """Copy the good images of LMDBs that have bad ones to `NAME_fixed.lmdb`, and name the copies.
 
     Sets that share HR, as the scales of a training set do, lose the same images. LR by another
-    kernel is not fixed.
-
-    Raises:
-        UserError: None of a set's images is good, or a database cannot be written.
+    kernel is not fixed. UserError if none of a set's images is good.
     """
     by_first: dict[Path, list[Checked]] = defaultdict(list)
     for each in verified:

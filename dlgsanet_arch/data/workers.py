@@ -116,10 +116,8 @@ def ordered(
     `function` is importable by name, or a `functools.partial` of such a function; what it raises is
     raised here, at its item's turn. At most ``AHEAD * workers`` items are in flight, so memory does
     not grow with their number. With one worker or none the function runs in this process, unless
-    it is `isolated`, because what it reads may crash it.
-
-    Raises:
-        UserError: Memory ran out, or a worker died.
+    it is `isolated`, because what it reads may crash it. UserError if memory ran out or a worker
+    died.
     """
     workers, remaining = max(1, workers), iter(items)
     try:
