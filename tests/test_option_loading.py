@@ -1,7 +1,6 @@
 """Option files read: numbers, bounds of YAML, errors by file and line, keys set beside the file."""
 
 import pytest
-import yaml
 from option_cases import train_options
 
 from dlgsanet_arch.options import OptionsError, load, override, parse_value
@@ -17,14 +16,6 @@ def test_numbers_are_numbers_wherever_they_stand(tmp_path, text):
     assert load(file) == {"lr": number, "list": [number, f"a{text}", f"{text}x", text, number]}
     assert parse_value(text) == number
     assert isinstance(load(file)["lr"], int) == (text in ("-1", "7"))
-
-
-def test_numbers_in_exponent_form_train_in_basicsr_only_when_marked(tmp_path):
-    """Why the shipped files say !!float: BasicSR's own reader takes 5e-4 for text."""
-    from basicsr.utils.options import ordered_yaml
-
-    content = yaml.load("a: 5e-4\nb: !!float 5e-4\n", Loader=ordered_yaml()[0])
-    assert dict(content) == {"a": "5e-4", "b": 5e-4}
 
 
 @pytest.mark.parametrize(
@@ -49,13 +40,10 @@ ANCHORS = "x0: &x0 [1]\n" + "".join(
     ("content", "said"),
     [
         (b"name: a\ntrain:\n  lr: [1, 2\nval: 3\n", "bad.yml:4:4: this is not YAML"),
-        (b"name: a\n\tscale: 4\n", "bad.yml:2:1: this is not YAML"),
-        (b"name: a: b\n", "bad.yml:1:8: this is not YAML"),
         (b"name: \x01\n", "bad.yml: this is not YAML"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"", "bad.yml holds nothing"),
         (b"- a\n- b\n", "bad.yml holds a list"),
-        (b"just text\n", "bad.yml holds a str"),
         (b"a: !!python/object:os.system x\n", "bad.yml:1:4: this is not YAML"),
         (b"a: 1\nb: {c: 1,\n c: 2}\n", "bad.yml:3:2: this is not YAML: the key 'c' is written twi"),
         (b"&z {a: *z}", "bad.yml has more than 100,000 values"),

@@ -1,18 +1,19 @@
-"""What an option file may say: load, check, done, before anything is created.
+"""Option files, read and checked before anything is created.
 
-`load` reads the file. `problems` compares it with the table of `schema` in one pass (`walk`) and
-runs the checks of what must fit together (`checks`) and of the files that are named (`paths`),
-which see only values that passed. A new key is a row of the table; a rule that spans keys is a
-generator in `checks.CHECKS`. What images and weights hold is checked by the pipeline.
+`problems` compares options with the table of `schema` in one pass (`walk`), then checks what must
+fit together (`checks`) and that files exist (`paths`), on values that passed. A new key is a row of
+the table; a rule that spans keys is a generator in `checks.CHECKS`. What images and weights hold is
+checked by the pipeline.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.options import checks, paths
+from dlgsanet_arch.options import checks
 from dlgsanet_arch.options.context import Context, OptionsError, Registered
 from dlgsanet_arch.options.load import load, override, parse_value
+from dlgsanet_arch.options.paths import missing_files
 from dlgsanet_arch.options.walk import compare
 
 __all__ = [
@@ -43,9 +44,10 @@ def problems(
         registered: What is in BasicSR's registries "arch", "model", "dataset", "metric" and
             "loss" by name; one that is absent, or None for all, is not checked.
     """
-    found, sound = compare(Context(options, train, root, registered))
+    found: list[str] = []
+    sound = compare(Context(options, train, root, registered), found)
     context = Context(sound, train, root, registered)
-    return found + [line for find in (*checks.CHECKS, *paths.CHECKS) for line in find(context)]
+    return found + [line for find in (*checks.CHECKS, missing_files) for line in find(context)]
 
 
 def refuse(found: Sequence[str]) -> None:

@@ -79,15 +79,12 @@ def _training(context: Context) -> Iterator[str]:
         )
 
 
-# A value that must be less than another, or a multiple of it.
-_LESS = (("train:warmup_iter", "train:total_iter"), ("val:tile_overlap", "val:tile"))
-_MULTIPLES = (("datasets:train:gt_size", "scale"),)
-_SYNTHETIC_MULTIPLES = (("gt_size", "scale"), ("queue_size", "datasets:train:batch_size_per_gpu"))
-
-
 def _numbers(context: Context) -> Iterator[str]:
     """Numbers must fit each other; BasicSR cuts patches of whole LR pixels, and queues batches."""
-    for path, other in _LESS:
+    for path, other in (
+        ("train:warmup_iter", "train:total_iter"),
+        ("val:tile_overlap", "val:tile"),
+    ):
         value, limit = context.value(path), context.value(other)
         if value and limit and value >= limit:
             yield f"{path}: must be less than {other} {limit}; got {value}"
@@ -96,7 +93,9 @@ def _numbers(context: Context) -> Iterator[str]:
     # Whether a model of Real-ESRGAN makes LR images and cuts the patches itself.
     synthetic = context.options.get("high_order_degradation", True) is not False
     synthetic = synthetic and known_model(context) in REAL
-    for path, other in (*_MULTIPLES, *(_SYNTHETIC_MULTIPLES if synthetic else ())):
+    batch = "datasets:train:batch_size_per_gpu"
+    multiples = (("gt_size", "scale"), ("queue_size", batch)) if synthetic else ()
+    for path, other in (("datasets:train:gt_size", "scale"), *multiples):
         value, unit = context.value(path), context.value(other)
         if path == "queue_size" and path not in context.options:
             value = 180  # BasicSR's own
@@ -110,30 +109,21 @@ def _numbers(context: Context) -> Iterator[str]:
             yield f"{path}: has {len(value)} for {len(kernels)} of {other}; write as many"
     if synthetic and (context.options.get("gt_size") or 0) > _REAL_ESRGAN_PATCH:
         yield f"gt_size: BasicSR cuts images to {_REAL_ESRGAN_PATCH}; write that or less"
-    batch = context.value("datasets:train:batch_size_per_gpu")
-    parts = context.value("train:accumulation")
+    batch, parts = context.value(batch), context.value("train:accumulation")
     if batch and parts and parts > batch:
         yield f"train:accumulation: a batch of {batch} has no {parts} parts; write {batch} or less"
 
 
 def _phases(context: Context) -> Iterator[str]:
-    """BasicSR knows a data set's phase by its key up to the underscore; results go by its name."""
+    """BasicSR knows a data set's phase by its key up to the underscore."""
     if not context.train and context.options.get("datasets") == {}:
         yield "datasets: there is nothing to test on; write a section test_1"
     what = "train, val, val_2" if context.train else "test_1, test_2"
-    names: dict[str, str] = {}
-    for phase, dataset in context.datasets():
-        kind = phase.split("_")[0]
+    kinds = {phase: phase.split("_")[0] for phase, _ in context.datasets()}
+    for phase, kind in kinds.items():
         if not (phase == "train" or kind == "val" if context.train else kind in ("val", "test")):
             yield f"datasets:{phase}: not the name of a data set here; use names such as {what}"
-        name = dataset.get("name")
-        if phase != "train" and name is not None and names.setdefault(name, phase) != phase:
-            yield (
-                f"datasets:{phase}:name: datasets:{names[name]} is named {name!r} too, and the "
-                "results of one would be lost; write another name"
-            )
-    validates = context.train and context.section("val") and context.section("datasets")
-    if validates and not any(phase.split("_")[0] == "val" for phase, _ in context.datasets()):
+    if context.train and context.section("val") and kinds and "val" not in kinds.values():
         yield "val: the file names no validation set; add datasets:val, or remove val"
 
 
@@ -147,7 +137,7 @@ def _loggers(context: Context) -> Iterator[str]:
         hint = suggest_or_list(metric, metrics) if metrics else "; add it there"
         yield f"logger:save_best: val:metrics has no {metric!r}{hint}"
     names = [each.get("name") for phase, each in context.datasets() if phase[:3] == "val"]
-    if dataset and None not in names and names and dataset not in names:
+    if dataset and names and None not in names and dataset not in names:
         hint = suggest_or_list(dataset, names)
         yield f"logger:save_best: no validation set is named {dataset!r}{hint}"
     if context.value("logger:wandb:project") and not context.value("logger:use_tb_logger"):

@@ -81,15 +81,12 @@ class Context:
         """Return what "arch", "model", … has under `name`, None where that is not known."""
         if registry == "optimizer":
             return getattr(torch.optim, str(name)) if name in optimizers() else None
-        entries, names = (self.registered or {}).get(registry, {}), (str(name), f"{name}_basicsr")
-        found = next((entries[each] for each in names if each in entries), None)
-        return DLGSANet if found is None and (registry, name) == ("arch", "DLGSANet") else found
+        own = {"DLGSANet": DLGSANet} if registry == "arch" else {}
+        entries = own | dict((self.registered or {}).get(registry, {}))
+        return entries.get(str(name), entries.get(f"{name}_basicsr"))  # as BasicSR's registries do
 
     def names_in(self, registry: str) -> list[str] | None:
-        """Return every name that finds something in a registry, None where that is not known.
-
-        BasicSR's registries look for a name with the suffix _basicsr, too.
-        """
+        """Return every name that finds something in a registry, None where that is not known."""
         entries = (self.registered or {}).get(registry)
         bare = [each.removesuffix("_basicsr") for each in entries or ()]
         return None if entries is None else [*entries, *bare]

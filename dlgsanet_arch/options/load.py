@@ -13,8 +13,6 @@ from dlgsanet_arch.options.context import OptionsError
 
 # What PyYAML raises on text that is not YAML, and on tags that do not fit their values.
 _FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
-
-
 _MOST_BYTES = 1 << 17  # shipped files have 4 thousand; PyYAML takes 10 s for a million
 _MOST_VALUES = 100_000
 
@@ -42,16 +40,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _check_size(options: Any, path: Path) -> None:
-    """Refuse anchors that hold themselves, or that multiply one another."""
+def _has_too_many_values(options: Any) -> bool:
+    """Detect anchors that hold themselves, or that multiply one another."""
     left, count = [options], 0
-    while left:
+    while left and count <= _MOST_VALUES:
         each = left.pop()
         left.extend(each.values() if isinstance(each, dict) else each if type(each) is list else ())
         count += 1
-        if count > _MOST_VALUES:
-            fault = f"{path} has more than {_MOST_VALUES:,} values, by anchors within anchors"
-            raise OptionsError(f"{fault}; write fewer")
+    return count > _MOST_VALUES
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -66,11 +62,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_BYTES + 1)
-        if len(text) > _MOST_BYTES:
-            fault = f"{path} has more than {_MOST_BYTES:,} characters"
-            raise OptionsError(f"{fault}; an option file has a few thousand")
-        options = yaml.load(text, Loader=_Loader)
-        _check_size(options, path)
+        options = yaml.load(text, Loader=_Loader) if len(text) <= _MOST_BYTES else None
     except FileNotFoundError:
         near = suggest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])
         raise OptionsError(f"option file {path} does not exist{near}") from None
@@ -84,13 +76,16 @@ def load(path: Path) -> dict[str, Any]:
         said = getattr(error, "problem", None) or error
         fault = f"{place}: this is not YAML: {said}; fix this line or the one above"
         raise OptionsError(fault) from error
-    if not isinstance(options, dict):
+    if len(text) > _MOST_BYTES:
+        fault = f"has more than {_MOST_BYTES:,} characters; an option file has a few thousand"
+    elif _has_too_many_values(options):
+        fault = f"has more than {_MOST_VALUES:,} values, by anchors within anchors; write fewer"
+    elif not isinstance(options, dict):
         found = "nothing" if options is None else f"a {type(options).__name__}"
-        raise OptionsError(
-            f"{path} holds {found}; an option file has lines such as `name: tiny_x4`; "
-            "options/ has complete ones"
-        )
-    return options
+        fault = f"holds {found}; an option file has lines such as `name: tiny_x4`, see options/"
+    else:
+        return options
+    raise OptionsError(f"{path} {fault}")
 
 
 def parse_value(text: str) -> Any:

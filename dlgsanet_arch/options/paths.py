@@ -65,24 +65,19 @@ def data_faults(context: Context, phase: str, dataset: Mapping[str, Any]) -> Ite
             )
 
 
-def _images(context: Context) -> Iterator[str]:
-    """Training and test sets must be there, with something in them."""
+def missing_files(context: Context) -> Iterator[str]:
+    """Yield what is wrong with the data sets, and with the files of weights and states.
+
+    A resumed run takes its weights from its own folder.
+    """
     for phase, dataset in context.datasets():
         yield from data_faults(context, phase, dataset)
-
-
-def _weights(context: Context) -> Iterator[str]:
-    """Files to start from must be there; a resumed run takes its weights from its own folder."""
     paths = context.section("path")
     resumed = context.train and paths.get("resume_state")
-    keys = ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in key]
-    for key in keys:
+    for key in ["resume_state"] if resumed else [key for key in paths if "pretrain_network" in key]:
         find = context.resolve if key == "resume_state" else context.weights
         if paths[key] and not _has_content(file := find(paths[key])):
             yield (
                 f"path:{key}: {file} does not exist or is empty; correct the path (training "
                 "writes weights to experiments/<name>/models)"
             )
-
-
-CHECKS = (_images, _weights)

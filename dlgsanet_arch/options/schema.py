@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from dlgsanet_arch.options.context import Context, comes_from, join
 from dlgsanet_arch.options.values import (
     Kind,
-    Named,
     anything,
     choice,
     count,
@@ -80,10 +79,11 @@ class Key:
 
     path: str  # where it stands, "section:key"; * stands for any text
     kind: Kind  # what its value may be
-    example: str = ""  # what to write where it is missing; $scale stands for that of the file
+    example: str = ""  # what to write where it is missing, $scale for that of the file
     needed: str = ""  # when it must be there, a key of WHEN
     by: tuple[str, ...] = ()  # who reads it; () for all
     empty: bool = False  # whether it may be ~
+    registry: str = ""  # whose names it may have: BasicSR's "arch", ..., or "optimizer"
 
     @property
     def section(self) -> str:
@@ -102,13 +102,11 @@ _context = choice("fork", "spawn", "forkserver")
 _steps, _from_0 = count("(0, 1e9]"), count("[0, 1e9]")
 _real: dict[str, Any] = {"needed": "synthetic", "by": REAL}
 _blur: dict[str, Any] = {"needed": "always", "by": _REAL_SET}
-
-
-_shape = choice(*(a + b for a in ("", "generalized_", "plateau_") for b in ("iso", "aniso")))
-_shapes = listed(_shape)
+_shapes = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 _pair, _range = listed(number("[0, 1e6]"), 2), listed(number("(0, 1e3]"), 2)
 _percents = listed(number("[0, 100]"), 2)
 _LOSS = "{type: L1Loss, loss_weight: 1.0, reduction: mean}"
+_ADAM = "{type: Adam, lr: !!float 5e-4}"
 _FOLDER = "datasets/benchmark/Set5/X4/"
 _WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
 _numbers = listed(number())
@@ -116,7 +114,7 @@ _numbers = listed(number())
 _ROWS = (
     # the run
     Key("name", name, "tiny_x4", "always"),
-    Key("model_type", Named("model"), "SRModel", "always"),
+    Key("model_type", text, "SRModel", "always", registry="model"),
     Key("scale", whole("[1, 100]"), "4", "always"),
     Key("num_gpu", either(whole("[0, 1024]"), choice("auto")), "auto", "always"),
     Key("manual_seed", whole("[0, 4294900000]"), empty=True),  # the rank is added; NumPy: 2^32
@@ -139,11 +137,11 @@ _ROWS = (
     Key("gan_gt_usm", yes_no, "false", "train", ("RealESRGANModel",)),
     # data
     Key("datasets", section, "{test_1: …}", "always"),
-    Key("datasets:train", section, needed="train"),
+    Key("datasets:train", section, "{name: …, type: …}", "train"),
     Key("datasets:*", section),
     Key("datasets:train:name", text, "DIV2K", "always"),
     Key("datasets:*:name", name, "Set5", "always"),
-    Key("datasets:*:type", Named("dataset"), "PairedImageDataset", "always"),
+    Key("datasets:*:type", text, "PairedImageDataset", "always", registry="dataset"),
     Key("datasets:*:batch_size_per_gpu", _size, "16", "training set"),
     Key("datasets:*:num_worker_per_gpu", whole("[0, 256]"), "6", "training set"),
     Key("datasets:*:dataset_enlarge_ratio", number("(0, 1e9]")),
@@ -168,24 +166,24 @@ _ROWS = (
     Key("datasets:*:mean|std", _numbers, "[0.5, 0.5, 0.5]", "always", _FFHQ),
     Key("datasets:*:mean|std", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
     Key("datasets:*:blur_kernel_size|blur_kernel_size2", whole("[1, 21]"), "21", **_blur),
-    Key("datasets:*:kernel_list|kernel_list2", _shapes, "[iso, aniso]", **_blur),
+    Key("datasets:*:kernel_list|kernel_list2", listed(choice(*_shapes)), "[iso, aniso]", **_blur),
     Key("datasets:*:kernel_prob|kernel_prob2", weights(), "[0.5, 0.5]", **_blur),
     Key("datasets:*:sinc_prob|sinc_prob2", _share, "0.1", **_blur),
     Key("datasets:*:blur_sigma|blur_sigma2", _pair, "[0.2, 3]", **_blur),
     Key("datasets:*:betag_range|betag_range2", _pair, "[0.5, 4]", **_blur),
     Key("datasets:*:betap_range|betap_range2", _pair, "[1, 2]", **_blur),
     Key("datasets:*:final_sinc_prob", _share, "0.8", **_blur),
-    Key("datasets:*:io_backend", section, needed="known set"),
+    Key("datasets:*:io_backend", section, "{type: disk}", "known set"),
     Key("datasets:*:io_backend:type", choice("disk", "lmdb", "memcached"), "disk", "known set"),
     Key("datasets:*:io_backend:readonly|lock|readahead|meminit|subdir", yes_no, by=("lmdb",)),
     Key("datasets:*:io_backend:map_size|max_readers|max_dbs|mode", _large, by=("lmdb",)),
     Key("datasets:*:io_backend:max_spare_txns", _large, by=("lmdb",)),
     Key("datasets:*:io_backend:server_list_cfg|client_cfg|sys_path", path, by=("memcached",)),
     # networks, and the files that they start from
-    Key("network_g", section, needed="always"),
-    Key("network_d", section, needed="gan"),
+    Key("network_g", section, "{type: DLGSANet, …}", "always"),
+    Key("network_d", section, "{type: UNetDiscriminatorSN, …}", "gan"),
     Key("network_*", section, empty=True),
-    Key("network_*:type", Named("arch"), "DLGSANet", "always"),
+    Key("network_*:type", text, "DLGSANet", "always", registry="arch"),
     Key("path", section, "{}", "always"),
     Key("path:pretrain_network_*|resume_state", path, empty=True),
     Key("path:pretrain_network_g", path, _WEIGHTS, "test"),
@@ -195,17 +193,17 @@ _ROWS = (
     Key("path:root|experiments_root|results_root|models", path, empty=True),  # set by BasicSR
     Key("path:training_states|log|visualization", path, empty=True),
     # training
-    Key("train", section, needed="train"),
+    Key("train", section, "{total_iter: 500000, …}", "train"),
     Key("train:total_iter", _steps, "500000", "train"),
     Key("train:warmup_iter", count("[-1, 1e9]")),
     Key("train:ema_decay", number("[0, 1)")),
-    Key("train:optim_g", section, needed="train"),
-    Key("train:optim_d", section, needed="gan", by=GAN),
-    Key("train:optim_*:type", Named("optimizer"), "Adam", "train"),
+    Key("train:optim_g", section, _ADAM, "train"),
+    Key("train:optim_d", section, _ADAM, "gan", GAN),
+    Key("train:optim_*:type", text, "Adam", "train", registry="optimizer"),
     Key("train:optim_*:lr", number("[0, 1e6]"), "!!float 5e-4", "train"),
     Key("train:optim_*:betas", listed(number("[0, 1)"), 2)),
     Key("train:optim_*:eps|weight_decay", number("[0, 1e6]")),
-    Key("train:scheduler", section, needed="train"),
+    Key("train:scheduler", section, "{type: MultiStepLR, milestones: …}", "train"),
     Key("train:scheduler:type", text, "MultiStepLR", "train"),
     Key("train:scheduler:milestones", listed(_from_0), "[250000]", "always", _STEPS),
     Key("train:scheduler:gamma", number("[0, 1e6]"), by=_STEPS),
@@ -216,9 +214,9 @@ _ROWS = (
     Key("train:scheduler:last_epoch", whole("[-1, 1e9]"), by=SCHEDULERS),
     Key("train:pixel_opt", section, _LOSS, "no other loss", empty=True),
     Key("train:perceptual_opt", section, empty=True),
-    Key("train:gan_opt", section, needed="gan", by=GAN),
+    Key("train:gan_opt", section, "{type: GANLoss, …}", "gan", GAN),
     Key("train:ldl_opt", section, by=GAN, empty=True),
-    Key("train:*_opt:type", Named("loss"), "L1Loss", "train"),
+    Key("train:*_opt:type", text, "L1Loss", "train", registry="loss"),
     Key("train:*_opt:reduction", choice("mean", "sum")),  # `none` is not a loss to be minimised
     Key("train:*_opt:gan_type", choice("vanilla", "lsgan", "wgan", "wgan_softplus", "hinge")),
     Key("train:*_opt:criterion", choice("l1", "fro")),  # BasicSR fails on `l2`
@@ -231,22 +229,21 @@ _ROWS = (
     Key("train:clip_grad_norm", either(number("(0, inf]"), choice(False)), by=OURS, empty=True),
     Key("train:accumulation", _size, by=OURS, empty=True),
     # validation
-    Key("val", section, needed="test", empty=True),
+    Key("val", section, "{save_img: true, …}", "test", empty=True),
     Key("val:val_freq", _steps, "5000", "train"),
     Key("val:save_img", yes_no, "false", "always"),
     Key("val:suffix", part_of_name, "~", "images saved", empty=True),
     Key("val:pbar|self_ensemble", yes_no, empty=True),
-    Key("val:tile", whole("[0, 1e9]"), empty=True),
-    Key("val:tile_overlap", whole("[0, 1e9]"), empty=True),
+    Key("val:tile|tile_overlap", whole("[0, 1e9]"), empty=True),
     Key("val:metrics", section, empty=True),
     Key("val:metrics:*", section),
-    Key("val:metrics:*:type", Named("metric"), "calculate_psnr", "always"),
+    Key("val:metrics:*:type", text, "calculate_psnr", "always", registry="metric"),
     Key("val:metrics:*:better", choice("higher", "lower")),
     Key("val:metrics:*:crop_border", whole("[0, 65536]"), "$scale", "border"),
     Key("val:metrics:*:input_order", choice("HWC", "CHW")),
     Key("val:metrics:*:convert_to", choice("y", "gray")),
     # reports, checkpoints, several processes
-    Key("logger", section, needed="train"),
+    Key("logger", section, "{print_freq: 100, …}", "train"),
     Key("logger:print_freq", _steps, "100", "train"),
     Key("logger:save_checkpoint_freq", _steps, "5000", "train"),
     Key("logger:use_tb_logger", yes_no, "true", "train", empty=True),

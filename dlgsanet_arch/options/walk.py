@@ -1,49 +1,36 @@
 """An option file compared with the table: missing keys, keys that nothing reads, wrong values."""
 
-import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from dlgsanet_arch.hints import nearest, suggest
 from dlgsanet_arch.options import values
 from dlgsanet_arch.options.context import Context, comes_from, is_number, join
 from dlgsanet_arch.options.schema import KEYS, WHEN, Key, known_dataset, known_model
-from dlgsanet_arch.options.values import Named, shown
 
 _MISSPELT = 0.8  # how near a name must be where any name may stand
 _GIVEN = {"metric": ("img", "img2"), "optimizer": ("params",)}  # arguments that are not options
 
 
-@dataclass(frozen=True)
-class _Known:
+class _Known(NamedTuple):
     """The keys that a section may have."""
 
-    rows: tuple[Key, ...]  # those that apply before others of the name
+    rows: list[Key]  # those that apply before others of the name
     reader: str = "BasicSR"  # for messages
     open: bool = False  # others may be read; only what looks like a misspelling is refused then
     thing: Any = None  # whose source may name others
 
-    def find(self, name: str) -> Key | None:
-        return next((row for row in self.rows if fnmatchcase(name, row.name)), None)
 
-
-def compare(context: Context) -> tuple[list[str], dict[str, Any]]:
-    """Compare options with the table, in one pass.
-
-    Returns:
-        One line a problem; and the options without what is wrong: wrong values are None.
-    """
-    found: list[str] = []
-    return found, _walk(context, "", context.options, found)
-
-
-def _walk(
-    context: Context, at: str, content: Mapping[Any, Any], found: list[str]
+def compare(
+    context: Context, found: list[str], at: str = "", content: Mapping[Any, Any] | None = None
 ) -> dict[str, Any]:
-    """Check the keys of a section and of those within it."""
+    """Compare the section `content` at a path, by default all options, with the table.
+
+    Adds one line a problem to `found`, and returns the content with None for wrong values.
+    """
+    content = context.options if content is None else content
     known = _known_in(context, at)
     missing = _missing(context, at, known, content) if known else {}
     found += [f"{join(at, key)}: {fault}" for key, fault in missing.items()]
@@ -53,13 +40,13 @@ def _walk(
         if not isinstance(key, str) or ":" in key:
             fault = f"a key must be text without a colon; write '{str(key).replace(':', '_')}'"
         elif known is not None and key not in missing:
-            row = known.find(key)
+            row = next((each for each in known.rows if fnmatchcase(key, each.name)), None)
             fault = _of_value(context, row, value) if row else _unknown(path, key, known)
         if fault:
             found.append(f"{path}: {fault}")
             value = None
         is_section = isinstance(value, Mapping)
-        sound[str(key)] = _walk(context, path, value, found) if is_section else value
+        sound[str(key)] = compare(context, found, path, value) if is_section else value
     return sound
 
 
@@ -73,16 +60,9 @@ def _missing(
         of_others = known.open and row.by
         if there or of_others or row.name in missing or not WHEN[row.needed](context, at):
             continue
-        if row.example:
-            example = row.example.replace("$scale", shown(context.options.get("scale", 4)))
-            fix = f"write `{row.name}: {example}`"
-        elif row.kind is values.section:
-            path = join(at, row.name)
-            rows = [each for each in _rows_of(path) if not each.by]
-            below = dict.fromkeys(each.name for each in rows if WHEN[each.needed](context, path))
-            fix = f"write a section with {', '.join(below)}"
-        else:
-            fix = f"{known.reader} has no default for it"
+        example = row.example.replace("$scale", values.shown(context.options.get("scale", 4)))
+        fix = f"write `{row.name}: {example}`"
+        fix = fix if example else f"{known.reader} has no default for it"
         missing[row.name] = f"{'empty' if row.name in content else 'missing'}; {fix}"
     return missing
 
@@ -91,14 +71,11 @@ def _of_value(context: Context, row: Key, value: Any) -> str:
     """Say what is wrong with the value of a key, or return nothing."""
     if value is None:
         return "" if row.empty else "is empty (~); write a value, or leave it out"
-    fault = row.kind(value)
-    if fault or not isinstance(row.kind, Named):
+    fault, names = row.kind(value), context.names_in(row.registry)
+    if fault or names is None or value in names:
         return fault
-    names = context.names_in(row.kind.registry)
-    if names is None or value in names:
-        return ""
     hint = suggest(value, names) or "; is the package that registers it imported?"
-    return f"no {row.kind.registry} is registered as {shown(value)}{hint}"
+    return f"no {row.registry} is registered as {values.shown(value)}{hint}"
 
 
 def _unknown(path: str, key: str, known: _Known) -> str:
@@ -113,59 +90,46 @@ def _unknown(path: str, key: str, known: _Known) -> str:
     return f"{known.reader} does not read it{would}; {hint}"
 
 
-@functools.cache
-def _rows_of(section: str) -> tuple[Key, ...]:
-    """Return all rows of the table for a section."""
-    depth = section.count(":")
-    return tuple(
-        row for row in KEYS if row.section.count(":") == depth and fnmatchcase(section, row.section)
-    )
-
-
 def _known_in(context: Context, section: str) -> _Known | None:
     """Return the keys that a section may have, None where nothing is known of it."""
-    rows, kind = _rows_of(section), context.section(section).get("type")
-    types = tuple(row for row in rows if row.name == "type")
-    registry = next((row.kind.registry for row in types if isinstance(row.kind, Named)), "")
-    reader, is_known = str(kind), True
+    depth, kind = section.count(":"), context.section(section).get("type")
+    rows = [
+        row for row in KEYS if row.section.count(":") == depth and fnmatchcase(section, row.section)
+    ]
+    types = [row for row in rows if row.name == "type"]
+    registry = types[0].registry if types else ""
     if not rows:
         return None
     if section in ("", "path", "train", "val"):
-        registry, reader = "model", str(context.options.get("model_type"))
-        is_known = known_model(context) is not None
+        reader = str(context.options.get("model_type"))
+        thing, is_open = context.registered_as("model", reader), known_model(context) is None
     elif registry == "dataset":
-        is_known = known_dataset(context, kind) is not None
+        reader = str(kind)
+        thing, is_open = context.registered_as("dataset", kind), not known_dataset(context, kind)
     elif registry:
-        thing = context.registered_as(registry, kind)
-        if thing is None or _signature(thing) is None:
-            return _Known(types, open=True)
-        return _taken_by(context, section, thing, registry)
+        return _taken_by(context, rows, kind, registry)
     elif not types:
         return _Known(rows)
-    elif kind != "disk" and not any(kind in row.by for row in rows):
+    elif kind == "disk" or any(kind in row.by for row in rows):
+        reader, thing, is_open = str(kind), None, False
+    else:
         return _Known(types, open=True)
-    if not is_known:
-        return _Known(rows, reader, True, context.registered_as(registry, reader))
-    return _Known(tuple(row for row in rows if not row.by or reader in row.by), reader)
+    rows = rows if is_open else [row for row in rows if not row.by or reader in row.by]
+    return _Known(rows, reader, is_open, thing)
 
 
-@functools.cache
-def _signature(thing: Any) -> Mapping[str, inspect.Parameter] | None:
-    try:
-        return inspect.signature(thing).parameters
-    except (TypeError, ValueError):  # some callables written in C have no signature
-        return None
-
-
-def _taken_by(context: Context, section: str, thing: Any, registry: str) -> _Known:
+def _taken_by(context: Context, rows: list[Key], kind: Any, registry: str) -> _Known:
     """Return what a class or function takes. BasicSR's own that take anything pass nothing on."""
-    rows, reader = _rows_of(section), str(context.section(section)["type"])
-    parameters = _signature(thing) or {}
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    thing = context.registered_as(registry, kind)
+    try:
+        parameters = inspect.signature(thing).parameters
+    except (TypeError, ValueError):  # not registered; or written in C, without a signature
+        return _Known([row for row in rows if row.name == "type"], open=True)
     arguments = {
         name: each
         for name, each in parameters.items()
-        if each.kind in by_name and name not in _GIVEN.get(registry, ())
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        and name not in _GIVEN.get(registry, ())
     }
     ours = comes_from(thing, "basicsr", "dlgsanet_arch", "torch")
     extra = ("type", "better") if registry == "metric" else ("type",)
@@ -173,10 +137,9 @@ def _taken_by(context: Context, section: str, thing: Any, registry: str) -> _Kno
     keys += [_of_argument(name, each, registry == "arch") for name, each in arguments.items()]
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     is_open = takes_all and not comes_from(thing, "basicsr")
-    source = thing
     if registry == "optimizer" and not known_model(context):  # which may take some out itself
-        is_open, source = True, context.registered_as("model", context.options.get("model_type"))
-    return _Known(tuple(keys), reader, is_open, source)
+        is_open, thing = True, context.registered_as("model", context.options.get("model_type"))
+    return _Known(keys, str(kind), is_open, thing)
 
 
 def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
@@ -188,7 +151,7 @@ def _of_argument(name: str, entry: inspect.Parameter, of_network: bool) -> Key:
     elif hint is bool or isinstance(default, bool):
         kind = values.yes_no
     elif hint is int:
-        kind = values.whole("(-inf, inf)")
+        kind = values.whole()
     elif hint is float or is_number(default):
         kind = values.number()
         if of_network and hint is not float:  # a square may be given by both of its sides
