@@ -70,11 +70,8 @@ def find_weights(weights: Path | str) -> Path:
 
 
 def _is_state_dict(content: object) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and bool(content)
-        and all(isinstance(key, str) for key in content)
-        and all(isinstance(value, Tensor) for value in content.values())
+    return (isinstance(content, Mapping) and bool(content)) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     )
 
 
@@ -84,28 +81,26 @@ def _state_dict_in(content: Any, path: Path, param_key: str | None) -> Mapping[s
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a network's weights (a state dict)"
         )
-    keys = [key for key in content if isinstance(key, str)]
-    contents = f"it has the keys {named(keys, 6)}" if keys else "it has no keys"
     if param_key is None:
         param_key = next((key for key in WEIGHT_KEYS if key in content), None)
-    elif param_key not in content:
-        if _is_state_dict(content):
-            contents = "it is a bare state dict; write `param_key_g: ~`, or leave out --param-key"
-        raise CheckpointError(f"{path} has no {param_key!r}: {contents}")
-    weights = content if param_key is None else content[param_key]
+    weights = content if param_key is None else content.get(param_key)
     if _is_state_dict(weights):
         return weights
-    where = f"{path} has no weights" + (f" under {param_key!r}" if param_key else "")
-    if "optimizers" in content:
+    keys = [key for key in content if isinstance(key, str)]
+    contents = f"it has the keys {named(keys, 6)}" if keys else "it has no keys"
+    if _is_state_dict(content):
+        contents = "it is a bare state dict; write `param_key_g: ~`, or leave out --param-key"
+    elif "optimizers" in content:
         contents = "it is a training state; the weights are beside it in models/"
-    raise CheckpointError(f"{where}: {contents}")
+    where = f" under {param_key!r}" if param_key else ""
+    raise CheckpointError(f"{path} has no weights{where}: {contents}")
 
 
 def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse kinds of tensors that hold no plain numbers, and sizes that the file cannot hold."""
     for name, tensor in weights.items():
-        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        kind = "meta" if tensor.is_meta else kind
+        layout = str(tensor.layout).removeprefix("torch.")
+        kind = "quantised" if tensor.is_quantized else "meta" if tensor.is_meta else layout
         if kind != "strided":
             raise CheckpointError(f"{path}: {name} is a {kind} tensor; save it as a plain one")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
@@ -200,36 +195,28 @@ class Checkpoint:
         return network.eval()
 
 
-def _stated_config(extra: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    """Take the configuration that the file states; others' files state none."""
-    if extra.get("architecture") != _ARCHITECTURE:
-        return {}
-    config = extra.get("config")
-    with suppress(ValueError, RecursionError):
-        config = json.loads(config) if isinstance(config, str) else config
-    if not isinstance(config, dict):
-        raise CheckpointError(f"the configuration in {path} is not a JSON object: it is damaged")
-    return config
-
-
 def _complete(
-    weights: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    """Complete a configuration by the weights, and compare it with them."""
-    unknown = next((name for name in config if name not in DEFAULTS), None)
-    if unknown is not None:
-        raise CheckpointError(
-            f"DLGSANet has no argument {unknown!r}, which the configuration of {path} names"
-            + suggest_or_list(unknown, DEFAULTS)
-        )
+    weights: Mapping[str, Tensor], extra: Mapping[Any, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Complete a configuration by the file's own and by the weights, and compare it with them.
+
+    Returns it, and whether the file states one; those of other programs do not.
+    """
+    stated = extra.get("config") if extra.get("architecture") == _ARCHITECTURE else {}
+    with suppress(ValueError, RecursionError):
+        stated = json.loads(stated) if isinstance(stated, str) else stated
+    if not isinstance(stated, dict):
+        raise CheckpointError("its configuration is not a JSON object: it is damaged")
+    given = {**stated, **config}
+    if unknown := [name for name in given if name not in DEFAULTS]:
+        hint = suggest_or_list(unknown[0], DEFAULTS)
+        raise CheckpointError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
     try:
-        complete = {**infer_config(weights), **config}
+        complete = {**infer_config(weights), **given}
         check_compatible(weights, complete)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"the configuration of {path} makes no DLGSANet: {error}") from error
-    return complete
+        raise CheckpointError(f"its configuration makes no DLGSANet: {error}") from error
+    return complete, bool(stated)
 
 
 def read_checkpoint(
@@ -245,8 +232,10 @@ def read_checkpoint(
     """
     path = find_weights(path)
     weights, extra = _read(path, param_key)
-    stated = _stated_config(extra, path)
-    complete = _complete(weights, {**stated, **(config or {})}, path)
+    try:
+        complete, is_stated = _complete(weights, extra, config or {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     # Where the file does not state it, it is in BasicSR's names.
     iteration = re.fullmatch("([0-9]{1,18})", str(extra.get("iteration", "")))
     iteration = iteration or re.fullmatch(r"net_\w+?_([0-9]{1,18})", path.stem)
@@ -256,7 +245,7 @@ def read_checkpoint(
         if isinstance(name, str) and isinstance(text, str) and name not in _NOT_NOTES
     }
     trained = int(iteration[1]) if iteration else None
-    return Checkpoint(weights, complete, bool(stated), trained, notes)
+    return Checkpoint(weights, complete, is_stated, trained, notes)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
@@ -318,9 +307,5 @@ def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
             new = DLGSANet(**config).state_dict()
         except ValueError as error:
             raise CheckpointError(f"the network cannot make x{scale}: {error}") from error
-    kept = {
-        name: tensor
-        for name, tensor in checkpoint.weights.items()
-        if not name.startswith("upsample.")
-    }
-    return Checkpoint({**new, **kept}, config, checkpoint.is_stated)
+    new |= {name: t for name, t in checkpoint.weights.items() if not name.startswith("upsample.")}
+    return Checkpoint(new, config, checkpoint.is_stated)

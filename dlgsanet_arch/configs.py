@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,25 +21,27 @@ LARGEST_SCALE = 64
 _DEEP = "deep_feature_extraction"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST_TENSORS = 8  # a layer has at least these
+_SIZES = ("in_chans", "dim", "groups", "blocks")
 
-# What the three published networks share, and their (dim, groups, blocks).
-_PUBLISHED = {
-    "in_chans": 3,
-    "buildblock_type": "sparseedge",
-    "window_size": 7,
-    "idynamic_num_heads": 6,
-    "idynamic_ffn_type": "GDFN",
-    "idynamic_ffn_expansion_factor": 2.0,
-    "idynamic": True,
-    "restormer_num_heads": 6,
-    "restormer_ffn_type": "GDFN",
-    "restormer_ffn_expansion_factor": 2.0,
-    "upsampler": "pixelshuffledirect",
-    "body_norm": False,
-}
-_VARIANTS = {(48, 3, 3): "Tiny", (48, 4, 3): "Light", (90, 6, 4): "Large"}
 TLC_KERNELS = {2: 96, 3: 72, 4: 48}  # by scale
-_NOT_IN_WEIGHTS = {"tlc_flag": True, "activation": "relu", "img_range": 1.0}
+_VARIANTS = {"Tiny": (48, 3, 3), "Light": (48, 4, 3), "Large": (90, 6, 4)}
+# What the published networks share.
+_PUBLISHED = DEFAULTS | {"buildblock_type": "sparseedge", "upsampler": "pixelshuffledirect"}
+del _PUBLISHED["input_resolution"]
+_NOT_IN_WEIGHTS = ("tlc_flag", "tlc_kernel", "activation", "img_range")
+
+
+def published_configs() -> dict[str, dict[str, Any]]:
+    """Return the nine published configurations by name, such as "DLGSANet Tiny x4"."""
+    return {
+        f"DLGSANet {variant} x{scale}": {
+            **_PUBLISHED,
+            **dict(zip(("dim", "groups", "blocks"), sizes, strict=True)),
+            **{"upscale": scale, "tlc_kernel": kernel},
+        }
+        for variant, sizes in _VARIANTS.items()
+        for scale, kernel in TLC_KERNELS.items()
+    }
 
 
 def _size(weights: Mapping[str, Tensor], name: str, axis: int) -> int:
@@ -56,16 +58,6 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
 
 
-def _root(number: int) -> int:
-    """Return the side of a square of `number` things."""
-    side = math.isqrt(number)
-    if not side or side * side != number:
-        raise CheckpointError(
-            f"these are not weights of a DLGSANet: {number} is not a square number"
-        )
-    return side
-
-
 def _feed_forward(weights: Mapping[str, Tensor], dim: int, layer: str, kind: str) -> dict[str, Any]:
     """Read the type and the expansion of the feed-forward network at `layer`."""
     if f"{layer}.body.0.weight" in weights:
@@ -79,24 +71,17 @@ def _feed_forward(weights: Mapping[str, Tensor], dim: int, layer: str, kind: str
 
 def _local_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
     """Read the arguments of a layer with MHDLSA."""
-    mixer, found = f"{layer}.IDynamicDWConv.conv", {}
-    if dynamic := f"{mixer}.conv2.0.weight" in weights:
+    mixer, found = f"{layer}.IDynamicDWConv.conv", {"idynamic": False}
+    if f"{mixer}.conv2.0.weight" in weights:
         window = _size(weights, f"{mixer}.conv1.1.weight", 3)
         filters = _size(weights, f"{mixer}.conv2.0.weight", 0) // window**2
-        if not filters:
-            raise CheckpointError(f"these are not weights of a DLGSANet: {mixer} makes no filters")
-        found["idynamic_num_heads"] = dim // filters
+        found = {"idynamic": True, "idynamic_num_heads": dim // max(1, filters)}
     else:
         window = _size(weights, f"{mixer}.weight", 3)
-    found |= _feed_forward(weights, dim, f"{layer}.IDynamic_ffn", "idynamic")
-    return {"window_size": window, "idynamic": dynamic, **found}
-
-
-def _global_layer(weights: Mapping[str, Tensor], dim: int, layer: str) -> dict[str, Any]:
-    """Read the arguments of a layer with global attention."""
     return {
-        "restormer_num_heads": _size(weights, f"{layer}.restormer_attn.temperature", 0),
-        **_feed_forward(weights, dim, f"{layer}.restormer_ffn", "restormer"),
+        "window_size": window,
+        **found,
+        **_feed_forward(weights, dim, f"{layer}.IDynamic_ffn", "idynamic"),
     }
 
 
@@ -105,9 +90,9 @@ def _reconstruction(weights: Mapping[str, Tensor], in_chans: int) -> dict[str, A
     if "conv_before_upsample.0.weight" in weights:
         rows, columns = (_size(weights, "upsample.0.weight", axis) for axis in (0, 1))
         stages = _count(weights, "upsample.")  # pixel shuffles have no weights
-        return {"upsampler": "pixelshuffle", "upscale": _root(rows // columns) ** stages}
+        return {"upsampler": "pixelshuffle", "upscale": math.isqrt(rows // columns) ** stages}
     if "upsample.0.weight" in weights:
-        upscale = _root(_size(weights, "upsample.0.weight", 0) // in_chans)
+        upscale = math.isqrt(_size(weights, "upsample.0.weight", 0) // in_chans)
         return {"upsampler": "pixelshuffledirect", "upscale": upscale}
     return {"upsampler": "", "upscale": 1}
 
@@ -119,21 +104,25 @@ def _detected(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     first_group = f"{_DEEP}.{int(body_norm)}.body."
     has_local = f"{first_group}0.IDynamicDWConv.conv0.weight" in weights
     first_global = f"{first_group}{int(has_local)}"
-    has_global = f"{first_global}.restormer_attn.temperature" in weights
+    heads = f"{first_global}.restormer_attn.temperature"
+    has_global = heads in weights
     if not (has_local or has_global):
         raise CheckpointError(f"these are not weights of a DLGSANet: no layer at {first_group}0")
     both = "sparseedge" if has_local and has_global else None
-    return {
+    found = {
         "in_chans": in_chans,
         "dim": dim,
         "groups": _count(weights, f"{_DEEP}.") - 1 - 2 * body_norm,
         "blocks": (_count(weights, first_group) - 1) // (has_local + has_global),
         "buildblock_type": both or ("idynamic" if has_local else "restormer"),
         "body_norm": body_norm,
-        **(_local_layer(weights, dim, f"{first_group}0") if has_local else {}),
-        **(_global_layer(weights, dim, first_global) if has_global else {}),
-        **_reconstruction(weights, in_chans),
     }
+    if has_local:
+        found |= _local_layer(weights, dim, f"{first_group}0")
+    if has_global:
+        found["restormer_num_heads"] = _size(weights, heads, 0)
+        found |= _feed_forward(weights, dim, f"{first_global}.restormer_ffn", "restormer")
+    return found | _reconstruction(weights, in_chans)
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,19 +144,22 @@ def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     found = _detected(weights)
     kernel = TLC_KERNELS.get(found["upscale"], 48)
     shared = math.gcd(found["dim"], _PUBLISHED["idynamic_num_heads"])  # it must divide dim
-    base = {**_PUBLISHED, **_NOT_IN_WEIGHTS, "tlc_kernel": kernel, "idynamic_num_heads": shared}
-    return base | found
+    return {**_PUBLISHED, "tlc_kernel": kernel, "idynamic_num_heads": shared, **found}
 
 
 def name_of(config: Mapping[str, Any]) -> str:
-    """Return "DLGSANet", with the variant and scale where it is a published one."""
-    variant = _VARIANTS.get((config["dim"], config["groups"], config["blocks"]))
-    if variant and all(config[name] == value for name, value in _PUBLISHED.items()):
-        return f"DLGSANet {variant} x{config['upscale']}"
+    """Return the name of the published network that weights of a configuration may be of.
+
+    That is "DLGSANet" where there is none.
+    """
+    for name, published in published_configs().items():
+        shown = published.keys() - _NOT_IN_WEIGHTS
+        if all(config[each] == published[each] for each in shown):
+            return name
     return "DLGSANet"
 
 
-def described(config: Mapping[str, Any], names: list[str]) -> str:
+def described(config: Mapping[str, Any], names: Sequence[str]) -> str:
     """Name a network, with some of its arguments as an option file has them."""
     values = ((name, config[name]) for name in names)
     arguments = ", ".join(
@@ -198,47 +190,29 @@ def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
             )
     asked = DEFAULTS | {name: value for name, value in config.items() if name != "type"}
     inferred, found = infer_config(weights), _detected(weights)
-    sizes = ["in_chans", "dim", "groups", "blocks"]
+    wanted, expected = {name: asked[name] for name in _SIZES}, None
     least = asked["groups"] * asked["blocks"] * _LEAST_TENSORS
     numbers = sum(tensor.numel() for tensor in weights.values())
-    fits = least <= len(weights) and asked["in_chans"] * asked["dim"] <= numbers
-    if fits:  # else it may be too large to build
+    if least <= len(weights) and asked["in_chans"] * asked["dim"] <= numbers:  # not too large
         with torch.device("meta"):
             expected = DLGSANet(**asked).state_dict()
-    wanted = _detected(expected) if fits else {name: asked[name] for name in sizes}
+        wanted = _detected(expected)
     differing = [name for name in wanted if name in found and found[name] != wanted[name]]
     if differing:
         raise CheckpointError(
             f"the weights are of another configuration: they are {described(inferred, differing)}; "
             f"asked for is {described(asked, differing)}"
         )
-    if not fits:
-        raise CheckpointError(f"{len(weights)} tensors cannot be {described(asked, sizes)}")
+    if expected is None:
+        raise CheckpointError(f"{len(weights)} tensors cannot be {described(asked, _SIZES)}")
+    both = expected.keys() & weights.keys()
     wrong = sorted(expected.keys() ^ weights.keys())
-    wrong += [
-        name
-        for name in expected
-        if name not in wrong and expected[name].shape != weights[name].shape
-    ]
+    wrong += sorted(name for name in both if expected[name].shape != weights[name].shape)
     if wrong:
         raise CheckpointError(
             f"the weights do not fit {name_of(asked)}; absent, unknown or of another size: "
             f"{named(wrong, 3)}"
         )
-
-
-def published_configs() -> dict[str, dict[str, Any]]:
-    """Return the nine published configurations by name, such as "DLGSANet Tiny x4"."""
-    return {
-        f"DLGSANet {variant} x{scale}": {
-            **_PUBLISHED,
-            **_NOT_IN_WEIGHTS,
-            **{"dim": dim, "groups": groups, "blocks": blocks},
-            **{"upscale": scale, "tlc_kernel": kernel},
-        }
-        for (dim, groups, blocks), variant in _VARIANTS.items()
-        for scale, kernel in TLC_KERNELS.items()
-    }
 
 
 def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:

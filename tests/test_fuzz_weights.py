@@ -129,7 +129,7 @@ def test_forged_files_make_a_network_or_are_refused(folder, kind):
 def test_more_files_are_read_or_refused(folder, kind):
     files, suffix = FORGED.get(kind) or (damaged(saved(folder, kind)), kind)
     exact = kind not in FORGED
-    searched(given(data=files)(lambda data: check(data, suffix, folder, exact=exact)), 1500)
+    searched(1500)(given(data=files)(lambda data: check(data, suffix, folder, exact=exact)))()
 
 
 def test_an_attribute_that_hides_a_record_is_refused(folder):

@@ -103,7 +103,7 @@ def test_the_weights_that_are_meant_are_found(save, found, tmp_path, layout, tes
 
 FAULTS = [
     (lambda weights: {"params": weights}, {"param_key_g": "params_emma"},
-     "has no 'params_emma': it has the keys params"),
+     "has no weights under 'params_emma': it has the keys params"),
     (lambda weights: {"params": weights}, {"param_key_g": None},
      "is not a bare state dict, as path:param_key_g ~ says; write param_key_g: params"),
     (lambda weights: weights, {"param_key_g": "params"}, "it is a bare state dict; write"),
