@@ -8,7 +8,7 @@ of torchvision has failed or passed already. And `python -m basicsr.train` runs 
 that file as `__main__`, which no import can change: to resume on a CPU, start training another way.
 
 This file imports the standard library alone; torch comes with what is repaired. A repair is one
-function with its line in `REPAIRS`; `tests/test_basicsr.py` shows that each one is needed.
+decorated function; `tests/test_basicsr.py` shows that each one is needed.
 """
 
 import functools
@@ -19,6 +19,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -100,9 +101,8 @@ class Repair(NamedTuple):
     """One fault of other packages, and what is done about it."""
 
     name: str
-    reason: str  # what goes wrong without the repair
-    expiry: str  # what has to happen before the repair can be removed
     target: str  # "module:attribute" or "module:Class.attribute"; for torchvision, the module
+    reason: str  # what goes wrong without the repair
     # Takes the target and returns what replaces it, or None where it has no fault.
     replacement: Callable[[Callable], Callable | None] | None = None
 
@@ -113,6 +113,33 @@ class Repair(NamedTuple):
 
 
 _made: set[str] = globals().get("_made", set())  # names of repairs
+_FUNCTIONAL = "torchvision.transforms.functional"
+_FUNCTIONAL_TENSOR = "torchvision.transforms.functional_tensor"
+REPAIRS = [
+    Repair(
+        "torchvision operators",
+        "torchvision",
+        "torchvision's C++ operators do not load with this torch, and its import fails",
+    ),
+    Repair(
+        "functional_tensor",
+        _FUNCTIONAL_TENSOR,
+        "BasicSR imports torchvision.transforms.functional_tensor, which torchvision 0.17 removed",
+    ),
+]
+
+
+def _repairs(name: str, target: str, reason: str) -> Callable[[Callable], Callable]:
+    """Decorate a function of the target that returns what replaces it, None if it has no fault.
+
+    Its docstring ends with what a release of BasicSR does once the repair can go.
+    """
+
+    def add(replacement: Callable) -> Callable:
+        REPAIRS.append(Repair(name, target, reason, replacement))
+        return replacement
+
+    return add
 
 
 def _replace(repair: Repair, module: ModuleType) -> None:
@@ -136,7 +163,8 @@ def _import_torchvision(execute: Callable[[ModuleType], None], module: ModuleTyp
     """Import torchvision, if need be with the operators that its C++ half should have defined.
 
     Its Python half describes them to the compiler; the C++ half may fail to load in silence.
-    Calling such an operator still fails, with torchvision's own message.
+    Calling such an operator still fails, with torchvision's own message. The repair can go once
+    torchvision imports without its operators.
     """
     try:
         execute(module)
@@ -156,12 +184,11 @@ def _import_torchvision(execute: Callable[[ModuleType], None], module: ModuleTyp
     _made.add("torchvision operators")
 
 
-_FUNCTIONAL = "torchvision.transforms.functional"
-_FUNCTIONAL_TENSOR = "torchvision.transforms.functional_tensor"
-
-
 class _Alias(Loader):
-    """Gives torchvision's public functions the name of the private module that is gone."""
+    """Gives torchvision's public functions the name of the private module that is gone.
+
+    It can go once BasicSR imports rgb_to_grayscale from torchvision.transforms.functional.
+    """
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -203,13 +230,19 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def _names_used(function: Callable) -> tuple[str, ...]:
-    """Return the globals and attributes that the code of `function` names."""
-    return getattr(getattr(function, "__code__", None), "co_names", ())
+def _uses(function: Callable, name: str) -> bool:
+    """Whether the code of `function` names this global or attribute."""
+    return name in getattr(getattr(function, "__code__", None), "co_names", ())
 
 
+@_repairs(
+    "resume",
+    "basicsr.train:load_resume_state",
+    "BasicSR resumes on CUDA only, and auto_resume looks in the current folder",
+)
 def _resume_anywhere(original: Callable) -> Callable | None:
-    return _load_resume_state if "current_device" in _names_used(original) else None
+    """Until BasicSR loads states onto the CPU from opt['path']['training_states']."""
+    return _load_resume_state if _uses(original, "current_device") else None
 
 
 # The LMDB environments that BasicSR's data sets hold open in this process, by real path. After a
@@ -220,9 +253,14 @@ shared_environments: weakref.WeakValueDictionary[str, Any] = globals().get(
 )
 
 
+@_repairs(
+    "shared LMDB",
+    "basicsr.utils.file_client:LmdbBackend.__init__",
+    "BasicSR opens an LMDB once for each data set; lmdb 3 allows one opening in a process",
+)
 def _share_environments(original: Callable) -> Callable | None:
-    """Let data sets that read the same LMDB read it through one environment."""
-    if "open" not in _names_used(original):
+    """Let data sets read the same LMDB through one environment, until BasicSR does."""
+    if not _uses(original, "open"):
         return None
 
     def open_shared(self, db_paths, client_keys="default", **options):
@@ -240,8 +278,13 @@ def _share_environments(original: Callable) -> Callable | None:
     return open_shared
 
 
+@_repairs(
+    "pickled LMDB",
+    "basicsr.utils.file_client:LmdbBackend.__reduce_ex__",
+    "BasicSR's data sets cannot be pickled once they have been read from an LMDB",
+)
 def _pickle_by_path(original: Callable) -> Callable | None:
-    """Let a data set that has been read go to a spawned worker, which opens its LMDBs again."""
+    """Let a spawned worker open the LMDBs again, until BasicSR closes them to be pickled."""
 
     def reduce(self, protocol: int) -> tuple:
         return type(self), (list(self.db_paths), list(self._client))
@@ -249,9 +292,14 @@ def _pickle_by_path(original: Callable) -> Callable | None:
     return reduce
 
 
+@_repairs(
+    "distributed CPU",
+    "basicsr.models.base_model:BaseModel.model_to_device",
+    "BasicSR asks for the current CUDA device when it distributes a network on CPUs",
+)
 def _wrap_on_cpu(original: Callable) -> Callable | None:
-    """Let a network be trained by several processes where there is no GPU, over gloo."""
-    if "current_device" not in _names_used(original):
+    """Until BasicSR gives DistributedDataParallel no device on a CPU."""
+    if not _uses(original, "current_device"):
         return None
 
     def model_to_device(self, net):
@@ -267,8 +315,13 @@ def _wrap_on_cpu(original: Callable) -> Callable | None:
     return model_to_device
 
 
+@_repairs(
+    "JPEG quality",
+    "basicsr.data.degradations:add_jpg_compression",
+    "BasicSR draws a fractional JPEG quality, and OpenCV accepts whole numbers only",
+)
 def _round_quality(original: Callable) -> Callable | None:
-    """Give OpenCV the whole number it asks for as the quality of a JPEG."""
+    """Until BasicSR rounds it."""
     import cv2
     import numpy as np
 
@@ -279,13 +332,18 @@ def _round_quality(original: Callable) -> Callable | None:
         return lambda img, quality=90: original(img, round(quality))
 
 
+_ON_CUDA = "BasicSR makes the LR images of Real-ESRGAN on CUDA only"
+
+
+@_repairs("RealESRNet on a CPU", "basicsr.models.realesrnet_model:RealESRNetModel", _ON_CUDA)
+@_repairs("RealESRGAN on a CPU", "basicsr.models.realesrgan_model:RealESRGANModel", _ON_CUDA)
 def _degrade_on_cpu(original: type) -> type | None:
-    """Let a Real-ESRGAN model make its LR images on a CPU.
+    """Let a Real-ESRGAN model make its LR images on a CPU, until BasicSR uses the model's device.
 
     Its constructor and its pool ask for CUDA whatever the model's device is, and its filters view
     images whose channels are not side by side.
     """
-    if "cuda" not in _names_used(original.__init__):
+    if not _uses(original.__init__, "cuda"):
         return None
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
@@ -298,83 +356,20 @@ def _degrade_on_cpu(original: type) -> type | None:
                 function = Tensor.reshape
             return function(*args, **(kwargs or {}))
 
-    def on_own_device(method: Callable, uses_cpu: Callable[..., bool]) -> Callable:
+    def on_own_device(method: Callable) -> Callable:
         @functools.wraps(method)
-        def run(self, given):
-            if not uses_cpu(self, given):
-                return method(self, given)
-            with OnCpu():
+        def run(self, given):  # the options of a model that is being made, or its data
+            device = getattr(self, "device", None)
+            on_cpu = given["num_gpu"] == 0 if device is None else device.type == "cpu"
+            with OnCpu() if on_cpu else nullcontext():
                 return method(self, given)
 
         run.__module__ = __name__
         return run
 
-    original.__init__ = on_own_device(original.__init__, lambda _, opt: opt["num_gpu"] == 0)
-    original.feed_data = on_own_device(
-        original.feed_data, lambda model, _: model.device.type == "cpu"
-    )
+    original.__init__ = on_own_device(original.__init__)
+    original.feed_data = on_own_device(original.feed_data)
     return original
-
-
-REPAIRS = (
-    Repair(
-        "torchvision operators",
-        "torchvision's C++ operators do not load with this torch, and its import fails",
-        "torchvision can be imported without its operators",
-        "torchvision",
-    ),
-    Repair(
-        "functional_tensor",
-        "BasicSR imports torchvision.transforms.functional_tensor, which torchvision 0.17 removed",
-        "a release of BasicSR imports rgb_to_grayscale from torchvision.transforms.functional",
-        _FUNCTIONAL_TENSOR,
-    ),
-    Repair(
-        "resume",
-        "BasicSR resumes on CUDA only, and auto_resume looks in the current folder",
-        "a release of BasicSR loads states onto the CPU from opt['path']['training_states']",
-        "basicsr.train:load_resume_state",
-        _resume_anywhere,
-    ),
-    Repair(
-        "shared LMDB",
-        "BasicSR opens an LMDB once for each data set; lmdb 3 allows one opening in a process",
-        "a release of BasicSR shares what it opened",
-        "basicsr.utils.file_client:LmdbBackend.__init__",
-        _share_environments,
-    ),
-    Repair(
-        "pickled LMDB",
-        "BasicSR's data sets cannot be pickled once they have been read from an LMDB",
-        "a release of BasicSR drops what it opened when it is pickled",
-        "basicsr.utils.file_client:LmdbBackend.__reduce_ex__",
-        _pickle_by_path,
-    ),
-    Repair(
-        "distributed CPU",
-        "BasicSR asks for the current CUDA device when it distributes a network on CPUs",
-        "a release of BasicSR gives DistributedDataParallel no device on a CPU",
-        "basicsr.models.base_model:BaseModel.model_to_device",
-        _wrap_on_cpu,
-    ),
-    Repair(
-        "JPEG quality",
-        "BasicSR draws a fractional JPEG quality, and OpenCV accepts whole numbers only",
-        "a release of BasicSR rounds it",
-        "basicsr.data.degradations:add_jpg_compression",
-        _round_quality,
-    ),
-    *(
-        Repair(
-            f"{name} on a CPU",
-            "BasicSR makes the LR images of Real-ESRGAN on CUDA only",
-            "a release of BasicSR makes them on the model's device",
-            f"basicsr.models.{name.lower()}_model:{name}Model",
-            _degrade_on_cpu,
-        )
-        for name in ("RealESRNet", "RealESRGAN")
-    ),
-)
 
 
 # ---- the import hook

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_NETWORK, run
+from helpers import SMALL_ARGUMENTS, run
 
 from dlgsanet_arch import DLGSANet, cpu
 from dlgsanet_arch.cpu import library
@@ -219,8 +219,7 @@ def test_a_library_that_does_not_load_is_named(installed, content):
 
 
 def test_without_a_library_pytorch_computes_and_the_reason_is_told(installed, monkeypatch):
-    options = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
-    net, image = DLGSANet(**options).eval(), torch.rand(1, 3, 13, 9)
+    net, image = DLGSANet(**SMALL_ARGUMENTS).eval(), torch.rand(1, 3, 13, 9)
     assert library.load() is None
     assert "were not built; 'pip install --no-deps .'" in cpu.why_not()
     with torch.no_grad():

@@ -108,30 +108,6 @@ def test_onnx_has_plain_operators_and_says_what_it_is(dynamic, fixed, deep):
     assert set(deep.weights) <= names
 
 
-def test_each_kind_of_layer_is_exported_once(folder, deep, monkeypatch):
-    kinds, make = [], exporting._layer_function
-    monkeypatch.setattr(
-        exporting,
-        "_layer_function",
-        lambda layer, *rest: kinds.append(type(layer).__name__) or make(layer, *rest),
-    )
-    monkeypatch.setattr(exporting, "_onnx_runner", lambda path: None)
-    monkeypatch.setattr(exporting, "_compare", lambda *_: exporting.Comparison((), 0.0, 0.0, 0.0))
-    export(deep, folder / "kinds.onnx", size=(2, 3))
-    assert kinds == ["LocalLayer", "GlobalLayer"]
-
-
-def test_onnx_in_half_precision(folder, checkpoint):
-    exported = export(checkpoint, folder / "half.onnx", dtype="fp16")
-    image = torch.rand(3, 3, 9, 14)
-    enlarged = output(exported.path, image.half())
-    assert enlarged.dtype == torch.float16
-    expected = expected_of(checkpoint, image, tlc_flag=False)
-    assert (enlarged.double() - expected).abs().max() < BOUNDS["fp16"]
-    kept = {each.name: each.data_type for each in onnx.load(exported.path).graph.initializer}
-    assert {kept[name] for name in checkpoint.weights} == {onnx.TensorProto.FLOAT16}
-
-
 def test_onnx_of_the_other_layers_in_another_opset(folder):
     checkpoint = small_checkpoint(**OTHER)
     exported = export(checkpoint, folder / "other.onnx", opset=20)
@@ -140,9 +116,11 @@ def test_onnx_of_the_other_layers_in_another_opset(folder):
     assert_close(exported.path, image, expected_of(checkpoint, image, tlc_flag=False))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pt2_takes_any_size_and_batch(folder, checkpoint, dtype):
-    exported = export(checkpoint, folder / f"{dtype}.pt2", dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [*((each, "pt2") for each in DTYPES), ("fp16", "onnx")]
+)
+def test_any_size_and_batch_in_each_precision(folder, checkpoint, dtype, suffix):
+    exported = export(checkpoint, folder / f"{dtype}.{suffix}", dtype=dtype)
     for shape in ((1, 3, 1, 1), (4, 3, 17, 30)):
         image = torch.rand(shape)
         enlarged = output(exported.path, image.to(DTYPES[dtype]))

@@ -8,9 +8,8 @@ A verb is a line of `VERBS` and a module `cmd_<verb>.py` in this folder, undersc
     def main(argv: Sequence[str] | None = None) -> int: ...
 
 At its top such a module imports the standard library, `cli` and `errors` alone, so that help
-answers at once; everything else is imported inside `main`. `main` returns the exit status and
-takes its arguments from sys.argv where `argv` is None, so that a script can call one verb:
-`sys.exit(cmd_train.main())`. Errors become messages and exit statuses in `exit_status` alone.
+answers at once. A script can call one verb: `sys.exit(cmd_train.main())`. Errors become messages
+and exit statuses in `exit_status` alone.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dlgsanet_arch.errors import Interrupted, UserError
 from dlgsanet_arch.hints import printable, suggest_or_list
@@ -55,6 +54,24 @@ def size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+# Options of several verbs, by name.
+_COMMON: dict[str, dict[str, Any]] = {
+    "param-key": {"metavar": "KEY", "help": "in a .pth (default: params_ema, else params)"},
+    "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps (default: a GPU, else the CPU)"},
+    "dtype": {"choices": ("fp32", "bf16", "fp16"), "default": "fp32", "help": "default: fp32"},
+    "ensemble": {
+        "action": "store_true",
+        "help": "the mean over 8 flips and rotations; 8x the time",
+    },
+}
+
+
+def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add options that several verbs have."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_COMMON[name])
+
+
 def clean_up_on_sigterm() -> None:
     """Let SIGTERM end the process by an exception, so that unfinished files are removed."""
 
@@ -69,11 +86,8 @@ def exit_status(
 ) -> Callable[[Sequence[str] | None], int]:
     """Decorate a verb's `main` so that what a user can fix ends as a message, not a traceback.
 
-    Returns:
-        A function that returns what `main` returns; 1 after a UserError, whose message goes to
-        stderr; 130 after an interrupt from the keyboard, as shells have it, and 143 after another
-        signal that ended a run. Every other exception passes: it is a fault of the program, and its
-        traceback is wanted.
+    The status is 1 after a UserError, 130 after an interrupt from the keyboard, as shells have it,
+    and 143 after another signal that ended a run. Every other exception is a fault of the program.
     """
 
     @functools.wraps(main)
@@ -101,22 +115,14 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb that the first argument names with the arguments that follow it.
+    """Run a verb; the exit status is its own, or 2 where the verb is missing or unknown.
 
-    Args:
-        argv: The arguments; None takes them from sys.argv.
-
-    Returns:
-        The exit status: the verb's own, or 2 where the verb is missing or unknown.
+    `argv` begins with the verb; None takes it from sys.argv.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments:
-        print(_help(), file=sys.stderr)
-        return 2
-    verb, *rest = arguments
-    if verb in ("-h", "--help"):
-        print(_help())
-        return 0
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if verb in ("", "-h", "--help"):
+        print(_help(), file=sys.stdout if verb else sys.stderr)
+        return 0 if verb else 2
     if verb == "--version":
         print(f"dlgsanet {__version__}")
         return 0

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dlgsanet_arch.cli import exit_status, size
+from dlgsanet_arch.cli import VERBS, exit_status, size
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.tools.published import PUBLISHED, Network
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet complexity",
-        description="Count and measure DLGSANet: parameters, MACs, activations, time, memory.",
+        description=VERBS["complexity"],
         epilog="MACs are counted by PyTorch's FlopCounterMode over a forward in train mode, "
         "without norms, activation functions, gates and additions. Activations are the elements "
         "that convolutions and linear layers put out. Time is the median of float32 forwards in "
@@ -38,19 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _chosen(names: Sequence[str], scales: Sequence[int]) -> list[Network]:
-    def has(network: str, name: str) -> bool:
-        return name.lower() in network.lower()
-
     known = dict.fromkeys(network for network, _ in PUBLISHED)
+    chosen = {network for network in known for name in names if name.lower() in network.lower()}
     for name in names:
-        if not any(has(network, name) for network in known):
+        if not any(name.lower() in network.lower() for network in known):
             hint = suggest_or_list(name, known)
             raise UserError(f"--network {name}: no network's name contains this{hint}")
-    return [
-        (network, scale)
-        for network, scale in PUBLISHED
-        if scale in scales and (not names or any(has(network, name) for name in names))
-    ]
+    return [each for each in PUBLISHED if each[1] in scales and each[0] in (chosen or known)]
 
 
 @exit_status

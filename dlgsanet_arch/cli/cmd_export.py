@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status, size
+from dlgsanet_arch.cli import VERBS, add_common, clean_up_on_sigterm, exit_status, size
 
 _TIMED_RUNS = 5
 
@@ -13,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet export",
-        description="Write the network as ONNX or .pt2, compared with the network first.",
+        description=VERBS["export"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 With dynamic sizes (the default) the file takes images of any batch, height and width, and
@@ -38,7 +38,7 @@ values in [0, 1]), fp32 by 0.0001. Before it is compared, the file does not get 
     add("--opset", type=int, choices=range(18, 24), help=opset)
     timed = f"take times as the best of {_TIMED_RUNS} runs, not of one"
     add("--time", action="store_true", help=timed)
-    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
+    add_common(parser, "param-key")
     return parser
 
 

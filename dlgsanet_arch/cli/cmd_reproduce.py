@@ -1,10 +1,11 @@
 """`dlgsanet reproduce`: the paper's table, measured."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.cli import VERBS, add_common, exit_status
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.tools.published import DATASETS
 
@@ -13,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet reproduce",
-        description="Measure the paper's table, cell by cell, next to the published figures.",
+        description=VERBS["reproduce"],
         epilog="Test sets are <datasets>/<name>/X<scale>/{HR,LR}, as `dlgsanet data benchmark` "
         "makes them. OUT gets images.csv (every image), table.md and table.json. "
         "Run again, the command continues with images that are not in images.csv yet.",
@@ -28,11 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     tolerance = "difference in PSNR up to which a cell counts as reproduced (default: 0.05)"
     add("--tolerance", type=float, default=0.05, metavar="DB", help=tolerance)
     add("--measured-only", action="store_true", help="leave cells without a figure out of table.md")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU, else the CPU)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add("--tile", type=int, default=0, metavar="N", help="side of tiles in LR (default: 0, none)")
-    add("--ensemble", action="store_true", help="the mean over 8 flips and rotations")
-    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
+    add_common(parser, "device", "dtype", "ensemble", "param-key")
     return parser
 
 
@@ -43,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not asked.tolerance >= 0:
         raise UserError(f"--tolerance is in dB, 0 or more; got {asked.tolerance}")
     from dlgsanet_arch.data.discovery import set_name
+    from dlgsanet_arch.files import disk_faults_named, write_atomically
     from dlgsanet_arch.tools import reproduction
 
     options = {name: getattr(asked, name) for name in ("device", "dtype", "tile", "ensemble")}
@@ -54,11 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = reproduction.reproduce(
         weights, asked.datasets, asked.output, datasets=sets, tolerance=asked.tolerance
     )
-    only = asked.measured_only
-    print(reproduction.markdown(table, only_measured=only))
-    written = reproduction.write(table, asked.output, only_measured=only)
-    for path in (asked.output / reproduction.IMAGES, *written):
-        print(f"written: {path}")
+    text = reproduction.markdown(table, only_measured=asked.measured_only)
+    print(text)
+    written = {"table.md": text, "table.json": json.dumps(table, indent=1) + "\n"}
+    with disk_faults_named(f"{asked.output} cannot be written"):
+        for name, content in written.items():
+            write_atomically(asked.output / name, content.encode())
+    for name in (reproduction.IMAGES, *written):
+        print(f"written: {asked.output / name}")
     if all(cell["psnr"] is None for cell in table["cells"]):
         raise UserError("no cell could be measured; the table says what is missing")
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.cli import clean_up_on_sigterm, exit_status
+from dlgsanet_arch.cli import VERBS, add_common, clean_up_on_sigterm, exit_status
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import printable
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = argparse.ArgumentParser(
         prog="dlgsanet upscale",
-        description="Enlarge an image, or all images of a folder.",
+        description=VERBS["upscale"],
         epilog="PNG, JPEG, WebP, TIFF and BMP are read. Depth, gray, transparency, colour profile "
         "and EXIF data are kept; EXIF orientation is applied. Bad images are named, the rest is "
         "done, and the exit status is then 1.",
@@ -56,12 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-existing", action="store_true", help="skip images whose results are there")
     text = ".pth or .safetensors, or the name of bundled weights (default: bundled weights)"
     add("-m", "--weights", metavar="WEIGHTS", help=text)
-    add("--param-key", metavar="KEY", help="in a .pth (default: params_ema, else params)")
     add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
-    add("--ensemble", action="store_true", help="the mean over 8 flips and rotations; 8x the time")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
-    text = "cpu, cuda, cuda:1 or mps (default: a GPU if there is one, else the CPU)"
-    add("--device", metavar="NAME", help=text)
+    add_common(parser, "param-key", "ensemble", "dtype", "device")
     text = "tiles, or images of one size, that are computed together (default: 1)"
     add("--batch", type=int, default=1, metavar="N", help=text)
     text = "the I-th of N parts of a folder, to divide it among GPUs and machines"

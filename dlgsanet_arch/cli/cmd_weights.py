@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.cli import VERBS, clean_up_on_sigterm, exit_status
+from dlgsanet_arch.cli import VERBS, add_common, clean_up_on_sigterm, exit_status
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import printable
 
@@ -52,21 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dlgsanet weights", description=VERBS["weights"])
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    def add(action: str, run: Any, files: str | None, output: bool) -> Any:
+    def add(action: str, run: Any, files: str | None) -> Any:
         line = ACTIONS[action].partition("\n")[0]
         added = actions.add_parser(action, help=line, description=ACTIONS[action])
         added.set_defaults(run=run)
         weights = ".pth, .safetensors or a bundled name"
         added.add_argument("weights", nargs=files, metavar="WEIGHTS", help=weights)
-        key = "in a .pth (default: params_ema, else params)"
-        added.add_argument("--param-key", metavar="KEY", help=key)
-        if output:
+        add_common(added, "param-key")
+        if run is not _inspect:
             added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
         return added.add_argument
 
-    inspect = add("inspect", _inspect, "+", output=False)
-    inspect("--json", action="store_true", help="print JSON, one line a file")
-    convert = add("convert", _convert, None, output=True)
+    inspect = add("inspect", _inspect, "+")
+    inspect("--json", action="store_true", help="print JSON, one line a file, instead of YAML")
+    convert = add("convert", _convert, None)
     several = {"action": "append", "default": []}
     set_help = "an argument of the network, such as tlc_flag=false; may be repeated"
     convert("--set", type=_argument, **several, metavar="NAME=VALUE", help=set_help)
@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert("--note", type=_note, **several, metavar="NAME=TEXT", help=note)
     dtype = "of the weights (default: unchanged); fp16 halves the size and rounds to 11 bits"
     convert("--dtype", choices=("fp32", "fp16"), help=dtype)
-    add("average", _average, "+", output=True)
-    transfer = add("transfer", _transfer, None, output=True)
+    add("average", _average, "+")
+    transfer = add("transfer", _transfer, None)
     transfer("--scale", type=int, required=True, help="to train for, such as 4")
     transfer("--seed", type=int, default=0, help="of the new weights (default: 0)")
     return parser
@@ -87,7 +87,7 @@ def _described(path: str, checkpoint: Any) -> dict[str, Any]:
     nearest, differing = nearest_published(checkpoint.config)
     dtypes = {str(each.dtype).removeprefix("torch.") for each in checkpoint.weights.values()}
     return {
-        "file": str(path),
+        "file": path,
         "network": checkpoint.name,
         "scale": checkpoint.scale,
         "parameters": checkpoint.parameters,
@@ -104,56 +104,43 @@ def _described(path: str, checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _report(facts: dict[str, Any]) -> str:
-    rows = {
-        "network": facts["network"],
-        "scale": f"x{facts['scale']}",
-        "parameters": f"{facts['parameters']:,} ({facts['dtype']})",
-        "iteration": "not known" if facts["iteration"] is None else f"{facts['iteration']:,}",
-        "nearest": facts["nearest"] + ("" if facts["differences"] else ", no difference"),
-    }
-    lines = [facts["file"], *(f"  {label:<11} {value}" for label, value in rows.items())]
-    lines += [
-        f"    {name}: {json.dumps(each['here'])} (published: {json.dumps(each['published'])})"
-        for name, each in facts["differences"].items()
-    ]
-    lines += [f"  {name:<11} {text}" for name, text in facts["notes"].items()]
-    if facts["not_finite"]:
-        lines.append(f"  DAMAGED: {facts['not_finite']:,} weights are infinite or not a number")
-    lines.append(f"  configuration, from {facts['config_from']}")
-    lines += [f"    {name}: {json.dumps(value)}" for name, value in facts["config"].items()]
-    return "\n".join(lines)
-
-
 def _inspect(asked: argparse.Namespace) -> int:
+    import yaml
+
     from dlgsanet_arch.checkpoint import read_checkpoint
 
     damaged = False
     for path in asked.weights:
         facts = _described(path, read_checkpoint(path, asked.param_key))
-        print(json.dumps(facts) if asked.json else printable(_report(facts)))
-        damaged |= bool(facts["not_finite"])
+        text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+        print(json.dumps(facts) if asked.json else printable(text))
+        if facts["not_finite"]:
+            fault = (
+                f"{path} is DAMAGED: {facts['not_finite']:,} weights are infinite or not a number"
+            )
+            print(printable(fault), file=sys.stderr)
+            damaged = True
     return int(damaged)
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(asked: argparse.Namespace) -> int:
     from dataclasses import replace
 
     import torch
 
     from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint
 
-    checkpoint = read_checkpoint(arguments.weights, arguments.param_key, dict(arguments.set))
+    checkpoint = read_checkpoint(asked.weights, asked.param_key, dict(asked.set))
     weights = dict(checkpoint.weights)
-    if arguments.dtype:
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.dtype]
+    if asked.dtype:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[asked.dtype]
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         for name, tensor in checkpoint.weights.items():
             if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
                 raise UserError(f"--dtype fp16 cannot hold the weights of {name}: keep fp32")
-    notes = {**checkpoint.notes, **dict(arguments.note)}
-    save_checkpoint(replace(checkpoint, weights=weights, notes=notes), arguments.output)
-    print(f"{arguments.output}: {checkpoint.name}, {checkpoint.parameters:,} parameters")
+    notes = {**checkpoint.notes, **dict(asked.note)}
+    save_checkpoint(replace(checkpoint, weights=weights, notes=notes), asked.output)
+    print(f"{asked.output}: {checkpoint.name}, {checkpoint.parameters:,} parameters")
     return 0
 
 

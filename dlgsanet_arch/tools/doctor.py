@@ -23,6 +23,7 @@ from dlgsanet_arch.version import __version__
 
 # Versions that the complete test suite has run with.
 TESTED_TORCH = ("2.11", "2.13")
+_TESTED = " and ".join(TESTED_TORCH)
 TESTED_BASICSR = installing.BASICSR.partition("==")[2]
 
 # What training and the data verbs import, and what pip calls it.
@@ -31,8 +32,6 @@ REQUIREMENTS = {
     **{"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml"},
     "torchvision": "torchvision",
 }
-# The same for what may turn out to be missing when BasicSR or one of those is imported.
-PIP_NAMES = {**REQUIREMENTS, "distutils": "setuptools"}
 FORCE = "--force-reinstall"
 
 Command = tuple[str, ...]  # arguments of pip
@@ -66,7 +65,7 @@ class Package(NamedTuple):
 
 def _describe(error: Exception) -> str:
     """Return the type and the first line of an error."""
-    return ": ".join(filter(None, [type(error).__name__, str(error).strip().partition("\n")[0]]))
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def look_for(name: str) -> Package:
@@ -81,9 +80,8 @@ def look_for(name: str) -> Package:
     version = getattr(module, "__version__", None)
     if not version:
         distributions = importlib.metadata.packages_distributions().get(name)
-        known = importlib.metadata.version(distributions[0]) if distributions else None
-        version = known or "of unknown version"
-    return Package(name, str(version), error)
+        version = importlib.metadata.version(distributions[0]) if distributions else None
+    return Package(name, str(version or "of unknown version"), error)
 
 
 def _short(version: str) -> str:
@@ -97,35 +95,31 @@ def _matching_torchvision() -> str:
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
-def _missing_package(package: Package) -> str | None:
-    """Return pip's name of the package that is not installed and that an import asked for."""
-    if not isinstance(package.error, ModuleNotFoundError) or not package.error.name:
-        return None
-    needed = package.error.name.partition(".")[0]
-    return PIP_NAMES.get(needed, needed) if importlib.util.find_spec(needed) is None else None
-
-
 def package_problem(package: Package) -> Problem | None:
     """Return a problem where BasicSR, or what training imports, is absent or broken."""
-    name = {"basicsr": "BasicSR"}.get(package.name, package.name)
-    missing, again = _missing_package(package), (FORCE,) if package.error else ()
+    name, error = {"basicsr": "BasicSR"}.get(package.name, package.name), package.error
     if package.version is None:
         cause = f"{name} is not installed; training needs it"
-    elif package.error is not None:
-        cause = f"{name} is installed, but its import fails: {_describe(package.error)}"
+    elif error is not None:
+        cause = f"{name} is installed, but its import fails: {_describe(error)}"
     else:
         return None
-    if missing is not None:
-        return Problem(cause, [("install", missing)])
-    if name == "cv2" and re.search(r"lib\S+\.so", str(package.error)):
+    # What an import asked for and is not installed.
+    module = error.name if isinstance(error, ModuleNotFoundError) else None
+    module = (module or "").partition(".")[0]
+    if module and importlib.util.find_spec(module) is None:
+        pip_names = {"distutils": "setuptools", **REQUIREMENTS}
+        return Problem(cause, [("install", pip_names.get(module, module))])
+    again = (FORCE,) if error else ()
+    if name == "cv2" and re.search(r"lib\S+\.so", str(error)):
         # Its windows need a desktop's libraries; the headless build has no windows.
         headless = ("install", "opencv-python-headless")
         return Problem(cause, [("uninstall", "-y", "opencv-python"), headless])
     if name == "torchvision":
         return Problem(cause, [("install", *again, "--no-deps", _matching_torchvision())])
     if name != "BasicSR":
-        return Problem(cause, [("install", *again, PIP_NAMES[name])])
-    if getattr(package.error, "name", None) == "basicsr.version":
+        return Problem(cause, [("install", *again, REQUIREMENTS[name])])
+    if getattr(error, "name", None) == "basicsr.version":
         # A checkout has no version.py until its setup.py ran.
         checkout = shlex.join(["pip", "install", *installing.BUILD_OPTIONS, "-e", "."])
         return Problem(cause, advice=f"in the BasicSR checkout: {checkout}")
@@ -180,30 +174,25 @@ def device_problem(device: str) -> Problem | None:
 
 def warnings(torchvision: Package, basicsr: Package) -> list[str]:
     """Return untested or unsuitable versions, which may work all the same."""
-    python, tested = platform.python_version(), " and ".join(TESTED_TORCH)
-    low, high = installing.TESTED_PYTHON
-    matching = _matching_torchvision()
-    checks = {
-        f"Python {python} is untested (tested: {installing.TESTED})": not (
-            low <= sys.version_info[:2] <= high
-        ),
-        f"torch {torch.__version__} is untested (tested: {tested}): "
-        f"pip install 'torch=={TESTED_TORCH[-1]}.*' torchvision": (
-            _short(torch.__version__) not in TESTED_TORCH
-        ),
-        f"torchvision {torchvision.version} was made for another torch than {torch.__version__}: "
-        f"pip install --no-deps '{matching}'": (
-            torchvision.version and _short(torchvision.version) not in matching
-        ),
-        f"BasicSR {basicsr.version} is untested (tested: {TESTED_BASICSR})": (
-            basicsr.version not in (None, TESTED_BASICSR)
-        ),
-        "torch has gigabytes of CUDA libraries and no GPU here: pip install --force-reinstall "
-        "torch torchvision --index-url https://download.pytorch.org/whl/cpu": (
-            torch.version.cuda and not torch.cuda.is_available() and not shutil.which("nvidia-smi")
-        ),
-    }
-    return [line for line, holds in checks.items() if holds]
+    found, (low, high), matching = [], installing.TESTED_PYTHON, _matching_torchvision()
+    if not low <= sys.version_info[:2] <= high:
+        found.append(
+            f"Python {platform.python_version()} is untested (tested: {installing.TESTED})"
+        )
+    if _short(torch.__version__) not in TESTED_TORCH:
+        fix = f"pip install 'torch=={TESTED_TORCH[-1]}.*' torchvision"
+        found.append(f"torch {torch.__version__} is untested (tested: {_TESTED}): {fix}")
+    if torchvision.version and _short(torchvision.version) not in matching:
+        made = f"torchvision {torchvision.version} was made for another torch"
+        found.append(f"{made} than {torch.__version__}: pip install --no-deps '{matching}'")
+    if basicsr.version not in (None, TESTED_BASICSR):
+        found.append(f"BasicSR {basicsr.version} is untested (tested: {TESTED_BASICSR})")
+    if torch.version.cuda and not (torch.cuda.is_available() or shutil.which("nvidia-smi")):
+        found.append(
+            "torch has gigabytes of CUDA libraries and no GPU here: pip install --force-reinstall "
+            "torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+        )
+    return found
 
 
 def _cuda() -> str:
@@ -231,15 +220,14 @@ def report() -> list[Problem]:
     if not problems or basicsr.version is None:
         problems += filter(None, [package_problem(basicsr) or name_problem()])
     fault = library.why_not()
+    kernels = f"none, inference on a CPU is slower: {fault}" if fault else library.variant()
     hint = " (needed where use_tb_logger is true: pip install tensorboard)"
     rows = {
         "dlgsanet": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__} (tested: {' and '.join(TESTED_TORCH)})",
+        "torch": f"{torch.__version__} (tested: {_TESTED})",
         "CUDA": _cuda(),
-        "CPU kernels": f"none, inference on a CPU is slower: {fault}"
-        if fault
-        else library.variant(),
+        "CPU kernels": kernels,
         "basicsr": f"{basicsr} (tested: {TESTED_BASICSR})",
         "Triton": look_for("triton"),
         **{{"cv2": "OpenCV"}.get(name, name): found for name, found in packages.items()},
@@ -253,8 +241,10 @@ def report() -> list[Problem]:
     devices += ["mps"] if torch.backends.mps.is_available() else []
     failed = {device: device_problem(device) for device in devices}
     problems += filter(None, failed.values())
-    states = [f"{d}: {'fails' if p else 'builds, trains and evaluates'}" for d, p in failed.items()]
-    _print_section("DLGSANet on each device", states)
+    states = {
+        device: "fails" if p else "builds, trains and evaluates" for device, p in failed.items()
+    }
+    _print_section("DLGSANet on each device", [": ".join(each) for each in states.items()])
     _print_section("warnings", warnings(packages["torchvision"], basicsr))
     _print_section("problems", [f"{each.cause}\n    fix: {each.fix}" for each in problems])
     return problems

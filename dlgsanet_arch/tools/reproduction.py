@@ -8,9 +8,8 @@ images, so that no image is measured twice.
 import csv
 import hashlib
 import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -109,42 +108,36 @@ def load(path: Path, *, param_key: str | None = None, **options: Any) -> Weights
     return Weights(path, network, checkpoint.scale, not differing, upscaler, digest, how)
 
 
-def _fault(name: str, scale: int, folder: Path) -> str:
-    """Say why a test set cannot be measured on; empty where it can."""
-    command = f"dlgsanet data benchmark --name {name} --hr FOLDER --scale {scale} makes it"
-    if not folder.is_dir():
-        return f"{folder} does not exist; {command}"
-    hr, lr = ({path.stem for path in (folder / part).glob("*.png")} for part in _PARTS)
-    if not hr:
-        return f"{folder / 'HR'} has no PNG images; {command}"
-    if hr != lr:
-        return f"{folder}: {min(hr ^ lr)} is in one of HR and LR alone; {command}"
-    return ""
+def _test_set(name: str, scale: int, folder: Path) -> tuple[list[str], str]:
+    """Return the names of a test set's images; or none, and why it cannot be measured on."""
+    hr, lr = (sorted(path.stem for path in (folder / part).glob("*.png")) for part in _PARTS)
+    if hr and hr == lr:
+        return hr, ""
+    fault = f"{folder / 'HR'} has no PNG images"
+    if hr:
+        fault = f"{folder}: {min({*hr} ^ {*lr})} is in one of HR and LR alone"
+    command = f"dlgsanet data benchmark --name {name} --hr FOLDER --scale {scale}"
+    return [], f"{fault}; {command} makes it"
 
 
-def _images(folder: Path) -> list[str]:
-    return sorted(path.stem for path in (folder / "HR").glob("*.png"))
-
-
-def _measure_set(
-    weights: Weights, dataset: str, folder: Path, file: Path, records: Records
-) -> Iterator[Scores]:
-    """Yield the row of each image of a test set; new ones go into records and file."""
-    for name in _images(folder):
-        paths = [folder / part / f"{name}.png" for part in _PARTS]
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        conditions = (dataset, name, weights.digest, *digests, weights.how)
-        if conditions not in records:
-            hr, lr = (read_8_bits(path, least=1).pixels[..., ::-1].copy() for path in paths)
-            try:
-                compared = compare_images(weights.upscaler(lr), hr, weights.scale)
-                scores = compared.psnr().item(), compared.ssim().item()
-            except ValueError as error:
-                raise UserError(f"{paths[1]}: {error}") from error
-            row = (weights.network, weights.scale, dataset, name, *scores, *conditions[2:])
-            records[conditions] = dict(zip(_COLUMNS, row, strict=True))
-            _write_records(file, records)
-        yield records[conditions]
+def _measure(
+    weights: Weights, dataset: str, folder: Path, name: str, file: Path, records: Records
+) -> Scores:
+    """Return the row of an image of a test set; a new one goes into records and file."""
+    paths = [folder / part / f"{name}.png" for part in _PARTS]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    conditions = (dataset, name, weights.digest, *digests, weights.how)
+    if conditions not in records:
+        hr, lr = (read_8_bits(path, least=1).pixels[..., ::-1].copy() for path in paths)
+        try:
+            compared = compare_images(weights.upscaler(lr), hr, weights.scale)
+            scores = compared.psnr().item(), compared.ssim().item()
+        except ValueError as error:
+            raise UserError(f"{paths[1]}: {error}") from error
+        row = (weights.network, weights.scale, dataset, name, *scores, *conditions[2:])
+        records[conditions] = dict(zip(_COLUMNS, row, strict=True))
+        _write_records(file, records)
+    return records[conditions]
 
 
 def make_cell(
@@ -210,22 +203,21 @@ def reproduce(
     with disk_faults_named(f"{out} cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     records = _read_records(out / IMAGES)
-    wanted = [(each, name) for each in weights for name in datasets]
-    sets = {(name, each.scale): folder / name / f"X{each.scale}" for each, name in wanted}
-    faults = {key: _fault(*key, path) for key, path in sets.items()}
-    counts = {key: 0 if faults[key] else len(_images(path)) for key, path in sets.items()}
+    wanted = [
+        (each, name, folder / name / f"X{each.scale}") for each in weights for name in datasets
+    ]
+    sets = {path: _test_set(name, each.scale, path) for each, name, path in wanted}
     cells = []
-    total = sum(counts[name, each.scale] for each, name in wanted)
-    with progress_bar("reproduce", total, "image") as bar:
-        for each, name in wanted:
-            key, measured = (name, each.scale), []
-            if not faults[key]:
-                for image in _measure_set(each, name, sets[key], out / IMAGES, records):
-                    measured.append(image)
-                    bar.update()
+    with progress_bar("reproduce", sum(len(sets[path][0]) for *_, path in wanted), "image") as bar:
+        for each, name, path in wanted:
+            images, missing = sets[path]
+            measured = []
+            for image in images:
+                measured.append(_measure(each, name, path, image, out / IMAGES, records))
+                bar.update()
             more = {"weights": str(each.path), "is_published": each.is_published}
-            more["missing"] = faults[key]
-            cells.append(make_cell(each.network, each.scale, name, measured, tolerance, **more))
+            cell = make_cell(each.network, each.scale, name, measured, tolerance, **more)
+            cells.append(cell | {"missing": missing})
     given = {(each.network, each.scale) for each in weights}
     for network in PUBLISHED.keys() - given:
         missing = "no weights of {} x{} are given; --weights FILE measures them".format(*network)
@@ -237,9 +229,9 @@ def reproduce(
         "tolerance_db": tolerance,
         "how": {str(each.path): each.how for each in weights},
         "sets": {
-            f"{name} x{scale}": {part: folder_sha256(path / part) for part in _PARTS}
-            for (name, scale), path in sets.items()
-            if not faults[name, scale]
+            f"{name} x{each.scale}": {part: folder_sha256(path / part) for part in _PARTS}
+            for each, name, path in wanted
+            if sets[path][0]
         },
         "cells": cells,
     }
@@ -269,31 +261,16 @@ def markdown(table: Table, *, only_measured: bool = False) -> str:
     head = ["network", "set", "published", "re-trained", "measured", "difference", "verdict"]
     lines = [head, ["---"] * len(head), *map(_line, cells)]
     text = [table["protocol"], "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    lists = {
-        "SHA-256 over names and pixels of the test sets:": [
-            f"{name} {part}: `{digest}`"
-            for name, parts in table["sets"].items()
-            for part, digest in parts.items()
-        ],
-        "Missing:": dict.fromkeys(cell["missing"] for cell in cells if cell["missing"]),
-    }
-    for title, items in lists.items():
+    digests = [
+        f"{name} {part}: `{digest}`"
+        for name, parts in table["sets"].items()
+        for part, digest in parts.items()
+    ]
+    missing = dict.fromkeys(cell["missing"] for cell in cells if cell["missing"])
+    for title, items in (
+        ("SHA-256 over names and pixels of the test sets:", digests),
+        ("Missing:", missing),
+    ):
         if items:
             text += [title, "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(text) + "\n"
-
-
-def write(table: Table, out: Path, *, only_measured: bool = False) -> list[Path]:
-    """Write table.md and table.json into a folder, and return their paths.
-
-    Raises:
-        UserError: They cannot be written.
-    """
-    texts = {
-        "table.md": markdown(table, only_measured=only_measured),
-        "table.json": json.dumps(table, indent=1) + "\n",
-    }
-    with disk_faults_named(f"{out} cannot be written"):
-        for name, text in texts.items():
-            write_atomically(out / name, text.encode())
-    return [out / name for name in texts]
