@@ -5,7 +5,7 @@ Importing this module imports basicsr.models.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from basicsr.models.sr_model import SRModel
@@ -26,38 +26,21 @@ class TrainingError(UserError):
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class _Settings(NamedTuple):
-    """The keys of `train:` that SRModel does not know, checked."""
-
-    amp: torch.dtype | None
-    channels_last: bool
-    backend: str | None  # of torch.compile
-    clip_grad_norm: float | None
-    accumulation: int
-
-
-def _settings(options: Mapping[str, Any]) -> _Settings:
-    """Read the complete option file; a value that its key cannot have is a TrainingError."""
+def _check(options: Mapping[str, Any]) -> None:
+    """Raise a TrainingError for a value of `train:` that its key cannot have, or not here."""
     train = options.get("train") or {}
     for key in schema.KEYS:
         given = train.get(key.path.removeprefix("train:"))
         if key.by == schema.OURS and given is not None and (fault := key.kind(given)):
             raise TrainingError(f"{key.path}: {fault}")
-    amp, backend = train.get("amp") or None, train.get("compile") or None
     # DataParallel's threads do not inherit autocast's type, and its replicas would run the
     # compiled form of the first one.
-    if options["num_gpu"] > 1 and not options["dist"] and (amp or backend):
+    parallel = options["num_gpu"] > 1 and not options["dist"]
+    if parallel and (train.get("amp") or train.get("compile")):
         raise TrainingError(
             "train:amp and train:compile need a process for each GPU: start with `torchrun "
             "--nproc_per_node=N train.py ... --launcher pytorch`, or set num_gpu: 1"
         )
-    return _Settings(
-        amp=_AMP.get(amp),
-        channels_last=bool(train.get("channels_last")),
-        backend="inductor" if backend is True else backend,
-        clip_grad_norm=train.get("clip_grad_norm") or None,
-        accumulation=train.get("accumulation") or 1,
-    )
 
 
 def _check_compiler(backend: str, device: torch.device) -> None:
@@ -96,7 +79,14 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        self.settings = _settings(opt)
+        _check(opt)
+        train = opt.get("train") or {}
+        backend = train.get("compile") or None
+        self._amp = _AMP.get(train.get("amp"))
+        self._channels_last = bool(train.get("channels_last"))
+        self._backend = "inductor" if backend is True else backend  # of torch.compile
+        self._clip_grad_norm = train.get("clip_grad_norm") or None
+        self._accumulation = train.get("accumulation") or 1
         self.log_dict: dict[str, Tensor] = {}
         # Gradients that overflow in float16 are the scaler's business: it passes the step over.
         self._may_overflow: dict[str, Tensor] = {}
@@ -105,11 +95,11 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Move a network to the device, prepared as the options say before it is wrapped."""
         net = net.to(self.device)
-        if self.settings.channels_last:
+        if self._channels_last:
             _to_channels_last(net)
-        if self.settings.backend and self.is_train:
-            _check_compiler(self.settings.backend, self.device)
-            net.compile(backend=self.settings.backend)  # in place: names in checkpoints stay
+        if self._backend and self.is_train:
+            _check_compiler(self._backend, self.device)
+            net.compile(backend=self._backend)  # in place: names in checkpoints stay
         return super().model_to_device(net)
 
     def init_training_settings(self) -> None:
@@ -118,14 +108,14 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             self._autocast()
         except RuntimeError as error:
             raise TrainingError(f"train:amp cannot be used on this device: {error}") from error
-        is_half = self.settings.amp is torch.float16
+        is_half = self._amp is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_half)
         super().init_training_settings()
-        if self.settings.channels_last and self.ema_decay > 0:
+        if self._channels_last and self.ema_decay > 0:
             _to_channels_last(self.net_g_ema)
         # The norm of a whole batch's difference is not a sum over its samples.
         frobenius = getattr(self.cri_perceptual, "criterion_type", None) == "fro"
-        if self.settings.accumulation > 1 and frobenius:
+        if self._accumulation > 1 and frobenius:
             raise TrainingError(
                 "train:perceptual_opt:criterion: fro cannot be computed from parts of a batch; "
                 "use l1, or leave train:accumulation out"
@@ -147,7 +137,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
         """Move `lq` (B, C, H, W) and any `gt` to the device; with pinned memory nothing waits."""
-        layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
+        layout = torch.channels_last if self._channels_last else torch.preserve_format
         moved = {
             key: data[key].to(self.device, non_blocking=True, memory_format=layout)
             for key in ("lq", "gt")
@@ -158,7 +148,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     def optimize_parameters(self, current_iter: int) -> None:
         """Train one iteration on the batch of `feed_data`; `output` is the whole batch's."""
         self.optimizer_g.zero_grad()
-        count = min(self.settings.accumulation, len(self.lq))
+        count = min(self._accumulation, len(self.lq))
         parts = zip(self.lq.tensor_split(count), self.gt.tensor_split(count), strict=True)
         outputs, logs = [], []
         in_parallel = isinstance(self.net_g, DistributedDataParallel)
@@ -167,7 +157,7 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             with self.net_g.no_sync() if in_parallel and index < count else nullcontext():
                 with self._autocast():
                     output = self.net_g(lq)
-                output = output if self.settings.amp is None else output.float()
+                output = output if self._amp is None else output.float()
                 losses = self._losses(output, gt, len(lq) / len(self.lq))
                 loss = sum(losses.values())
                 self.scaler.scale(loss).backward()
@@ -180,9 +170,9 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
             self.model_ema(decay=self.ema_decay)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.settings.amp is None:
+        if self._amp is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.settings.amp)
+        return torch.autocast(self.device.type, dtype=self._amp)
 
     def _losses(self, output: Tensor, gt: Tensor, share: float) -> dict[str, Tensor]:
         """Return a part's losses by name, such that those of all parts add up to the batch's."""
@@ -199,10 +189,10 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
 
     def _step(self) -> None:
         scaler, optimizer = self.scaler, self.optimizer_g
-        if self.settings.clip_grad_norm is not None:
+        if self._clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
             log = self._may_overflow if scaler.is_enabled() else self.log_dict
             log["grad_norm"] = norm.detach()
         scaler.step(optimizer)
@@ -221,6 +211,6 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
 
     def test(self) -> None:
         """Compute `output` of `lq` as testing does: in full precision, and without compiling."""
-        compiled = self.settings.backend is not None
+        compiled = self._backend is not None
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             super().test()

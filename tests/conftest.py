@@ -37,9 +37,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def registered() -> dict[str, dict[str, Any]]:
     """What BasicSR's registries hold, by registry and name."""
-    from dlgsanet_arch.pipeline import preparation
+    from dlgsanet_arch.pipeline import runs
 
-    return preparation.registered()
+    return runs.registered()
 
 
 @pytest.fixture(scope="session")

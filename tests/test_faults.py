@@ -18,7 +18,7 @@ from training_runs import Forked, assert_equal, events, make_root, small_options
 from dlgsanet_arch.checkpoint import check_complete
 from dlgsanet_arch.pipeline import evaluation, loop, runs  # noqa: F401 - for what is forked
 from dlgsanet_arch.pipeline.checkpoints import numbered
-from dlgsanet_arch.pipeline.preparation import registered
+from dlgsanet_arch.pipeline.runs import registered
 
 pytestmark = pytest.mark.faults
 

@@ -25,7 +25,7 @@ from training_runs import (
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import loop, runs
-from dlgsanet_arch.pipeline.lock import LockedError
+from dlgsanet_arch.pipeline.processes import LockedError
 from dlgsanet_arch.pipeline.reports import Evaluation
 from dlgsanet_arch.pipeline.samples import Sampling
 

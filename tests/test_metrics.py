@@ -99,14 +99,6 @@ def test_other_dtypes_views_and_the_smallest_images(dtype):
     assert_equals_basicsr(output[..., :15, :16], target[..., :15, :16], 2, True)
 
 
-def test_every_value_of_8_bits_comes_back():
-    values = torch.arange(256.0)
-    assert torch.equal(metrics.to_8_bits(values / 255), values)
-    halves = torch.arange(-64, 576) / 510
-    expected = tensor2img(halves.view(1, 1, -1)).ravel()
-    assert np.array_equal(metrics.to_8_bits(halves).numpy(), expected)
-
-
 def test_y_is_basicsr_s_bit_for_bit():
     rgb = torch.randint(256, (1, 3, 300, 400)) / 255
     ours = metrics.compare(rgb, rgb, y_channel=True).output[0, 0].numpy()

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dlgsanet_arch.errors import Interrupted, UserError
-from dlgsanet_arch.pipeline.lock import LockedError, one_run
-from dlgsanet_arch.pipeline.processes import stop_on_signals
+from dlgsanet_arch.pipeline.processes import LockedError, one_run, stop_on_signals
 
 
 def send(number: int) -> None:
@@ -60,7 +59,7 @@ HOLD = """
 import sys, time, os
 from pathlib import Path
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline.lock import one_run
+from dlgsanet_arch.pipeline.processes import one_run
 with one_run(Path(sys.argv[1]), "the run small"):
     child = os.fork()  # like a loader's worker, which outlives its parent for a while
     if child:

@@ -7,7 +7,7 @@ import pytest
 from dlgsanet_arch import cli, pipeline
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import OptionsError, load, shipped
-from dlgsanet_arch.pipeline import preparation
+from dlgsanet_arch.pipeline import runs
 
 
 def test_names_are_those_of_the_verb_s_folder(repository):
@@ -68,8 +68,8 @@ def test_a_shipped_file_is_printed_as_it_is(repository, capsys):
 def test_a_test_takes_some_of_a_file_s_sets(tmp_path):
     parse = pipeline.build_parser("test").parse_args
     asked = parse(["-opt", "tiny_x4", "--sets", "Set14", "Set5"])
-    _, options = preparation.read(tmp_path, asked, train=False)
+    options = runs.read(tmp_path, asked, train=False)
     assert sorted(each["name"] for each in options["datasets"].values()) == ["Set14", "Set5"]
     asked = parse(["-opt", "tiny_x4", "--sets", "Set4"])
     with pytest.raises(UserError, match="no data set 'Set4'; did you mean 'Set14'"):
-        preparation.read(tmp_path, asked, train=False)
+        runs.read(tmp_path, asked, train=False)

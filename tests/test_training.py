@@ -493,10 +493,8 @@ class OnDevice(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@pytest.fixture
-def on_device():
-    OnDevice.waits = 0
-    return lambda value: torch.tensor(value).as_subclass(OnDevice)
+def on_device(value):
+    return torch.tensor(value).as_subclass(OnDevice)
 
 
 def watcher(folder, processes=None):
@@ -511,28 +509,27 @@ def report(folder):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_a_loss_on_the_host_stops_at_once_and_names_the_batch(tmp_path, kind):
+@pytest.mark.parametrize("kind", [float, torch.tensor, on_device])
+def test_a_bad_loss_stops_at_once_and_on_a_gpu_when_it_is_asked_for(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(loss_module, "_KEPT", 6)  # what is kept on a GPU is bounded
+    monkeypatch.setattr(OnDevice, "waits", 0)
     watch = watcher(tmp_path)
-    watch.watch(1, ["a.png", "b.png"], {"l_pix": kind(1.0)})
-    message = r"iteration 2 .*\(l_pix 0\.5, l_style nan\).*samples: c\.png, d\.png.*_2\.json"
+    begun = []
+
+    def iterate():
+        for iteration in range(1, 7):
+            assert OnDevice.waits == 0
+            begun.append(iteration)
+            bad = {3: math.inf, 4: math.nan}.get(iteration, 0.1)
+            losses = {"l_pix": kind(0.5), "l_style": kind(bad)}
+            watch.watch(iteration, [f"{iteration}a.png", f"{iteration}b.png"], losses)
+
+    message = r"iteration 3 .*\(l_pix 0\.5, l_style inf\).*samples: 3a\.png, 3b\.png.*_3\.json"
     with pytest.raises(UserError, match=message):
-        watch.watch(2, ["c.png", "d.png"], {"l_pix": kind(0.5), "l_style": kind(math.nan)})
-    losses = {"l_pix": 0.5, "l_style": "nan"}
-    assert report(tmp_path) == {"iteration": 2, "losses": losses, "samples": ["c.png", "d.png"]}
-
-
-def test_a_loss_on_a_gpu_waits_until_it_is_asked_for(tmp_path, on_device, monkeypatch):
-    monkeypatch.setattr(loss_module, "_KEPT", 6)
-    watch = watcher(tmp_path)
-    for iteration in range(1, 6):
-        bad = {3: math.inf, 4: math.nan}.get(iteration, 0.1)
-        watch.watch(iteration, [f"{iteration}.png"], {"a": on_device(0.2), "b": on_device(bad)})
-    assert OnDevice.waits == 0
-    with pytest.raises(UserError, match=r"iteration 3 .*b inf"):
-        watch.watch(6, [], {"a": on_device(0.2)})  # what is kept is bounded
-    assert OnDevice.waits == 1
-    assert report(tmp_path)["samples"] == ["3.png"]
+        iterate()
+    assert (len(begun), OnDevice.waits) == ((6, 1) if kind is on_device else (3, 0))
+    losses = {"l_pix": 0.5, "l_style": "inf"}
+    assert report(tmp_path) == {"iteration": 3, "losses": losses, "samples": ["3a.png", "3b.png"]}
 
 
 def test_several_processes_stop_together_at_the_first_bad_batch(tmp_path):

@@ -1,6 +1,6 @@
 """Training and testing by option file, built from BasicSR's parts.
 
-`preparation` checks all that a run needs before anything is created; `loop` trains, `evaluation`
+`runs` checks all that a run needs before anything is created; `loop` trains, `evaluation`
 validates and tests, `checkpoints` writes, finds and restores them. They run any option file of
 BasicSR's for a network of single images.
 """

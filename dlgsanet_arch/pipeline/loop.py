@@ -26,7 +26,7 @@ from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
 from dlgsanet_arch.pipeline.losses import FiniteLosses
 from dlgsanet_arch.pipeline.processes import LostProcessError, Processes, stop_on_signals
 from dlgsanet_arch.pipeline.reports import Evaluation
-from dlgsanet_arch.pipeline.samples import BadSamples, ReadingError, Samples, Sampling, load
+from dlgsanet_arch.pipeline.samples import BadSample, ReadingError, Samples, Sampling, load
 from dlgsanet_arch.progress import progress_bar
 
 # What a state holds and the option file says too; the state's is what a resumed run uses.
@@ -72,7 +72,6 @@ class Training:
                 opt["manual_seed"] = said.seed
         self._build_data(opt["datasets"]["train"])
         self._progress = self._progress_at(start.iteration, said)
-        self._bad = BadSamples(self._progress.bad_samples, self._tolerated, log)
         self.model = build()
         self._checkpoints = Checkpoints(self.model, processes, opt["logger"].get("keep_last"))
         self._saved_at = start.iteration if start.path else None
@@ -225,10 +224,31 @@ class Training:
         )
         since = time.perf_counter()
         for batch, bad in batches:
-            self._bad.add(bad, replaced=batch is not None)
+            self._note_bad(bad, replaced=batch is not None)
             self._pace.waited += time.perf_counter() - since
             yield batch
             since = time.perf_counter()
+
+    def _note_bad(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
+        """Note bad samples; too many different ones, or one not `replaced`, is a ReadingError."""
+        known = self._progress.bad_samples
+        new = [each for each in dict.fromkeys(bad) if each not in known]
+        if limit := next((each.reason for each in new if not each.sample), ""):
+            raise ReadingError(f"{limit}; then resume with --auto_resume")
+        if not replaced or len(known) + len(new) > self._tolerated:
+            lines = "\n  ".join(map(str, [*known, *new]))
+            raise ReadingError(
+                "bad samples in the training set (datasets:train:skip_bad_samples tolerates "
+                f"{self._tolerated}, if a good one can take its place; fix them, see `dlgsanet "
+                f"data verify`, and resume with --auto_resume):\n  {lines}"
+            )
+        for number, each in enumerate(new, len(known) + 1):
+            self._log.warning(
+                f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
+                f"{each}"
+            )
+            self._log.record("bad_sample", sample=each.sample, reason=each.reason)
+        self._progress.bad_samples = [*known, *new]
 
     def _step(self, iteration: int, batch: Mapping[str, Any]) -> None:
         model, warmup = self.model, int(self._opt["train"].get("warmup_iter") or -1)
@@ -264,9 +284,8 @@ class Training:
     def _save(self) -> None:
         self._losses.check()
         since = time.perf_counter()
-        shares = self._processes.gather(list(self._bad.found))
-        self._bad.add([each for share in shares for each in share])
-        self._progress.bad_samples = tuple(self._bad.found)
+        for share in self._processes.gather(self._progress.bad_samples):
+            self._note_bad(share)
         self._log.info("Saving models and training states.")
         self._checkpoints.save(self._progress)
         self._saved()

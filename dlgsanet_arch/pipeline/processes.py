@@ -1,17 +1,17 @@
-"""The processes of a run: one, or those that torchrun or Slurm started; and how a signal ends it.
+"""The processes of a run: one, or those of torchrun or Slurm; its lock; the signals that end it."""
 
-A signal lets the run finish its iteration, save, and say how to continue.
-"""
-
+import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,12 @@ import torch
 import torch.distributed as dist
 
 from dlgsanet_arch.errors import Interrupted, UserError
+from dlgsanet_arch.files import disk_faults_named
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 # Ranks wait for each other over a group of its own, however long one of them validates or saves:
 # a process that died is noticed by its launcher, not by this.
@@ -39,6 +45,10 @@ class RemoteRankError(UserError):
 
 class LostProcessError(UserError):
     """Another process of the run does not answer any longer."""
+
+
+class LockedError(UserError):
+    """Another process is working on the run."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +175,61 @@ def started(launcher: str, options: Mapping[str, Any]) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+# ---- one run of a name at a time, on one machine or on several that share a file system
+
+
+@contextmanager
+def one_run(path: Path, what: str) -> Iterator[str]:
+    """Exclude other processes from a run (`what`) inside the block; a LockedError names the holder.
+
+    The kernel releases the lock of a process that ends, however it ends. The file `path`, outside
+    the run's folder, names its holder; where files cannot be locked, one that names a holder counts
+    as locked. Yields a warning if the last holder was on another host and did not end properly: it
+    was killed, or the file system does not share locks between hosts and it still works. Else "".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host, warning = socket.gethostname(), ""
+    with disk_faults_named(f"the lock {path} cannot be opened"):
+        opened = path.open("a+b", buffering=0)
+    with opened as file:
+        failure: OSError | None = None
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            # Not `flock`: workers that outlive a killed run by some seconds would hold its lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            failure = error
+        file.seek(0)
+        holder = file.read().decode(errors="replace")
+        is_held = isinstance(failure, BlockingIOError | PermissionError)
+        if is_held or (failure and holder):
+            unsure = "" if is_held else f" ({failure.strerror}: if that has ended, delete {path})"
+            raise LockedError(
+                f"{what} is being worked on by {holder or 'another process'}{unsure}; wait until "
+                "it ends, stop it, or choose another `name`"
+            )
+        if holder and not holder.endswith(f" on {host}"):
+            warning = (
+                f"{what} was last held by {holder}, which did not end properly: if it still runs, "
+                "stop it (some file systems do not share locks between hosts)"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {host}".encode())
+        try:
+            yield warning
+        finally:
+            file.truncate(0)
+
+
+# ---- signals
+
+
 class StopRequest:
-    """Whether a signal has asked this process to end; `signal` is its number, else 0."""
+    """Whether a signal has asked this process to end; `signal` is its number, else 0.
+
+    The run then finishes its iteration, saves, and says how to continue.
+    """
 
     signal = 0
     _at_once = False

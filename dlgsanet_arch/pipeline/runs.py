@@ -1,11 +1,18 @@
-"""A run from its command line to its end: prepared, tried, locked, its folders made."""
+"""A run from its command line to its end: read, checked, tried, locked, its folders made.
+
+Nothing is created before all of the run is known to work.
+"""
 
 import argparse
+import copy
+import importlib
 import itertools
 import os
+import random
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,17 +21,124 @@ import torch
 from basicsr.utils import get_env_info, get_time_str, set_random_seed
 from basicsr.utils.options import copy_opt_file, dict2str
 
+from dlgsanet_arch import _basicsr
+from dlgsanet_arch import options as option_files
 from dlgsanet_arch.averaging import bare, networks_of
+from dlgsanet_arch.data import check
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import UNFINISHED, disk_faults_named
-from dlgsanet_arch.pipeline import adapter, preparation, reports, trial, weights
-from dlgsanet_arch.pipeline.checkpoints import numbered
+from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.options import Context, shipped
+from dlgsanet_arch.options.context import is_whole
+from dlgsanet_arch.pipeline import adapter, checkpoints, reports, trial, weights
+from dlgsanet_arch.pipeline.checkpoints import Start, numbered
 from dlgsanet_arch.pipeline.evaluation import Images
-from dlgsanet_arch.pipeline.lock import one_run
 from dlgsanet_arch.pipeline.logs import RunLog
 from dlgsanet_arch.pipeline.loop import Training
-from dlgsanet_arch.pipeline.processes import Processes, started
+from dlgsanet_arch.pipeline.processes import Processes, one_run, started
 from dlgsanet_arch.pipeline.samples import system_limit
+
+# ---- read
+
+
+def _take_sets(options: dict[str, Any], names: Sequence[str]) -> None:
+    """Leave only the data sets with these names."""
+    datasets = options.get("datasets")
+    if not isinstance(datasets, dict):  # the check will say so
+        return
+    sets = {phase: each for phase, each in datasets.items() if isinstance(each, dict)}
+    by_name = {str(each.get("name")): phase for phase, each in sets.items()}
+    for name in names:
+        if name not in by_name:
+            hint = suggest_or_list(name, by_name)
+            raise UserError(f"--sets: the option file has no data set {name!r}{hint}")
+    options["datasets"] = {by_name[name]: datasets[by_name[name]] for name in names}
+
+
+def _shorten_for_debugging(options: dict[str, Any]) -> None:
+    """Name a run `debug_…`, and let it print and save often: `--debug`, as BasicSR has it."""
+    if not options["name"].startswith("debug"):
+        options["name"] = f"debug_{options['name']}"
+    changes = {"val": {"val_freq": 8}, "logger": {"print_freq": 1, "save_checkpoint_freq": 8}}
+    for section, values in changes.items():
+        if isinstance(options.get(section), dict):
+            options[section] |= values
+
+
+def read(root: Path, arguments: argparse.Namespace, *, train: bool) -> dict[str, Any]:
+    """Read the option file that a command line names, by its path or by a shipped one's name.
+
+    Returns the options with `--force_yml`; `opt` and `root` of the arguments become absolute.
+    """
+    arguments.root = (arguments.root or root).expanduser().resolve()
+    if not arguments.root.is_dir():
+        raise UserError(f"--root: folder {arguments.root} does not exist")
+    arguments.opt = shipped.find(arguments.opt.expanduser(), train=train).resolve()
+    options = option_files.load(arguments.opt)
+    option_files.override(options, arguments.force_yml)
+    if not train and arguments.sets:
+        _take_sets(options, arguments.sets)
+    if arguments.debug and isinstance(options.get("name"), str):
+        _shorten_for_debugging(options)
+    return options
+
+
+def _import_packages(names: Sequence[str], root: Path) -> None:
+    """Import third-party packages, which register their networks and models in BasicSR."""
+    if str(root) not in sys.path:
+        sys.path.append(str(root))  # a file in the folder of train.py can be named, too
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever another package's import may raise
+            raise UserError(
+                f"--import {name}: it cannot be imported ({type(error).__name__}: {error}); give "
+                "the name of an installed package, or of a module below the root folder"
+            ) from error
+
+
+def registered() -> dict[str, dict[str, Any]]:
+    """Return what BasicSR's registries hold, by registry and name."""
+    for package in ("archs", "models", "data", "losses", "metrics"):
+        _basicsr.import_basicsr(f"basicsr.{package}")
+    module = _basicsr.import_basicsr("basicsr.utils.registry")
+    kinds = ("arch", "model", "dataset", "metric", "loss")
+    return {kind: dict(iter(getattr(module, f"{kind.upper()}_REGISTRY"))) for kind in kinds}
+
+
+def _for_parts(context: Context, processes: Processes) -> dict[str, Any]:
+    """Complete options as BasicSR's models, data sets and loggers expect them."""
+    root, opt = context.root, copy.deepcopy(dict(context.options))
+    opt |= {
+        "is_train": context.train,
+        "dist": processes.distributed,
+        "rank": processes.rank,
+        "world_size": processes.world,
+        "root_path": str(root),
+        "as_given": copy.deepcopy(opt),
+    }
+    if opt["num_gpu"] == "auto":
+        opt["num_gpu"] = torch.cuda.device_count()
+    if opt.get("manual_seed") is None:
+        opt["manual_seed"] = processes.share(random.SystemRandom().randint(1, 10000))
+    for phase, dataset in opt["datasets"].items():
+        dataset |= {"phase": phase.split("_")[0], "scale": opt["scale"]}
+        for key in ("dataroot_gt", "dataroot_lq"):
+            if dataset.get(key) is not None:
+                dataset[key] = str(Path(dataset[key]).expanduser())
+    path = opt["path"]
+    for key, value in path.items():
+        if value is not None and ("resume_state" in key or "pretrain_network" in key):
+            path[key] = str(Path(value).expanduser())
+    kind = "experiments" if context.train else "results"
+    run = root / kind / opt["name"]
+    path |= {f"{kind}_root": str(run), "log": str(run), "visualization": str(run / "visualization")}
+    if context.train:
+        path |= {"models": str(run / "models"), "training_states": str(run / "training_states")}
+    return opt
+
+
+# ---- the disk
 
 
 def check_folder(folder: Path) -> None:
@@ -39,11 +153,8 @@ def check_folder(folder: Path) -> None:
 
 def room_warning(model: Any, opt: Mapping[str, Any]) -> str:
     """Return a warning if the checkpoints will not all fit on the disk; two must fit."""
-    tensors = [
-        tensor
-        for network in networks_of(model).values()
-        for tensor in bare(network).state_dict().values()
-    ]
+    networks = networks_of(model).values()
+    tensors = [each for network in networks for each in bare(network).state_dict().values()]
     for optimizer in model.optimizers:  # Adam's two moments
         tensors += 2 * [each for group in optimizer.param_groups for each in group["params"]]
     # float32, and a record of the file
@@ -71,27 +182,77 @@ def _archive(folder: Path) -> Path:
     return folder.rename(next(path for path in free if not path.exists()))
 
 
-@contextmanager
-def _current_folder(root: Path) -> Iterator[None]:
-    """Data sets and losses of BasicSR's find relative paths from the current folder."""
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+# ---- a run
 
 
 class _Run:
-    """A run: prepared, then set up, tried, locked and begun."""
+    """A run: checked by its constructor, then set up, tried, locked and begun.
+
+    One UserError lists every problem of options, data and files. `opt` has the options as BasicSR's
+    parts take them, `start` what the run resumes from.
+    """
 
     def __init__(
-        self, arguments: argparse.Namespace, processes: Processes, log: RunLog, prepared: tuple
+        self, arguments: argparse.Namespace, context: Context, processes: Processes, log: RunLog
     ) -> None:
         self.arguments, self.processes, self.log = arguments, processes, log
-        self.opt, self.start, self._weights, self._smallest = prepared
-        kind = "experiments_root" if self.opt["is_train"] else "results_root"
-        self.folder = Path(self.opt["path"][kind])
+        self.start, options = Start(), context.options
+        self._smallest: dict[str, tuple[int, int]] = {}  # HR image, by name of data set
+        with processes.agreed():
+            if processes.is_main:
+                self._check(context)
+        state, self._smallest = processes.share((self.start.path, self._smallest))
+        with processes.agreed():
+            if not processes.is_main:  # each process reads for itself
+                if state:
+                    self.start = checkpoints.read_pair(state, options)
+                self._weights, problems, _ = weights.sources(context, self.start)
+                option_files.refuse(problems)
+        self.opt = opt = _for_parts(context, processes)
+        opt["auto_resume"] = context.train and arguments.auto_resume
+        if state is not None:
+            opt["path"]["resume_state"] = str(state)
+        for key, (path, _) in self.start.networks.items():  # for a class that loads by itself
+            label = key.removeprefix("network_")
+            opt["path"] |= {f"pretrain_{key}": str(path), f"strict_load_{label}": True}
+            opt["path"][f"param_key_{label}"] = "params"
+        self.folder = Path(opt["path"]["experiments_root" if context.train else "results_root"])
+
+    def _check(self, context: Context) -> None:
+        """Check options, data and files, and read what the run starts from."""
+        options, train = context.options, context.train
+        known = {"train": train, "root": context.root, "registered": context.registered}
+        problems = option_files.problems(options, **known)
+        gpus, asked = torch.cuda.device_count(), options.get("num_gpu")
+        if is_whole(asked) and asked > gpus:
+            problems.append(
+                f"num_gpu: is {asked}, but PyTorch sees {gpus} CUDA devices here; write `num_gpu: "
+                f"auto`, or add --force_yml num_gpu={gpus}"
+            )
+        scanned, notes = check.scan(options, **known), []
+        problems += scanned.problems
+        if isinstance(options.get("path"), dict) and isinstance(options.get("name"), str):
+            resume = self.arguments.auto_resume
+            try:
+                if train:
+                    self.start = checkpoints.find_start(options, context.root, auto_resume=resume)
+            except UserError as error:
+                problems.append(str(error))
+            self._weights, wrong, notes = weights.sources(context, self.start)
+            problems += wrong
+        if train:
+            gpus = min(asked, gpus) if is_whole(asked) else gpus
+            copies = self.processes.world if self.processes.distributed else max(1, gpus)
+            problems += check.batch_problems(options, scanned.samples, copies)
+        option_files.refuse(problems)
+        for line in scanned.warnings:
+            self.log.warning(line)
+        for line in self.start.passed_over:
+            self.log.warning(f"not complete, and passed over: {line}")
+        for line in scanned.notes + notes:
+            self.log.info(line)
+        sets = options["datasets"]
+        self._smallest = {sets[phase]["name"]: size for phase, size in scanned.smallest.items()}
 
     @contextmanager
     def set_up(self) -> Iterator[None]:
@@ -135,10 +296,8 @@ class _Run:
     def begin(self) -> None:
         """Make the folders and open the logs; every process calls."""
         opt = self.opt
-        with (
-            self.processes.agreed(),
-            disk_faults_named(f"the run's folder {self.folder} cannot be made"),
-        ):
+        fault = f"the run's folder {self.folder} cannot be made"
+        with self.processes.agreed(), disk_faults_named(fault):
             if self.processes.is_main:
                 self._make_folders()
         text_log = f"{'train' if opt['is_train'] else 'test'}_{opt['name']}_{get_time_str()}.log"
@@ -164,19 +323,20 @@ class _Run:
 
 @contextmanager
 def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iterator[_Run]:
-    options = preparation.read(root, arguments, train=train)
-    with (
-        started(arguments.launcher, options) as processes,
-        _current_folder(arguments.root),
-        RunLog(processes) as log,
-    ):
+    options, before = read(root, arguments, train=train), Path.cwd()
+    with started(arguments.launcher, options) as processes, RunLog(processes) as log:
+        # data sets and losses of BasicSR's find relative paths from the current folder
+        os.chdir(arguments.root)
         try:
-            prepared = preparation.prepare(arguments, options, processes, log, train=train)
-            yield _Run(arguments, processes, log, prepared)
+            _import_packages(arguments.packages, arguments.root)
+            context = Context(options, train, arguments.root, registered())
+            yield _Run(arguments, context, processes, log)
         except (OSError, RuntimeError) as error:
             if limit := system_limit(error):
                 raise UserError(limit) from error
             raise
+        finally:
+            os.chdir(before)
 
 
 def train(root: Path, arguments: argparse.Namespace) -> None:

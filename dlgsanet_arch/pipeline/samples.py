@@ -22,7 +22,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.pipeline.logs import RunLog
 
 _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
 
@@ -281,36 +280,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
             return None, [*bad, BadSample("training", "", limit)]
         names = [str(content.get("gt_path", content.get("lq_path"))) for content in contents]
         return None, [*bad, BadSample("training", f"the batch {names}", str(error))]
-
-
-class BadSamples:
-    """The different bad samples of a run: those in its state, and new ones up to a number."""
-
-    def __init__(self, known: Sequence[BadSample], tolerated: int, log: RunLog) -> None:
-        self.found = dict.fromkeys(known)
-        self._tolerated = tolerated
-        self._log = log
-
-    def add(self, bad: Sequence[BadSample], *, replaced: bool = True) -> None:
-        """Take in a batch's bad samples; too many, or one not `replaced`, is a ReadingError."""
-        new = [each for each in dict.fromkeys(bad) if each not in self.found]
-        if limit := next((each.reason for each in new if not each.sample), ""):
-            raise ReadingError(f"{limit}; then resume with --auto_resume")
-        found = self.found | dict.fromkeys(new)
-        if not replaced or len(found) > self._tolerated:
-            lines = "\n  ".join(map(str, found))
-            raise ReadingError(
-                "bad samples in the training set (datasets:train:skip_bad_samples tolerates "
-                f"{self._tolerated}, if a good one can take its place; fix them, see `dlgsanet "
-                f"data verify`, and resume with --auto_resume):\n  {lines}"
-            )
-        for number, each in enumerate(new, len(self.found) + 1):
-            self._log.warning(
-                f"bad sample {number} of {self._tolerated} tolerated, another takes its place: "
-                f"{each}"
-            )
-            self._log.record("bad_sample", sample=each.sample, reason=each.reason)
-        self.found = found
 
 
 def load(
