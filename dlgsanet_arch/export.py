@@ -1,9 +1,8 @@
 """DLGSANet in files that run without this package: ONNX, and PyTorch's .pt2.
 
-Both hold plain operators only, and both are compared with the network before they get their name.
-The test-time windows (TLC) depend on the size of the image: with a fixed size they are in the
-file, with dynamic sizes they are left out, and attention looks at the whole image. Up to
-`tlc_kernel` pixels on a side that is the same.
+Both hold plain operators only, and are compared with the network before they get their name. The
+test-time windows (TLC) depend on the size of the image: they are in files of a fixed size; with
+dynamic sizes attention is over the whole image, which is the same up to `tlc_kernel` pixels a side.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ BOUNDS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
 # (B, H, W) that dynamic files are compared at: odd, of one pixel, larger than the example.
 CHECKED_SIZES = ((1, 31, 45), (3, 1, 16), (2, 40, 64))
 CHECKED_BATCHES = (1, 2, 3)  # of files with a fixed size
-_EXAMPLE = (2, 24, 28)  # all 2 or more, or the exporter takes them for constants
+_EXAMPLE = (24, 28)  # of a batch of 2: the exporter takes a 1 for a constant
 _DOMAIN = "dlgsanet"  # of what is not an operator of ONNX's, while a file is made
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -51,7 +50,7 @@ class Comparison(NamedTuple):
 
     shape: tuple[int, ...]  # of the input, (B, C, H, W)
     difference: float  # the largest, of the output
-    seconds: float  # that the exported network took, the best of some runs
+    seconds: float  # of the exported network
     seconds_in_pytorch: float
 
 
@@ -105,9 +104,8 @@ def _example(
     channels: int, dtype: torch.dtype, size: tuple[int, int] | None
 ) -> tuple[Tensor, dict[int, str]]:
     """Return an image or map to export with, and the names of its axes of any length."""
-    batch, *example = _EXAMPLE
     axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-    return torch.rand(batch, channels, *(size or example), dtype=dtype), axes
+    return torch.rand(2, channels, *(size or _EXAMPLE), dtype=dtype), axes
 
 
 def _pt2_bytes(network: DLGSANet, size: tuple[int, int] | None, facts: dict[str, str]) -> bytes:
@@ -158,10 +156,9 @@ def _call(name: str, x: Tensor) -> Tensor:
 def _layer_function(
     layer: nn.Module, channels: int, size: tuple[int, int] | None, opset: int
 ) -> tuple[Any, list[Any]]:
-    """Export a layer as an ONNX function of a map and weights, for all layers of its kind.
+    """Export a layer as an ONNX function of a map, its weights in order, and constants.
 
-    Returns:
-        The function, whose inputs are a map, the weights in order, and constants; and these.
+    Returns the function, for all layers of the kind, and the constants.
     """
     onnx, kind = _require("onnx")[0], type(layer).__name__
     names = [name for name, _ in layer.named_parameters()]
@@ -173,21 +170,16 @@ def _layer_function(
     example = _example(channels, weights[0].dtype, size)
     graph = _to_onnx(_Function(run), example, (weights,), opset).graph
     constants = list(graph.initializer)
-    function = onnx.helper.make_function(
-        _DOMAIN,
-        kind,
-        [each.name for each in (*graph.input, *constants)],
-        [each.name for each in graph.output],
-        graph.node,
-        [onnx.helper.make_opsetid("", opset)],
-    )
+    inputs = [each.name for each in (*graph.input, *constants)]
+    outputs, opsets = [graph.output[0].name], [onnx.helper.make_opsetid("", opset)]
+    function = onnx.helper.make_function(_DOMAIN, kind, inputs, outputs, graph.node, opsets)
     for each in constants:
         each.name = f"{kind}.{each.name}"
     return function, constants
 
 
 def _onnx_bytes(
-    network: DLGSANet, size: tuple[int, int] | None, opset: int, facts: dict[str, str]
+    network: DLGSANet, size: tuple[int, int] | None, facts: dict[str, str], opset: int
 ) -> bytes:
     """Make an ONNX file: the network with calls in place of its layers, then these filled in.
 
@@ -325,8 +317,7 @@ def export(
 
     Args:
         checkpoint: As `read_checkpoint` returns it.
-        path: Ends in .onnx or .pt2. After a crash or a failed comparison what had this name
-            before is still there.
+        path: Ends in .onnx or .pt2; an older file is kept until the comparison has passed.
         dtype: "fp32", "fp16" or "bf16" (the last for .pt2 alone), of the weights, the input and
             the output. Differences from the network in float32 must be below BOUNDS.
         size: (H, W) of the images; None for any, which leaves the test-time windows out.
@@ -349,16 +340,14 @@ def export(
         "range": "[0, 1] in and out, out not clipped",
     }
     start = time.perf_counter()
-    exporting = fitting.network().to(DTYPES[dtype])
-    if path.suffix == ".onnx":
-        data = _onnx_bytes(exporting, size, opset, facts)
-    else:
-        data = _pt2_bytes(exporting, size, facts)
+    exporting, in_onnx = fitting.network().to(DTYPES[dtype]), path.suffix == ".onnx"
+    make = partial(_onnx_bytes, opset=opset) if in_onnx else _pt2_bytes
+    data = make(exporting, size, facts)
     seconds = time.perf_counter() - start
     network, comparisons = fitting.network(), []
 
     def check(written: Path) -> None:
-        run = _onnx_runner(written) if path.suffix == ".onnx" else _pt2_runner(written)
+        run = _onnx_runner(written) if in_onnx else _pt2_runner(written)
         shapes = CHECKED_SIZES if size is None else [(batch, *size) for batch in CHECKED_BATCHES]
         random = torch.Generator().manual_seed(0)
         for batch, *sides in shapes:

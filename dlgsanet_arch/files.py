@@ -90,8 +90,7 @@ def replace_folder(made: Path, path: Path) -> None:
 def lock_file(file: IO[bytes] | int, what: Path) -> None:
     """Lock an open file, or the descriptor of a file or folder, until it is closed.
 
-    The kernel closes it when we are killed. `what` is named if another process holds the lock,
-    which is a UserError.
+    The kernel closes it when we are killed. UserError, naming `what`, if another process holds it.
     """
     if fcntl is None:
         return

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Sequence
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
     """Return the known name that is most like `name`, letter case aside, if any is like it.
 
-    Args:
-        name: What was given.
-        known: What there is.
-        cutoff: How like a name must be, from 0 to 1.
+    `cutoff` is how like a name must be, from 0 to 1.
     """
     lowered = {str(entry).lower(): str(entry) for entry in known}
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=cutoff)

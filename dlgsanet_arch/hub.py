@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,12 +75,10 @@ class HubMixin:
             source: A folder with `model.safetensors` and perhaps `config.json`, a file of weights
                 in any format, the name of bundled weights ("tiny_x4"), or a repository on the
                 Hugging Face Hub ("owner/name"), which needs huggingface_hub.
-            options: For a repository, those of `huggingface_hub.snapshot_download`, such as
-                `revision`, `token` and `cache_dir`.
+            options: Of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
         Raises:
-            UserError: The weights cannot be found, downloaded or read, or do not fit the
-                configuration.
+            UserError: The weights cannot be found or read, or do not fit the configuration.
         """
         from dlgsanet_arch.checkpoint import bundled_weights, read_checkpoint  # import the network
 
@@ -100,38 +99,30 @@ class HubMixin:
     def save_pretrained(
         self, folder: str | Path, notes: Mapping[str, str] | None = None, name: str | None = None
     ) -> None:
-        """Write `config.json`, `model.safetensors` and a model card.
+        """Write `config.json`, `model.safetensors` and a model card; UserError where it fails.
 
-        Args:
-            folder: Made where it does not exist.
-            notes: Facts for the card and the file's metadata, such as `trained_on` and `licence`.
-            name: What users load according to the card; the folder's name by default.
-
-        Raises:
-            UserError: A file cannot be written.
+        `notes` are facts for the card and the file's metadata, such as `trained_on` and `licence`;
+        `name` is what users load according to the card, by default the folder's name.
         """
         from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
 
         folder = Path(folder)
         weights = {key: each.detach().cpu() for key, each in self.state_dict().items()}
         content = Checkpoint(weights, self.config, notes=dict(notes or {}))
-        facts = {"Scale": f"x{content.scale}", "Parameters": f"{content.parameters:,}"} | {
-            key.replace("_", " ").capitalize(): value for key, value in content.notes.items()
-        }
+        facts = {"scale": f"x{content.scale}", "parameters": f"{content.parameters:,}"}
+        facts = {key.replace("_", " "): value for key, value in (facts | content.notes).items()}
         card = _CARD.format(
             name=content.name,
-            facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
+            facts="\n".join(f"- {key.capitalize()}: {value}" for key, value in facts.items()),
             source=name or folder.name,
             channels=self.config["in_chans"],
             scale=content.scale,
         )
-        try:
+        with disk_faults_named(f"{folder} cannot be written"):
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.config, indent=2) + "\n"
             (folder / CONFIG).write_text(text, encoding="utf-8")
             (folder / CARD).write_text(card, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error}") from error
         save_checkpoint(content, folder / WEIGHTS)
 
     def push_to_hub(

@@ -20,17 +20,11 @@ def progress_bar(
     transient: bool = False,
     hidden: bool = False,
 ) -> tqdm:
-    """Return a progress bar, to be used in a `with` statement.
+    """Return a progress bar of `total` units, to be used in a `with` statement.
 
-    On a terminal it moves; in a log file it leaves a line every half minute.
-
-    Args:
-        what: Label in front of the bar, "" for none.
-        total: Number of units in all.
-        unit: What is counted; ``B`` shows bytes as KiB, MiB and so on.
-        done: Units that are done already, which do not count as speed.
-        transient: Disappears at its end, and shows nothing in a file.
-        hidden: Shows nothing at all.
+    On a terminal it moves; in a log file it leaves a line every half minute. `what` is its label,
+    unit ``B`` shows bytes as KiB, MiB and so on, and `done` units do not count as speed. A
+    `transient` bar disappears at its end, and shows nothing in a file.
     """
     from tqdm import tqdm
 

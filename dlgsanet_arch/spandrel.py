@@ -5,11 +5,10 @@
     install()
     model = spandrel.ModelLoader().load_from_file("net_g_latest.pth")
 
-spandrel knows a network by the names of its weights alone. What these do not tell is as in the
-paper, see `checkpoint.infer_config`: networks trained with softmax (`edge`), GELU or sigmoid
-attention, without TLC, with another `tlc_kernel` or `img_range` load as if they were the paper's,
-without an error, and give other images than they should; use `dlgsanet upscale` for them, with
-a file of .safetensors that has the configuration.
+spandrel recognises a network by the names of its weights alone. What these do not show is as in
+the paper (see `checkpoint.infer_config`): networks with softmax (`edge`), GELU or sigmoid
+attention, without TLC, or with another `tlc_kernel` or `img_range` load without an error and give
+wrong images; use `dlgsanet upscale` for them, with a .safetensors file that has the configuration.
 """
 
 from torch import Tensor
@@ -47,7 +46,7 @@ _FIRST_LAYERS = [
 
 
 class DLGSANetArch(Architecture[DLGSANet]):
-    """What spandrel asks of an architecture: to know its weights, and to build the network."""
+    """Recognises weights of a DLGSANet, and builds the network."""
 
     def __init__(self) -> None:
         known = KeyCondition.has_all(ANCHOR, KeyCondition.has_any(*_FIRST_LAYERS))
@@ -56,13 +55,8 @@ class DLGSANetArch(Architecture[DLGSANet]):
     def load(self, state_dict: dict[str, Tensor]) -> ImageModelDescriptor[DLGSANet]:
         """Build the network that `infer_config` detects, in eval mode, with these weights.
 
-        It takes images of any size from 1x1 up. Half precision is summed in float32 where
-        sums are long, so that float16 and bfloat16 both serve. Attention looks at windows of the
-        image (TLC), at the same statistics in a tile as in the whole: tiles are supported, and
-        bound the memory, which windows do not.
-
-        Raises:
-            CheckpointError: The weights are of no DLGSANet that this package can build.
+        Long sums are in float32, so both half precisions are supported; so are tiles, as attention
+        is computed within windows. CheckpointError for weights that are not of a DLGSANet.
         """
         config = infer_config(state_dict)
         checkpoint = Checkpoint(state_dict, config)

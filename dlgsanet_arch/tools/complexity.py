@@ -98,9 +98,8 @@ def end_peak(device: str, before: int | None) -> int | None:
     """Return the peak since `start_peak` beyond what it returned; None where that is not known."""
     if before is None:
         return None
-    return (
-        torch.cuda.max_memory_allocated() if device == "cuda" else _of_process("VmHWM")
-    ) - before
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _of_process("VmHWM")
+    return peak - before
 
 
 def measure(
@@ -108,9 +107,8 @@ def measure(
 ) -> tuple[float, int | None]:
     """Measure forwards of an image (1, 3, H, W) in eval mode and float32, after a warm-up.
 
-    Returns:
-        The median time in seconds of `runs` (by default 1 on a CPU, 10 on a GPU); and the peak of
-        memory in bytes beyond weights and input, None where the system does not state it.
+    Returns the median time in seconds of `runs` (by default 1 on a CPU, 10 on a GPU); and the peak
+    of memory in bytes beyond weights and input, None where the system does not state it.
     """
     net = net.eval().to(device)
     x = torch.rand(1, 3, height, width, device=device)
@@ -136,16 +134,10 @@ def evaluate(
     device: str | None = None,
     runs: int | None = None,
 ) -> Record:
-    """Count a network, and measure it where a device is named.
+    """Count a network, a key of PUBLISHED, and measure it `runs` times where a device is named.
 
-    Args:
-        network: A key of PUBLISHED.
-        output: Height and width to reach; the input has a scale-th of each, rounded down.
-        device: cpu or cuda; None for counts only.
-        runs: As in `measure`.
-
-    Returns:
-        A flat record for JSON and CSV; None stands for what is not known.
+    `output` is height and width to reach; the input has a scale-th of each, rounded down. Returns a
+    flat record for JSON and CSV; None stands for what is not known.
     """
     name, scale = network
     height, width = (side // scale for side in output)
@@ -188,8 +180,7 @@ def table(records: Sequence[Record]) -> str:
             "–" if record[key] is None else format(record[key] * factor, form)
             for _, key, factor, form in _COLUMNS
         ]
-        if record["fault"]:
-            cells[3] = record["fault"]
+        cells[3] = record["fault"] or cells[3]
         size = f"{record['input_height']}x{record['input_width']}"
         lines.append([f"{record['network']} x{record['scale']}", size, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

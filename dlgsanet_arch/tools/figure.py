@@ -66,8 +66,7 @@ class Comparison(NamedTuple):
 def compare_images(image: ImageArray, hr: ImageArray, scale: int) -> metrics.Compared:
     """Prepare the Y channels of a result and HR, without their borders, to be measured.
 
-    Raises:
-        ValueError: The sizes differ, or the images are too small.
+    ValueError where the sizes differ, or the images are too small.
     """
     pair = [torch.from_numpy(each).permute(2, 0, 1)[None].float() / 255 for each in (image, hr)]
     return metrics.compare(*pair, crop_border=scale, y_channel=True)
@@ -133,8 +132,8 @@ def compare(
         results: By label, bicubic's first: of HR's size, or larger by less than `scale` at the
             right and bottom, which is cut off.
         scale: HR side over LR side.
-        box: The detail; or its side, and the place is where methods differ most. By default its
-            side is a fifth of HR's shorter side, 32 or more.
+        box: The detail; or its side (by default a fifth of HR's shorter side, 32 or more), and the
+            place is where methods differ most.
 
     Raises:
         UserError: A size does not fit, the box lies outside, or an image is too small.
@@ -183,8 +182,8 @@ class _Placed(NamedTuple):
     height: int
 
 
-def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> list[_Placed]:
-    """Place the whole image on the left, and the crops in one row or two."""
+def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box, top: int) -> list[_Placed]:
+    """Place the whole image on the left, and the crops in one row or two, below `top`."""
     rows = 1 if len(panels) <= 3 else 2
     columns = -(-len(panels) // rows)
     zoom = max(1, round(_PANEL / box.side))
@@ -196,13 +195,14 @@ def _lay_out(name: str, scale: int, panels: Sequence[Panel], box: Box) -> list[_
     bottom = (rows - 1) * row_height + side  # of the last row's crops
     ratio = min(bottom / hr.shape[0], max(_WIDEST * _PANEL * rows, bottom) / hr.shape[1])
     width, height = (max(1, round(hr.shape[axis] * ratio)) for axis in (1, 0))
-    placed = [_Placed(hr, _wrapped(f"{name} (x{scale})", width), _GAP, _GAP, width, height)]
+    top += _GAP
+    placed = [_Placed(hr, _wrapped(f"{name} (x{scale})", width), _GAP, top, width, height)]
     for number, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         row, column = divmod(number, columns)
-        left, top = width + 2 * _GAP + column * (side + _GAP), _GAP + row * row_height
+        left, down = width + 2 * _GAP + column * (side + _GAP), row * row_height
         crop = panel.image[box.top : box.top + box.side, box.left : box.left + box.side]
         crop = crop.repeat(zoom, 0).repeat(zoom, 1)
-        placed.append(_Placed(crop, [*label, panel.scores], left, top, side, side))
+        placed.append(_Placed(crop, [*label, panel.scores], left, top + down, side, side))
     return placed
 
 
@@ -218,28 +218,22 @@ def draw(comparisons: Sequence[Comparison]) -> Any:
             "figures need matplotlib, which is not installed; run: pip install "
             "'dlgsanet-arch[tools]' (or pip install matplotlib)"
         ) from error
-    blocks = [_lay_out(*each) for each in comparisons]
-    width = _GAP + max(each.left + each.width for block in blocks for each in block)
-    heights = [
-        2 * _GAP + max(each.top + each.height + len(each.caption) * _LINE for each in block)
-        for block in blocks
-    ]
-    height = sum(heights)
+    placed, height = [], 0
+    for comparison in comparisons:
+        block = _lay_out(*comparison, top=height)
+        placed += [(each, comparison.box if each is block[0] else None) for each in block]
+        height = _GAP + max(each.top + each.height + len(each.caption) * _LINE for each in block)
+    width = _GAP + max(each.left + each.width for each, _ in placed)
     figure = Figure((width / _DOTS_PER_INCH, height / _DOTS_PER_INCH), facecolor="white")
-    start = 0
-    for block, comparison, tall in zip(blocks, comparisons, heights, strict=True):
-        for each in block:
-            below = height - start - each.top - each.height
-            corner = each.left / width, below / height
-            axes = figure.add_axes((*corner, each.width / width, each.height / height))
-            whole = each is block[0]
-            axes.imshow(each.image, interpolation="antialiased" if whole else "none", aspect="auto")
-            axes.set_axis_off()
-            if whole:
-                _mark(axes, comparison.box)
-            text = axes.text(0.5, -4 / each.height, "\n".join(each.caption), ha="center", va="top")
-            text.set(transform=axes.transAxes, fontsize=7.5, parse_math=False)  # names may hold $
-        start += tall
+    for each, box in placed:
+        corner = each.left / width, 1 - (each.top + each.height) / height
+        axes = figure.add_axes((*corner, each.width / width, each.height / height))
+        axes.imshow(each.image, interpolation="antialiased" if box else "none", aspect="auto")
+        axes.set_axis_off()
+        if box:
+            _mark(axes, box)
+        text = axes.text(0.5, -4 / each.height, "\n".join(each.caption), ha="center", va="top")
+        text.set(transform=axes.transAxes, fontsize=7.5, parse_math=False)  # names may hold $
     return figure
 
 
@@ -260,11 +254,7 @@ def check_path(path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure in the format that its name ends in, complete or not at all.
-
-    Raises:
-        UserError: The name ends in no known format, or the file cannot be written.
-    """
+    """Write a figure in the format that its name ends in, complete or not at all."""
     check_path(path)
     with disk_faults_named(f"{path} cannot be written"), written_atomically(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=_DOTS_PER_INCH)

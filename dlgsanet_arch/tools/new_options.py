@@ -44,10 +44,9 @@ HELD_OUT = "held_out"  # folder of images that a test set is made from
 def measure_patch(
     network: Mapping[str, Any], patch: int, device: torch.device
 ) -> tuple[float, int]:
-    """Train on one patch here, four times.
+    """Train on one patch four times; return the seconds of the fastest, and the most bytes.
 
-    Returns:
-        The seconds of the fastest, and the bytes that they took at most (0: not known).
+    0 bytes stand for what is not known.
     """
     model = DLGSANet(**{key: value for key, value in network.items() if key != "type"}).to(device)
     image = torch.rand(1, 3, patch, patch, device=device)
@@ -87,13 +86,8 @@ def schedule(
 
     Unless `iterations` are given, a pixel is seen as often as one of DIV2K in the published 500,000
     iterations, in 50,000 to 500,000 iterations; starting from trained weights, in a fifth of that;
-    and in as many as take a day, 1,000 at least.
-
-    Args:
-        sizes: Heights and widths of the HR sub-images.
-        fine_tuning: Whether the training starts from trained weights.
-        iterations: Their number, or None.
-        seconds: How long an iteration takes, None where that is not known.
+    and in as many as take a day, 1,000 at least. `sizes` are those of the HR sub-images; `seconds`
+    is how long an iteration takes, None where that is not known.
     """
     if iterations is None:
         div2k_sets = sum(map(math.prod, sizes)) / SUB_IMAGE_SIDE**2 / SUB_IMAGES
@@ -203,9 +197,6 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
     """Find or make the data sets, and write an option file to train and one to test.
 
     Takes the arguments of `dlgsanet new-options`, and returns the files and notes for the user.
-
-    Raises:
-        UserError: Something is wrong with the arguments, images, weights, memory or disk.
     """
     root, weights = asked.root, asked.weights
     if not root.is_dir():
