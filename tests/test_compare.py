@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils.matlab_functions import imresize
-from helpers import SMALL_NETWORK
+from helpers import small_checkpoint
 
-from dlgsanet_arch import DLGSANet
-from dlgsanet_arch.checkpoint import Checkpoint, save_checkpoint
+from dlgsanet_arch.checkpoint import save_checkpoint
 from dlgsanet_arch.cli import cmd_compare, main
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.inference import Upscaler
@@ -21,17 +20,14 @@ from dlgsanet_arch.tools.figure import Box, Comparison, Panel
 @pytest.fixture
 def hr():
     coarse = np.random.default_rng(0).uniform(0, 255, (9, 13, 3)).astype(np.float32)
-    return (
-        cv2.resize(coarse, (104, 72), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
-    )
+    smooth = cv2.resize(coarse, (104, 72), interpolation=cv2.INTER_CUBIC)
+    return smooth.clip(0, 255).astype(np.uint8)
 
 
 @pytest.fixture
 def weights(tmp_path):
-    config = {name: value for name, value in SMALL_NETWORK.items() if name != "type"}
-    path = tmp_path / "small.safetensors"
-    save_checkpoint(Checkpoint(DLGSANet(**config).state_dict(), config), path)
-    return path
+    save_checkpoint(small_checkpoint(), tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
 
 
 def write(path, rgb):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.matlab_functions import imresize
-from helpers import decoded_entries
+from helpers import decoded_entries, noisy_image, tree
 
 from dlgsanet_arch import cli, data, options
 from dlgsanet_arch.data import demo
@@ -16,11 +16,7 @@ from dlgsanet_arch.errors import UserError
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
-    """A smooth made image with some noise on it."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.uniform(0, 255, (5, 7, 3)).astype(np.float32)
-    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).round().astype(np.uint8)
+    return noisy_image(seed, (height, width))
 
 
 @pytest.fixture
@@ -83,31 +79,23 @@ def test_what_is_missing_or_of_other_photographs_is_made(tmp_path, source):
     assert demo.prepare(folder).cut == 2
     first = decoded_entries(folder / "train_HR_sub.lmdb")["left_s001"]
     assert np.array_equal(first, image(145, 200, 7)[:120, :120])
-
-
-def test_what_is_not_ours_is_left_alone(tmp_path, source):
-    database = tmp_path / "demo" / "train_HR_sub.lmdb"
-    database.mkdir(parents=True)
-    (database / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="move it away"):
-        demo.prepare(tmp_path / "demo")
-    assert (database / "thesis.txt").read_text() == "mine"
-
-
-def test_a_missing_photograph_is_named(tmp_path, source):
     (source / "face.png").unlink()
     with pytest.raises(UserError, match=r"face\.png cannot be opened.*scikit-image"):
-        demo.prepare(tmp_path / "demo")
+        demo.prepare(folder)
+    (folder / "train_HR_sub.lmdb" / "recipe.json").unlink()  # not ours
+    before = tree(folder)
+    with pytest.raises(UserError, match="move it away"):
+        demo.prepare(folder)
+    assert tree(folder) == before
 
 
-def test_the_verb_prepares_below_its_root(tmp_path, source):
+def test_the_verb_prepares_below_its_root_or_says_what_is_missing(
+    tmp_path, source, monkeypatch, capsys
+):
     assert cli.main(["data", "--root", str(tmp_path), "demo"]) == 0
     assert cli.main(["data", "demo", "--root", str(tmp_path / "other")]) == 0
     for root in (tmp_path, tmp_path / "other"):
         assert len(decoded_entries(root / "datasets" / "demo" / "train_HR_sub.lmdb")) == 11
-
-
-def test_the_verb_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.delattr(data, "training_sets")
     monkeypatch.setitem(sys.modules, "dlgsanet_arch.data.training_sets", None)
     assert cli.main(["data", "demo"]) == 1

@@ -5,8 +5,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -49,15 +48,12 @@ class PairSet:
 Fault = tuple[str, str]
 
 
-@contextmanager
-def open_image(path: Path, name: str) -> Iterator[BinaryIO]:
+def open_image(path: Path, name: str) -> BinaryIO:
     """Open an image of a folder, or as much of an LMDB's entry as holds its header."""
     if not is_database(path):
-        with (path / name).open("rb") as file:
-            yield file
-        return
+        return (path / name).open("rb")
     with open_entry(path, name) as value:
-        yield BytesIO(value[:HEAD])
+        return BytesIO(value[:HEAD])
 
 
 def read_image(path: Path, name: str) -> bytes:
@@ -102,18 +98,13 @@ def _folder_images(checked: Checked, part: str, path: Path) -> list[str]:
     """The images among a folder's files, all of which BasicSR reads."""
     with os.scandir(path) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-    inner = [each.name for each in entries if each.is_dir()]
+    if inner := [each.name for each in entries if each.is_dir()]:
+        checked.notes.append(f"BasicSR passes over folders in {path}: {quoted(inner)}")
     files = [each.name for each in entries if each.is_file()]
     images = [name for name in files if Path(name).suffix.lower() in READ_BY_OPENCV]
-    if inner:
-        checked.notes.append(f"BasicSR passes over folders in {path}: {quoted(inner)}")
-    if len(images) < len(files):
-        others = quoted(sorted({*files}.difference(images)))
-        checked.add(
-            part,
-            f"{path} holds files that are not images, and BasicSR fails when it reads them: "
-            f"{others}; move them away",
-        )
+    if others := sorted({*files}.difference(images)):
+        text = f"{path} holds files that are not images, and BasicSR fails when it reads them: "
+        checked.add(part, f"{text}{quoted(others)}; move them away")
     return images
 
 
@@ -161,11 +152,8 @@ def _pair_by_list(checked: Checked) -> None:
     for index, (part, path) in enumerate(each.paths.items()):
         gone = [pair[index] for pair in checked.pairs if not (path / pair[index]).is_file()]
         if gone:
-            checked.add(
-                part,
-                f"{len(gone)} of {len(checked.pairs)} listed images are not in {path}: "
-                f"{quoted(gone)}; correct the list, or filename_tmpl",
-            )
+            text = f"{len(gone)} of {len(checked.pairs)} listed images are not in {path}: "
+            checked.add(part, f"{text}{quoted(gone)}; correct the list, or filename_tmpl")
 
 
 def _pair_by_name(checked: Checked, hr: Sequence[str], lr: Sequence[str]) -> None:
@@ -184,16 +172,14 @@ def _pair_by_name(checked: Checked, hr: Sequence[str], lr: Sequence[str]) -> Non
     without = [name for name, partner in partners.items() if partner not in there]
     spare = sorted(there.difference(partners.values()))
     how = "" if in_lmdb else f", with filename_tmpl {template!r}"
-    for names, count, has, lacks in (
-        (without, len(hr), each.hr, each.lr),
-        (spare, len(lr), each.lr, each.hr),
+    for names, all_names, has, lacks in (
+        (without, hr, each.hr, each.lr),
+        (spare, lr, each.lr, each.hr),
     ):
         if names:
-            checked.add(
-                "lr",
-                f"{len(names)} of {count} images in {has} have no partner in {lacks}{how}: "
-                f"{quoted(names)}; rename or make them, or make {FIX}",
-            )
+            text = f"{len(names)} of {len(all_names)} images in {has} have no partner in {lacks}"
+            text += f"{how}: {quoted(names)}; rename or make them, or make {FIX}"
+            checked.add("lr", text)
 
 
 def list_images(each: PairSet) -> Checked:
