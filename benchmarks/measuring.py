@@ -287,11 +287,12 @@ class Report:
 
     def __post_init__(self) -> None:
         self.name = f"{self.section.name}_{reporting.label(self.device)}"
-        self._environment = reporting.environment(self.device, self.section.name)
+        section = self.section
+        self._head = reporting.head(section.name, self.device, section.title, section.options)
         stored = reporting.read(self.results / f"{self.name}.json")
         known = stored.get("environment", {})
         words = ("source", "device", "CPU kernels")
-        same = all(known.get(word) == self._environment.get(word) for word in words)
+        same = all(known.get(word) == self._head["environment"].get(word) for word in words)
         if same and not stored["complete"]:
             self.records = stored["raw"]
 
@@ -339,11 +340,7 @@ class Report:
                 picture = None
                 notes.append("No plot was drawn: matplotlib is not installed.")
         result = {
-            "section": self.section.name,
-            "kind": self.device,
-            "title": f"{self.section.title}, {'GPU' if self.device == 'cuda' else 'CPU'}",
-            "command": reporting.command(self.section.name, self.device, self.section.options),
-            "environment": self._environment,
+            **self._head,
             "complete": self.complete(),
             "notes": notes,
             "columns": columns,

@@ -126,12 +126,10 @@ def _git(*arguments: str) -> str:
 
 def _commit() -> str:
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changes = [
-        line
-        for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()
-        if not line.split()[-1].startswith(("benchmarks/results/", "benchmarks/RESULTS.md"))
-    ]
-    return f"{commit} and uncommitted changes" if changes else commit
+    own = ("benchmarks/results/", "benchmarks/RESULTS.md")
+    changes = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    changed = any(not line.split()[-1].startswith(own) for line in changes)
+    return f"{commit} and uncommitted changes" if changed else commit
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -229,6 +227,17 @@ def arguments(section: str, device: str) -> list[str]:
 def command(section: str, device: str, options: Iterable[str] = ()) -> str:
     """Return the command, as typed at the repository's root, that measures a section."""
     return " ".join(["python", *arguments(section, device), *options])
+
+
+def head(section: str, device: str, title: str, options: Iterable[str] = ()) -> dict[str, Any]:
+    """Return how a result of `save` begins."""
+    return {
+        "section": section,
+        "kind": device,
+        "title": f"{title}, {'GPU' if device == 'cuda' else 'CPU'}",
+        "command": command(section, device, options),
+        "environment": environment(device, section),
+    }
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

@@ -26,9 +26,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 _LIMITS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
+        *(f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")),
         "total_inactive_file",
     ),
 )
@@ -69,11 +67,9 @@ def _of_group() -> int | None:
 
 
 def _of_machine() -> int | None:
-    try:
+    with suppress(ImportError):
         import psutil
-    except ImportError:
-        pass
-    else:
+
         return psutil.virtual_memory().available
     with suppress(OSError):
         found = re.search(r"MemAvailable:\s+([0-9]+) kB", Path("/proc/meminfo").read_text())

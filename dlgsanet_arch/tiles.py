@@ -79,13 +79,10 @@ def _blended(
 
 def _joined(parts: Iterator[Tensor], length: int, axis: int) -> Tensor:
     """Join parts along an axis as they are made, which takes less memory than torch.cat."""
-    whole: Tensor | None = None
-    done = 0
+    whole, done = None, 0
     for part in parts:
         if whole is None:
-            shape = list(part.shape)
-            shape[axis] = length
-            whole = part.new_empty(shape)
+            whole = part.new_empty([*part.shape[:axis], length, *part.shape[axis + 1 :]])
         whole.narrow(axis, done, part.shape[axis]).copy_(part)
         done += part.shape[axis]
     return whole
@@ -104,10 +101,8 @@ def rows_in_tiles(
 
     Memory holds the tiles that are computed together and at most three rows of tiles. `batch`
     neighbouring tiles are given to `run` at once, as (batch·B, C, h, w); `on_tile` is called with
-    the number of tiles done and of all.
-
-    Returns:
-        Tensors (B, C', n, scale·W); the n sum to scale·H. Not to be written to.
+    the number of tiles done and of all. Results, (B, C', n, scale·W) with all n summing to
+    scale·H, are not to be written to.
     """
     if tile < 1 or not 0 <= overlap < tile or batch < 1:
         raise ValueError(

@@ -99,8 +99,7 @@ def execute(arguments: Sequence[str], seconds: float) -> Outcome:
 def read_tests(report: Path) -> dict[str, list[str]]:
     """Return the names of the tests that passed, failed and were skipped, from JUnit's XML.
 
-    Raises:
-        ValueError: If a file could not be collected, which pytest-xdist reports like a failed test.
+    ValueError if a file could not be collected, which pytest-xdist reports like a failed test.
     """
     names: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -132,11 +131,7 @@ def run_tests(seconds: float, results: Path) -> Outcome:
     counts = {kind: len(each) for kind, each in names.items()}
     failed = ", ".join(f"`{name}`" for name in names["failed"])
     result = {
-        "section": reporting.TESTS,
-        "kind": DEVICE,
-        "title": "Tests, GPU",
-        "command": reporting.command(reporting.TESTS, DEVICE),
-        "environment": reporting.environment(DEVICE, reporting.TESTS),
+        **reporting.head(reporting.TESTS, DEVICE, "Tests"),
         "complete": True,
         "notes": [f"Failed: {failed}."] if failed else [],
         "columns": list(counts),
@@ -145,34 +140,6 @@ def run_tests(seconds: float, results: Path) -> Outcome:
     }
     reporting.save(path_of(reporting.TESTS, results).stem, result, results)
     return outcome
-
-
-def run_piece(section: str, seconds: float, results: Path) -> Outcome:
-    """Run one piece for at most `seconds`."""
-    if section == reporting.TESTS:
-        return run_tests(seconds, results)
-    return execute([*reporting.arguments(section, DEVICE), "--results", str(results)], seconds)
-
-
-def copy_results(section: str, results: Path) -> None:
-    """Copy a piece's files to the folder that OUT names."""
-    target = os.environ.get("OUT")
-    if not target:
-        return
-    Path(target).mkdir(parents=True, exist_ok=True)
-    for path in results.glob(f"{path_of(section, results).stem}.*"):
-        shutil.copy2(path, target)
-
-
-def fault_before_start() -> str:
-    """Return why no test can pass here, or an empty text."""
-    golden = reporting.shared_folder() / "golden"
-    if any(golden.glob("*.npz")):
-        return ""
-    return (
-        f"no golden files in {golden}: copy them to {reporting.ROOT / 'shared' / 'golden'}, "
-        "or set DLGSANET_SHARED to the folder that contains 'golden'"
-    )
 
 
 def show_plan(sections: Sequence[str], seconds: float) -> None:
@@ -202,12 +169,19 @@ def run_pieces(sections: Sequence[str], seconds: float, results: Path) -> list[s
             break
         limit = min(left, SECONDS.get(section, OTHER_SECONDS)[1])
         print(f"== {section}, at most {limit:.0f} s", flush=True)
-        outcome = run_piece(section, limit, results)
-        copy_results(section, results)
-        if outcome.status is None:
-            print(f"   stopped after {outcome.seconds:.0f} s; the next call continues", flush=True)
+        if section == reporting.TESTS:
+            outcome = run_tests(limit, results)
         else:
-            print(f"   took {outcome.seconds:.0f} s, exit status {outcome.status}", flush=True)
+            command = [*reporting.arguments(section, DEVICE), "--results", str(results)]
+            outcome = execute(command, limit)
+        if target := os.environ.get("OUT"):
+            Path(target).mkdir(parents=True, exist_ok=True)
+            for path in results.glob(f"{path_of(section, results).stem}.*"):
+                shutil.copy2(path, target)
+        ended = f"took {outcome.seconds:.0f} s, exit status {outcome.status}"
+        if outcome.status is None:
+            ended = f"stopped after {outcome.seconds:.0f} s; the next call continues"
+        print(f"   {ended}", flush=True)
         if outcome.status:
             broken.append(section)
         if section == reporting.TESTS and not is_done(section, results):
@@ -217,11 +191,7 @@ def run_pieces(sections: Sequence[str], seconds: float, results: Path) -> list[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is left to do, as far as time allows.
-
-    Returns:
-        1 if a test failed or a piece broke, else 0, though something may be left to do.
-    """
+    """Run what is left to do, as far as time allows; 1 if a test failed or a piece broke."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for this call")
     parser.add_argument("--results", type=Path, default=reporting.RESULTS, help="folder of results")
@@ -232,16 +202,18 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--only: no piece {', '.join(sorted(unknown))}; got {', '.join(pieces())}")
     wanted = asked.only or pieces()
-    if asked.plan and not torch.cuda.is_available():
-        waiting = wanted
-    else:
-        waiting = [section for section in wanted if not is_done(section, asked.results)]
+    unknowable = asked.plan and not torch.cuda.is_available()
+    waiting = [each for each in wanted if unknowable or not is_done(each, asked.results)]
     if asked.plan:
         show_plan(waiting, 60 * asked.minutes)
         return 0
-    fault = fault_before_start()
-    if fault:
-        print(fault, file=sys.stderr)
+    golden = reporting.shared_folder() / "golden"
+    if not any(golden.glob("*.npz")):
+        print(
+            f"no golden files in {golden}: copy them to {reporting.ROOT / 'shared' / 'golden'}, "
+            "or set DLGSANET_SHARED to the folder that contains 'golden'",
+            file=sys.stderr,
+        )
         return 1
     broken = run_pieces(waiting, 60 * asked.minutes, asked.results)
 

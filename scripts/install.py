@@ -49,14 +49,6 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Make a second `make` in the same checkout wait until this one has installed."""
-    with open(ROOT / ".venv.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def fingerprint() -> str:
     """Return a digest of all files that determine the content of the .venv."""
     package = ROOT / "dlgsanet_arch"
@@ -227,5 +219,7 @@ def prepare(environment: Path) -> None:
 
 if __name__ == "__main__":
     os.environ |= {"PIP_USER": "0", "PIP_ROOT_USER_ACTION": "ignore"}
-    with alone():
+    # A second `make` in the same checkout waits until this one has installed.
+    with open(ROOT / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         prepare(Path(sys.argv[1]).resolve())

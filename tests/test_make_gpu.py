@@ -33,10 +33,8 @@ def results(tmp_path):
 
 
 def store(section, results, complete=True, raw=None):
-    result = {"section": section, "complete": complete, "raw": raw or {}, "kind": "cuda"}
-    result |= {"title": "Made", "command": reporting.command(section, "cuda")}
-    result |= {"environment": reporting.environment("cuda", section), "notes": []}
-    result |= {"columns": ["what"], "rows": [["1"]]}
+    result = {**reporting.head(section, "cuda", "Made"), "complete": complete, "raw": raw or {}}
+    result |= {"notes": [], "columns": ["what"], "rows": [["1"]]}
     reporting.save(f"{section}_h0_80gb", result, results)
 
 

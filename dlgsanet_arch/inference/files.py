@@ -46,8 +46,12 @@ def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
 
     Also folders that cannot be read, as jobs; and the number of files by suffix of `NOT_READ`.
     """
-    found, left, errors, seen = [], Counter(), [], set()
-    for current, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+    found, left, faults, seen = [], Counter(), [], set()
+
+    def unreadable(error: OSError) -> None:
+        faults.append(Job(Path(error.filename), Path(), fault=f"cannot be read: {error.strerror}"))
+
+    for current, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(current)
         if real in seen or f"{real}/".startswith(out):
             folders.clear()
@@ -55,14 +59,11 @@ def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(current, name) for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower()
             # A link to nothing is named when it is read.
-            if path.suffix.lower() in READ and (os.path.isfile(path) or path.is_symlink()):
+            if suffix in READ and (os.path.isfile(path) or path.is_symlink()):
                 found.append(path)
-            left[path.suffix.lower()] += path.suffix.lower() in NOT_READ
-    faults = [
-        Job(Path(each.filename), Path(), fault=f"cannot be read: {each.strerror}")
-        for each in errors
-    ]
+            left[suffix] += suffix in NOT_READ
     return sorted(found), faults, +left
 
 
@@ -92,14 +93,13 @@ def _with_faults(jobs: Sequence[Job]) -> Iterator[Job]:
     for job in jobs:
         if job.instead and (job.instead in count or os.path.realpath(job.instead) in sources):
             job = replace(job, instead=None)
+        fault = job.fault
         if os.path.realpath(job.target) == os.path.realpath(job.source):
             fault = "would be replaced by its result: name another folder, or a --suffix"
-            job = replace(job, fault=fault)
         elif count[job.target] > 1:
             others = ", ".join(each.source.name for each in jobs if each.target == job.target)
             fault = f"would share the result {job.target} with others ({others}): rename one"
-            job = replace(job, fault=fault)
-        yield job
+        yield replace(job, fault=fault)
 
 
 def plan(

@@ -60,9 +60,7 @@ def _find_device(name: str | torch.device | None) -> torch.device:
 
 def _part(progress: Progress | None, index: int, parts: int) -> Progress | None:
     """Return what counts the tiles of one of several parts of equal cost in one count."""
-    if progress is None:
-        return None
-    return lambda done, tiles: progress(index * tiles + done, parts * tiles)
+    return progress and (lambda done, tiles: progress(index * tiles + done, parts * tiles))
 
 
 class Upscaler:
@@ -192,11 +190,10 @@ class Upscaler:
         if images.shape[3] in (1, 3):
             return self._planes(images, tile, progress)
         alpha = images[..., -1:]
-        pairs = zip(images[..., :-1], alpha, strict=True)
-        colour = np.stack([arrays.fill_transparent(*each) for each in pairs])
+        filled = map(arrays.fill_transparent, images[..., :-1], alpha)
         parts = [
             self._planes(each, tile, _part(progress, index, 2))
-            for index, each in enumerate((colour, alpha))
+            for index, each in enumerate((np.stack(list(filled)), alpha))
         ]
         for each, before in zip(parts[1], alpha, strict=True):
             arrays.keep_flat(each, before)
@@ -275,9 +272,8 @@ class Upscaler:
         elif self._channels < channels:
             result = result.reshape(count, channels, *result.shape[2:])
         if not bool(result.isfinite().all()):
-            finite = all(bool(each.isfinite().all()) for each in self.checkpoint.weights.values())
             why = "its weights are too large" if self._dtype == "fp32" else "use fp32"
-            if not finite:
+            if not all(bool(each.isfinite().all()) for each in self.checkpoint.weights.values()):
                 why = "the weights are damaged, which `dlgsanet weights inspect` shows"
             raise UpscaleError(f"the network's results are not numbers in {self._dtype}: {why}")
         return result.clamp_(0, 1)
@@ -343,12 +339,12 @@ class Upscaler:
         try:
             (whole,) = self._rows(given, peak, 0, None)
         except Exception as error:
-            if memory.is_out_of_memory(error):
-                raise UpscaleError(
-                    f"memory on {self.device} does not suffice for the whole image, which tiles "
-                    "are to be compared with: take a smaller one"
-                ) from error
-            raise
+            if not memory.is_out_of_memory(error):
+                raise
+            raise UpscaleError(
+                f"memory on {self.device} does not suffice for the whole image, which tiles are to "
+                "be compared with: take a smaller one"
+            ) from error
         tiled = torch.cat(list(self._rows(given, peak, tile, None)), 2)
         apart = (tiled - whole).abs_() * 255
         return float(apart.max()), float(apart.mean())
