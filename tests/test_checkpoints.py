@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -29,14 +30,8 @@ from dlgsanet_arch.pipeline.processes import Processes
 from dlgsanet_arch.pipeline.samples import BadSample, Place
 from dlgsanet_arch.storage import CheckpointError, check_complete, save_complete
 
-NETWORK = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
-TRAIN = {
-    "ema_decay": 0.9,
-    "total_iter": 10,
-    "optim_g": {"type": "Adam", "lr": 1e-3},
-    "scheduler": {"type": "MultiStepLR", "milestones": [2, 2, 5], "gamma": 0.5},
-    "pixel_opt": {"type": "L1Loss"},
-}
+EDSR_OF_4 = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2}
+STEPS = {"type": "MultiStepLR", "milestones": [2, 2, 5], "gamma": 0.5}
 
 
 def write(path: Path, size: int = 1000) -> dict:
@@ -123,16 +118,12 @@ def run(tmp_path) -> Path:
 
 def built(run: Path, train=(), kind=SRModel, **network) -> SRModel:
     """Build a real SRModel of another network, adapted, with everything a state holds."""
-    opt = {
-        "num_gpu": 0,
-        "is_train": True,
-        "dist": False,
-        "network_g": {"type": "EDSR", **NETWORK, **network},
-        "path": {"experiments_root": str(run), "models": str(run / "models")},
-        "train": copy.deepcopy(TRAIN | dict(train)),
-        "logger": {"save_checkpoint_freq": 2},
-    }
-    opt["path"]["training_states"] = str(run / "training_states")
+    network_g = {"type": "EDSR", **EDSR_OF_4, **network}
+    opt = helpers.small_train_options(Path("data"), network_g=network_g, num_gpu=0)
+    opt |= {"is_train": True, "dist": False}
+    folders = {"experiments_root": run, "models": run / "models"}
+    opt["path"] |= {name: str(folder) for name, folder in folders.items()}
+    opt["train"] |= {"total_iter": 10, "scheduler": dict(STEPS), **copy.deepcopy(dict(train))}
     model = kind(opt)
     model.basicsr_save = model.save_network
     adapter.adapt(model, Processes())
@@ -192,7 +183,7 @@ def test_networks_are_saved_as_basicsr_saves_them(model, run):
     for key, weights in theirs.items():
         assert weights.keys() == ours[key].keys()
         assert all(torch.equal(value, ours[key][name]) for name, value in weights.items())
-    EDSR(**NETWORK).load_state_dict(ours["params"], strict=True)
+    EDSR(**EDSR_OF_4).load_state_dict(ours["params"], strict=True)
 
 
 class WithDiscriminator(SRModel):
@@ -267,46 +258,32 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def edit_state(path: Path, **changes) -> None:
-    save_complete({**torch.load(path, weights_only=True), **changes}, path)
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
+def edited(**changes):
+    return lambda path: save_complete({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def other(path: Path) -> None:
+    save_complete({"params": {"weight": torch.rand(50)}}, path)
+
+
+STATE, WEIGHTS = "training_states/20.state", "models/net_g_20.pth"
 DAMAGE = {
-    "truncated state": ("training_states/20.state", truncate, "20.state is truncated"),
-    "truncated weights": ("models/net_g_20.pth", truncate, "net_g_20.pth is truncated"),
-    "no weights": (
-        "models/net_g_20.pth",
-        Path.unlink,
-        "net_g_20.pth cannot be read: it does not exist",
-    ),
-    "no state": (
-        "training_states/20.state",
-        Path.unlink,
-        "20.state cannot be read: it does not exist",
-    ),
-    "empty state": ("training_states/20.state", lambda p: p.write_bytes(b""), "is empty"),
-    "edited state": (
-        "training_states/20.state",
-        lambda path: save_complete({"epoch": 0, "iter": "20", "optimizers": 3}, path),
-        "is not a training state",
-    ),
-    "edited progress": (
-        "training_states/20.state",
-        lambda path: edit_state(path, progress={"place": "far", "seed": []}),
-        "is not a training state",
-    ),
-    "list": ("training_states/20.state", lambda path: save_complete([1], path), "not a training"),
-    "pipe": ("training_states/20.state", lambda p: (p.unlink(), os.mkfifo(p)), "is not a file"),
-    "pipe for weights": (
-        "models/net_g_20.pth",
-        lambda p: (p.unlink(), os.mkfifo(p)),
-        "net_g_20.pth cannot be read: it does not exist",
-    ),
-    "other weights": (
-        "models/net_g_20.pth",
-        lambda path: save_complete({"params": {"weight": torch.rand(50)}}, path),
-        "is not the file that was saved with 20.state",
-    ),
+    "truncated state": (STATE, truncate, "20.state is truncated"),
+    "truncated weights": (WEIGHTS, truncate, "net_g_20.pth is truncated"),
+    "no weights": (WEIGHTS, Path.unlink, "net_g_20.pth cannot be read: it does not exist"),
+    "no state": (STATE, Path.unlink, "20.state cannot be read: it does not exist"),
+    "empty state": (STATE, lambda path: path.write_bytes(b""), "is empty"),
+    "edited state": (STATE, edited(iter="20", optimizers=3), "is not a training state"),
+    "edited progress": (STATE, edited(progress={"place": "far"}), "is not a training state"),
+    "list": (STATE, lambda path: save_complete([1], path), "is not a training state"),
+    "pipe": (STATE, piped, "is not a file"),
+    "pipe for weights": (WEIGHTS, piped, "net_g_20.pth cannot be read: it does not exist"),
+    "other weights": (WEIGHTS, other, "is not the file that was saved with 20.state"),
 }
 
 
@@ -382,11 +359,11 @@ def step(model: SRModel, iteration: int) -> float:
 
 
 COSINE = {"type": "CosineAnnealingRestartLR", "periods": [5, 10], "restart_weights": [1, 0.5]}
-STEPS = {"type": "MultiStepLR", "milestones": [4, 6], "gamma": 0.5}
+LATER = STEPS | {"milestones": [4, 6]}
 
 
 @pytest.mark.parametrize("iteration", [1, 3, 4, 7])
-@pytest.mark.parametrize("schedule", [STEPS, COSINE], ids=["steps", "cosine"])
+@pytest.mark.parametrize("schedule", [LATER, COSINE], ids=["steps", "cosine"])
 def test_applied_edits_hold_as_if_they_had_always_done(run, schedule, iteration):
     old = built(run)
     for at in range(1, iteration + 1):

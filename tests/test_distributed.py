@@ -96,6 +96,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(root, alone, lau
     options["dist_params"] = {"backend": "nccl", "port": free_port()}  # as in the shipped files
     if launcher == "slurm":
         options["model_type"] = "DLGSANetModel"  # its log is the mean over processes, too
+        options["train"]["accumulation"] = 2
     complete(root, options, launcher=launcher)
     assert_close(weights(root, launcher), alone)
     found, expected = (

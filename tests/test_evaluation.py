@@ -20,7 +20,7 @@ from basicsr.models.swinir_model import SwinIRModel
 from basicsr.utils import img2tensor, tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from torch.nn.parallel import DistributedDataParallel
-from training_runs import in_ranks
+from training_runs import SWINIR, in_ranks
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation, reports
@@ -36,10 +36,9 @@ IMAGES = 5
 NETWORKS = {
     "DLGSANet": dict(helpers.SMALL_NETWORK),
     "EDSR": {"type": "EDSR", "num_feat": 8, "num_block": 1, "num_in_ch": 3, "num_out_ch": 3},
-    "SwinIR": {"type": "SwinIR", "img_size": 14, "window_size": 7, "embed_dim": 12},
+    "SwinIR": SWINIR,
 }
-NETWORKS["EDSR"]["upscale"] = NETWORKS["SwinIR"]["upscale"] = 2
-NETWORKS["SwinIR"] |= {"depths": [1], "num_heads": [2], "upsampler": "pixelshuffledirect"}
+NETWORKS["EDSR"]["upscale"] = 2
 
 
 class ThirdParty(SRModel):
@@ -109,6 +108,12 @@ def complete(folder: Path, data: Path, network: str = "EDSR", *, train: bool = T
     return opt
 
 
+@pytest.fixture
+def opt(tmp_path, data) -> dict:
+    """Options of a training with EDSR, whose results go into tmp_path."""
+    return complete(tmp_path, data)
+
+
 def built(kind: type[SRModel], opt: dict) -> SRModel:
     torch.manual_seed(1)
     model = kind(copy.deepcopy(opt))
@@ -158,8 +163,7 @@ def test_figures_images_and_records_are_basicsr_s(kind, train, data, tmp_path, l
     assert our_line.startswith("Validation made_val\n\t # psnr: ")
 
 
-def test_workers_read_what_this_process_reads(data, tmp_path):
-    opt = complete(tmp_path, data)
+def test_workers_read_what_this_process_reads(opt):
     alone = evaluate(built(SRModel, opt), opt)
     opt["datasets"]["val"]["num_worker_per_gpu"] = 2
     assert evaluate(built(SRModel, opt), opt) == alone
@@ -255,8 +259,7 @@ class Painter(SRModel):
             self.output[0, 0, 3, 3] = self.broken[self.name]
 
 
-def test_identical_images_are_counted_and_left_out_of_the_mean(data, tmp_path, logged):
-    opt = complete(tmp_path, data)
+def test_identical_images_are_counted_and_left_out_of_the_mean(opt, logged):
     plain = evaluate(built(SRModel, opt), opt)
     model = built(Painter, opt)
     model.perfect = ("image1", "image4")
@@ -281,8 +284,7 @@ def test_identical_images_are_counted_and_left_out_of_the_mean(data, tmp_path, l
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
-    opt = complete(tmp_path, data)
+def test_an_output_that_is_not_finite_is_named(opt, value, logged):
     model = built(Painter, opt)
     model.broken = {"image3": value}
     found = evaluate(model, opt)
@@ -293,8 +295,7 @@ def test_an_output_that_is_not_finite_is_named(value, data, tmp_path, logged):
     assert model.best_metric_results["made_val"]["psnr"]["iter"] == -1
 
 
-def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
-    opt = complete(tmp_path, data)
+def test_the_best_is_the_best_of_all_validations(opt, logged):
     model = built(Painter, opt)
     loader = Images(opt["datasets"]["val"], Processes())
     adapt(model, Processes())
@@ -313,8 +314,7 @@ def test_the_best_is_the_best_of_all_validations(data, tmp_path, logged):
     )
 
 
-def test_a_set_without_ground_truth(data, tmp_path, logged):
-    opt = complete(tmp_path, data)
+def test_a_set_without_ground_truth(opt, tmp_path, logged):
     opt["datasets"]["val"]["type"] = "SingleImageDataset"
     model = built(SRModel, opt)
     model.gt = torch.zeros(1, 3, 48, 64)  # of the training's last batch
@@ -350,8 +350,7 @@ class RealLike(Careless):
 
 @pytest.mark.parametrize("kind", [Careless, RealLike])
 @pytest.mark.parametrize("failing", [False, True])
-def test_nothing_is_disturbed(kind, failing, data, tmp_path, group):
-    opt = complete(tmp_path, data)
+def test_nothing_is_disturbed(opt, kind, failing, group):
     model = built(kind, opt)
     model.failing = failing
     model.net_g = wrapped = DistributedDataParallel(model.net_g)
@@ -380,8 +379,7 @@ class OwnWay(SRModel):
         self.metric_results = {"psnr": np.float64(12.5)}
 
 
-def test_a_validation_of_a_class_s_own_is_left_alone(data, tmp_path, logged):
-    opt = complete(tmp_path, data)
+def test_a_validation_of_a_class_s_own_is_left_alone(opt, logged):
     opt["dist"], models = False, [built(OwnWay, opt) for _ in range(2)]
 
     def run(processes):
@@ -401,10 +399,6 @@ class WithoutInput(SRModel):
         self.given = data["lq"]
 
 
-def in_place_of_a_folder(opt):
-    Path(opt["path"]["visualization"]).write_text("a file")
-
-
 FAULTS = {
     "border": (
         lambda opt: opt["val"]["metrics"]["psnr"].update(crop_border=24),
@@ -415,7 +409,10 @@ FAULTS = {
         r"metrics:n: image0 of .* made_val of 64x48",
     ),
     "tiles": (lambda opt: opt["val"].update(tile=16), "WithoutInput has no `lq`"),
-    "folder": (in_place_of_a_folder, r"image0_7\.png cannot be written"),
+    "folder": (
+        lambda opt: Path(opt["path"]["visualization"]).write_text("a file"),
+        r"image0_7\.png cannot be written",
+    ),
     "empty": (
         lambda opt: opt["datasets"]["val"].update(type="SingleImageDataset", dataroot_lq="."),
         "made_val has no image",
@@ -424,19 +421,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_metric_that_raises_anything_is_named_with_its_image(data, tmp_path, monkeypatch, fault):
+def test_a_metric_that_raises_anything_is_named_with_its_image(opt, tmp_path, monkeypatch, fault):
     monkeypatch.chdir(tmp_path)
-    opt = complete(tmp_path, data)
     change, message = FAULTS[fault]
     change(opt)
     with pytest.raises(UserError, match=message):
         evaluate(built(WithoutInput if fault == "tiles" else SRModel, opt), opt)
 
 
-def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages(
-    data, tmp_path, logged
-):
-    opt = complete(tmp_path, data)
+def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages(opt, logged):
     model = built(SRModel, opt)
     found = evaluate(model, opt)
     assert found.bicubic.keys() == {"psnr", "ssim", "rgb"}
@@ -449,8 +442,7 @@ def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages
     assert "bicubic" not in said(logged)
 
 
-def test_tensorboard_shows_figures_and_the_first_images(data, tmp_path, monkeypatch):
-    opt = complete(tmp_path, data)
+def test_tensorboard_shows_figures_and_the_first_images(opt, tmp_path, monkeypatch):
     writer, models = Mock(), [built(SRModel, opt) for _ in range(3)]
     found = in_ranks(
         3,

@@ -14,6 +14,7 @@ from basicsr.train import train_pipeline
 from helpers import write_options
 from training_runs import (
     SAMPLES,
+    SWINIR,
     Forked,
     assert_equal,
     events,
@@ -28,18 +29,6 @@ from dlgsanet_arch.pipeline import loop, runs
 from dlgsanet_arch.pipeline.processes import LockedError
 from dlgsanet_arch.pipeline.reports import Evaluation
 from dlgsanet_arch.pipeline.samples import Sampling
-
-SWINIR = {
-    "type": "SwinIR",
-    "upscale": 2,
-    "img_size": 16,
-    "window_size": 4,
-    "depths": [1],
-    "embed_dim": 8,
-    "num_heads": [2],
-    "upsampler": "pixelshuffledirect",
-}
-
 
 KINDS = {
     "SRModel": {},

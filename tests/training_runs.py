@@ -23,6 +23,8 @@ from torch import nn
 from dlgsanet_arch import cli, pipeline
 from dlgsanet_arch.pipeline.processes import Processes
 
+SWINIR = {"type": "SwinIR", "upscale": 2, "img_size": 16, "window_size": 4, "embed_dim": 8}
+SWINIR |= {"depths": [1], "num_heads": [2], "upsampler": "pixelshuffledirect"}
 SAMPLES = 7  # an odd number, so that an epoch of pairs has an incomplete last batch
 
 

@@ -130,15 +130,16 @@ def adapt(model: Any, processes: Processes) -> None:
     """
     own = type(model)
     classes: list[type] = [_Adapted]
-    kept: dict[str, str] = {}
+    warn = get_root_logger().warning
     for ours, name in ((AveragesWeights, "model_ema"), (FollowsSchedule, "update_learning_rate")):
         if getattr(own, name, None) is getattr(BaseModel, name):
             classes.append(ours)
         elif not issubclass(own, ours):
-            kept[name] = "which stays"
+            warn(f"{own.__name__} has a method {name} of its own: which stays")
     if foreign := evaluation.foreign_method(own):
-        kept[foreign] = "it validates and tests as that says, on the main process"
+        warn(
+            f"{own.__name__} has a method {foreign} of its own: it validates and tests as that "
+            "says, on the main process"
+        )
     contents = {"run_processes": processes, "foreign": bool(foreign), "__module__": own.__module__}
     model.__class__ = type(own.__name__, (*classes, own), contents)
-    for name, effect in kept.items():
-        get_root_logger().warning(f"{own.__name__} has a method {name} of its own: {effect}")

@@ -104,16 +104,6 @@ class Images:
 # ---- one image
 
 
-def _tensor_of(model: Any, name: str) -> Tensor:
-    value = getattr(model, name, None)
-    if not torch.is_tensor(value):
-        raise EvaluationError(
-            f"val:self_ensemble and val:tile give images as `lq` to a model's test() and take "
-            f"`output` from it; {type(model).__name__} has no `{name}`: leave them out"
-        )
-    return value
-
-
 def _test(model: Any) -> None:
     """Do what `model.test()` does, with the ensemble and the tiles that the options ask for."""
     wanted = model.opt["val"]
@@ -122,12 +112,20 @@ def _test(model: Any) -> None:
         model.test()
         return
 
+    def tensor(name: str) -> Tensor:
+        if not torch.is_tensor(value := getattr(model, name, None)):
+            raise EvaluationError(
+                "val:self_ensemble and val:tile give images as `lq` to a model's test() and take "
+                f"`output` from it; {type(model).__name__} has no `{name}`: leave them out"
+            )
+        return value
+
     def run(image: Tensor) -> Tensor:
         model.lq = image
         model.test()
-        return _tensor_of(model, "output")
+        return tensor("output")
 
-    given = _tensor_of(model, "lq")
+    given = tensor("lq")
     compute: Run = partial(self_ensemble, run) if wanted.get("self_ensemble") else run
     if tile:
         overlap = wanted.get("tile_overlap")
