@@ -48,12 +48,21 @@ def run(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
+    path: Sequence[object] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python with `arguments` in `cwd`; stdout and stderr come back as text."""
+    """Run this Python with `arguments` in `cwd`; stdout and stderr come back as text.
+
+    The folders of `path` stand before others where modules are looked for.
+    """
+    path = os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+        env={
+            **os.environ,
+            **{"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+            **(env or {}),
+        },
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -1,7 +1,6 @@
 """Each repair of BasicSR: its fault shows without it, does not with it, and decides about it."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -138,8 +137,7 @@ finally:
 
 
 def _run(script: str, *arguments: str, folder: Path, repository: Path):
-    path = [str(folder), str(repository), os.environ.get("PYTHONPATH", "")]
-    return run(["-c", script, *arguments], folder, {"PYTHONPATH": os.pathsep.join(path)})
+    return run(["-c", script, *arguments], folder, path=(folder, repository))
 
 
 @pytest.fixture

@@ -62,7 +62,6 @@ def test_each_machine_gets_its_variants(build, monkeypatch, machine, lanes):
         assert not [flag for flag in extension.extra_compile_args if "native" in flag]
         vectors = {"avx2": "-mavx2", "avx512": "-mavx512f"}.get(name, "-O3")
         assert vectors in extension.extra_compile_args
-    assert "avx512" not in str(build.variants().get("avx2"))
     # These are the names that the library asks for.
     for capability in ("AVX2", "AVX512") if machine == "x86_64" else ("DEFAULT",):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)

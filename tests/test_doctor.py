@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -32,9 +31,7 @@ def dlgsanet(tmp_path, repository):
     def run_dlgsanet(*arguments: str, absent: tuple[str, ...] = ()):
         hide = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))"
         (tmp_path / "sitecustomize.py").write_text(hide)
-        path = [str(tmp_path), str(repository), os.environ.get("PYTHONPATH", "")]
-        env = {"PYTHONPATH": os.pathsep.join(path)}
-        return run(["-m", "dlgsanet_arch", *arguments], tmp_path, env)
+        return run(["-m", "dlgsanet_arch", *arguments], tmp_path, path=(tmp_path, repository))
 
     return run_dlgsanet
 

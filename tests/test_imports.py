@@ -181,6 +181,5 @@ if __name__ == "__main__":
 
 def test_workers_of_data_verbs_import_neither_torch_nor_basicsr(tmp_path, repository):
     (tmp_path / "script.py").write_text(WORKERS)
-    path = {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
-    result = run([tmp_path / "script.py"], tmp_path, path)
+    result = run([tmp_path / "script.py"], tmp_path, path=(repository, repository / "tests"))
     assert result.stdout == "[[], ['cv2']]\n", result.stdout + result.stderr

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -52,8 +51,7 @@ def python(repository):
         site = folder / "site"
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(MATCHING_TORCHVISION if matching else "")
-        path = [str(folder), str(site), str(repository), os.environ.get("PYTHONPATH", "")]
-        return run(arguments, folder, {"PYTHONPATH": os.pathsep.join(path)})
+        return run(arguments, folder, path=(folder, site, repository))
 
     return run_python
 

@@ -72,15 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Screen:
-    """Shows a bar over images, or over the tiles of one, and says what happened."""
+    """Shows a bar over images, and says what happened to them."""
 
     def __init__(self, total: int) -> None:
         from dlgsanet_arch.progress import progress_bar
 
         self.counts: Counter[str] = Counter()
         self.last = ""  # what was written
-        self._single = total == 1
-        self.bar = progress_bar("upscale", total, "image" if total > 1 else "tile")
+        self.bar = progress_bar("upscale", total, "image")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -88,11 +87,7 @@ class _Screen:
 
     def progress(self, done: int, total: int) -> None:
         """Show the tiles of an image."""
-        if self._single:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-        elif total > 1:
-            self.bar.set_postfix_str(f"tile {done}/{total}")
+        self.bar.set_postfix_str(f"tile {done}/{total}" if total > 1 else "")
 
     def tell(self, kind: str, path: Path, text: str) -> None:
         """Show what happened to an image; see `files.run`."""
@@ -104,9 +99,7 @@ class _Screen:
             self.last = text
         if kind == "bad":
             self.say(f"FAILED {'' if text.startswith(str(path)) else f'{path}: '}{text}")
-        if not self._single:
-            self.bar.update()
-            self.bar.set_postfix_str("")
+        self.bar.update()
 
     def summary(self, scale: float, output: Path, weights: str) -> str:
         """Say what was written, where, how much larger, and by which weights."""

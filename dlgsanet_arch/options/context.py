@@ -3,7 +3,6 @@
 import functools
 import inspect
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dlgsanet_arch.checkpoint import bundled_weights
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.network import DLGSANet
 
@@ -70,12 +70,8 @@ class Context:
 
     def weights(self, given: object) -> Path:
         """Return the file of weights that a path or the name of bundled weights means."""
-        path, name = self.resolve(given), str(given)
-        if re.fullmatch(r"\w{1,64}", name) and not path.exists():
-            from dlgsanet_arch.checkpoint import bundled_weights
-
-            return bundled_weights().get(name, path)
-        return path
+        path = self.resolve(given)
+        return path if os.path.exists(path) else bundled_weights().get(str(given), path)
 
     def registered_as(self, registry: str, name: object) -> Any:
         """Return what "arch", "model", … has under `name`, None where that is not known."""
