@@ -80,10 +80,8 @@ def extract(archive: Path, folder: Path) -> None:
 
     Links, devices and other files are skipped. Leading folders that all images share are left out:
     ``DIV2K_train_HR/0001.png`` becomes ``<folder>/0001.png``.
-
-    Raises:
-        UserError: The archive is missing, damaged, hostile or holds no images, the disk is full, or
-            another process is unpacking the same archive.
+    UserError if the archive is missing, damaged, hostile or holds no images, the disk is full, or
+    another process is unpacking the same archive.
     """
     growing = unfinished(folder)
     with disk_faults_named(f"{archive} cannot be unpacked to {growing}"):

@@ -122,7 +122,7 @@ def measure(image: ImageArray, original: ImageArray, border: int) -> Scores:
     structure = (2 * covariance + _C2) / (variances + _C2)
     light = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
     error = float(np.mean((a - b) ** 2))
-    psnr = float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
+    psnr = 10 * math.log10(255.0**2 / error) if error else math.inf
     return Scores(psnr, float(np.mean(light * structure)))
 
 
@@ -235,12 +235,9 @@ def build(
     `source` is a folder in one of the layouts of `discovery`, or holds such a folder; `target`,
     such as ``datasets/benchmark/Set5``, may be the same. `scales` are some of 2, 3 and 4, None for
     those that the source has HR for. `skip_bad` leaves out images that cannot be read or are too
-    small; `overwrite` replaces scales that were made from other images or changed since.
-
-    Raises:
-        UserError: Images are bad, missing or ambiguous, something else is in the place of the
-            result, or it cannot be written.
-        ValueError: A scale is not 2, 3 or 4.
+    small; `overwrite` replaces scales that were made from other images or changed since. UserError
+    if images are bad, missing or ambiguous, something else is in the place of the result, or it
+    cannot be written; ValueError if a scale is not 2, 3 or 4.
     """
     wanted = None if scales is None else checked_scales(scales)
     name, source, target = set_name(name), source.resolve(), target.resolve()

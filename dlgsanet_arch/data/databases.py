@@ -134,7 +134,7 @@ def check_keys(path: Path) -> tuple[list[str], list[str]]:
     return sorted(entries & listed.keys()), faults
 
 
-def is_finished(path: Path, recipe: Recipe, *, overwrite: bool = False) -> bool:
+def is_finished(path: Path, recipe: Recipe, overwrite: bool) -> bool:
     """Whether a database of this recipe is there, complete; see `made_before`."""
 
     def change(stored: Recipe) -> str:

@@ -226,11 +226,9 @@ def read_stored(path: Path) -> StoredImage:
 
     The content decides on the format, not the suffix. Palettes and fewer than 8 bits are expanded,
     EXIF rotation is applied, CMYK and Lab are converted to sRGB, the first of several pages or
-    frames is read, and alpha without any transparency is left out.
-
-    Raises:
-        ImageError: The file cannot be opened, is of another format, cut short, damaged, larger
-            than `MAX_PIXELS` by its header, or has floating-point, signed or 32-bit samples.
+    frames is read, and alpha without any transparency is left out. ImageError if the file cannot be
+    opened, is of another format, cut short, damaged, larger than `MAX_PIXELS` by its header, or has
+    floating-point, signed or 32-bit samples.
     """
     return _decode(read_bytes(path), path, 1, converts=True)
 

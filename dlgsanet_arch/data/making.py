@@ -182,10 +182,8 @@ class Findings:
 
     def lines(self) -> list[str]:
         """The end of a report."""
+        parts = {"notices:": self.notices, f"left out ({len(self.skipped)}):": self.skipped}
         lines = []
-        for title, found in (
-            ("notices:", self.notices),
-            (f"left out ({len(self.skipped)}):", self.skipped),
-        ):
-            lines += [title, *(f"  {line}" for line in found)] if found else []
+        for title, found in parts.items():
+            lines += [title, *(f"  {each}" for each in found)] if found else []
         return lines

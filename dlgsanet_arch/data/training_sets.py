@@ -96,15 +96,12 @@ class Summary(Findings):
 
 def _lr_folder(folder: Path, scale: int, alone: bool) -> Path:
     """Where LR of a scale lies: in X4, in *_X4, or, of one scale, in the folder itself."""
-    ending = f"X{scale}"
-    inside = [
-        path for path in folder.iterdir() if path.is_dir() and path.name.upper().endswith(ending)
-    ]
+    inside = [path for path in folder.glob(f"*[xX]{scale}") if path.is_dir()]
     if len(inside) == 1:
         return inside[0]
     if inside or not alone:
         raise UserError(
-            f"{folder} holds no folder {ending}, or more than one: LR of several scales is looked "
+            f"{folder} holds no folder X{scale}, or more than one: LR of several scales is looked "
             "for in X2, X3 and X4; name the folder of one with --lr and --scale"
         )
     return folder
@@ -142,10 +139,7 @@ def find_sources(hr: Path, lr: Path | None, scales: Sequence[int]) -> list[Sourc
 def _cut(
     source: Source, scales: Sequence[int], cutting: Cutting
 ) -> dict[int, list[tuple[str, bytes]]]:
-    """The sub-images of an image, PNG files by key, by scale; 1 is HR.
-
-    Keys end in the number of the sub-image, from 1 as in BasicSR's script.
-    """
+    """The sub-images of an image by scale, 1 for HR: PNG files and keys, numbered from 1."""
     hr = crop_to_multiple(read_8_bits(source.hr).pixels, HR_MULTIPLE)
     entries = {}
     for scale in scales:
@@ -199,12 +193,9 @@ def build(
 
     What is written is kept if the run ends early, under another name until it is complete.
     `skip_bad` leaves out images that cannot be used, `overwrite` replaces databases of other images
-    or settings, `workers` is a number of processes.
-
-    Raises:
-        UserError: Images cannot be used, a database is there that was made otherwise, another
-            run is at work on `out`, or the disk is full.
-        ValueError: A scale is not one of `SCALES`, or two images have one key.
+    or settings, `workers` is a number of processes. UserError if images cannot be used, a database
+    was made otherwise, another run is at work on `out`, or the disk is full; ValueError if a scale
+    is not one of `SCALES`, or two images have one key.
     """
     cutting, scales, summary = cutting or Cutting(), checked_scales(scales), Summary()
     if len({source.key for source in sources}) < len(sources):
@@ -214,20 +205,19 @@ def build(
     if skip_bad:
         sources = summary.scan(sources, least, workers, skip=True)
     hashes = file_hashes(sources)
-    settings = {"crop": cutting.crop, "step": cutting.step}
     recipes = {
         out / database_name(scale): {
-            **{"version": RECIPE_VERSION, "scale": scale, **settings},
+            "version": RECIPE_VERSION,
+            "scale": scale,
+            "crop": cutting.crop,
+            "step": cutting.step,
             "images": images_sha256(sources, scale, hashes),
         }
         for scale in (1, *scales)
     }
     with one_writer(out), disk_faults_named(f"{out} cannot be written"):
-        missing = {
-            path: recipe
-            for path, recipe in recipes.items()
-            if not is_finished(path, recipe, overwrite=overwrite)
-        }
+        finished = {path for path in recipes if is_finished(path, recipes[path], overwrite)}
+        missing = {path: recipe for path, recipe in recipes.items() if path not in finished}
         if missing and not skip_bad:
             summary.scan(sources, least, workers)
         if missing:

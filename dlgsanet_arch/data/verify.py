@@ -236,7 +236,7 @@ def _copy(path: Path, keys: Sequence[str]) -> Path:
     digest = sha256("\n".join(keys).encode()).hexdigest()
     recipe = {"fixed": str(path.resolve()), "images": digest}
     with one_writer(path.parent), disk_faults_named(f"{fixed} cannot be written"):
-        if not is_finished(fixed, recipe, overwrite=True):
+        if not is_finished(fixed, recipe, True):
             with closing(DatabaseWriter(fixed, recipe)) as writer:
                 for key in keys:
                     data = read_image(path, key)
