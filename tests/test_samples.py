@@ -1,6 +1,5 @@
 import random
 import re
-from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -90,28 +89,11 @@ def test_a_worker_starts_where_opencv_has_threads_already():
     assert not bad
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_draw_what_the_process_itself_draws(workers):
-    samples = Samples(Dice(), seed=1)
-    batches = [[Draw(0, place, place % 7) for place in range(at, at + 3)] for at in (0, 3, 6, 9)]
-
-    def read(count):
-        read = load(samples, batches, count, pin_memory=False)
-        return torch.stack([batch["lq"] for batch, _ in read])
-
-    before = torch.get_rng_state()
-    assert torch.equal(read(workers), read(0))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 FAULTS = {
-    "missing": (lambda path: path.unlink(), r"cannot be read \(FileNotFoundError"),
+    "missing": (Path.unlink, r"cannot be read \(FileNotFoundError"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "text": (lambda path: path.write_text("no image"), "cannot be decoded"),
-    "truncated": (
-        lambda path: path.write_bytes(path.read_bytes()[:200]),
-        "cannot be decoded",
-    ),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be decoded"),
     "too small": (
         lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8)),
         r"ValueError: Scale mismatches. GT \(48, 64\) is not 2x  multiplication of LQ \(8, 8\)",
@@ -195,16 +177,6 @@ def test_two_data_sets_share_a_database_in_every_kind_of_worker(databases, start
 
 def draws(sampling: Sampling, place: Place, count: int) -> list:
     return [draw for batch in sampling.batches(place, count) for draw in batch]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_draw_together_what_one_draws_alone(world):
-    alone = list(Sampling(37, 1, 4 * world, seed=5).batches(Place(), 20))
-    pieces = [
-        list(Sampling(37, 1, 4, world, rank, seed=5).batches(Place(), 20)) for rank in range(world)
-    ]
-    together = [list(chain(*batches)) for batches in zip(*pieces, strict=True)]
-    assert together == alone
 
 
 @pytest.mark.parametrize("ratio", [1, 2.5, 7])

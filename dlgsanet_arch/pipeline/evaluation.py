@@ -67,8 +67,8 @@ class EvaluationError(UserError):
 class Images:
     """A validation or test set's images in the order of their paths, one at a time.
 
-    Iterated over, it gives all of them, as BasicSR's own validations want; `share` gives those of
-    this process. `num_worker_per_gpu` (default 1) workers read.
+    Iterated over, it gives all of them, as BasicSR's own validations want. `shared` has the numbers
+    of this process's: every world-th from its rank. `num_worker_per_gpu` (default 1) workers read.
     """
 
     def __init__(self, dataset_opt: Mapping[str, Any], processes: Processes) -> None:
@@ -84,13 +84,10 @@ class Images:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (batch for _, batch in self._read(range(len(self))))
+        return (batch for _, batch in self.read(range(len(self))))
 
-    def share(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield number and content of each image of this process: every world-th from its rank."""
-        return self._read(self.shared)
-
-    def _read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read(self, numbers: range) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield number and content of each of these images."""
         workers = min(self._workers, len(numbers))
         each_alone = [[number] for number in numbers]
         read = load(self.dataset, each_alone, workers, pin_memory=self._pin_memory)
@@ -252,7 +249,7 @@ def _measure_share(
     first = opt["is_train"] and dataset not in getattr(model, "best_metric_results", {})
     hidden = not opt["val"].get("pbar", True) or not processes.is_main
     with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
-        for number, batch in images.share():
+        for number, batch in images.read(images.shared):
             name = Path(batch["lq_path"][0]).stem
             output, target, lq = _result(model, batch)
             wanted = measurable(asked, target)
