@@ -247,7 +247,7 @@ def _resume_anywhere(original: Callable) -> Callable | None:
 
 # The LMDB environments that BasicSR's data sets hold open in this process, by real path. After a
 # fork the child's data sets find the parent's here, as lmdb counts those as open in the child. A
-# reload of this module keeps them, and the names of repairs below.
+# reload of this module keeps them.
 shared_environments: weakref.WeakValueDictionary[str, Any] = globals().get(
     "shared_environments", weakref.WeakValueDictionary()
 )

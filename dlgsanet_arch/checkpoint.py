@@ -135,17 +135,14 @@ def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping
 
 
 def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Tensor]:
-    """Read a network's state dict from a file.
+    """Read a network's state dict, on the CPU and without the prefixes that wrappers put to names.
 
     Args:
-        path: A file, or the name of bundled weights. A `.safetensors` file, or one of torch.save:
-            a dict with state dicts under `params_ema` or `params`, as BasicSR writes it, or under
-            the keys of other trainers, or a bare state dict.
+        path: The name of bundled weights, a `.safetensors` file, or one of torch.save: state dicts
+            under `params_ema` or `params`, as BasicSR writes them, or under the keys of other
+            trainers, or a bare state dict.
         param_key: The key that holds the weights; without effect on `.safetensors`. None takes
             the first of `WEIGHT_KEYS` that is there, else the file as a bare state dict.
-
-    Returns:
-        The state dict on the CPU, its names without the prefixes of wrappers.
 
     Raises:
         CheckpointError: The file cannot be read, is damaged or not a checkpoint, holds objects
@@ -158,20 +155,15 @@ def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Te
 class Checkpoint:
     """A network's weights and what is known about them.
 
-    Args:
-        weights: The state dict, its tensors on the CPU.
-        config: Arguments of DLGSANet, which then takes the weights with strict=True.
-        is_stated: Whether the configuration was in the file. Otherwise it is detected from the
-            weights, and what these do not show is as published; see `infer_config`.
-        iteration: How many iterations it was trained for; None where that is not known.
-        notes: What else the file says, such as its licence and what it was trained on.
+    DLGSANet(**config) takes the weights with strict=True. Where the file does not state the
+    configuration, it is detected from the weights, and what these do not show is as published.
     """
 
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]  # on the CPU
     config: Mapping[str, Any]
-    is_stated: bool = False
-    iteration: int | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    is_stated: bool = False  # whether the configuration was in the file
+    iteration: int | None = None  # how many it was trained for
+    notes: Mapping[str, str] = field(default_factory=dict)  # such as its licence
 
     @property
     def scale(self) -> int:
@@ -252,10 +244,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     """Write weights with their configuration: after a crash the file is the old or the new one.
 
     `.pth` is written as BasicSR reads it, the weights under `params` and `params_ema`, once in the
-    file; `.safetensors` has the configuration and the notes as metadata.
-
-    Raises:
-        UserError: The suffix is another one, or the file cannot be written.
+    file; `.safetensors` has the configuration and the notes as metadata. UserError for another
+    suffix, or where the file cannot be written.
     """
     path = Path(path)
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}

@@ -126,17 +126,11 @@ def _detected(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Detect the arguments of DLGSANet from its weights.
+    """Detect the arguments of DLGSANet from its weights, all but `input_resolution`.
 
     What is not in the weights is as published: `activation` relu, `img_range` 1, `tlc_flag` true,
     `tlc_kernel` 96, 72 or 48 by scale (48 for other scales), and of "sparseedge" and "edge", which
     have equal names and sizes, "sparseedge". So are arguments of layers that the network lacks.
-
-    Args:
-        weights: A state dict, as `read_weights` returns it.
-
-    Returns:
-        The arguments, all but `input_resolution`: DLGSANet(**arguments) takes the weights.
 
     Raises:
         CheckpointError: The weights are not of a DLGSANet; the message says by which tensor.
@@ -172,10 +166,7 @@ def described(config: Mapping[str, Any], names: Sequence[str]) -> str:
 def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Refuse weights that a DLGSANet of `config` does not take with strict=True.
 
-    Args:
-        weights: A state dict, as `read_weights` returns it.
-        config: Valid arguments of DLGSANet, as an option file's `network_g` has them; an entry
-            `type` is ignored.
+    `config` has valid arguments of DLGSANet, as an option file's `network_g`: `type` is ignored.
 
     Raises:
         CheckpointError: The weights are of another configuration: the message names both (the
@@ -218,8 +209,7 @@ def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
 def nearest_published(config: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
     """Find the published network that a configuration is most like.
 
-    Returns:
-        Its name, and the arguments that differ: by name the configuration's value, and its own.
+    Returns its name, and the arguments that differ: by name the configuration's value, and its own.
     """
     found = []
     for variant, published in published_configs().items():

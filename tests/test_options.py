@@ -136,6 +136,10 @@ train:ema_decay=true => train:ema_decay: must be a number in [0, 1); got true
 train:scheduler:milestones=200 => train:scheduler:milestones: must be a list
 train:pixel_opt:reduction='none' => train:pixel_opt:reduction: 'none' is not … 'mean', 'sum'
 train:optim_g:type=AdamW => train:optim_g:type: 'AdamW' is not known to this model; write Adam, or
+datasets:train:num_worker_per_gpu=100000 => datasets:train:num_worker_per_gpu: … in [0, 256]; got
+dist_params=3 => dist_params: must be a section of keys; got 3
+model_type={} => model_type: must be text; got {}
+val:val_freq=.nan => val:val_freq: must be a whole number in (0, 1e9]; got nan
 datasets:train:gt_size=32.0 => datasets:train:gt_size: must be a whole number in [1, 65536]; got 32
 datasets:train:filename_tmpl='{' => datasets:train:filename_tmpl: must have {} where
 path:pretrain_network_g=~no-such-user/x => path:pretrain_network_g: names an unknown user … ./~no
@@ -203,6 +207,7 @@ datasets:val:meta_info_file=~ => datasets:val:meta_info_file: is empty (~)
     (ESRGAN, """
 network_d=- => network_d: missing
 train:gan_opt=- => train:gan_opt: missing; write `gan_opt: {type
+train:optim_d:lr=~ => train:optim_d:lr: empty; write
 """),
     (SYNTHETIC, """
 gt_size=402 => gt_size: BasicSR cuts images to 400

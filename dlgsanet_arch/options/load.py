@@ -104,13 +104,9 @@ def parse_value(text: str) -> Any:
 def override(options: dict[str, Any], entries: Sequence[str]) -> None:
     """Set keys of `options` in place; `problems` reports those that nothing reads.
 
-    Args:
-        options: As `load` returns them. Unchanged if an entry is wrong.
-        entries: Texts "a:b=value": the path of a key, then its new value as `parse_value` reads it.
-            Sections above it are made where they are absent or empty.
-
-    Raises:
-        OptionsError: An entry is not an assignment, or is below a value.
+    An entry "a:b=value" has the path of a key, then its value as `parse_value` reads it; sections
+    above it are made where they are absent or empty. Where an entry is not an assignment, or is
+    below a value, an OptionsError leaves the options unchanged.
     """
     changed = copy.deepcopy(options)
     for entry in entries:
