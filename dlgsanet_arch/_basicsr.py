@@ -56,9 +56,6 @@ def import_basicsr(name: str) -> ModuleType:
         ) from error
 
 
-# ---- registration
-
-
 def DLGSANetModel(opt: dict[str, Any]) -> Any:
     """Build the model of this name in training.py, which is imported here and not before.
 
@@ -92,9 +89,6 @@ def register() -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-# ---- repairs
 
 
 class Repair(NamedTuple):
@@ -370,9 +364,6 @@ def _degrade_on_cpu(original: type) -> type | None:
     original.__init__ = on_own_device(original.__init__)
     original.feed_data = on_own_device(original.feed_data)
     return original
-
-
-# ---- the import hook
 
 
 def _is_complete(name: str) -> bool:

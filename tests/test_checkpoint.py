@@ -256,8 +256,6 @@ def test_what_cannot_be_written_is_named(tmp_path, saved):
         save_checkpoint(saved, tmp_path / "none" / "net.safetensors")
 
 
-# Files that are not what they seem: damaged, of another kind, or claiming what they do not hold
-
 PARAMS = {"params": small_checkpoint().weights}
 OLD_FORMAT = {"_use_new_zipfile_serialization": False}
 

@@ -63,9 +63,6 @@ def opened(path):
         return np.asarray(found)
 
 
-# What is kept
-
-
 @pytest.mark.parametrize("size", [(1, 1), (30, 41)], ids=str)
 @pytest.mark.parametrize("channels", [0, 3, 4])
 @pytest.mark.parametrize(
@@ -123,9 +120,6 @@ def test_the_image_is_seen_the_same_way_up(call, tmp_path, name, orientation):
         shrunk = after.resize(seen.size, Image.Resampling.BOX)
         apart = np.abs(np.asarray(seen.convert("RGB")).astype(int) - np.asarray(shrunk))
     assert apart.mean() < 8
-
-
-# Where results go
 
 
 def test_a_folder_keeps_its_tree_and_its_names(call, weights, tmp_path):
@@ -273,9 +267,6 @@ def test_terminals_see_no_escapes(call, tmp_path):
     assert "\x1b" not in call(tmp_path / "in", weights=tmp_path / "\x1b[31m.pth", status=1).err
 
 
-# Bad files
-
-
 def test_bad_files_are_named_and_the_rest_is_done(call, tmp_path):
     folder = tmp_path / "in"
     for name in ("a.png", "z.jpg", "cut.jpg"):
@@ -329,9 +320,6 @@ def test_two_processes_may_write_one_file(tmp_path):
         assert np.array_equal(opened(path), image(9, 9))
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
-
-
-# The run
 
 
 def test_existing_results_are_skipped(call, tmp_path):
@@ -416,9 +404,6 @@ def test_an_interrupted_run_leaves_complete_images(weights, tmp_path, number, st
     made = list((tmp_path / "out").iterdir())
     assert 0 < len(made) < 30
     assert all(opened(path).shape == (300, 300, 3) for path in made)
-
-
-# The writer of 16-bit PNG files
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
