@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import attention_weights
-from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.tlc import Axis
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _PATTERNS = {
         "qkv.weight: 3C C 1 1; qkv_dwconv.weight: 3C 1 3 3; project_out.weight: C hc 1 1"
     ),
 }
-_PARSED = {operator: parse(_NORM + pattern) for operator, pattern in _PATTERNS.items()}
-_CONV3X3 = parse("x: B C H W; weight: O C 3 3; bias: O")
+_PARSED = {operator: Pattern(_NORM + pattern) for operator, pattern in _PATTERNS.items()}
+_CONV3X3 = Pattern("x: B C H W; weight: O C 3 3; bias: O")
 
 
 def _ring_columns(ring: int) -> int:
@@ -79,7 +79,7 @@ def _read(
 ) -> tuple[list[Tensor], list[int]]:
     """Return x and the weights that an operator takes, and the sizes of its pattern's letters."""
     pattern, body = _PARSED[operator], norm.body
-    own = (attrgetter(name)(mixer) for name, _ in pattern[3:])
+    own = (attrgetter(name)(mixer) for name, _ in pattern.tensors[3:])
     tensors = [x, body.weight, body.bias, *own]
     return tensors, sizes(operator, pattern, *tensors, **known)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlgsanet_arch import cpu
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
-from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.precision import widened
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": functools.partial(F.softmax, dim=-1),
 }
 _NORM_FLOOR = 1e-12  # under the L2 norms of q and k, as in torch.nn.functional.normalize
-_QKV = parse("qkv: B 3hc H W")
+_QKV = Pattern("qkv: B 3hc H W")
 
 
 def attention_weights(
@@ -103,7 +103,7 @@ _head_sums = declare(
         qk.new_empty(len(qk), 2 * heads, qk.shape[1] // 2 // heads),
     ),
     flops=lambda qk, heads: _flops(qk, qk[1] // 2 // heads) // 2,
-    device_types="cpu",
+    key="CPU",
 )
 _head_apply = declare(
     "head_apply",
@@ -111,5 +111,5 @@ _head_apply = declare(
     c_backend.head_apply_backward,
     result=lambda matrices, x: x.new_empty(x.shape),
     flops=lambda matrices, x: _flops(x, matrices[2]),
-    device_types="cpu",
+    key="CPU",
 )

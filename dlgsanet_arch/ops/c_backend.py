@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlgsanet_arch.cpu import run
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL
-from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.ops.shapes import Pattern, sizes
 
 # Slices of a sum over all pixels, at most: as many threads can share it.
 MOST_SLICES = 32
@@ -31,13 +31,12 @@ _PATTERNS = {
     "head_apply": "matrices: B h c c; x: B hc H W; grad: B hc H W",
     "projected_dwconv": "weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W; grad: B GS H W",
 }
-_PARSED = {operator: parse(pattern) for operator, pattern in _PATTERNS.items()}
+_PARSED = {operator: Pattern(pattern) for operator, pattern in _PATTERNS.items()}
 
 
-def _sizes(operator: str, *tensors: Tensor | None, **known: int) -> list[int]:
+def _sizes(operator: str, *tensors: Tensor | None, **known: int) -> tuple[int, ...]:
     """Return the sizes of an operator's letters, K last; gradients are left out in the forward."""
-    pattern = _PARSED[operator][: len(tensors)]
-    found = sizes(operator, pattern, *tensors, **known)
+    found = sizes(operator, _PARSED[operator], *tensors, **known)
     if "K" in _PATTERNS[operator]:
         kernel = known.get("K", found[-1])
         if kernel < 1 or kernel % 2 == 0 or kernel > LARGEST_KERNEL:

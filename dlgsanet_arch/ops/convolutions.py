@@ -15,7 +15,7 @@ from dlgsanet_arch import cpu
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL
 from dlgsanet_arch.ops import c_backend
 from dlgsanet_arch.ops.declare import declare
-from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.precision import cast, full_precision
 
 NORM_EPS = 1e-5  # of the paper's norms; of no other eps is there a kernel
@@ -93,7 +93,7 @@ def gdfn_gate(
     return F.gelu(a) * b
 
 
-_NORMED = parse("norm_weight: C; norm_bias: C; weight: O C 1 1; bias: O")
+_NORMED = Pattern("norm_weight: C; norm_bias: C; weight: O C 1 1; bias: O")
 
 
 def _folded(
@@ -120,7 +120,7 @@ _pointwise = declare(
     c_backend.pointwise_backward,
     result=lambda x, weight, *_: x.new_empty((len(x), len(weight), *x.shape[2:])),
     flops=_flops,
-    device_types="cpu",
+    key="CPU",
 )
 _depthwise = declare(
     "depthwise",
@@ -128,7 +128,7 @@ _depthwise = declare(
     c_backend.depthwise_backward,
     result=lambda x, *_: x.new_empty(x.shape),
     flops=_flops,
-    device_types="cpu",
+    key="CPU",
 )
 _gate = declare(
     "gdfn_gate",
@@ -137,5 +137,5 @@ _gate = declare(
     result=lambda x, weight, *_: x.new_empty((len(x), len(weight) // 2, *x.shape[2:])),
     flops=_gate_flops,
     backward_flops=lambda *given: 3 * _gate_flops(*given),  # the forward's maps are made once more
-    device_types="cpu",
+    key="CPU",
 )

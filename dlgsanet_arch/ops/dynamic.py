@@ -20,13 +20,13 @@ from dlgsanet_arch import cpu
 from dlgsanet_arch.cpu.library import LARGEST_KERNEL, is_transformed
 from dlgsanet_arch.ops import c_backend, pytorch_backend
 from dlgsanet_arch.ops.declare import declare
-from dlgsanet_arch.ops.shapes import parse, sizes
+from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.precision import full_precision, is_autocast
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_LARGEST_KERNEL = 11
-_GIVEN = parse("weight: B G K K H W; x: B GS H W")
-_PROJECTED = parse("weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W")
+_GIVEN = Pattern("weight: B G K K H W; x: B GS H W")
+_PROJECTED = Pattern("weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W")
 
 
 @functools.cache

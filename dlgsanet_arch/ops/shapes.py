@@ -1,21 +1,28 @@
 """Check the tensors of an operator by a pattern of their shapes."""
 
+import functools
 from typing import TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Axis: TypeAlias = tuple[int, str]  # 2E is (2, "E"), GKK (1, "GKK")
-Pattern: TypeAlias = list[tuple[str, list[Axis]]]
+Shapes: TypeAlias = tuple[tuple[int, ...] | None, ...]
 
 
-def parse(pattern: str) -> Pattern:
-    """Read a pattern such as "x: B 2E H W; weight: O 2E 1 1".
+class Pattern:
+    """The shapes that fit together, as "x: B 2E H W; weight: O 2E 1 1".
 
     A letter stands for one size everywhere. An axis may be a product, as 2E or GKK, in which at
     most one letter has no size yet when it is reached.
+
+    Attributes:
+        tensors: The name of each tensor and its axes.
     """
-    parts = (part.split(":") for part in pattern.split(";"))
-    return [(name.strip(), list(map(_axis, axes.split()))) for name, axes in parts]
+
+    def __init__(self, text: str) -> None:
+        parts = (part.split(":") for part in text.split(";"))
+        self.tensors = [(name.strip(), list(map(_axis, axes.split()))) for name, axes in parts]
 
 
 def _axis(text: str) -> Axis:
@@ -23,13 +30,15 @@ def _axis(text: str) -> Axis:
     return int(text.removesuffix(letters) or 1), letters
 
 
-def sizes(operator: str, pattern: Pattern, *tensors: Tensor | None, **known: int) -> list[int]:
+def sizes(
+    operator: str, pattern: Pattern, *tensors: Tensor | None, **known: int
+) -> tuple[int, ...]:
     """Return the sizes of a pattern's letters, and refuse tensors that do not fit together.
 
     Args:
         operator: Named in errors.
-        pattern: From `parse`.
-        tensors: One for each name, or None for one that is left out.
+        pattern: Of the tensors.
+        tensors: One for each name, None for one that is left out; the last may be missing.
         known: Sizes of letters.
 
     Returns:
@@ -38,22 +47,37 @@ def sizes(operator: str, pattern: Pattern, *tensors: Tensor | None, **known: int
     Raises:
         ValueError: For the first tensor of another shape, and for dtypes or devices that differ.
     """
-    found, first = dict(known), tensors[0]
-    for (name, axes), tensor in zip(pattern, tensors, strict=True):
+    first = tensors[0]
+    for (name, _), tensor in zip(pattern.tensors, tensors, strict=False):
         if tensor is None:
             continue
-        shape = tensor.shape
-        if len(shape) != len(axes) or not _fit(found, axes, shape):
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            got = f"got {tensor.dtype} on {tensor.device}"
+            wanted = f"{first.dtype} on {first.device}, as {pattern.tensors[0][0]}"
+            raise ValueError(f"{operator} needs {name} to be {wanted}; {got}")
+    shapes = tuple(None if each is None else each.shape for each in tensors)
+    # Symbols, as compilers and tracers have in place of sizes, cannot be looked up.
+    are_numbers = type(first) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return (_remembered if are_numbers else _find)(operator, pattern, shapes, *known.items())
+
+
+def _find(
+    operator: str, pattern: Pattern, shapes: Shapes, *known: tuple[str, int]
+) -> tuple[int, ...]:
+    found = dict(known)
+    for (name, axes), shape in zip(pattern.tensors, shapes, strict=False):
+        if shape is not None and (len(shape) != len(axes) or not _fit(found, axes, shape)):
             wanted = ", ".join("·".join([str(n)] * (n > 1 or not s) + [*s]) for n, s in axes)
             values = [f"{letter} = {found[letter]}" for letter in found if letter in wanted]
             having = f" with {', '.join(values)}" if values else ""
             got = f"got {tuple(shape)}"
             raise ValueError(f"{operator} needs {name} of shape ({wanted}){having}; {got}")
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            got = f"got {tensor.dtype} on {tensor.device}"
-            wanted = f"{first.dtype} on {first.device}, as {pattern[0][0]}"
-            raise ValueError(f"{operator} needs {name} to be {wanted}; {got}")
-    return [size for letter, size in found.items() if letter not in known]
+    given = [letter for letter, _ in known]
+    return tuple(size for letter, size in found.items() if letter not in given)
+
+
+# An operator is called hundreds of times with the same shapes.
+_remembered = functools.lru_cache(maxsize=1024)(_find)
 
 
 def _fit(found: dict[str, int], axes: list[Axis], shape: tuple[int, ...]) -> bool:
