@@ -220,13 +220,13 @@ def _sections(asked: argparse.Namespace) -> list[Section]:
         for scale in (2, 3, 4)
         for contestant in (OURS, IMRESIZE, PILLOW, OPENCV)
     ]
-    written = {"measure": "data:write", "pictures": 1 if asked.quick else WRITTEN, **common}
-    read = {"measure": "data:read", "batches": 1 if asked.quick else 40, **common}
-    read["pictures"] = 1 if asked.quick else PICTURES
-    works = [(written, OURS), *((read, name) for name in (DATABASE, SUB_IMAGES, WHOLE))]
+    written = {"pictures": 1 if asked.quick else WRITTEN}
+    read = {"pictures": 1 if asked.quick else PICTURES, "batches": 1 if asked.quick else 40}
+    works = [("data:write", OURS, written)]
+    works += [("data:read", name, read) for name in (DATABASE, SUB_IMAGES, WHOLE)]
     cells += [
-        {**work, "contestant": contestant, "workers": number}
-        for work, contestant in works
+        {"measure": measure, "contestant": contestant, "workers": number, **sizes, **common}
+        for measure, contestant, sizes in works
         for number in ((1,) if asked.quick else WORKERS)
     ]
     return [

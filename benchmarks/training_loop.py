@@ -206,7 +206,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         for name, base, laps in _compared_laps(record):
             for clock in CLOCKS.keys() & laps[0].keys() if BASICSR not in name else ():
                 ratio = ratios(_of(base, clock), _of(laps, clock))[0]
-                title = ", ".join(filter(None, [record["cell"].get("network"), name]))
+                network = record["cell"].get("network")
+                title = f"{network}, {name}" if network else name.removesuffix(f", {OURS}")
                 found = slower.setdefault(CLOCKS[clock], [])
                 found += [f"{title} ({ratio:.2f})"] if ratio < NOTICED else []
     loads = [record["load"] for record in records if "load" in record]
@@ -647,6 +648,7 @@ def validation_section(asked: argparse.Namespace) -> Section:
         columns=f"network | validation | pictures a second | ms a picture | range | {COMPARED}",
         rows=functools.partial(_rows, _validation_cells),
         notes=lambda records: [
+            "`SRModel.nondist_validation` against what `adapter.adapt` gives the same",
             f"model: {what} pictures, x{SCALE}, PSNR and SSIM of Y, workers' start included.",
             "BasicSR has no option for workers in a validation; the row that has them tells how",
             "much of the difference is loading.",
@@ -722,6 +724,7 @@ def checkpoint_section(asked: argparse.Namespace) -> Section:
         + COMPARED,
         rows=functools.partial(_rows, _checkpoint_cells),
         notes=lambda records: [
+            "A checkpoint is the weights, their average and Adam's state, in two new files in the",
             "temporary folder. BasicSR's is handed to the system's cache and not looked at again;",
             "ours is flushed to the disk, read again, checked by its sums and renamed. 'ms an",
             f"iteration' is the cost spread over the recipe's {SAVE_EVERY} iterations between two.",

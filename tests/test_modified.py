@@ -228,17 +228,13 @@ def test_hooks_see_each_module_once_and_the_whole_batch(options, grad):
     names = [name for name, _ in net.named_modules()]
 
     def seen_by(hooked):
-        seen, handles = [], []
-        for name in hooked:
-            handles.append(
-                net.get_submodule(name).register_forward_hook(
-                    lambda module, given, out, name=name: seen.append((name, tuple(out.shape)))
-                )
-            )
-        with torch.set_grad_enabled(grad):
+        seen = []
+        with contextlib.ExitStack() as hooks, torch.set_grad_enabled(grad):
+            for name in hooked:
+                register = net.get_submodule(name).register_forward_hook
+                hook = register(lambda *given, name=name: seen.append((name, given[2].shape)))
+                hooks.enter_context(hook)
             net(x)
-        for handle in handles:
-            handle.remove()
         return sorted(seen)
 
     together = seen_by(names)
@@ -566,18 +562,10 @@ def _set(name, **settings):
     return change
 
 
-def _weight(name, *shape, **settings):
+def _random(name, key, *shape, **settings):
     def change(net):
-        module = net.get_submodule(name)
-        module.weight = nn.Parameter(torch.randn(shape))
+        setattr(net.get_submodule(name), key, nn.Parameter(torch.randn(shape)))
         _set(name, **settings)(net)
-
-    return change
-
-
-def _bias(name, channels):
-    def change(net):
-        net.get_submodule(name).bias = nn.Parameter(torch.randn(channels))
 
     return change
 
@@ -618,22 +606,24 @@ SETTINGS = {
     "circular": _set(f"{MHDLSA}.conv.conv1.1", padding_mode="circular"),
     "reflect of a 3x3 convolution": _set("upsample.0", padding_mode="reflect"),
     "no padding": _set("upsample.0", padding=(0, 0)),
-    "larger filters": _weight(f"{LOCAL_FFN}.dwconv", 48, 1, 5, 5, padding=(2, 2)),
-    "larger filters of qkv": _weight(
-        f"{GSA}.qkv_dwconv", 36, 1, 5, 5, padding=(2, 2), kernel_size=(5, 5)
+    "larger filters": _random(f"{LOCAL_FFN}.dwconv", "weight", 48, 1, 5, 5, padding=(2, 2)),
+    "larger filters of qkv": _random(
+        f"{GSA}.qkv_dwconv", "weight", 36, 1, 5, 5, padding=(2, 2), kernel_size=(5, 5)
     ),
-    "3x3 in place of 1x1": _weight(f"{MHDLSA}.conv0", 12, 12, 3, 3, padding=(1, 1)),
-    "groups of a 1x1 convolution": _weight(f"{LOCAL_FFN}.project_in", 48, 6, 1, 1, groups=2),
-    "groups of qkv": _weight(f"{GSA}.qkv", 36, 4, 1, 1, groups=3),
-    "a full convolution": _weight(f"{LOCAL_FFN}.dwconv", 48, 48, 3, 3, groups=1),
-    "bias": _bias(f"{LOCAL_FFN}.project_in", 48),
-    "bias of a depthwise convolution": _bias(f"{LOCAL_FFN}.dwconv", 48),
-    "bias of the output": _bias(f"{GLOBAL_FFN}.project_out", 12),
-    "bias of qkv": _bias(f"{GSA}.qkv", 36),
-    "bias of the depthwise qkv": _bias(f"{GSA}.qkv_dwconv", 36),
-    "bias of the attention": _bias(f"{GSA}.project_out", 12),
-    "bias of conv0": _bias(f"{MHDLSA}.conv0", 12),
-    "bias of conv1": _bias(f"{MHDLSA}.conv1", 12),
+    "3x3 in place of 1x1": _random(f"{MHDLSA}.conv0", "weight", 12, 12, 3, 3, padding=(1, 1)),
+    "groups of a 1x1 convolution": _random(
+        f"{LOCAL_FFN}.project_in", "weight", 48, 6, 1, 1, groups=2
+    ),
+    "groups of qkv": _random(f"{GSA}.qkv", "weight", 36, 4, 1, 1, groups=3),
+    "a full convolution": _random(f"{LOCAL_FFN}.dwconv", "weight", 48, 48, 3, 3, groups=1),
+    "bias": _random(f"{LOCAL_FFN}.project_in", "bias", 48),
+    "bias of a depthwise convolution": _random(f"{LOCAL_FFN}.dwconv", "bias", 48),
+    "bias of the output": _random(f"{GLOBAL_FFN}.project_out", "bias", 12),
+    "bias of qkv": _random(f"{GSA}.qkv", "bias", 36),
+    "bias of the depthwise qkv": _random(f"{GSA}.qkv_dwconv", "bias", 36),
+    "bias of the attention": _random(f"{GSA}.project_out", "bias", 12),
+    "bias of conv0": _random(f"{MHDLSA}.conv0", "bias", 12),
+    "bias of conv1": _random(f"{MHDLSA}.conv1", "bias", 12),
     "no bias of the generator": _set(f"{MHDLSA}.conv.conv1.0", bias=None),
     "no bias of its filters": _set(f"{MHDLSA}.conv.conv1.1", bias=None),
     "no bias of its projection": _set(f"{MHDLSA}.conv.conv2.0", bias=None),
@@ -708,7 +698,7 @@ INCONSISTENT = {
     "its projection's input": _part_of_a_weight(f"{MHDLSA}.conv.conv2.0", None, 2),
     "conv1": _part_of_a_weight(f"{MHDLSA}.conv1", None, 4),
     "3x3": _part_of_a_weight(f"{GROUP}.2", None, 4),
-    "bias": _bias(f"{MHDLSA}.conv.conv2.0", 9),
+    "bias": _random(f"{MHDLSA}.conv.conv2.0", "bias", 9),
     "norm": _set(f"{LOCAL}.norm1.body", weight=nn.Parameter(torch.ones(6))),
     "temperature": _set(GSA, temperature=nn.Parameter(torch.ones(4, 1, 1))),
     "padding": _set(f"{LOCAL_FFN}.dwconv", padding=(0, 0)),

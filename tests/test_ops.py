@@ -925,25 +925,19 @@ def test_layout_of_each_map_is_kept(dtype):
             assert each.is_contiguous(memory_format=formats[like])
 
 
-def test_half_precision_is_summed_in_float32():
+def test_half_precision_is_summed_and_projected_in_float32():
     # 1 + 48 · 2⁻⁹: in bfloat16 each addend alone is lost beside 1.
-    x = torch.ones(1, 1, 7, 7, dtype=torch.bfloat16)
-    weight = torch.full((1, 1, 7, 7, 7, 7), 2.0**-9, dtype=torch.bfloat16)
-    weight[:, :, 0, 0] = 1
-    centre = dynamic_dwconv(x, weight)[0, 0, 3, 3]
-    assert centre == torch.tensor(1 + 48 * 2.0**-9, dtype=torch.bfloat16)
-
-
-def test_half_precision_is_projected_in_float32():
-    # The same addends, in the filter and in the sum over taps.
-    ones = torch.ones(1, 48, 7, 7, dtype=torch.bfloat16)
-    small, one = torch.full((1, 48), 2.0**-9, dtype=torch.bfloat16), ones[0, 0, 0, :1]
     expected = torch.tensor(1 + 48 * 2.0**-9, dtype=torch.bfloat16)
-    assert projected_dwconv(ones[:, :1], ones, small, one, 1)[0, 0, 3, 3] == expected
-    weight = small[0, 0].repeat(49, 1)
-    weight[0] = 1
-    centre = projected_dwconv(ones[:, :1], ones[:, :1], weight, 0 * weight[:, 0], 7)[0, 0, 3, 3]
-    assert centre == expected
+    ones = torch.ones(1, 48, 7, 7, dtype=torch.bfloat16)
+    x, one = ones[:, :1], ones[0, 0, 0, :1]
+    small = torch.full((49, 1), 2.0**-9, dtype=torch.bfloat16)
+    taps = small.clone()
+    taps[0] = 1
+    filters = taps.view(1, 1, 7, 7, 1, 1).expand(1, 1, 7, 7, 7, 7)
+    assert dynamic_dwconv(x, filters)[0, 0, 3, 3] == expected
+    # The same addends, in the filter and in the sum over taps.
+    assert projected_dwconv(x, ones, small[:48].mT, one, 1)[0, 0, 3, 3] == expected
+    assert projected_dwconv(x, x, taps, 0 * taps[:, 0], 7)[0, 0, 3, 3] == expected
 
 
 def given(*shape, **options):
