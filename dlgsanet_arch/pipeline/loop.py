@@ -207,7 +207,7 @@ class Training:
                 self._save()
             if progress.validate:
                 self._validate()
-            if signalled := max(self._processes.gather(self._stop.signal)):
+            if signalled := self._processes.largest(self._stop.signal):
                 self._stop.signal = signalled
                 raise self._stop.interrupted()
 
