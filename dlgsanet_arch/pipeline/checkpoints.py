@@ -68,9 +68,6 @@ def numbered(run: Path) -> dict[int, list[Path]]:
     return found
 
 
-# ---- found and read
-
-
 class Start(NamedTuple):
     """Where a run starts: a state, its networks, and newer pairs that are not complete."""
 
@@ -160,9 +157,6 @@ def find_start(options: Mapping[str, Any], root: Path, *, auto_resume: bool) -> 
             "flag to resume from that state"
         )
     return Start()
-
-
-# ---- written and restored
 
 
 def _plain(value: Any) -> Any:

@@ -98,9 +98,6 @@ class Images:
             yield number, batch
 
 
-# ---- one image
-
-
 def _test(model: Any) -> None:
     """Do what `model.test()` does, with the ensemble and the tiles that the options ask for."""
     wanted = model.opt["val"]
@@ -231,9 +228,6 @@ def _shown(image: Tensor) -> np.ndarray:
         size = min(image.shape[axis], _SHOWN_SIDE)
         image = image.narrow(axis, (image.shape[axis] - size) // 2, size)
     return metrics.to_8_bits(image).nan_to_num().to(torch.uint8).cpu().numpy()
-
-
-# ---- a data set
 
 
 def _measure_share(

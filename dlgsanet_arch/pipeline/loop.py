@@ -150,8 +150,6 @@ class Training:
         draws = next(self._sampling.batches(self._progress.place, 1))
         trial.step(self.model, self._samples, draws, self._opt["as_given"])
 
-    # ---- the loop
-
     def run(self, begin: Callable[[], None]) -> None:
         """Train.
 
@@ -279,8 +277,6 @@ class Training:
         shown |= {"lr": rates[0], "samples_per_second": pace["samples_per_second"]}
         self._log.scalars(shown, iteration)
 
-    # ---- saving
-
     def _save(self) -> None:
         self._losses.check()
         since = time.perf_counter()
@@ -329,8 +325,6 @@ class Training:
         note = f"; iteration {at} is saved, resume with --auto_resume" if at else ""
         return type(error)(f"{error}{note}")
 
-    # ---- validation
-
     def _validate(self) -> None:
         """Validate on every set, and keep the weights if they are the best so far."""
         self._losses.check()
@@ -365,8 +359,6 @@ class Training:
                 f"net_g_best.pth has the weights of iteration {self._progress.iteration}: "
                 f"{found[0].dataset} {metric} {value:.4f}"
             )
-
-    # ---- the end
 
     def _finish(self) -> None:
         progress = self._progress

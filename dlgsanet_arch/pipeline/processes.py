@@ -184,9 +184,6 @@ def started(launcher: str, options: Mapping[str, Any]) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-# ---- one run of a name at a time, on one machine or on several that share a file system
-
-
 @contextmanager
 def one_run(path: Path, what: str) -> Iterator[str]:
     """Exclude other processes from a run (`what`) inside the block; a LockedError names the holder.
@@ -229,9 +226,6 @@ def one_run(path: Path, what: str) -> Iterator[str]:
             yield warning
         finally:
             file.truncate(0)
-
-
-# ---- signals
 
 
 class StopRequest:

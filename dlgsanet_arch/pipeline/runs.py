@@ -38,8 +38,6 @@ from dlgsanet_arch.pipeline.loop import Training
 from dlgsanet_arch.pipeline.processes import Processes, one_run, started
 from dlgsanet_arch.pipeline.samples import system_limit
 
-# ---- read
-
 
 def _take_sets(options: dict[str, Any], names: Sequence[str]) -> None:
     """Leave only the data sets with these names."""
@@ -138,9 +136,6 @@ def _for_parts(context: Context, processes: Processes) -> dict[str, Any]:
     return opt
 
 
-# ---- the disk
-
-
 def check_folder(folder: Path) -> None:
     """Raise a UserError if a folder, which may not exist yet, cannot be written to."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -180,9 +175,6 @@ def _archive(folder: Path) -> Path:
     name = f"{folder.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"
     free = (folder.with_name(f"{name}_{n}" if n > 1 else name) for n in itertools.count(1))
     return folder.rename(next(path for path in free if not path.exists()))
-
-
-# ---- a run
 
 
 class _Run:

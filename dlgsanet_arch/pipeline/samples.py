@@ -26,9 +26,6 @@ from dlgsanet_arch.errors import UserError
 _MOST_REPLACEMENTS = 16  # bad samples in a row before it is not a matter of single samples
 
 
-# ---- random numbers
-
-
 def generators(*, cuda: bool = True) -> dict[str, Any]:
     """Return the state of Python's, NumPy's and PyTorch's generators, with `cuda` the GPU's too."""
     kind, keys, *rest = np.random.get_state()
@@ -69,9 +66,6 @@ def _seed_all(*numbers: int) -> None:
     np.random.seed(seeds[1])
     # torch.manual_seed would also seed the GPUs, whose generators belong to the network
     torch.default_generator.manual_seed(int(seeds[2]))
-
-
-# ---- drawn
 
 
 class Draw(NamedTuple):
@@ -144,9 +138,6 @@ class Sampling:
             first = place.position - self.taken + self.rank * self.batch
             positions = range(first, first + self.batch)
             yield [Draw(epoch, position, int(order[position])) for position in positions]
-
-
-# ---- read
 
 
 class ReadingError(UserError):

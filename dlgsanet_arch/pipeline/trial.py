@@ -89,9 +89,6 @@ def explained(
         ) from error
 
 
-# ---- tried
-
-
 def _copy(model: Any) -> Any:
     """Copy a model, its networks uncompiled and by themselves: no process waits for another."""
     alone = copy.copy(model)
