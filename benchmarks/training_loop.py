@@ -77,9 +77,6 @@ _SECTION = functools.partial(Section, group=measuring.key, rounds=1)
 _SAME_NUMBERS = list(LOOPS)[:4]  # where the network's arithmetic is the same
 
 
-# -- what all have in common -------------------------------------------------------------------
-
-
 def in_turns(works: Mapping[str, Callable[[], T]], laps: int) -> dict[str, list[T]]:
     """Call each work once a lap, each lap beginning with another one, and print the times."""
     found: dict[str, list[T]] = {name: [] for name in works}
@@ -286,9 +283,6 @@ def network_options(name: str) -> dict[str, Any]:
     return {"type": "DLGSANet", **contestants.configuration(variant, SCALE)}
 
 
-# -- pictures ----------------------------------------------------------------------------------
-
-
 def _shared_pictures(*names: str) -> Path | None:
     """Return a folder of the shared data, where it is at hand."""
     folder = reporting.shared_folder().joinpath("data", *names)
@@ -345,9 +339,6 @@ def validation_set(count: int, size: Sequence[int]) -> dict[str, Any]:
             _write(folder / "HR" / f"{index:02d}.png", hr)
             _write(folder / "LR" / f"{index:02d}.png", bicubic(hr, 1 / SCALE))
     return _paired(folder / "HR", folder / "LR", "disk")
-
-
-# -- the loop ----------------------------------------------------------------------------------
 
 
 def loop_options(cell: Cell, loop: str, device: str) -> dict[str, Any]:
@@ -547,9 +538,6 @@ def loop_section(asked: argparse.Namespace) -> Section:
     )
 
 
-# -- validation --------------------------------------------------------------------------------
-
-
 def _model(network: str, folder: Path, device: str, *, train: bool) -> Any:
     """Build BasicSR's SRModel with a network of random weights."""
     from basicsr.models import build_model
@@ -659,9 +647,6 @@ def validation_section(asked: argparse.Namespace) -> Section:
     )
 
 
-# -- checkpoints -------------------------------------------------------------------------------
-
-
 def checkpoints(cell: Cell, setting: Setting) -> Record:
     """Measure a checkpoint of a network: weights, their average, and the state."""
     from dlgsanet_arch.pipeline.adapter import adapt
@@ -732,9 +717,6 @@ def checkpoint_section(asked: argparse.Namespace) -> Section:
         ],
         runs=9,
     )
-
-
-# -- metrics -----------------------------------------------------------------------------------
 
 
 def _outputs(size: Sequence[int], device: str) -> tuple[Tensor, Tensor]:

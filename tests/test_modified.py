@@ -110,9 +110,6 @@ def assert_gradients(net, x):
         assert apart < 1e-4 * grad.abs().max() + 1e-6 * largest, name
 
 
-# ---- every module is called
-
-
 def scaled(x):
     """Multiply by a factor that differs from value to value: norms undo one that is the same."""
     return x * (2 + torch.arange(x.numel(), dtype=x.dtype).sin()).view_as(x)
@@ -294,9 +291,6 @@ def test_a_subclass_that_inherits_forward_is_called():
     assert_computes(net, x, unchanged)
 
 
-# ---- other layers in the place of those that were built
-
-
 def depthwise(channels, kernel, bias):
     sizes = {"padding": kernel // 2, "groups": channels}
     return DepthwiseConv(channels, channels, kernel, **sizes, bias=bias)
@@ -392,9 +386,6 @@ def test_layers_may_be_shared():
     put(net, f"{GLOBAL}.norm4", net.get_submodule(f"{GLOBAL}.norm3"))
     assert_computes(net, x, unchanged)
     assert_gradients(net, x)
-
-
-# ---- adapters, weight normalisation, pruning and wrappers (N3, N4)
 
 
 def train(net, x, steps=3):
@@ -547,9 +538,6 @@ def test_what_is_made_permanent_is_as_built_again():
             parametrize.remove_parametrizations(conv, "weight")
     assert as_built.is_as_built(*(conv for _, conv in pointwise_convolutions(net)))
     assert_computes(net, x, unchanged)
-
-
-# ---- weights and settings changed by hand (N5)
 
 
 def _set(name, **settings):
@@ -727,9 +715,6 @@ def test_weights_of_another_dtype_are_refused_as_by_pytorch(grad):
         net(torch.rand(1, 3, 13, 9))
 
 
-# ---- weights that change between forwards
-
-
 def _in_place(net):
     with torch.no_grad():
         for parameter in net.parameters():
@@ -814,9 +799,6 @@ def test_inference_mode_leaves_nothing_that_training_trips_over():
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-# ---- copies and conversions
-
-
 def _pickled(net):
     return pickle.loads(pickle.dumps(net))
 
@@ -874,9 +856,6 @@ def test_converted_copies(options, convert, tolerance, changed):
     back = twin.float()
     assert error(back(x.float()), expected_of(back, x.float())) < 1e-5
     assert changed or error(expected_before, expected) < max(tolerance, 1e-5)
-
-
-# ---- what the question costs
 
 
 @pytest.mark.parametrize("grad", [True, False])

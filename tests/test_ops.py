@@ -37,9 +37,6 @@ def _fill_new_memory_with_nan():
     torch.use_deterministic_algorithms(False)
 
 
-# ---- the operators and their definitions
-
-
 def define_normed(x, norm_weight, norm_bias, weight, bias=None):
     pixels = F.layer_norm(x.movedim(1, -1), norm_weight.shape, norm_weight, norm_bias, 1e-5)
     return F.conv2d(pixels.movedim(-1, 1), weight, bias)
@@ -183,9 +180,6 @@ def name(request):
     return request.param
 
 
-# ---- layouts
-
-
 def _planes_in_nan(x):
     """Whole channels of a larger map; between them, and in its other channels, is NaN."""
     batch, channels, height, width = x.shape
@@ -255,8 +249,6 @@ def guarded(monkeypatch):
         assert (memory[:GUARD] == 7).all()
         assert (memory[-GUARD:] == 7).all()
 
-
-# ---- C against the definition
 
 # Images of 1 pixel, of one row or column, around whole vectors (8, 16), blocks (64) and pieces
 # (256), of several bands, slices and tiles; channels that fill no block of 6. x, then other sizes.
@@ -412,9 +404,6 @@ def test_threads_change_no_bit(name, openmp, threads, monkeypatch):
         assert all(map(torch.equal, actual, expected)), count
 
 
-# ---- what the operators declare
-
-
 def operator_calls(name, dtype=torch.float32):
     """Return each forward operator and what it takes, and each backward and what that takes."""
     tensors, settings = make(name, *SMALL[name], dtype=dtype)
@@ -543,9 +532,6 @@ def test_operations_are_those_that_pytorch_counts():
     assert count(ops.depthwise, [x, *rest]) == (forward, 2 * grad_x)
     tensors, _ = make("gdfn_gate", *SMALL["gdfn_gate"])
     assert count(ops.gdfn_gate, tensors)[0] == count(define_gate, tensors)[0]
-
-
-# ---- what does not fit
 
 
 class Unreachable:
@@ -703,9 +689,6 @@ def test_operators_make_nothing_of_nothing(shape):
         assert all(each.isfinite().all() for each in gradients[1:])
 
 
-# ---- what takes the plain form
-
-
 class Subclass(torch.Tensor):
     """A tensor that may do anything."""
 
@@ -810,8 +793,6 @@ def test_whether_c_can_run_is_asked_each_time(name, monkeypatch):
         each.data = each.data.double()
     assert OPERATORS[name].ours(*tensors, *settings).dtype == torch.float64
 
-
-# ---- the dynamic convolution in every form
 
 # (B, C, H, W), G, K: smaller than the kernel, H != W, one channel a filter, one filter for all.
 SHAPES = [
