@@ -226,6 +226,13 @@ def test_a_place_that_cannot_be_written_is_named(server, target, tmp_path, monke
     assert len(server.requests) == 1
 
 
+def test_the_environment_s_proxy_is_used(server, target, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/set.zip"))
+    download("http://nowhere.invalid/set.zip", target)
+    assert target.read_bytes() == CONTENT
+    assert [request["target"] for request in server.requests] == ["http://nowhere.invalid/set.zip"]
+
+
 def download_directly(url: str, target: Path) -> None:
     """Download in a process whose environment may name proxies."""
     for name in proxies():

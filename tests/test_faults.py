@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from http_server import proxies, serving
 from training_runs import Forked, assert_equal, events, make_root, small_options, weights
 
 from dlgsanet_arch.checkpoint import check_complete
+from dlgsanet_arch.data import downloads
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation, loop, runs  # noqa: F401 - for what is forked
 from dlgsanet_arch.pipeline.checkpoints import numbered
 from dlgsanet_arch.pipeline.runs import registered
@@ -47,7 +50,7 @@ def wait(run: Forked) -> int:
 
 
 def started(root: Path, options: dict, before: Callable[[], None] | None = None) -> Forked:
-    """Go on with a run from its newest pair; before the first there is nothing to resume from."""
+    """Resume a run from its newest pair; before the first there is nothing to resume from."""
     folder = folder_of(root, options["name"])
     if newest_pair(folder):
         return Forked(root, options, "--auto_resume", before=before)
@@ -270,6 +273,22 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_with_more_room(root, undisturbe
         completes(made, options)
         assert_nothing_lost(folder_of(made, "full"), files)
         assert_equal(weights(made, "full"), undisturbed[0])
+
+
+def test_a_download_that_fills_the_disk_resumes_with_more_room(tmp_path, monkeypatch):
+    for name in proxies():
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(downloads, "check_space", lambda *_: None)  # others fill it meanwhile
+    content, target = random.Random(0).randbytes(2**20), tmp_path / "disk" / "set.zip"
+    with serving(content) as server, small_disk(target.parent, 2**19) as resized:
+        with pytest.raises(UserError, match=r"set\.zip\.part: the disk is full"):
+            downloads.download(server.url, target)
+        received = target.with_name("set.zip.part").stat().st_size
+        assert received > 0
+        resized(2**22)
+        downloads.download(server.url, target)
+        assert target.read_bytes() == content
+        assert server.requests[-1]["Range"] == f"bytes={received}-"
 
 
 @pytest.mark.parametrize("flags", [[], ["--auto_resume"]], ids=["new", "resuming"])

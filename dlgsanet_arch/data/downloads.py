@@ -41,9 +41,8 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
         raise requests.RequestException("the server does not state how long the file is")
     if headers.get("Content-Type", "").startswith("text/html"):
         raise requests.RequestException("the server sends a web page instead of the file")
-    file.truncate(
-        file.seek(0)
-    )  # first, so that no bytes are ever under the record of another version
+    # First, so that no bytes are ever under the record of another version.
+    file.truncate(file.seek(0))
     write_json(record, {"url": url, "length": int(length), "validator": _validator(headers)})
     return int(length)
 
