@@ -45,6 +45,7 @@ SECTIONS = {
     "curve": ("benchmarks/network.py", "--curve"),
     "configurations": ("benchmarks/network.py", "--all"),
     "dynamic_dwconv": ("benchmarks/dynamic_dwconv.py",),
+    "host_cost": ("benchmarks/host_cost.py",),
     "data": ("benchmarks/data.py",),
     "limits": ("benchmarks/limits.py",),
 }
@@ -52,7 +53,7 @@ TESTS = "tests"  # of `make gpu`; those of the CPU are `make test`
 GATE = ("test_golden", "test_ops")  # the tests without which no figure means anything
 LIMITS = "limits"  # measured within each of the others, too
 DATA = "data"
-CPU_ONLY = (DATA, "agreement", "formula")  # these have nothing to do on a GPU
+CPU_ONLY = (DATA, "agreement", "formula", "host_cost")  # these have nothing to do on a GPU
 # Measured beside BasicSR, and only where that is installed.
 BESIDE_BASICSR = tuple(name for name in SECTIONS if name.startswith("training_loop"))
 # Pipeline, data and command line take no part in a forward or a backward.

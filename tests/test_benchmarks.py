@@ -7,6 +7,7 @@ from pathlib import Path
 import contestants
 import data
 import dynamic_dwconv
+import host_cost
 import limits
 import measuring
 import network
@@ -116,6 +117,7 @@ def test_operations_do_not_depend_on_how_they_are_computed():
         (network.main, ["--formula"], "formula", 6),
         (network.main, ["--profile"], "profile", network.PROFILED_OPERATORS),
         (network.main, ["--accuracy"], "accuracy", 2),
+        (host_cost.main, [], "host_cost", 2),
         (data.main, [], "data", 16),
         (training_loop.main, ["--only", "loop"], "training_loop", 4),
         (training_loop.main, ["--only", "validation"], "training_loop_validation", 4),
