@@ -71,7 +71,7 @@ def call(cell: Cell, setting: Setting) -> Record:
             torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
     with (
-        mock.patch.object(dynamic, "choose_backend", lambda *_: backend),
+        mock.patch.object(dynamic, "choose_backend", return_value=backend),
         torch.set_grad_enabled(work != WORKS[0]),
     ):
         if work != WORKS[2]:
