@@ -250,7 +250,7 @@ if __name__ == "__main__":  # as setuptools runs it, not as a backend
         # What the network and the command line need. BasicSR and OpenCV are left to the user, who
         # may have either from another source: a git clone, or one of the four wheels with cv2.
         install_requires=[
-            "torch>=2.4",
+            "torch>=2.5",
             "numpy>=1.23",  # torch warns at each start where it is missing
             "pyyaml>=6.0",
             "safetensors>=0.4",  # the bundled weights

@@ -41,7 +41,7 @@ OWN = ROOT / ".venv"
 # In the .venv that was made here; empty until an install has finished, then what it was made from.
 STAMP = OWN / ".dlgsanet-install"
 REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-test.txt"]
-OLDEST_TORCH = (2, 4)
+OLDEST_TORCH = (2, 5)
 
 
 def say(message: str) -> None:
@@ -85,7 +85,7 @@ def adapt(requirements: list[str]) -> list[str]:
     torch = installed_version("torch")
     if torch is not None and not at_least(torch, OLDEST_TORCH):
         sys.exit(
-            f"make: the active environment has torch {torch}, which is too old (2.4 is the oldest "
+            f"make: the active environment has torch {torch}, which is too old (2.5 is the oldest "
             "that works); activate another one, or deactivate it and make uses a .venv of its own"
         )
     wanted = []

@@ -156,7 +156,7 @@ def test_metadata_gives_version_python_and_no_basicsr(metadata):
     needed = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     hard = {need.name: str(need.specifier) for need in needed if need.marker is None}
     assert {*hard} == {"torch", "numpy", "pyyaml", "safetensors"}
-    assert hard["torch"] == ">=2.4"
+    assert hard["torch"] == ">=2.5"
     extras = {
         extra: {n.name for n in needed if n.marker and n.marker.evaluate({"extra": extra})}
         for extra in metadata.get_all("Provides-Extra")
