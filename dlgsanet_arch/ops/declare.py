@@ -31,6 +31,39 @@ def _define(
     return operator.default
 
 
+def _with_gradient(
+    operator: Callable[..., Any], gradient: Callable[..., Any], count: int
+) -> Callable[..., Any]:
+    """Return the operator as autograd calls it; its first `count` arguments are tensors."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            ctx.save_for_backward(*given[:count])
+            ctx.settings = given[count:]
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*given)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
+            found = gradient(*given, *saved, *ctx.settings)
+            pairs = zip(saved, [found] if count == 1 else found, strict=True)
+            own = (None if each is None else grad for each, grad in pairs)
+            return *own, *(None for _ in ctx.settings)
+
+    def with_autograd(*given: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            each is not None and each.requires_grad for each in given[:count]
+        ):
+            return Differentiable.apply(*given)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*given)
+
+    return with_autograd
+
+
 def declare(
     name: str,
     forward: Callable[..., Any],
@@ -75,31 +108,5 @@ def declare(
 
     operator = _define(name, forward, result, flops, key)
     gradient = _define(f"{name}_backward", backward, gradients_like, count_backward, key)
-
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            ctx.save_for_backward(*given[:count])
-            ctx.settings = given[count:]
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*given)
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-            saved = ctx.saved_tensors
-            found = gradient(*given, *saved, *ctx.settings)
-            pairs = zip(saved, [found] if count == 1 else found, strict=True)
-            own = (None if each is None else grad for each, grad in pairs)
-            return *own, *(None for _ in ctx.settings)
-
-    def with_autograd(*given: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            each is not None and each.requires_grad for each in given[:count]
-        ):
-            return Differentiable.apply(*given)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*given)
-
-    _LIBRARY.impl(name, with_autograd, "Autograd")
+    _LIBRARY.impl(name, _with_gradient(operator, gradient, count), "Autograd")
     return operator
