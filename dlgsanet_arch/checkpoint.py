@@ -48,6 +48,7 @@ _PREFIXES = ("module.", "_orig_mod.", "net_g.", "model.")
 _ARCHITECTURE = "DLGSANet"  # as stated with the configuration
 # What is stored with weights and is not a note; "format" is the library's own.
 _NOT_NOTES = ("architecture", "config", "iteration", "checksum", "format")
+_NOT_WRITTEN = (*_NOT_NOTES, "params", "params_ema")
 
 
 def bundled_weights() -> dict[str, Path]:
@@ -87,7 +88,11 @@ def _state_dict_in(content: Any, path: Path, param_key: str | None) -> Mapping[s
     if _is_state_dict(weights):
         return weights
     keys = [key for key in content if isinstance(key, str)]
-    contents = f"it has the keys {named(keys, 6)}" if keys else "it has no keys"
+    contents = "it has no keys"
+    if keys:
+        contents = (
+            f"it has the keys {named(keys, 6)}; name the one with the weights, as by --param-key"
+        )
     if _is_state_dict(content):
         contents = "it is a bare state dict; write `param_key_g: ~`, or leave out --param-key"
     elif "optimizers" in content:
@@ -99,8 +104,10 @@ def _state_dict_in(content: Any, path: Path, param_key: str | None) -> Mapping[s
 def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse kinds of tensors that hold no plain numbers, and sizes that the file cannot hold."""
     for name, tensor in weights.items():
+        kinds = {"quantised": tensor.is_quantized, "meta": tensor.is_meta}
+        kinds |= {"nested": tensor.is_nested, "negated": tensor.is_neg()}
         layout = str(tensor.layout).removeprefix("torch.")
-        kind = "quantised" if tensor.is_quantized else "meta" if tensor.is_meta else layout
+        kind = next((kind for kind, holds in kinds.items() if holds), layout)
         if kind != "strided":
             raise CheckpointError(f"{path}: {name} is a {kind} tensor; save it as a plain one")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
@@ -110,11 +117,15 @@ def _check_tensors(weights: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _bare(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Take off what wrappers put before the names, and what they keep with the network."""
     bare = {name.replace("_orig_mod.", ""): each for name, each in weights.items()}
     anchors = [name.removesuffix(ANCHOR) for name in bare if name.endswith(f".{ANCHOR}")]
-    if len(anchors) == 1 and ANCHOR not in bare:
+    if len(anchors) > 1 and ANCHOR not in bare:
+        raise CheckpointError(
+            f"{path} holds several networks ({named(anchors)}): save the weights of one alone"
+        )
+    if anchors and ANCHOR not in bare:
         inside = {name: each for name, each in bare.items() if name.startswith(anchors[0])}
         return {name.removeprefix(anchors[0]): each for name, each in inside.items()}
     bare.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's
@@ -131,7 +142,7 @@ def _read(path: Path, param_key: str | None) -> tuple[dict[str, Tensor], Mapping
         extra, _ = read_complete(path)
         weights = _state_dict_in(extra, path, param_key)
     _check_tensors(weights, path)
-    return _bare(weights), extra
+    return _bare(weights, path), extra
 
 
 def read_weights(path: Path | str, param_key: str | None = None) -> dict[str, Tensor]:
@@ -206,6 +217,7 @@ def _complete(
     try:
         complete = {**infer_config(weights), **given}
         check_compatible(weights, complete)
+        json.dumps(complete)  # as it is written into files
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"its configuration makes no DLGSANet: {error}") from error
     return complete, bool(stated)
@@ -248,6 +260,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path | str) -> None:
     suffix, or where the file cannot be written.
     """
     path = Path(path)
+    for name, text in checkpoint.notes.items():
+        if name in _NOT_WRITTEN or text.startswith("crc32:"):
+            raise CheckpointError(f"{name}={text} cannot be a note: files hold this by themselves")
+        if f"{name}{text}".encode(errors="ignore").decode() != f"{name}{text}":
+            raise CheckpointError(f"the note {name}={text} is not UTF-8 text: write it again")
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     known = {"architecture": _ARCHITECTURE, "config": json.dumps(dict(checkpoint.config))}
     extra = {**checkpoint.notes, **known}

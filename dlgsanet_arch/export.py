@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dlgsanet_arch.checkpoint import Checkpoint
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, written_atomically
+from dlgsanet_arch.files import check_target, disk_faults_named, written_atomically
 from dlgsanet_arch.network import DLGSANet, GlobalLayer, LocalLayer
 
 FORMATS = (".onnx", ".pt2")
@@ -284,6 +284,8 @@ def _check_arguments(path: Path, dtype: Precision, size: tuple[int, int] | None)
         raise ExportError(f"{path}: the name must end in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: the folder {path.parent} does not exist; make it first")
+    with disk_faults_named(f"{path} cannot be written"):
+        check_target(path)
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be {', '.join(DTYPES)}; got {dtype!r}")
     if size is not None and min(size) < 1:

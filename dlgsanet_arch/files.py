@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,16 @@ def written_atomically(
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_target(path: Path) -> None:
+    """Raise the OSError that writing a file would end with, before the work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    with suppress(FileNotFoundError):
+        path.stat()  # fails on a name that is too long
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_atomically(path: Path, data: bytes) -> None:

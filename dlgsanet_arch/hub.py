@@ -89,7 +89,7 @@ class HubMixin:
             if (folder / CONFIG).is_file():
                 try:
                     config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-                except (OSError, TypeError, ValueError) as error:
+                except (OSError, TypeError, ValueError, RecursionError) as error:
                     raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
         found = read_checkpoint(path, config=config)
         network = cls(**found.config)

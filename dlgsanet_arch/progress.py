@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from dlgsanet_arch.hints import printable
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -35,7 +37,7 @@ def progress_bar(
     with suppress(OSError):
         knows_width = moving and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
-        desc=what or None,
+        desc=printable(what) or None,
         total=total,
         initial=done,
         unit=unit if in_bytes else f" {unit}",

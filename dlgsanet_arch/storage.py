@@ -2,13 +2,15 @@
 
 import errno
 import io
+import pickletools
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from dlgsanet_arch.files import disk_faults_named, write_atomically, written_ato
 
 _ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
 _GET_ANOTHER = "get it again, or use an earlier checkpoint"
+_PICKLES = 5  # of a file in PyTorch's old format
+_MOST_VALUES = 1_000_000  # of a tuple in a pickle
 
 # Network file systems fail for a moment now and then.
 _ATTEMPTS = 3
@@ -64,9 +68,48 @@ def _read(path: Path) -> tuple[bytes, int]:
 
 
 def _check_pickle(path: Path, start: bytes) -> None:
-    """Refuse the one thing that torch.load makes as large as a pickle asks for, and fills."""
+    """Refuse what a small pickle makes large or slow, and no weights need.
+
+    These are bytes by their number, text by an encoding of quadratic time, and tuples of tuples,
+    which as keys take as long to hash as if they were written out.
+    """
     if b"\nbytearray\n" in start:
         raise CheckpointError(f"{path} holds a bytearray, which no weights need; it is refused")
+    if b"\nencode\n" in start and re.search(b"punycode|idna", start, re.IGNORECASE):
+        raise CheckpointError(f"{path} holds encoded text, which no weights need; it is refused")
+    file, largest = io.BytesIO(start), [0]
+    with suppress(ValueError, IndexError):  # damage, which torch.load names
+        for _ in range(_PICKLES):
+            largest.append(_largest_tuple(file))
+    if max(largest) > _MOST_VALUES:
+        raise CheckpointError(
+            f"{path} holds tuples of more than {_MOST_VALUES:,} values, which no weights need; "
+            "it is refused"
+        )
+
+
+def _largest_tuple(file: IO[bytes]) -> int:
+    """Return how many values the largest tuple of a pickle would have if it were written out."""
+    stack, largest = [], 0
+    memo: dict[Any, int] = {}
+    for code, argument, _ in pickletools.genops(file):
+        if "GET" in code.name:
+            stack.append(memo.get(argument, 1))
+        elif "PUT" in code.name:
+            memo[argument] = stack[-1]
+        elif code.name == "MARK":
+            stack.append(0)
+        else:
+            at = len(stack) - len(code.stack_before)
+            if pickletools.markobject in code.stack_before:
+                at = len(stack) - 1
+                while stack[at]:
+                    at -= 1
+                at -= code.stack_before.index(pickletools.markobject)
+            size = 1 + (sum(stack[at:]) if "TUPLE" in code.name else 0)
+            stack[at:] = [size] * len(code.stack_after)
+            largest = max(largest, size)
+    return largest
 
 
 def check_complete(path: Path) -> int:

@@ -296,6 +296,30 @@ def _bytearray(path):
     _records(path, lambda name, record: bomb if name.endswith("data.pkl") else record)
 
 
+def _pickled(path, content):
+    """A file of torch.save's with another pickle."""
+    torch.save({"a": torch.ones(1)}, path)
+    _records(path, lambda name, record: content if name.endswith("data.pkl") else record)
+
+
+def _tuples(levels):
+    """A pickle whose key is a tuple of two equal tuples, and so on."""
+    doubled = (b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(levels))
+    return b"\x80\x02})q\0" + b"".join(doubled) + b"K\x01s."
+
+
+def _encoded():
+    """A pickle of text in an encoding that takes quadratic time."""
+    text = "".join(map(chr, range(0x4E00, 0x9000))).encode() * 10
+    text = b"X" + len(text).to_bytes(4, "little") + text
+    return b"\x80\x02c_codecs\nencode\n" + text + b"X\x08\0\0\0punycode\x86R."
+
+
+def _two_networks(path):
+    weights = small_checkpoint().weights.items()
+    torch.save({f"{side}.{name}": each for side in "ab" for name, each in weights}, path)
+
+
 def _compressed(path):
     torch.save({"params": {"a": torch.zeros(1 << 20)}}, path)
     _records(path, lambda name, record: record, zipfile.ZIP_DEFLATED)
@@ -341,11 +365,17 @@ BAD_FILES = {
     "expanded": (lambda path: _with(path, lambda t: t[:1].expand(1 << 40)), "claims 4,398,"),
     "bytearray": (_bytearray, "holds a bytearray"),
     "compressed": (_compressed, "is compressed"),
+    "tuples": (lambda path: _pickled(path, _tuples(60)), "tuples of more than 1,000,000 values"),
+    "tuples, old format": (lambda path: path.write_bytes(_tuples(60)), "tuples of more than"),
+    "encoded": (lambda path: _pickled(path, _encoded()), "holds encoded text"),
+    "two networks": (_two_networks, "holds several networks (a., b.)"),
     "int8": (lambda path: _with(path, lambda t: t.to(torch.int8)), "upsample.0.bias is of int8"),
     "bool": (lambda path: _with(path, lambda t: t > 0), "upsample.0.bias is of bool"),
     "complex": (lambda path: _with(path, lambda t: t + 0j), "bias is of complex64"),
     "float8": (lambda path: _with(path, lambda t: t.to(torch.float8_e4m3fn)), "is of float8_e4m3"),
     "sparse": (lambda path: _with(path, lambda t: t.to_sparse()), "bias is a sparse_coo tensor"),
+    "nested": (lambda path: _with(path, lambda t: torch.nested.nested_tensor([t])), "is a nested"),
+    "negated": (lambda path: _with(path, torch._neg_view), "bias is a negated tensor"),
     "meta": (lambda path: _with(path, lambda t: t.to("meta")), "bias is a meta tensor"),
     "quantised": (
         lambda path: _with(path, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),

@@ -11,6 +11,10 @@ from dlgsanet_arch.checkpoint import read_checkpoint, read_weights
 from dlgsanet_arch.cli import main
 from dlgsanet_arch.network import DLGSANet
 
+# Anchors that hold 9**9 values.
+BOMB = ",".join(f"&a{n} [{','.join([f'*a{n - 1}' if n else '1'] * 9)}]" for n in range(9))
+BOMB = f"[{BOMB}]"
+
 
 def call(*arguments):
     """Run `dlgsanet weights` with these arguments."""
@@ -104,7 +108,11 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
     ("text", "said"),
     [
         ("tlc_flag", "'tlc_flag' is not NAME=VALUE"),
-        ("tlc_flag=[", "'[' cannot be read"),
+        ("tlc_flag=[", "got '['"),
+        ("tlc_flag=" + "[" * 3000, "makes no DLGSANet"),
+        ('dim=!!int ""', "makes no DLGSANet"),
+        ("input_resolution=!!set {a}", "makes no DLGSANet"),
+        (f"activation={BOMB}", "makes no DLGSANet"),
         ("nonsense=1", "no argument 'nonsense'"),
     ],
 )
@@ -115,6 +123,14 @@ def test_convert_refuses_what_is_no_argument(weights, tmp_path, text, said, caps
         status = error.code
     assert status in (1, 2)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("note", ["params=1", "config={}", "a=crc32:0", "a=\udcff"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_notes_do_not_replace_what_files_hold(weights, tmp_path, note, suffix, capsys):
+    assert call("convert", weights, "-o", tmp_path / f"o{suffix}", "--note", note) == 1
+    assert "note" in capsys.readouterr().err
+    assert not (tmp_path / f"o{suffix}").exists()
 
 
 def test_average_and_transfer(weights, tmp_path, capsys):
@@ -134,6 +150,10 @@ def test_notes_move_no_terminal_and_bundled_weights_go_by_name(tmp_path, capsys)
     out = tmp_path / "out.safetensors"
     assert call("convert", "tiny_x4", "-o", out, "--note", "\x1b[2Jkey=\x1b]0;title\x07") == 0
     assert call("inspect", out, "tiny_x4") == 0
+    start, mean = tmp_path / "\x1b[2J.pth", tmp_path / "\x1b[2Jmean.pth"
+    assert call("transfer", out, "--scale", "2", "-o", start) == 0
+    assert call("average", start, "-o", mean) == 0
+    assert call("convert", start, "-o", mean) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "]0;title" in said

@@ -112,6 +112,7 @@ def test_what_is_pushed_can_be_pulled(net, tmp_path, monkeypatch):
     [
         ("{", "config.json cannot be read"),
         ("[1]", "config.json cannot be read"),
+        ("[" * 100_000, "config.json cannot be read"),
         ('{"dims": 8}', "no argument 'dims'.*did you mean 'dim'"),
         ('{"dim": 24}', "model.safetensors"),
         ('{"activation": "tanh"}', "activation"),

@@ -356,3 +356,29 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch, verified):
     monkeypatch.setattr(verify, "decode_8_bits", no_memory)
     save_pairs(tmp_path / "X2")
     assert "chelsea.png: HR takes more memory than there is" in verified(1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["verify", "n" * 300], "File name too long"),
+        (["train", "--hr", "n" * 300, "-o", "out"], "File name too long"),
+        (["train", "--hr", ".", "-o", "chelsea.png"], "chelsea.png cannot be written"),
+        (["train", "--hr", ".", "-o", "/proc/x"], "/proc/x cannot be written"),
+    ],
+)
+def test_faults_of_names_and_places_are_named(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, "chelsea.png")
+    assert prepare(*arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_terminals_see_no_escapes(tmp_path, capsys):
+    folder = tmp_path / "\x1b[31m"
+    folder.mkdir()
+    (folder / "\x1b[2J.png").touch()
+    assert prepare("verify", folder) == 1
+    said = capsys.readouterr()
+    assert "\\x1b[2J.png: HR is empty" in said.out
+    assert "\x1b[31m" not in said.out + said.err

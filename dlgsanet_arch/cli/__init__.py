@@ -86,8 +86,9 @@ def exit_status(
 ) -> Callable[[Sequence[str] | None], int]:
     """Decorate a verb's `main` so that what a user can fix ends as a message, not a traceback.
 
-    The status is 1 after a UserError, 130 after an interrupt from the keyboard, as shells have it,
-    and 143 after another signal that ended a run. Every other exception is a fault of the program.
+    The status is 1 after a UserError or a fault of a file, 130 after an interrupt from the
+    keyboard, as shells have it, and 143 after another signal that ended a run. Every other
+    exception is a fault of the program.
     """
 
     @functools.wraps(main)
@@ -96,6 +97,11 @@ def exit_status(
             return main(argv)
         except UserError as error:
             print(printable(f"dlgsanet: {error}"), file=sys.stderr)
+            return 1
+        except OSError as error:  # a name that is too long, a folder that cannot be entered
+            if error.filename is None:
+                raise
+            print(printable(f"dlgsanet: {error.filename}: {error.strerror}"), file=sys.stderr)
             return 1
         except Interrupted as stop:
             print(f"dlgsanet: {stop}", file=sys.stderr)

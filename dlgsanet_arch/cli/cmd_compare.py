@@ -1,6 +1,7 @@
 """`dlgsanet compare`: the figure of crops that papers show."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import named
+from dlgsanet_arch.hints import named, printable
 
 
 def _labelled(text: str) -> tuple[str, Path]:
@@ -125,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     box = asked.box
     if box and len(box) not in (1, 3):
         raise UserError(f"--box takes X Y SIDE, or SIDE alone; got {len(box)} numbers")
+    inputs = [asked.hr, asked.lr, *(path for _, path in (*asked.result, *asked.weights))]
+    if any(each and os.path.realpath(each) == os.path.realpath(asked.output) for each in inputs):
+        raise UserError(f"-o {asked.output} is also read: give the figure another name")
     given = len(asked.result) + len(asked.weights) + 2
     if given > 8:
         raise UserError(f"the figure has 8 crops at most, with bicubic and HR; got {given}")
@@ -144,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = figure.compare(asked.hr.stem, hr, results, scale, box)
     figure.save(figure.draw([compared]), asked.output)
     for panel in compared.panels[:-1]:
-        print(f"{panel.label}: {panel.scores}")
+        print(printable(f"{panel.label}: {panel.scores}"))
     print("box:", *compared.box)
-    print(f"written: {asked.output}")
+    print(printable(f"written: {asked.output}"))
     return 0

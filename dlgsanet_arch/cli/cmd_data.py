@@ -10,14 +10,15 @@ from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.data import SCALES
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.hints import printable, suggest_or_list
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from dlgsanet_arch.data import demo
     from dlgsanet_arch.data.training_sets import report
 
-    print(report(demo.prepare(arguments.root / "datasets" / "demo", workers=arguments.workers)))
+    made = demo.prepare(arguments.root / "datasets" / "demo", workers=arguments.workers)
+    print(printable(report(made)))
     return 0
 
 
@@ -48,7 +49,7 @@ def _train(arguments: argparse.Namespace) -> int:
             sources += official.sources(each, scales, places, arguments.mirror)
     cutting = training_sets.Cutting(arguments.crop, arguments.step, arguments.patch)
     made = training_sets.build(sources, scales, out, cutting=cutting, **_making(arguments))
-    print(training_sets.report(made))
+    print(printable(training_sets.report(made)))
     return 0
 
 
@@ -59,7 +60,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     source = arguments.hr or discovery.find_source(name, arguments.root)
     target = arguments.root / "datasets" / "benchmark" / name
     made = benchmark.build(name, source, target, arguments.scale, **_making(arguments))
-    print(benchmark.report(made))
+    print(printable(benchmark.report(made)))
     return 0
 
 
@@ -84,10 +85,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError("verify takes either PATHs or -opt FILE")
     sets = _sets_of_options(arguments) if arguments.opt else verify.sets_of_paths(arguments.paths)
     verified = verify.verify(sets, arguments.workers)
-    print(verify.report(verified))
+    print(printable(verify.report(verified)))
     if arguments.fix:
         for path in verify.fix(verified):
-            print(f"written without what was bad: {path}")
+            print(printable(f"written without what was bad: {path}"))
     return int(not all(each.is_good for each in verified))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlgsanet_arch.cli import VERBS, add_common, clean_up_on_sigterm, exit_status, size
+from dlgsanet_arch.hints import printable
 
 _TIMED_RUNS = 5
 
@@ -64,10 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = "x".join(map(str, shape))
         print(f"{sides:<18} {seconds:>9.3f}s {in_pytorch:>9.3f}s {difference:>11.1e}")
     largest = max(each.difference for each in exported.comparisons)
-    print(
-        f"{exported.path}: {checkpoint.name}, {exported.path.stat().st_size / 1e6:.1f} MB, "
-        f"exported in {exported.seconds:.1f} s, differs from PyTorch by {largest:.1e} at most"
-    )
+    said = f"{checkpoint.name}, {exported.path.stat().st_size / 1e6:.1f} MB, exported in "
+    said += f"{exported.seconds:.1f} s, differs from PyTorch by {largest:.1e} at most"
+    print(printable(f"{exported.path}: {said}"))
     if checkpoint.config["tlc_flag"] and not exported.has_windows:
         side = checkpoint.config["tlc_kernel"]
         print(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dlgsanet_arch.cli import exit_status
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--name {asked.name!r}: use letters, digits, -, _ and .")
     asked.output = asked.output or asked.root / "options"
     files, notes = write_option_files(asked)
-    print(*notes, sep="\n")
+    print(printable("\n".join(notes)))
     root = [] if os.path.samefile(asked.root, ".") else ["--root", str(asked.root)]
-    print(f"written: {files[0]}, {files[1]}; next:")
+    print(printable(f"written: {files[0]}, {files[1]}; next:"))
     for verb, file, more in zip(("train", "test"), files, (["--auto_resume"], []), strict=True):
         print(f"  {shlex.join(['dlgsanet', verb, *root, '-opt', str(file), *more])}")
     return 0

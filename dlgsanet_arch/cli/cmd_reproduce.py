@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dlgsanet_arch.cli import VERBS, add_common, exit_status
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.hints import printable
 from dlgsanet_arch.tools.published import DATASETS
 
 
@@ -54,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights, asked.datasets, asked.output, datasets=sets, tolerance=asked.tolerance
     )
     text = reproduction.markdown(table, only_measured=asked.measured_only)
-    print(text)
+    print(printable(text))
     written = {"table.md": text, "table.json": json.dumps(table, indent=1) + "\n"}
     with disk_faults_named(f"{asked.output} cannot be written"):
         for name, content in written.items():
             write_atomically(asked.output / name, content.encode())
     for name in (reproduction.IMAGES, *written):
-        print(f"written: {asked.output / name}")
+        print(printable(f"written: {asked.output / name}"))
     if all(cell["psnr"] is None for cell in table["cells"]):
         raise UserError("no cell could be measured; the table says what is missing")
     return 0

@@ -39,13 +39,10 @@ def _note(text: str) -> tuple[str, str]:
 
 def _argument(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE, the value as option files have it."""
-    import yaml
+    from dlgsanet_arch.options import parse_value
 
     name, value = _note(text)
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{value!r} cannot be read as YAML") from error
+    return name, parse_value(value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +137,7 @@ def _convert(asked: argparse.Namespace) -> int:
                 raise UserError(f"--dtype fp16 cannot hold the weights of {name}: keep fp32")
     notes = {**checkpoint.notes, **dict(asked.note)}
     save_checkpoint(replace(checkpoint, weights=weights, notes=notes), asked.output)
-    print(f"{asked.output}: {checkpoint.name}, {checkpoint.parameters:,} parameters")
+    print(printable(f"{asked.output}: {checkpoint.name}, {checkpoint.parameters:,} parameters"))
     return 0
 
 
@@ -149,7 +146,7 @@ def _average(asked: argparse.Namespace) -> int:
 
     mean = average([read_checkpoint(path, asked.param_key) for path in asked.weights])
     save_checkpoint(mean, asked.output)
-    print(f"{asked.output}: {mean.name}, the mean of {len(asked.weights)}")
+    print(printable(f"{asked.output}: {mean.name}, the mean of {len(asked.weights)}"))
     return 0
 
 
@@ -159,7 +156,8 @@ def _transfer(asked: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(asked.weights, asked.param_key)
     start = transfer(checkpoint, asked.scale, asked.seed)
     save_checkpoint(start, asked.output)
-    print(f"{asked.output}: {start.name}, a start from {checkpoint.name}; the upsampler is new")
+    said = f"{start.name}, a start from {checkpoint.name}; the upsampler is new"
+    print(printable(f"{asked.output}: {said}"))
     return 0
 
 

@@ -195,7 +195,8 @@ def list_images(each: PairSet) -> Checked:
         try:
             names.append(_names(checked, part, path))
         except OSError as error:
-            checked.add(part, f"{path} cannot be read: {error.strerror or error}")
+            where = error.filename or path
+            checked.add(part, f"{where} cannot be read: {error.strerror or error}")
         except UserError as error:
             checked.add(part, str(error))
     if each.listing:

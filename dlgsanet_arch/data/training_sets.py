@@ -215,7 +215,7 @@ def build(
         }
         for scale in (1, *scales)
     }
-    with one_writer(out), disk_faults_named(f"{out} cannot be written"):
+    with disk_faults_named(f"{out} cannot be written"), one_writer(out):
         finished = {path for path in recipes if is_finished(path, recipes[path], overwrite)}
         missing = {path: recipe for path, recipe in recipes.items() if path not in finished}
         if missing and not skip_bad:

@@ -235,7 +235,7 @@ def _copy(path: Path, keys: Sequence[str]) -> Path:
     fixed = path.with_name(f"{path.name.removesuffix('.lmdb')}_fixed.lmdb")
     digest = sha256("\n".join(keys).encode()).hexdigest()
     recipe = {"fixed": str(path.resolve()), "images": digest}
-    with one_writer(path.parent), disk_faults_named(f"{fixed} cannot be written"):
+    with disk_faults_named(f"{fixed} cannot be written"), one_writer(path.parent):
         if not is_finished(fixed, recipe, True):
             with closing(DatabaseWriter(fixed, recipe)) as writer:
                 for key in keys:

@@ -1,10 +1,8 @@
 """Files and folders of images: which are enlarged into what, decoded, written; bad ones named."""
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from dlgsanet_arch.data.finding import SUFFIXES
 from dlgsanet_arch.data.images import StoredImage, read_stored
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import check_target
 from dlgsanet_arch.inference.upscaler import Upscaler
 from dlgsanet_arch.inference.writing import (
     FORMATS,
@@ -171,12 +170,7 @@ def _read(job: Job, scale: float) -> tuple[StoredImage, Path, list[str]]:
         notices = [f"{reason}: {target.name} is written"]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise WriteError(f"{target} cannot be written: it is a folder")
-        with suppress(FileNotFoundError):
-            target.stat()  # fails on a name that is too long
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        check_target(target)
     except OSError as error:
         raise WriteError(f"{target} cannot be written: {error.strerror or error}") from error
     if image.exif and image.pixels.dtype == np.uint16 and format_of(target) == "tiff":

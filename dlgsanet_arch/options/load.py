@@ -91,14 +91,16 @@ def load(path: Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Read one value as an option file would: ``1e-4``, ``[1, 2]``, ``~``, ``true``, ``'a'``.
 
-    ``None`` is ``~``, as BasicSR reads it there. What is not YAML, such as ``{}x4``, is text.
+    ``None`` is ``~``, as BasicSR reads it there. What is not YAML, such as ``{}x4``, is text, and
+    so are anchors that multiply one another.
     """
     if text.strip().lower() == "none":
         return None
     try:
-        return yaml.load(text, Loader=_Loader)
-    except _FAULTS:
+        value = yaml.load(text, Loader=_Loader)
+    except (*_FAULTS, RecursionError):
         return text
+    return text if _has_too_many_values(value) else value
 
 
 def override(options: dict[str, Any], entries: Sequence[str]) -> None:

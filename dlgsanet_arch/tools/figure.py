@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dlgsanet_arch import metrics
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, written_atomically
+from dlgsanet_arch.files import check_target, disk_faults_named, written_atomically
 
 ImageArray = NDArray[np.uint8]  # (H, W, 3) in RGB
 
@@ -251,6 +251,8 @@ def check_path(path: Path) -> None:
         raise UserError(f"{path}: the name of a figure ends in .{', .'.join(FORMATS)}")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist; make it first")
+    with disk_faults_named(f"{path} cannot be written"):
+        check_target(path)
 
 
 def save(figure: Any, path: Path) -> None:

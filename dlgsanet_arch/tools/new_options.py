@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dlgsanet_arch import memory, options
-from dlgsanet_arch.checkpoint import bundled_weights, check_compatible, read_weights
+from dlgsanet_arch.checkpoint import bundled_weights, read_checkpoint
 from dlgsanet_arch.data import benchmark, training_sets
 from dlgsanet_arch.data.databases import META_INFO
 from dlgsanet_arch.data.discovery import set_name
@@ -214,7 +214,8 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
     network = options.load(published)["network_g"]
     start = "~"
     if weights is not None:
-        check_compatible(read_weights(weights), network)
+        config = {key: value for key, value in network.items() if key != "type"}
+        read_checkpoint(weights, config=config)
         start = str(weights) if str(weights) in bundled_weights() else _quoted(weights, root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = int(asked.memory * _GIB) if asked.memory else memory.free_memory(device)
