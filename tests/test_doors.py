@@ -1,8 +1,10 @@
 """The ways in, briefly: spawned workers, third parties, what is missing; and the faults' table."""
 
 import ast
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +145,16 @@ def test_every_test_that_the_table_names_is_there(table, repository):
         assert function in there[module], f"tests/{module}::{function}"
     for row in table:
         assert "::" in row[3] or row[3].startswith("none"), row
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_first_gets_no_traceback(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dlgsanet_arch", "options", "tiny_x4"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -15,6 +15,7 @@ and exit statuses in `exit_status` alone.
 import argparse
 import functools
 import importlib
+import os
 import re
 import signal
 import sys
@@ -123,9 +124,22 @@ def _help() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is its own, or 2 where the verb is missing or unknown.
 
+    It is 141, as shells have it, where what reads the output ended first, such as `head`.
     `argv` begins with the verb; None takes it from sys.argv.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        status = _run(verb, rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if verb == "train":  # which has pipes of its own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        return 141
+
+
+def _run(verb: str, rest: list[str]) -> int:
     if verb in ("", "-h", "--help"):
         print(_help(), file=sys.stdout if verb else sys.stderr)
         return 0 if verb else 2
