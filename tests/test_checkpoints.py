@@ -280,6 +280,8 @@ DAMAGE = {
     "empty state": (STATE, lambda path: path.write_bytes(b""), "is empty"),
     "edited state": (STATE, edited(iter="20", optimizers=3), "is not a training state"),
     "edited progress": (STATE, edited(progress={"place": "far"}), "is not a training state"),
+    "edited schedule": (STATE, edited(schedulers=[{"last_epoch": "x"}]), "is not a training"),
+    "edited best": (STATE, edited(best_metric_results={"a": 3}), "is not a training state"),
     "list": (STATE, lambda path: save_complete([1], path), "is not a training state"),
     "pipe": (STATE, piped, "is not a file"),
     "pipe for weights": (WEIGHTS, piped, "net_g_20.pth cannot be read: it does not exist"),

@@ -284,6 +284,10 @@ def test_edits_that_a_resume_leaves_out_are_said_and_can_be_applied(root):
     assert "NOT used: train:optim_g:lr: was 0.001, is 0.25" in log
     assert "edited since the run began: train:total_iter: was 4, is 6" in log
     options["train"]["total_iter"] = 8
+    cosine = {"type": "CosineAnnealingRestartLR", "periods": [8], "restart_weights": [1]}
+    edited = options | {"train": options["train"] | {"scheduler": cosine}}
+    with pytest.raises(UserError, match=r"train:scheduler:type: was 'MultiStepLR'.*--apply_edits"):
+        train(root, edited, "--auto_resume")
     train(root, options, "--auto_resume", "--apply_edits")
     rates = [entry["lr"] for entry in events(root, "edited", "train")]
     assert rates == [[1e-3]] * 6 + [[0.25]] * 2

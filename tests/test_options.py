@@ -171,6 +171,9 @@ logger:wandb={project: a} => logger:use_tb_logger: must be true for wandb
 datasets:train:prefetch_mode=cpu => datasets:train:prefetch_mode: with cpu, … wait for ever
 datasets:train:prefetch_mode=cuda => datasets:train:pin_memory: must be true for prefetch
 datasets:train:prefetch_factor=2 => datasets:train:prefetch_factor: needs workers
+datasets:train:mean=[0, 0, 0] => datasets:train:mean: needs mean and std, each of 3 numbers
+datasets:val:mean=[0, 0] & datasets:val:std=[1, 1] => datasets:val:mean: needs mean and std
+datasets:val:std=[0, 0, 0] => datasets:val:std: must be a number in (0, 3e38]; got 0
 
 model_type=SrModel => model_type: no model is registered as 'SrModel'; did you mean 'SRModel'?
 val:metrics:psnr:type=calculate_psrn => val:metrics:psnr:type: no metric is registered
@@ -255,11 +258,14 @@ def test_each_fault_is_reported_once(problems, testing, base, row):
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
-    [("name", "a" * 260, "200 bytes"), ("name", "a\nb", "control"), (1, 2, "a key must be text")],
-)
+    [
+        ("name", "a" * 260, "200 bytes"), ("name", "a\nb", "control"),
+        ("path", {"pretrain_network_g": "a" * 256}, "must be a path"), (1, 2, "a key must be text"),
+    ],
+)  # fmt: skip
 def test_what_yaml_in_one_line_cannot_say_is_reported_too(problems, path, value, said):
     (reported,) = problems(train_options() | {path: value})
-    assert reported.startswith(f"{path}: ")
+    assert reported.startswith(f"{path}:")
     assert said in reported
 
 

@@ -91,6 +91,11 @@ REFUSED = [
     (SET + "model_type=DLGSANetModel train:compile=fastest", r"train:compile.*'fastest'"),
     (SET + "path:resume_state=10.state", r"10\.state"),
     (SET + "train:total_itre=8", "total_itre.*total_iter"),
+    # values of another type meet no check behind that of their type
+    (SET + "datasets:train:dataset_enlarge_ratio=.nan", r"have a problem:\n.*ratio: must be .*nan"),
+    (SET + "path:resume_state=true", r"have a problem:\n.*resume_state: must be text"),
+    (SET + "datasets:train:dataset_enlarge_ratio=1e9", r"5 samples x .* more than 100,000,000"),
+    ("--launcher slurm " + SET + "dist_params=3", "dist_params: must be a section of keys; got 3"),
     ("test", r"cut\.pth is truncated"),
     ("--root nowhere", "folder .*nowhere does not exist"),
 ]

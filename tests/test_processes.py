@@ -99,8 +99,10 @@ def test_a_holder_on_another_host_that_did_not_end_properly_is_warned_of(tmp_pat
 
 
 def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be opened"), one_run(tmp_path, "a run"):
-        pass
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="cannot be opened"), one_run(path, "a run"):
+            pass
 
 
 def test_where_files_cannot_be_locked_a_named_holder_counts_until_the_file_is_deleted(

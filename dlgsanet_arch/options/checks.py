@@ -11,7 +11,7 @@ from dlgsanet_arch.arguments import check_arguments
 from dlgsanet_arch.configs import DEFAULTS
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options.context import Context, optimizers
-from dlgsanet_arch.options.schema import OURS, REAL, SCHEDULERS, known_model
+from dlgsanet_arch.options.schema import OURS, REAL, SCHEDULERS, known_dataset, known_model
 
 _REAL_ESRGAN_PATCH = 400  # to which RealESRGANDataset cuts and pads its images
 
@@ -148,6 +148,12 @@ def _loaders(context: Context) -> Iterator[str]:
     """Ways of loading that hang, or that need another key."""
     for phase, dataset in context.datasets():
         path = f"datasets:{phase}"
+        given = [key for key in ("mean", "std") if dataset.get(key) is not None]
+        if given and known_dataset(context, dataset.get("type")):
+            counts, channels = {len(dataset[key]) for key in given}, dataset.get("color") != "y"
+            if len(given) == 1 or not counts <= {1, 1 + 2 * channels}:
+                many = "3 numbers" if channels else "1 number"
+                yield f"{path}:{given[0]}: needs mean and std, each of {many}; write both"
         mode = dataset.get("prefetch_mode")
         if mode == "cpu":
             yield (

@@ -109,7 +109,7 @@ _LOSS = "{type: L1Loss, loss_weight: 1.0, reduction: mean}"
 _ADAM = "{type: Adam, lr: !!float 5e-4}"
 _FOLDER = "datasets/benchmark/Set5/X4/"
 _WEIGHTS = "experiments/tiny_x4/models/net_g_latest.pth"
-_numbers = listed(number())
+_numbers, _spreads = listed(number()), listed(number("(0, 3e38]"))
 
 _ROWS = (
     # the run
@@ -163,8 +163,10 @@ _ROWS = (
     Key("datasets:*:gt_size", _size, "192", "cropped", (*_PAIRED, *_REAL_SET)),
     Key("datasets:*:use_hflip", yes_no, "true", "augmented", _WITH_HR),
     Key("datasets:*:use_rot", yes_no, "true", "augmented", (*_PAIRED, *_REAL_SET)),
-    Key("datasets:*:mean|std", _numbers, "[0.5, 0.5, 0.5]", "always", _FFHQ),
-    Key("datasets:*:mean|std", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
+    Key("datasets:*:mean", _numbers, "[0.5, 0.5, 0.5]", "always", _FFHQ),
+    Key("datasets:*:std", _spreads, "[0.5, 0.5, 0.5]", "always", _FFHQ),
+    Key("datasets:*:mean", _numbers, by=(*_PAIRED, *_SINGLE), empty=True),
+    Key("datasets:*:std", _spreads, by=(*_PAIRED, *_SINGLE), empty=True),
     Key("datasets:*:blur_kernel_size|blur_kernel_size2", whole("[1, 21]"), "21", **_blur),
     Key("datasets:*:kernel_list|kernel_list2", listed(choice(*_shapes)), "[iso, aniso]", **_blur),
     Key("datasets:*:kernel_prob|kernel_prob2", weights(), "[0.5, 0.5]", **_blur),

@@ -125,7 +125,8 @@ def path(value: Any) -> str:
     """Accept the path of a file or folder, from the root or from a home folder."""
     if fault := text(value):
         return fault
-    if not value or "\0" in value:
+    parts = [len(part.encode(errors="replace")) for part in value.split("/")]
+    if not value or "\0" in value or max(parts) > 255 or sum(parts) > 4000:  # Linux's limits
         return f"must be a path; got {shown(value)}"
     if os.path.expanduser(value).startswith("~"):
         return f"names an unknown user: {shown(value)}; for a file of that name write ./{value}"

@@ -6,6 +6,7 @@ to it, in types that `torch.load(weights_only=True)` takes.
 """
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -53,6 +54,8 @@ class Progress:
             return None
         said = dict(state["progress"])
         said["place"] = Place(*map(int, said["place"]))
+        if min(said["place"]) < 0:
+            raise ValueError(f"place is {said['place']}")
         said |= {name: int(said[name]) for name in ("epoch_length", "seed")}
         said["bad_samples"] = [BadSample(*each) for each in said["bad_samples"]]
         said["options"] = dict(json.loads(said["options"]))
@@ -90,7 +93,9 @@ def _read_state(path: Path) -> dict[str, Any]:
             if type(state[name]) is not int:
                 raise TypeError(f"{name} is {state[name]!r}")
         [each["param_groups"] for each in state["optimizers"]]
-        [each["last_epoch"] for each in state["schedulers"]]
+        [operator.index(each["last_epoch"]) for each in state["schedulers"]]
+        best = dict(state.get("best_metric_results", {})).values()
+        [float(each["val"]) for metrics in best for each in metrics.values()]
         dict(state.get("networks", {})), dict(state.get("best", {}))
         Progress.from_state(state)
     except Exception as error:  # a file that somebody edited may hold anything

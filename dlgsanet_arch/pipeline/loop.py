@@ -31,6 +31,7 @@ from dlgsanet_arch.progress import progress_bar
 
 # What a state holds and the option file says too; the state's is what a resumed run uses.
 _KEPT_BY_STATE = ("train:optim_", "train:scheduler", "manual_seed")
+_MOST_POSITIONS = 100_000_000  # of an epoch: shuffling them takes seconds and a gigabyte
 
 
 def _is_due(iteration: int, every: Any) -> bool:
@@ -90,6 +91,11 @@ class Training:
                 continue
             is_kept = path.startswith(_KEPT_BY_STATE)
             ignored = is_kept and not applied
+            if ignored and path.endswith(":type"):
+                raise UserError(
+                    f"{path}: was {before.get(path)!r} when the run began, and what its state "
+                    "holds fits no other; write that, or add --apply_edits"
+                )
             effect = ", and NOT used" if ignored else ", and applied" if is_kept else ""
             fix = "; the state's is used unless you add --apply_edits" if ignored else ""
             (self._log.warning if ignored else self._log.info)(
@@ -118,6 +124,11 @@ class Training:
             raise UserError(
                 f"datasets:train has {size}, less than one batch of {sampling.taken} (all "
                 "processes together): raise dataset_enlarge_ratio or take smaller batches"
+            )
+        if sampling.epoch_length > _MOST_POSITIONS:
+            raise UserError(
+                f"datasets:train:dataset_enlarge_ratio: {size} are more than {_MOST_POSITIONS:,}, "
+                "which are drawn at once; write a smaller ratio"
             )
         self._log.info(
             f"Training set: {size}; batch {sampling.batch} x {processes.world} processes = "

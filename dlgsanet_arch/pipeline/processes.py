@@ -197,6 +197,7 @@ def one_run(path: Path, what: str) -> Iterator[str]:
     host, warning = socket.gethostname(), ""
     with disk_faults_named(f"the lock {path} cannot be opened"):
         opened = path.open("a+b", buffering=0)
+        opened.seek(0)  # a pipe cannot
     with opened as file:
         failure: OSError | None = None
         try:

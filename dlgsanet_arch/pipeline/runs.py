@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dlgsanet_arch.files import UNFINISHED, disk_faults_named
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options import Context, shipped
 from dlgsanet_arch.options.context import is_whole
+from dlgsanet_arch.options.walk import compare
 from dlgsanet_arch.pipeline import adapter, checkpoints, reports, trial, weights
 from dlgsanet_arch.pipeline.checkpoints import Start, numbered
 from dlgsanet_arch.pipeline.evaluation import Images
@@ -212,9 +214,12 @@ class _Run:
 
     def _check(self, context: Context) -> None:
         """Check options, data and files, and read what the run starts from."""
-        options, train = context.options, context.train
+        train = context.train
         known = {"train": train, "root": context.root, "registered": context.registered}
-        problems = option_files.problems(options, **known)
+        problems = option_files.problems(context.options, **known)
+        # Values that are wrong by themselves are left out of the following checks.
+        options = compare(context, [])
+        context = replace(context, options=options)
         gpus, asked = torch.cuda.device_count(), options.get("num_gpu")
         if is_whole(asked) and asked > gpus:
             problems.append(
@@ -316,6 +321,9 @@ class _Run:
 @contextmanager
 def _prepared(root: Path, arguments: argparse.Namespace, *, train: bool) -> Iterator[_Run]:
     options, before = read(root, arguments, train=train), Path.cwd()
+    early: list[str] = []  # what is needed to join the other processes
+    compare(Context(options, train, arguments.root, None), early)
+    option_files.refuse([line for line in early if line.startswith("dist_params")])
     with started(arguments.launcher, options) as processes, RunLog(processes) as log:
         # data sets and losses of BasicSR's find relative paths from the current folder
         os.chdir(arguments.root)
