@@ -19,9 +19,12 @@ LOWER_IS_BETTER = ("lpips", "niqe", "dists", "fid")
 
 
 def values_of(entry: dict) -> dict[str, object]:
-    """Return the values in one line of the log, by name: "lr", "l_pix", "Set5 psnr", …."""
+    """Return the values in one line of the log, by name: "lr", "l_pix", "Set5 psnr", ….
+
+    "seconds" are those of an iteration, without validations and saves.
+    """
     if entry["event"] == "train":
-        return {"lr": entry["lr"][0], **entry["losses"]}
+        return {"lr": entry["lr"][0], "seconds": entry.get("time", math.nan), **entry["losses"]}
     if entry["event"] == "validation":
         return {f"{entry['dataset']} {name}": value for name, value in entry["metrics"].items()}
     return {}
@@ -68,6 +71,10 @@ def draw(runs: dict[str, dict[str, Curve]], loss: str, metric: str, smooth: int)
     for index, (run, curves) in enumerate(runs.items()):
         colour = f"C{index}"
         lines = {name: (np.array([*curve]), [*curve.values()]) for name, curve in curves.items()}
+        at, seconds = lines["seconds"]
+        hours = np.diff(at, prepend=0) @ np.array(seconds) / 3600
+        if math.isfinite(hours):
+            print(f"{run}: {at[-1]:,} iterations in {hours:.2f} hours")
         steps, values = lines[loss]
         width = min(smooth or max(1, len(values) // 25), len(values))
         means = np.convolve(values, np.full(width, 1 / width), mode="valid")

@@ -1,6 +1,7 @@
 """Weights are read from whatever holds them, recognised, and refused in plain words."""
 
 import argparse
+import json
 import os
 import pickle
 import resource
@@ -100,6 +101,18 @@ def test_the_configuration_is_detected_from_the_weights(changes, not_shown):
     assert infer_config(weights_of(**inferred)) == inferred
     check_compatible(weights, inferred)
     check_compatible(weights, {"type": "DLGSANet", **config})
+
+
+def test_golden_weights_are_recognised(shared_data):
+    files = sorted((shared_data / "golden").glob("*.npz"))
+    if not files:
+        pytest.skip(f"no golden files in {shared_data / 'golden'}")
+    for file in files:
+        golden = np.load(file)
+        names = [name for name in golden.files if name.startswith("param/")]
+        weights = {name[6:]: torch.from_numpy(golden[name]) for name in names}
+        DLGSANet(**infer_config(weights)).load_state_dict(weights, strict=True)
+        check_compatible(weights, json.loads(str(golden["config"])))
 
 
 # 7 · (61 / 7) is less than 61 in floating point.

@@ -41,7 +41,8 @@ def training(tmp_path):
     """The log of a run that was killed while it wrote a line, then resumed from iteration 300."""
     lines = [{"event": "start", "iter": 0}]
     for step in (100, 200, 300, 400):
-        lines.append({"event": "train", "iter": step, "lr": [5e-4], "losses": {"l_pix": 1 / step}})
+        values = {"time": 36.0, "lr": [5e-4], "losses": {"l_pix": 1 / step}}
+        lines.append({"event": "train", "iter": step, **values})
     for dataset, scores in SCORES.items():
         for step, psnr in (*scores, (400, 99.0)):
             entry = {"event": "validation", "iter": step, "dataset": dataset}
@@ -58,6 +59,7 @@ def test_curves_are_drawn_up_to_the_iteration_resumed_from(example, training, tm
     assert (tmp_path / "out.png").read_bytes().startswith(PNG)
     assert example("curves.py", "tiny", "--metric", "lpips") is None
     printed = capsys.readouterr().out.splitlines()
+    assert "tiny: 300 iterations in 3.00 hours" in printed
     assert "tiny, Set5 psnr: best 30.5 at 200" in printed
     assert "tiny, Set14 psnr: best 27 at 200" in printed
     assert "tiny, Set5 lpips: best 0.3025 at 300" in printed
@@ -103,7 +105,10 @@ def test_explain_finds_edge_texture_and_flat_area(repository):
     ("words", "message"),
     [
         ("curves.py absent", "absent cannot be read"),
-        ("curves.py tiny --loss l_pixel", "no l_pixel in its log, which has lr, l_pix, Set5 psnr"),
+        (
+            "curves.py tiny --loss l_pixel",
+            "no l_pixel in its log, which has lr, seconds, l_pix, Set5 psnr",
+        ),
         ("curves.py tiny -o out.txt", "out.txt cannot be written"),
         ("curves.py tiny -o absent/out.png", "absent/out.png cannot be written"),
         ("curves.py wrong.jsonl", "wrong.jsonl:2 is not a line of a training log"),

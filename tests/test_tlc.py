@@ -187,3 +187,10 @@ def test_no_map_of_all_windows_is_made():
     with LargestTensor() as largest:
         windowed_attention(qkv, temperature, HEADS, "relu", 32)
     assert largest.elements <= qkv.numel()
+
+
+def test_an_image_s_sums_do_not_overflow_float16():
+    ones = torch.full((1, 3 * CHANNELS, 96, 96), 30.0, dtype=torch.float16)
+    temperature = torch.ones(HEADS, 1, 1, dtype=torch.float16)
+    out = windowed_attention(ones, temperature, HEADS, "relu", 90)
+    assert torch.equal(out, torch.full_like(out, 30 * CHANNELS // HEADS))

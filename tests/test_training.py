@@ -317,7 +317,8 @@ def test_a_batch_in_parts_gives_the_whole_batchs_gradients(tmp_path, features, r
 
 
 def test_parts_of_a_batch_share_gradients_once(tmp_path, group):
-    model, shared = build(tmp_path, accumulation=3), []
+    model, lone = (build(tmp_path, accumulation=3, ema_decay=0.9) for _ in range(2))
+    shared = []
 
     def hook(_, bucket):
         shared.append(bucket.is_last())
@@ -327,8 +328,10 @@ def test_parts_of_a_batch_share_gradients_once(tmp_path, group):
 
     model.net_g = DistributedDataParallel(model.net_g)
     model.net_g.register_comm_hook(None, hook)
-    assert train(model, 2) == train(build(tmp_path, accumulation=3), 2)
+    assert train(model, 2) == train(lone, 2)
     assert shared.count(True) == 2
+    assert_equal(weights(model.net_g.module), weights(lone.net_g))
+    assert_equal(weights(model.net_g_ema), weights(lone.net_g_ema))
 
 
 BASE = (1e-3, 2e-4)  # of two groups of parameters

@@ -34,7 +34,10 @@ def _define(
 def _with_gradient(
     operator: Callable[..., Any], gradient: Callable[..., Any], count: int
 ) -> Callable[..., Any]:
-    """Return the operator as autograd calls it; its first `count` arguments are tensors."""
+    """Return the operator as autograd calls it; its first `count` arguments are tensors.
+
+    Below autograd, as torch.library's own wrapper, the call reaches the kernel of the device.
+    """
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
