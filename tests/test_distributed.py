@@ -160,7 +160,8 @@ def test_a_process_that_dies_ends_the_other_with_the_last_iteration_saved(root):
     assert "another process of the run has ended" in said(runs)
     assert "Traceback" not in said(runs[:1])
     at = events(root, "dying", "save")[-1]["iter"]
-    assert at == events(root, "dying", "train")[-1]["iter"]
+    # The line of an iteration needs the losses of both: the last one may have been made without.
+    assert at - events(root, "dying", "train")[-1]["iter"] in (0, 1)
     assert f"iteration {at} is saved" in said(runs)
     options["train"]["total_iter"] = at + 2
     train(root, options, "--auto_resume")
