@@ -19,7 +19,7 @@ export PYTHON
 # not in the checkout, also where the environment says that nothing is to be written.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(ENVIRONMENT))/pycache" $(RUN) -m pytest
 
-.PHONY: help demo test test-faults lint gpu wheel clean environment
+.PHONY: help demo test test-faults lint kernels gpu wheel clean environment
 
 help:
 	@echo "make demo   train, resume and test a small network on real images, with the install at most 6 minutes"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint   ruff's rules and format"
 	@echo "make gpu    GPU tests and benchmarks without a result for this code; 9 minutes a call, then again"
 	@echo "            with PYTHON=python3 as it is: nothing is installed; ARGS='--minutes 6 --only tests network'"
+	@echo "make kernels  compile the Triton kernels for several GPUs, without one: registers, spills, instructions"
 	@echo "make wheel  a wheel in dist/, checked by auditwheel, and installed where no compiler is"
 	@echo "make clean  remove .venv, caches and build folders; data and results stay"
 	@echo "demo, test and lint install into the active environment, else into .venv; PYTHON=... makes .venv with that Python"
@@ -46,6 +47,9 @@ test-faults: environment
 lint: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+kernels: environment
+	$(RUN) scripts/compile_kernels.py $(ARGS)
 
 gpu:
 	@"$(GPU_RUN)" scripts/check_cuda.py

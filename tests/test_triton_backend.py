@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import run
 
 from dlgsanet_arch.ops import projected_dwconv
 from dlgsanet_arch.ops.reference import projected_dwconv_reference
@@ -196,6 +197,15 @@ def test_kernels_equal_reference(interpreted, case):
 )
 def test_kernels_hold_for(interpreted, check):
     interpreted(check)
+
+
+def test_kernels_compile_without_a_gpu(repository):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: requirements-test.txt names it for Linux")
+    arguments = ["--target", "90", "--dtype", "bfloat16", "--only", "convolve"]
+    finished = run([repository / "scripts" / "compile_kernels.py", *arguments], repository)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "4 programs, 0 of them spill" in finished.stdout
 
 
 # (B, C, H, W), G, K, D: Tiny to 1280x720, a batch of its training patches, Large with odd sizes.
