@@ -11,7 +11,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, METRIC_REGISTRY
 from test_gan import options_of, root, small_sharpener  # noqa: F401 - fixtures
 from torch import nn
 from torchvision.models import VGG11_Weights
-from training_runs import events, small_options, train
+from training_runs import NoisyNet, events, small_options, train
 
 from dlgsanet_arch import cli
 from dlgsanet_arch.errors import UserError
@@ -123,7 +123,12 @@ FAULTS = {
     "metric": (with_metric, r"metrics:much: the smallest image of .*made_val, of 64x48 .*too sm"),
     "channels": (with_network(type="NoisyNet", channels=1), r"network_g: a step .*1 channels"),
     "building": (with_network(type="NoisyNet", channels=-1), r"network_g: building the model"),
-    "size": (with_network(type="SwinIR"), r"network_g: building .*more than 20 tensors"),
+    "size": (with_network(type="SwinIR"), r"network_g: a network of 21 tensors or more"),
+    "memory": (with_network(type="NoisyNet"), r"network_g: .*GB of memory free; write a smaller"),
+    "validation": (
+        lambda options: options["datasets"]["val"].update(color="y"),
+        r"network_g: enlarging the first image of made_val .*1, 24, 32",
+    ),
     "download": (
         with_perceptual_loss,
         r"perceptual_opt: .*download http://0.0.0.0/vgg11.pth .* put it at /.*/vgg11.pth",
@@ -154,6 +159,9 @@ def test_what_cannot_work_is_named_before_anything_is_created(root, monkeypatch,
     (root / "damaged").mkdir(exist_ok=True)
     for image in (root / "data/LR").iterdir():
         (root / "damaged" / image.name).write_bytes(image.read_bytes()[:100])
+    if fault == "memory":  # three quarters are for gradients and moments
+        size = sum(each.nbytes for each in NoisyNet().parameters())
+        monkeypatch.setattr(adapter, "free_memory", lambda device: 3 * size)
     if fault == "size":
         monkeypatch.setattr(adapter, "_MOST_TENSORS", 20)
     monkeypatch.setattr(VGG11_Weights.IMAGENET1K_V1.value, "url", "http://0.0.0.0/vgg11.pth")
@@ -187,13 +195,13 @@ def test_a_network_is_built_once_and_once_for_its_average(root, monkeypatch):  #
     built, real = [], DLGSANet.__init__
 
     def counted(self, *arguments, **named):
-        built.append(torch.get_default_device())
         real(self, *arguments, **named)
+        built.append(next(self.parameters()).device)
 
     monkeypatch.setattr(DLGSANet, "__init__", counted)
     options["train"]["total_iter"] = 3
     train(root, options, "--auto_resume")
-    # "meta" is without memory: the check of the options
+    # "meta" is without memory: the checks of options and size
     assert [device.type for device in built if device.type != "meta"] == ["cpu", "cpu"]
 
 

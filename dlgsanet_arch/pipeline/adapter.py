@@ -4,7 +4,8 @@
 rate and validation come from, whichever class it is.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,39 @@ import torch
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import get_root_logger
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule, bare
+from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.memory import free_memory
 from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.processes import Processes
+from dlgsanet_arch.pipeline.samples import preserved_generators
 from dlgsanet_arch.storage import save_complete
 
-_MOST_TENSORS = 100_000  # of a network: more is a slip of the pen, and takes minutes to build
+_MOST_TENSORS = 20_000  # of a network: more is a slip of the pen, and takes minutes to build
 # What BasicSR's models load while they are built, which `weights.load` does instead.
 _LOADED_LATER = ("pretrain_network_g", "pretrain_network_d")
 
 
 @contextmanager
-def _bounded_size() -> Iterator[None]:
-    """Stop the building of a network that no machine like this one can hold."""
+def _bounded_size(context: str, copies: int = 1) -> Iterator[None]:
+    """Stop the building of a network of which this machine cannot hold some copies."""
     memory = free_memory(torch.device("cpu"))
     tensors = size = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal tensors, size
         tensors += 1
-        size += 0 if parameter is None else parameter.nbytes
+        size += 0 if parameter is None else copies * parameter.nbytes
         if tensors > _MOST_TENSORS or size > memory:
-            raise ValueError(
-                f"it has more than {tensors - 1:,} tensors, of {size / 1e9:.3g} GB; this machine "
-                f"has {memory / 1e9:.3g} GB of memory free"
+            raise UserError(
+                f"{context}: a network of {tensors:,} tensors or more, which take "
+                f"{size / 1e9:.3g} GB or more; this machine has {memory / 1e9:.3g} GB of memory "
+                "free; write a smaller one"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -50,13 +56,41 @@ def _bounded_size() -> Iterator[None]:
         hook.remove()
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Make tensors of a given shape without memory; small tables keep the values asked of them."""
+
+    _made = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), named: Any = None
+    ) -> Any:
+        device = {"device": "meta"} if function in self._made else {}
+        return function(*arguments, **(named or {}) | device)
+
+
+def _check_size(key: str, section: Mapping[str, Any], copies: int) -> None:
+    """Build a network without memory; one that needs its values is bounded as it is built."""
+    arguments = {name: value for name, value in section.items() if name != "type"}
+    try:
+        with _bounded_size(key, copies), preserved_generators(), _WithoutMemory():
+            ARCH_REGISTRY.get(section["type"])(**copy.deepcopy(arguments))
+    except UserError:
+        raise
+    except Exception:  # of the network's own: it is raised again where it is built
+        return
+
+
 def build(opt: dict[str, Any], processes: Processes) -> Any:
     """Build the model that complete options name, its networks with weights as initialised."""
     paths = opt["path"]
     later = {key: paths[key] for key in _LOADED_LATER if key in paths}
     paths |= dict.fromkeys(later)
+    copies = 4 if opt["is_train"] else 1  # gradients, and Adam's two moments
+    for key in opt:
+        if key.startswith("network_") and opt[key]:
+            _check_size(key, opt[key], copies)
     try:
-        with _bounded_size():
+        with _bounded_size("network_g"):
             model = build_model(opt)
     finally:
         paths |= later

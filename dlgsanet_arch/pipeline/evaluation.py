@@ -136,7 +136,7 @@ def _forget_image(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def _result(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def result(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return output, ground truth and LR of an image, on the device where they can be."""
     _forget_image(model)
     model.feed_data(batch)
@@ -245,7 +245,7 @@ def _measure_share(
     with progress_bar("", len(images.shared), "image", transient=True, hidden=hidden) as bar:
         for number, batch in images.read(images.shared):
             name = Path(batch["lq_path"][0]).stem
-            output, target, lq = _result(model, batch)
+            output, target, lq = result(model, batch)
             wanted = measurable(asked, target)
             if output.isfinite().all():
                 figures = measure(output, target, wanted, f"{name} of the data set {dataset}")
@@ -265,7 +265,7 @@ def _measure_share(
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
+def undisturbed(model: Any) -> Iterator[None]:
     """Leave a model's networks and this process's random numbers as they are.
 
     In the block, networks are without DistributedDataParallel: it sends buffers in each forward,
@@ -298,7 +298,7 @@ def validate(
     """Validate a model; every process calls, and each gets the complete result."""
     shows = processes.share(tb_logger is not None and model.opt["is_train"])
     shown = _SHOWN_IMAGES if shows else 0
-    with processes.agreed(), _undisturbed(model):
+    with processes.agreed(), undisturbed(model):
         measured = _measure_share(model, images, iteration, processes, save_img, shown)
     everything = sorted(chain(*processes.gather(measured)), key=lambda each: each[0])
     dataset, wanted = images.dataset.opt["name"], model.opt["val"].get("metrics") or {}
@@ -321,7 +321,7 @@ def validate(
 def validate_by(own: Callable, model: Any, processes: Processes, *arguments: Any) -> Evaluation:
     """Call the validation that a model's class brings, which works on the main process alone."""
     images, iteration, *_ = arguments
-    with processes.agreed(), _undisturbed(model):
+    with processes.agreed(), undisturbed(model):
         own(*arguments)
     results = getattr(model, "metric_results", None) or {}
     means = processes.share({name: float(value) for name, value in results.items()})

@@ -268,11 +268,11 @@ class _Run:
             self.log.info(line)
         return model
 
-    def try_measurements(self, sets: list[Images]) -> None:
-        """Try the metrics on the smallest size of each data set."""
+    def try_measurements(self, model: Any, sets: list[Images]) -> None:
+        """Try the model on an image of each data set, and the metrics on its smallest size."""
         for images in sets:
             smallest = self._smallest.get(images.dataset.opt["name"])
-            trial.measurements(images, smallest, self.opt["as_given"])
+            trial.measurements(model, images, smallest, self.opt["as_given"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -348,7 +348,7 @@ def train(root: Path, arguments: argparse.Namespace) -> None:
             training = Training(opt, processes, log, start, run.model, apply_edits=edits)
             if not arguments.no_trial:
                 training.try_step()
-                run.try_measurements(training.validations)
+                run.try_measurements(training.model, training.validations)
             if processes.is_main and (warning := room_warning(training.model, opt)):
                 log.warning(warning)
 
@@ -369,7 +369,7 @@ def test(root: Path, arguments: argparse.Namespace) -> None:
             sets = [Images(dataset_opt, run.processes) for _, dataset_opt in datasets]
             model = run.model()
             if not arguments.no_trial:
-                run.try_measurements(sets)
+                run.try_measurements(model, sets)
         with run.locked():
             run.begin()
             results = []

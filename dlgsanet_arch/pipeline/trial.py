@@ -21,6 +21,8 @@ from dlgsanet_arch.pipeline import evaluation
 from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.samples import Draw, Sample, Samples, collate, preserved_generators
 
+_CORNER = 64  # LR pixels on either side that the model is tried on
+
 # Which option an attribute of a model comes from.
 _OPTION_OF = (
     (r"net_([a-z]+).*", r"network_\1"),
@@ -135,22 +137,36 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
         torch.cuda.reset_peak_memory_stats()
 
 
+def _corner(content: Mapping[str, Any], scale: int) -> dict[str, Any]:
+    """Cut the first pixels of an image's LR and HR, as the complete one may take minutes."""
+    cut = {name: content[name][..., :_CORNER, :_CORNER] for name in ("lq",) if name in content}
+    if "gt" in content:
+        cut["gt"] = content["gt"][..., : scale * _CORNER, : scale * _CORNER]
+    return {**content, **cut}
+
+
 def measurements(
-    images: Images, smallest: tuple[int, int] | None, options: Mapping[str, Any]
+    model: Any, images: Images, smallest: tuple[int, int] | None, options: Mapping[str, Any]
 ) -> None:
-    """Draw one sample of a validation or test set, and call each metric once.
+    """Run the model on a corner of a validation or test set's first image, and call each metric.
 
     `smallest` is height and width of the set's smallest HR image, None where they are not known.
     """
-    name = images.dataset.opt["name"]
+    name, scale = images.dataset.opt["name"], options.get("scale", 1)
     with preserved_generators(), explained(f"a sample of {name}", options, option="datasets"):
         content = _good(images.dataset[0])
         lq, gt = content.get("lq"), content.get("gt")
         if lq is None:
             return
-        size = smallest or tuple(options.get("scale", 1) * side for side in lq.shape[-2:])
-        output = F.interpolate(lq[None].float(), size=size)
-        target = None if gt is None else F.interpolate(gt[None].float(), size=size)
-        wanted = (options.get("val") or {}).get("metrics") or {}
+        batch, _ = collate([Sample(_corner(content, scale))])
+    if not model.foreign:  # else its class validates complete sets
+        doing = f"enlarging the first image of {name}"
+        with evaluation.undisturbed(model), explained(doing, options, model):
+            evaluation.result(model, batch)
+    size = smallest or tuple(scale * side for side in lq.shape[-2:])
+    output = F.interpolate(lq[None].float(), size=size)
+    target = None if gt is None else F.interpolate(gt[None].float(), size=size)
+    wanted = (options.get("val") or {}).get("metrics") or {}
+    with preserved_generators():
         wanted = evaluation.measurable(wanted, target)
         evaluation.measure(output, target, wanted, f"the smallest image of the data set {name},")
