@@ -86,13 +86,14 @@ class FollowsSchedule:
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """Set the learning rate of iteration `it`, from 1: schedule(it) · min(1, it / warmup_iter).
 
-        The state of optimizer and scheduler resumes it at any iteration.
+        The state of optimizer and scheduler resumes it at any iteration. Iterations may be left
+        out, but not come again: the schedule takes every step on the way, and none back.
         """
         factor = min(1.0, current_iter / warmup_iter) if warmup_iter > 0 else 1.0
         for scheduler in self.schedulers:
-            if current_iter > 1:
-                # A schedule may work on the rate of the step before: it must see it as scheduled.
-                _set_rates(scheduler, scheduler.get_last_lr())
+            # A schedule may work on the rate of the step before: it must see it as scheduled.
+            _set_rates(scheduler, scheduler.get_last_lr())
+            while scheduler.last_epoch < current_iter - 1:
                 scheduler.step()
             _set_rates(scheduler, [rate * factor for rate in scheduler.get_last_lr()])
 

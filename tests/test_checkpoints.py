@@ -151,7 +151,9 @@ def test_a_pair_holds_all_that_a_run_is(model, run):
     # metrics of third parties may be numpy's: torch.load(weights_only=True) must still take them
     model.best_metric_results = {"Set5": {"psnr": {"val": np.float64(30.5), "iter": 4}}}
     checkpoints.best = {"value": 30.5, "iter": 4}
-    said = progress(7, validate=True, bad_samples=[BadSample("made", "a.png", "is empty")])
+    said = progress(
+        7, seconds=8.5, validate=True, bad_samples=[BadSample("made", "a.png", "is empty")]
+    )
     checkpoints.save(said)
     drawn = torch.rand(3)
     start = find_start(options(), run.parent.parent, auto_resume=True)

@@ -96,6 +96,7 @@ def testing(option_root):
         {"x_common": {"a": {"b": 1}}, "x-more": [1], "x_empty": None},
         {"datasets:train:color": "y", "datasets:val:color": "y", "network_g:in_chans": 1},
         {"train:total_iter": 4e0, "val:val_freq": 5e3, "logger:print_freq": 1e2, "num_gpu": 0},
+        {"train:max_minutes": 0.5}, {"train:max_minutes": None},
         {"manual_seed": None, "val": None, "dist_params": None, "train:perceptual_opt": None},
         {"datasets:train:name": "DF2K/OST", "name": "a b.c-d_é"}, {"name": "a" * 200},
     ],
@@ -132,6 +133,8 @@ train:optim_g:betas=0.9 => train:optim_g:betas: must be a list of 2 values; got 
 train:optim_g:betas=[0.9, 1] => train:optim_g:betas: must be a number in [0, 1); got 1
 train:total_iter=.inf => train:total_iter: must be a whole number in (0, 1e9]; got inf
 train:warmup_iter=~ => train:warmup_iter: is empty
+train:max_minutes=0 => train:max_minutes: must be a number in (0, 1e7]; got 0
+train:max_minutes=2h => train:max_minutes: must be a number without quotes; got '2h'
 train:ema_decay=true => train:ema_decay: must be a number in [0, 1); got true
 train:scheduler:milestones=200 => train:scheduler:milestones: must be a list
 train:pixel_opt:reduction='none' => train:pixel_opt:reduction: 'none' is not … 'mean', 'sum'

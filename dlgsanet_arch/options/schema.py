@@ -198,6 +198,7 @@ _ROWS = (
     Key("train", section, "{total_iter: 500000, …}", "train"),
     Key("train:total_iter", _steps, "500000", "train"),
     Key("train:warmup_iter", count("[-1, 1e9]")),
+    Key("train:max_minutes", number("(0, 1e7]"), empty=True),
     Key("train:ema_decay", number("[0, 1)")),
     Key("train:optim_g", section, _ADAM, "train"),
     Key("train:optim_d", section, _ADAM, "gan", GAN),

@@ -8,6 +8,7 @@ BasicSR's for a network of single images.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 
 from dlgsanet_arch import _basicsr
 
@@ -69,7 +70,8 @@ def test(root: Path, argv: Sequence[str]) -> None:
 
 
 def _run(verb: str, root: Path, argv: Sequence[str]) -> None:
-    arguments = build_parser(verb).parse_args(argv)
+    began = argparse.Namespace(began=monotonic())  # what follows imports for seconds
+    arguments = build_parser(verb).parse_args(argv, began)
     _basicsr.import_basicsr("basicsr")  # its absence is reported first
     from dlgsanet_arch.pipeline import runs
 

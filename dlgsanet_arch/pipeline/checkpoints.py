@@ -6,6 +6,7 @@ to it, in types that `torch.load(weights_only=True)` takes.
 """
 
 import json
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ class Progress:
     seed: int  # `manual_seed`
     validate: bool = False  # whether this iteration's validation is still to come
     bad_samples: Sequence[BadSample] = ()  # that were replaced, of all processes
+    seconds: float = 0.0  # used of `train:max_minutes`; 0 without it
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def as_state(self) -> dict[str, Any]:
@@ -57,6 +59,9 @@ class Progress:
         if min(said["place"]) < 0:
             raise ValueError(f"place is {said['place']}")
         said |= {name: int(said[name]) for name in ("epoch_length", "seed")}
+        said["seconds"] = float(said.get("seconds", 0))
+        if not 0 <= said["seconds"] < math.inf:
+            raise ValueError(f"seconds is {said['seconds']}")
         said["bad_samples"] = [BadSample(*each) for each in said["bad_samples"]]
         said["options"] = dict(json.loads(said["options"]))
         return cls(iteration=state["iter"], **said)

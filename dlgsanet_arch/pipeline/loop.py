@@ -1,6 +1,7 @@
-"""The training loop: it ends at `total_iter`, and resumes from anywhere as if it had not stopped.
+"""The training loop: it ends at `total_iter` or as its minutes are used up, and resumes anywhere.
 
-The order of an iteration is the learning rate, the step, the log, the checkpoint, the validation.
+A resumed run continues as if it had not stopped. The order of an iteration is the learning rate,
+the step, the log, the checkpoint, the validation, the clock and the signals.
 A state that is saved before its iteration's validation says so, and a resumed run validates first.
 """
 
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from basicsr.data import build_dataset
 
-from dlgsanet_arch.averaging import bare, networks_of
+from dlgsanet_arch.averaging import FollowsSchedule, bare, networks_of
 from dlgsanet_arch.errors import Interrupted, UserError
 from dlgsanet_arch.pipeline import trial
+from dlgsanet_arch.pipeline.budget import Budget
 from dlgsanet_arch.pipeline.checkpoints import Checkpoints, Progress, Start
 from dlgsanet_arch.pipeline.evaluation import Images
 from dlgsanet_arch.pipeline.logs import Pace, RunLog, training_line
@@ -49,8 +51,9 @@ def _flat(node: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
 class Training:
     """A training run from its start, or where an earlier process left it, to `total_iter`.
 
-    Nothing is written before `run`. `build` builds the model, its networks with their weights. With
-    `apply_edits`, optimizer, schedule and seed are the options', even if the run had others.
+    Nothing is written before `run`. `build` builds the model, its networks with their weights.
+    `began` is when this process began, by `time.monotonic`: `train:max_minutes` counts from there.
+    With `apply_edits`, optimizer, schedule and seed are the options', even if the run had others.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Training:
         start: Start,
         build: Callable[[], Any],
         *,
+        began: float,
         apply_edits: bool = False,
     ) -> None:
         self._opt, self._processes, self._log = opt, processes, log
@@ -73,7 +77,13 @@ class Training:
                 opt["manual_seed"] = said.seed
         self._build_data(opt["datasets"]["train"])
         self._progress = self._progress_at(start.iteration, said)
+        self._budget = Budget(opt["train"].get("max_minutes"), self._progress.seconds, began)
         self.model = build()
+        if self._budget.is_limited and not isinstance(self.model, FollowsSchedule):
+            raise UserError(
+                f"train:max_minutes: {type(self.model).__name__} sets its learning rate by itself, "
+                "and that counts iterations alone; leave max_minutes out"
+            )
         self._checkpoints = Checkpoints(self.model, processes, opt["logger"].get("keep_last"))
         self._saved_at = start.iteration if start.path else None
         if start.path and (warning := self._checkpoints.restore(start, apply_edits=apply_edits)):
@@ -175,7 +185,8 @@ class Training:
         done = self._progress.iteration
         if self._saved_at is not None:
             self._begun()
-        if done >= self._total and not self._progress.validate:
+        ended = done >= self._total or self._budget.is_spent
+        if ended and not self._progress.validate:
             self._finish_again()
             return
         hidden = not self._processes.is_main
@@ -203,6 +214,11 @@ class Training:
 
     def _iterate(self, count: int) -> None:
         progress, logger = self._progress, self._opt["logger"]
+        self._agree()
+        if self._budget.is_spent and progress.iteration == 0:
+            raise UserError(f"{self._budget} are used up before the first iteration: raise them")
+        if self._budget.is_spent:
+            return
         for iteration, batch in enumerate(self._batches(count), progress.iteration + 1):
             self._step(iteration, batch)
             progress.iteration = iteration
@@ -216,9 +232,19 @@ class Training:
                 self._save()
             if progress.validate:
                 self._validate()
-            if signalled := self._processes.largest(self._stop.signal):
-                self._stop.signal = signalled
-                raise self._stop.interrupted()
+            self._agree()
+            if self._budget.is_spent:
+                return
+
+    def _agree(self) -> None:
+        """Share the clock and any signal among the processes; end the run for a signal."""
+        signalled, self._budget.seconds = self._processes.largest(
+            self._stop.signal, self._budget.now()
+        )
+        self._progress.seconds = self._budget.seconds
+        if signalled:
+            self._stop.signal = int(signalled)
+            raise self._stop.interrupted()
 
     def _batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of the iterations to come, and note how long each was waited for."""
@@ -261,7 +287,8 @@ class Training:
 
     def _step(self, iteration: int, batch: Mapping[str, Any]) -> None:
         model, warmup = self.model, int(self._opt["train"].get("warmup_iter") or -1)
-        model.update_learning_rate(iteration, warmup_iter=warmup)
+        position = self._budget.position(iteration, self._total)
+        model.update_learning_rate(position, warmup_iter=warmup)
         with self._processes.answered():
             model.feed_data(batch)
             model.optimize_parameters(iteration)
@@ -279,6 +306,7 @@ class Training:
         iteration = self._progress.iteration
         losses = {name: float(value) for name, value in self.model.get_current_log().items()}
         rates, pace = self.model.get_current_learning_rate(), self._pace.take(iteration)
+        pace["eta"] = min(pace["eta"], self._budget.left)
         found = {"iter": iteration, "epoch": self._progress.place.epoch, "lr": rates}
         found |= {"losses": losses, **pace}
         self._log.info(training_line(self._opt["name"], found))
@@ -373,20 +401,23 @@ class Training:
 
     def _finish(self) -> None:
         progress = self._progress
-        self._log.info(f"End of training at iteration {progress.iteration}.")
+        early = progress.iteration < self._total
+        why = f" of {self._total}: {self._budget} are used up" if early else ""
+        self._log.info(f"End of training at iteration {progress.iteration}{why}.")
         if self.validations and not _is_due(progress.iteration, self._val.get("val_freq")):
             progress.validate = True
             self._validate()
-        if self.validations or self._saved_at != progress.iteration:
-            self._save()
+        if self.validations or early or self._saved_at != progress.iteration:
+            self._save()  # so that the state says that the minutes are used up
         self._log.info("Save the latest model.")
         self._checkpoints.save_latest()
         self._log.record("end", iter=progress.iteration)
 
     def _finish_again(self) -> None:
         """Leave a complete run as it is, and write its last file if that is missing."""
+        why = f", and {self._budget} are used up" if self._budget.is_spent else ""
         self._log.info(
-            f"This run is complete: {self._progress.iteration} of {self._total} iterations; "
+            f"This run is complete: {self._progress.iteration} of {self._total} iterations{why}; "
             "nothing to train"
         )
         models_folder = Path(self._opt["path"]["models"])

@@ -96,14 +96,14 @@ class Processes:
         """Return the value that the main process gave; each must call."""
         return self.gather(value if self.is_main else None)[0]
 
-    def largest(self, value: int) -> int:
-        """Return the largest value of all processes, faster than `gather`; each must call."""
+    def largest(self, *values: float) -> list[float]:
+        """Return the largest of each value over all processes, faster than `gather`; each calls."""
         if not self.distributed:
-            return value
-        found = torch.tensor(value)
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
         with self.answered():
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
-        return int(found)
+        return found.tolist()
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

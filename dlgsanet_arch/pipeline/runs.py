@@ -345,7 +345,9 @@ def train(root: Path, arguments: argparse.Namespace) -> None:
         opt, processes, log, start = run.opt, run.processes, run.log, run.start
         with run.set_up():
             edits = arguments.apply_edits
-            training = Training(opt, processes, log, start, run.model, apply_edits=edits)
+            training = Training(
+                opt, processes, log, start, run.model, began=arguments.began, apply_edits=edits
+            )
             if not arguments.no_trial:
                 training.try_step()
                 run.try_measurements(training.model, training.validations)
