@@ -46,6 +46,8 @@ class Progress:
     def as_state(self) -> dict[str, Any]:
         """Return it in types that any reader of states takes."""
         state = {name: value for name, value in vars(self).items() if name != "iteration"}
+        if not self.seconds:  # what earlier versions do not know
+            del state["seconds"]
         state["place"], state["bad_samples"] = list(self.place), list(map(list, self.bad_samples))
         return state | {"options": json.dumps(self.options, default=str)}
 
