@@ -133,6 +133,10 @@ FAULTS = {
         with_perceptual_loss,
         r"perceptual_opt: .*download http://0.0.0.0/vgg11.pth .* put it at /.*/vgg11.pth",
     ),
+    "loss": (
+        lambda options: options["train"].update(perceptual_opt={"type": "L1Loss"}),
+        r"train:perceptual_opt: a step .*iteration over a 0-d tensor",
+    ),
     "sample": (
         lambda options: options["datasets"]["train"].update(dataroot_lq="damaged"),
         r"damaged/image\d\.png of the data set made: cannot be decoded",

@@ -5,6 +5,7 @@ stay as they were.
 """
 
 import copy
+import linecache
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,12 @@ def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -
     """Find the option that an error comes from by where it was raised; `model` if it is built."""
     parts = {id(part): name for name, part in vars(model or object).items() if part is not None}
     found = "model_type"
-    for frame, _ in traceback.walk_tb(error.__traceback__):
+
+    def option_of(part_name: str) -> str | None:
+        matches = ((re.fullmatch(pattern, part_name), option) for pattern, option in _OPTION_OF)
+        return next((match.expand(option) for match, option in matches if match), None)
+
+    for frame, line in traceback.walk_tb(error.__traceback__):
         function, variables = frame.f_code.co_name, frame.f_locals
         me = variables.get("self")
         if function == "build_network":
@@ -57,9 +63,11 @@ def _option_at_fault(error: Exception, options: Mapping[str, Any], model: Any) -
             found = "train:optim_d" if getattr(me, "optimizers", ()) else "train:optim_g"
         elif function == "setup_schedulers":
             return "train:scheduler"
-        for pattern, option in _OPTION_OF:
-            if part := re.fullmatch(pattern, parts.get(id(me), "")):
-                return part.expand(option)
+        if option := option_of(parts.get(id(me), "")):
+            return option
+        if me is model:  # as where it unpacks what a loss of another kind returns
+            names = re.findall(r"self\.(\w+)", linecache.getline(frame.f_code.co_filename, line))
+            found = next(filter(None, map(option_of, names)), found)
     return found
 
 
