@@ -209,6 +209,20 @@ def test_a_network_is_built_once_and_once_for_its_average(root, monkeypatch):  #
     assert [device.type for device in built if device.type != "meta"] == ["cpu", "cpu"]
 
 
+def test_a_schedule_that_an_edited_state_breaks_is_named_before_the_run_resumes(root):  # noqa: F811
+    options = small_options("edited_schedule", total=2, num_worker_per_gpu=0)
+    train(root, options)
+    path = root / "experiments/edited_schedule/training_states/2.state"
+    state = torch.load(path, weights_only=True)
+    state["schedulers"][0]["milestones"] = 3
+    torch.save(state, path)
+    options["train"]["total_iter"] = 3
+    before = listing(root / "experiments")
+    with pytest.raises(UserError, match=r"train:scheduler: .*next learning rate, with the state"):
+        train(root, options, "--auto_resume")
+    assert listing(root / "experiments") == before
+
+
 OLD = Path(__file__).parent / "data/run_5cbbcc6"
 
 

@@ -139,6 +139,9 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
             train = options["train"]
             every, alone = int(train.get("net_d_iters", 1)), int(train.get("net_d_init_iters", 0))
             tried.optimize_parameters(every * (alone // every + 1))  # a GAN trains both networks
+        doing = "computing the next learning rate, with the state if the run resumes,"
+        with explained(doing, options, option="train:scheduler"):
+            tried.update_learning_rate(2, int(train.get("warmup_iter") or -1))
     if model.device.type == "cuda":
         del tried
         torch.cuda.empty_cache()
