@@ -35,7 +35,7 @@ NAMES |= {f"tiny_x4_{name}": ("tiny", 4, changes) for name, changes in ABLATIONS
 FILES = [("train", name) for name in NAMES if name != "tiny_x4_no_tlc"]
 FILES += [("test", name) for name in NAMES]
 # Beside the published recipe.
-LOCAL = [("train", "tiny_x4_bsds400"), ("train", "tiny_x4_mix")]
+LOCAL = [("train", "tiny_x4_bsds400"), ("train", "tiny_x4_mix"), ("train", "tiny_x4_gpu")]
 REAL = [("train", "tiny_x4_realesrnet"), ("train", "tiny_x4_realesrgan")]
 OTHERS = [("train", "demo"), ("test", "demo"), *LOCAL, *REAL]
 DATA_ROOTS = {"dataroot_gt", "dataroot_lq"}
