@@ -141,7 +141,8 @@ def step(model: Any, samples: Samples, draws: Sequence[Draw], options: Mapping[s
             tried.optimize_parameters(every * (alone // every + 1))  # a GAN trains both networks
         doing = "computing the next learning rate, with the state if the run resumes,"
         with explained(doing, options, option="train:scheduler"):
-            tried.update_learning_rate(2, int(train.get("warmup_iter") or -1))
+            done = max((each.last_epoch for each in tried.schedulers), default=0)
+            tried.update_learning_rate(done + 2, int(train.get("warmup_iter") or -1))
     if model.device.type == "cuda":
         del tried
         torch.cuda.empty_cache()
