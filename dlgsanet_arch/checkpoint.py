@@ -29,7 +29,7 @@ from dlgsanet_arch.configs import (  # noqa: F401 - a way to them
     nearest_published,
     published_configs,
 )
-from dlgsanet_arch.hints import named, suggest_or_list
+from dlgsanet_arch.hints import named, shown, suggest_or_list
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.storage import (
     CheckpointError,
@@ -213,7 +213,7 @@ def _complete(
     given = {**stated, **config}
     if unknown := [name for name in given if name not in DEFAULTS]:
         hint = suggest_or_list(unknown[0], DEFAULTS)
-        raise CheckpointError(f"DLGSANet has no argument {unknown[0]!r}{hint}")
+        raise CheckpointError(f"DLGSANet has no argument {shown(unknown[0])}{hint}")
     try:
         complete = {**infer_config(weights), **given}
         check_compatible(weights, complete)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlgsanet_arch.hints import named
+from dlgsanet_arch.arguments import check_arguments
+from dlgsanet_arch.hints import cut, named
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.storage import CheckpointError
 
@@ -157,7 +158,7 @@ def described(config: Mapping[str, Any], names: Sequence[str]) -> str:
     """Name a network, with some of its arguments as an option file has them."""
     values = ((name, config[name]) for name in names)
     arguments = ", ".join(
-        f"{name}: {f'{value:.4g}' if isinstance(value, float) else json.dumps(value)}"
+        f"{name}: {f'{value:.4g}' if isinstance(value, float) else cut(json.dumps(value), 60)}"
         for name, value in values
     )
     return f"{name_of(config)} ({arguments})"
@@ -180,13 +181,17 @@ def check_compatible(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
                 f"{name} is of {dtype}; weights are of float32, float16, bfloat16 or float64"
             )
     asked = DEFAULTS | {name: value for name, value in config.items() if name != "type"}
+    check_arguments(asked)
     inferred, found = infer_config(weights), _detected(weights)
     wanted, expected = {name: asked[name] for name in _SIZES}, None
     least = asked["groups"] * asked["blocks"] * _LEAST_TENSORS
     numbers = sum(tensor.numel() for tensor in weights.values())
     if least <= len(weights) and asked["in_chans"] * asked["dim"] <= numbers:  # not too large
-        with torch.device("meta"):
-            expected = DLGSANet(**asked).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = DLGSANet(**asked).state_dict()
+        except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+            raise CheckpointError(f"no DLGSANet can be as large as {cut(str(asked))}") from error
         wanted = _detected(expected)
     differing = [name for name in wanted if name in found and found[name] != wanted[name]]
     if differing:

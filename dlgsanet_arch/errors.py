@@ -1,5 +1,9 @@
 """The exceptions that reach users as a plain message instead of a traceback."""
 
+from dlgsanet_arch.hints import cut
+
+LONGEST_LINE = 4000
+
 
 class UserError(Exception):
     """Something the user can fix: the message names the thing that is wrong and the fix.
@@ -7,6 +11,10 @@ class UserError(Exception):
     The command line prints the message and exits with status 1; library callers catch it or one
     of its subclasses, which live beside the code that raises them.
     """
+
+    def __str__(self) -> str:
+        # What it quotes may come from a file, of any length.
+        return "\n".join(cut(line, LONGEST_LINE) for line in super().__str__().split("\n"))
 
 
 class Interrupted(BaseException):

@@ -64,8 +64,12 @@ def check_target(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     with suppress(FileNotFoundError):
         path.stat()  # fails on a name that is too long
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    # Folders that are absent are made where it is written.
+    folder = next(filter(os.path.lexists, path.parents))
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

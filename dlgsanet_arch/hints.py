@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -26,10 +27,22 @@ def suggest_or_list(name: object, known: Iterable[object]) -> str:
     return suggest(name, known) or f"; there are: {', '.join(map(repr, known))}"
 
 
+def cut(text: str, most: int = 1000) -> str:
+    """Leave out the middle of text that is too long to be read, such as a key in a hostile file."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML spells it, shortened."""
+    special = {"True": "true", "False": "false", "None": "~"}
+    return special.get(repr(value), cut(repr(value), 60))
+
+
 def named(names: Sequence[str], most: int = 5) -> str:
     """Name the first few of many things, and count the others."""
     more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(cut, names[:most])) + more
 
 
 def quoted(names: Iterable[str], most: int = 5) -> str:

@@ -130,11 +130,13 @@ def test_the_verb_finds_its_set_and_prints_what_to_compare(tmp_path, capsys):
     arguments = ["--root", str(tmp_path), "benchmark", "--name", "SET5", "--scale", "2"]
     assert cmd_data.main(arguments) == 1
     assert "b.png is empty: zero bytes" in capsys.readouterr().err
+    (tmp_path / "datasets/set 5/HR/others.avif").touch()
     assert cmd_data.main([*arguments, "--skip-bad"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"x2  [0-9.]+ dB / [0-9.]+  known 33.68 dB / 0.9305  differs", said)
     assert re.search(r"X2/HR  [0-9a-f]{64}\n  X2/LR  [0-9a-f]{64}", said)
     assert "Set5 has 5 images, here are 1" in said
+    assert said.endswith("left out, as these are not read: 1 .avif; convert them to PNG first\n")
 
 
 def sum_by_hand(folder: Path) -> str:

@@ -373,6 +373,13 @@ BAD_FILES = {
         lambda path: _stating(path, '{"idynamic_ffn_expansion_factor": Infinity}'),
         "makes no DLGSANet",
     ),
+    "text": (lambda path: _stating(path, '{"dim": "12"}'), "dim must be a whole number"),
+    "too large": (
+        lambda path: _stating(path, f'{{"upscale": {10**18}}}'),
+        "as large as {'in_chans",
+    ),
+    "long": (lambda path: _stating(path, f'{{"{"k" * 900_000}": 1}}'), "no argument 'kkk"),
+    "long keys": (lambda path: torch.save({"k" * 900_000: 1}, path), "the keys kkk"),
     "list for type": (lambda path: _stating(path, '{"buildblock_type": [1]}'), "makes no DLGSANet"),
     "many groups": (_many_groups, "groups: 89, blocks: "),
     "expanded": (lambda path: _with(path, lambda t: t[:1].expand(1 << 40)), "claims 4,398,"),
@@ -407,6 +414,7 @@ def test_bad_files_are_named_before_anything_is_built(tmp_path, kind):
     message = refusal(read_checkpoint, path)
     assert said in message
     assert str(path) in message
+    assert len(message) < 2000 + 2 * len(str(path))
     assert time.monotonic() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 

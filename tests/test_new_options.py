@@ -11,6 +11,7 @@ from PIL import Image
 
 from dlgsanet_arch import DLGSANet, cli
 from dlgsanet_arch import options as option_files
+from dlgsanet_arch.checkpoint import read_checkpoint
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.options import load, shipped
 from dlgsanet_arch.tools import new_options as new_options_tool
@@ -154,6 +155,12 @@ def test_what_is_printed_trains_and_tests(here, capsys):
     assert new_options(*prepared[:2], "--val", hr, "--scale", 2) == 1
     assert "train_LR_bicubic_X2_sub.lmdb does not exist" in capsys.readouterr().err
     assert not list((here / "options").rglob("tiny_x2*"))
+    weights = DLGSANet(**read_checkpoint("tiny_x4").config).state_dict()
+    torch.save({"mine": weights, "params": {"other": torch.zeros(1)}}, here / "mine.pth")
+    keyed = (*prepared[:2], "-m", "mine.pth", "--param-key", "mine", "--name", "keyed", *few[:2])
+    assert new_options(*keyed, "--scale", 4) == 0
+    path = checked(here / "options/train/keyed.yml", here)["path"]
+    assert (path["pretrain_network_g"], path["param_key_g"]) == ("mine.pth", "mine")
 
 
 def test_one_image_in_ten_is_held_out_evenly_spread(here):
@@ -213,6 +220,9 @@ def test_a_folder_or_a_prepared_set_to_validate_on(here):
         ("--hr own --root absent", "folder absent does not exist"),
         ("--hr own --weights absent.pth", "absent.pth cannot be read"),
         ("--hr own --weights other.pth", "another configuration"),
+        ("--hr own --weights other.pth --param-key mine", "no weights under 'mine'"),
+        ("--hr own -o /proc/absent", "x4_own.yml cannot be written: /proc: "),
+        ("--hr own -o other.pth", "x4_own.yml cannot be written: other.pth"),
     ],
 )
 def test_bad_input_is_refused_and_no_option_file_written(here, capsys, words, message):
@@ -225,6 +235,8 @@ def test_bad_input_is_refused_and_no_option_file_written(here, capsys, words, me
     assert new_options("--scale", 4, *words.split()) == 1
     assert message in capsys.readouterr().err
     assert not (here / "options").exists()
+    if "-o" in words:  # found before the work
+        assert not (here / "datasets").exists()
 
 
 def test_files_of_the_user_stay(here, capsys):

@@ -15,6 +15,7 @@ from helpers import decoded_entries as entries
 from helpers import entries as raw_entries
 from helpers import noisy_image
 from helpers import save_image as save
+from PIL import Image
 from processes import started
 
 from dlgsanet_arch import files
@@ -234,6 +235,21 @@ def test_what_is_changed_on_reading_is_said(hr, out, capsys):
     assert "1 x holds 16 bits a sample; they were rounded to 8" in said
     assert "1 x has transparent parts; it was composited on white" in said
     assert np.array_equal(entries(out / HR)["deep_s001"], image("deep")[:CROP, :CROP])
+
+
+def test_images_are_read_by_every_name_of_their_format_or_counted(hr, out, capsys):
+    for number, name in enumerate(("c.jfif", "d.JPE")):
+        Image.fromarray(noisy_image(number, (200, 200))).save(hr / name, "JPEG")
+    for name in ("e.heic", "sub/f.gif", "notes.txt"):
+        (hr / name).parent.mkdir(exist_ok=True)
+        (hr / name).touch()
+    assert train(hr, out, "--scale", 2) == 0
+    said = capsys.readouterr().out
+    assert "\n5 images\n" in said
+    assert said.endswith("not read: 1 .gif, 1 .heic; convert them to PNG first\n")
+    assert {"c_s001", "d_s001"} <= raw_entries(out / "train_HR_sub.lmdb").keys()
+    assert train(hr / "sub", out) == 1
+    assert "there are files that are not read: 1 .gif" in capsys.readouterr().err
 
 
 def given_lr(hr: Path, folder: Path, scale: int, template: str) -> dict[str, np.ndarray]:

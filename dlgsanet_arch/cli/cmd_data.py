@@ -22,6 +22,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _print(report: str, *folders: Path | None) -> None:
+    """Print what was made of the images below some folders, and which of them were left out."""
+    from dlgsanet_arch.data.finding import left_out_of
+
+    print(printable("\n".join([report, *left_out_of(*folders)])))
+
+
 def _making(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("workers", "skip_bad", "overwrite")}
 
@@ -49,7 +56,8 @@ def _train(arguments: argparse.Namespace) -> int:
             sources += official.sources(each, scales, places, arguments.mirror)
     cutting = training_sets.Cutting(arguments.crop, arguments.step, arguments.patch)
     made = training_sets.build(sources, scales, out, cutting=cutting, **_making(arguments))
-    print(printable(training_sets.report(made)))
+    given = (arguments.hr, arguments.lr) if arguments.verb == "train" else ()
+    _print(training_sets.report(made), *given)
     return 0
 
 
@@ -60,7 +68,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     source = arguments.hr or discovery.find_source(name, arguments.root)
     target = arguments.root / "datasets" / "benchmark" / name
     made = benchmark.build(name, source, target, arguments.scale, **_making(arguments))
-    print(printable(benchmark.report(made)))
+    _print(benchmark.report(made), source)
     return 0
 
 

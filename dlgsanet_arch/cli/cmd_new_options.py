@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlgsanet_arch.cli import exit_status
+from dlgsanet_arch.cli import add_common, exit_status
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.hints import printable
 
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="of the run and files (default: VARIANT_xSCALE_FOLDER)")
     weights = "weights to fine-tune from: a file, or tiny_x4"
     add("-m", "--weights", type=Path, metavar="FILE", help=weights)
+    add_common(parser, "param-key")
     add("--patch", type=int, metavar="N", help="side of patches in LR pixels (default: 48)")
     iterations = "default: by the number of images, a day at most"
     add("--iterations", type=int, metavar="N", help=iterations)

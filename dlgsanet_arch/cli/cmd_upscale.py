@@ -146,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"upscaling files needs Pillow and tqdm ({error}): pip install '.[tools]'"
         raise UserError(text) from error
     from dlgsanet_arch.checkpoint import find_weights, read_checkpoint
+    from dlgsanet_arch.data.finding import left_out
     from dlgsanet_arch.inference import Upscaler, files
     from dlgsanet_arch.inference.upscaler import default_weights
 
@@ -165,5 +166,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = f"{checkpoint.name} ({args.weights or f'bundled {path.stem}'})"
     print(screen.summary(upscaler.scale, args.output, weights))
     if left:
-        print(f"left out, as these are not read: {files.listed(left)}; convert them to PNG first")
+        print(left_out(left))
     return int(screen.counts["bad"] > 0)

@@ -3,8 +3,8 @@
 import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePath
 from urllib.parse import quote
@@ -14,7 +14,11 @@ from dlgsanet_arch.hints import named
 
 # The suffixes that make a file an image, in lower case, and the format that each announces.
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-SUFFIXES |= {".webp": "WebP", ".bmp": "BMP"}
+SUFFIXES |= {".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WebP", ".bmp": "BMP"}
+# Suffixes of images that are not read: they are counted.
+_OTHERS = """.heic .heif .avif .jxl .jp2 .j2k .gif .tga .ico .qoi .svg .psd .xcf .exr .hdr .ppm .pgm
+.pnm .dng .cr2 .cr3 .nef .arw .orf .raf .rw2"""
+_NOT_READ = frozenset(_OTHERS.split())
 
 # A key is also a file's name, of 255 bytes at most: this leaves room for `_s00001` and `.png`.
 KEY_LENGTH = 200
@@ -75,24 +79,48 @@ def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield current, folders, sorted(each for each in files if not each.startswith("."))
 
 
+def not_read(paths: Iterable[PurePath]) -> str:
+    """Count the images that are not read by their suffixes: "2 .heic, 1 .gif"; "" without any."""
+    left = Counter(path.suffix.lower() for path in paths)
+    return ", ".join(f"{left[each]} {each}" for each in sorted(left.keys() & _NOT_READ))
+
+
+def left_out(counted: str) -> str:
+    """Return the closing line on what `not_read` counted."""
+    return f"left out, as these are not read: {counted}; convert them to PNG first"
+
+
+def no_images(folder: Path, counted: str) -> UserError:
+    """Return the error of a folder without images that are read; see `not_read`."""
+    more = f"; there are files that are not read: {counted}" if counted else ""
+    return UserError(f"no images below {folder}: looked for {', '.join(SUFFIXES)}{more}")
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """Return all visible files below a folder; UserError if it is missing or cannot be read."""
+    check_folder(folder, "name a folder of images")
+    try:
+        return [current / name for current, _, files in walk_folders(folder) for name in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def left_out_of(*folders: Path | None) -> list[str]:
+    """Return the line of `left_out` on all images below some folders, if any are not read."""
+    files = {path for folder in folders if folder for path in walk_files(folder)}
+    return [left_out(counted)] if (counted := not_read(files)) else []
+
+
 def walk_images(folder: Path) -> list[Path]:
     """Find all images below a folder, by `SUFFIXES`: paths from there, ``a2`` before ``a10``.
 
     UserError if the folder is missing, cannot be read, or holds no images.
     """
-    check_folder(folder, "name a folder of images")
-    try:
-        # A link to nothing counts, and reading it says so: an image is missing there.
-        paths = [
-            current / name
-            for current, _, files in walk_folders(folder)
-            for name in files
-            if Path(name).suffix.lower() in SUFFIXES
-        ]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    files = walk_files(folder)
+    # A link to nothing counts, and reading it says so: an image is missing there.
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not paths:
-        raise UserError(f"no images below {folder}: looked for {', '.join(SUFFIXES)}")
+        raise no_images(folder, not_read(files))
     return sorted((path.relative_to(folder) for path in paths), key=_natural_order)
 
 

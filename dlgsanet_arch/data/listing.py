@@ -15,7 +15,7 @@ from dlgsanet_arch.data.databases import DATA, check_keys, is_database, open_ent
 from dlgsanet_arch.data.finding import SUFFIXES, check_folder, sharing
 from dlgsanet_arch.data.images import MAX_BYTES, ImageError, read_bytes
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import quoted
+from dlgsanet_arch.hints import quoted, shown
 
 FIX = "a new one by `dlgsanet data verify --fix`"
 READ_BY_OPENCV = {*SUFFIXES, ".pgm", ".ppm"}
@@ -146,7 +146,9 @@ def _pair_by_list(checked: Checked) -> None:
             name = line.split(" ")[0]
             pair = (name, _partner(name, each.template))[: len(each.paths)]
         elif len(pair) != 2:
-            checked.add("list", f"{each.listing}: write `HR, LR` in each line; {line!r} is not")
+            checked.add(
+                "list", f"{each.listing}: write `HR, LR` in each line; {shown(line)} is not"
+            )
             break
         checked.pairs.append(pair)
     for index, (part, path) in enumerate(each.paths.items()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlgsanet_arch.data.finding import SUFFIXES
+from dlgsanet_arch.data.finding import SUFFIXES, no_images, not_read
 from dlgsanet_arch.data.images import StoredImage, read_stored
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_target
@@ -23,12 +23,6 @@ from dlgsanet_arch.inference.writing import (
     write_image,
 )
 
-READ = frozenset(SUFFIXES).union(*FORMATS.values())
-# Suffixes of images that are not read: they are counted.
-_OTHERS = """.heic .heif .avif .jxl .jp2 .j2k .gif .tga .ico .qoi .svg .psd .xcf .exr .hdr .ppm .pgm
-.pnm .dng .cr2 .cr3 .nef .arw .orf .raf .rw2"""
-NOT_READ = frozenset(_OTHERS.split())
-
 
 @dataclass(frozen=True)
 class Job:
@@ -40,12 +34,12 @@ class Job:
     fault: str = ""  # why it cannot be done, where that is known before it is read
 
 
-def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
+def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], str]:
     """Find the images below a folder, each folder read once, outside of the folder of results.
 
-    Also folders that cannot be read, as jobs; and the number of files by suffix of `NOT_READ`.
+    Also folders that cannot be read, as jobs; and the images that are not read, counted.
     """
-    found, left, faults, seen = [], Counter(), [], set()
+    files, faults, seen = [], [], set()
 
     def unreadable(error: OSError) -> None:
         faults.append(Job(Path(error.filename), Path(), fault=f"cannot be read: {error.strerror}"))
@@ -57,13 +51,11 @@ def _walk(folder: Path, out: str) -> tuple[list[Path], list[Job], Counter[str]]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(current, name) for name in names if not name.startswith(".")):
-            suffix = path.suffix.lower()
-            # A link to nothing is named when it is read.
-            if suffix in READ and (os.path.isfile(path) or path.is_symlink()):
-                found.append(path)
-            left[suffix] += suffix in NOT_READ
-    return sorted(found), faults, +left
+        files += [Path(current, name) for name in names if not name.startswith(".")]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    # A link to nothing is named when it is read.
+    found = [path for path in images if os.path.isfile(path) or path.is_symlink()]
+    return sorted(found), faults, not_read(files)
 
 
 def _job(source: Path, folder: Path, suffix: str, format: str | None) -> Job:
@@ -79,7 +71,7 @@ def _without_results(jobs: Sequence[Job], suffix: str) -> list[Job]:
     for job in jobs:
         names = {job.target.name, (job.instead or job.target).name}
         if suffix:  # of another --format as well
-            names |= {job.target.stem + each for each in READ}
+            names |= {job.target.stem + each for each in SUFFIXES}
         folder = os.path.realpath(job.target.parent)
         results |= {os.path.join(folder, name) for name in names} - {os.path.realpath(job.source)}
     return [job for job in jobs if os.path.realpath(job.source) not in results]
@@ -103,7 +95,7 @@ def _with_faults(jobs: Sequence[Job]) -> Iterator[Job]:
 
 def plan(
     source: Path, out: Path, *, suffix: str = "", format: str | None = None
-) -> tuple[list[Job], Counter[str]]:
+) -> tuple[list[Job], str]:
     """Decide which images are enlarged into which files.
 
     Args:
@@ -115,16 +107,15 @@ def plan(
             written or cannot hold the depth, transparency or size.
 
     Returns:
-        The images, those that cannot be done with a fault; and the number of files left out by
-        their suffix, as they are images that are not read.
+        The images, those that cannot be done with a fault; and images that are not read, counted
+        by `not_read`.
 
     Raises:
         UserError: The image or folder is missing, or holds no images; or `out` cannot be meant.
     """
     if any(each in suffix for each in (os.sep, os.altsep, "\0") if each):
         raise UserError(f"--suffix {suffix!r} is part of a name: it cannot lead to another folder")
-    left: Counter[str] = Counter()
-    faults: list[Job] = []
+    left, faults = "", []
     if os.path.isdir(source):
         real = os.path.realpath(out)
         inside = "\0" if real == os.path.realpath(source) else f"{real}/"
@@ -132,8 +123,7 @@ def plan(
         jobs = [_job(path, out / path.parent.relative_to(source), suffix, format) for path in found]
         jobs = _without_results(jobs, suffix)
         if not jobs and not faults:
-            more = f"; there are files that are not read: {listed(left)}" if left else ""
-            raise UserError(f"no images below {source}: looked for {', '.join(sorted(READ))}{more}")
+            raise no_images(source, left)
     elif not os.path.lexists(source):
         raise UserError(f"{source} does not exist: name an image or a folder of images")
     elif out.suffix and not os.path.isdir(out):
@@ -146,11 +136,6 @@ def plan(
     else:
         jobs = [_job(source, out, suffix, format)]
     return [*faults, *_with_faults(jobs)], left
-
-
-def listed(left: Counter[str]) -> str:
-    """Return files by their suffixes: "2 .heic, 1 .gif"."""
-    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(left.items()))
 
 
 def _read(job: Job, scale: float) -> tuple[StoredImage, Path, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dlgsanet_arch.arguments import check_arguments
 from dlgsanet_arch.configs import DEFAULTS
-from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.hints import shown, suggest_or_list
 from dlgsanet_arch.options.context import Context, optimizers
 from dlgsanet_arch.options.schema import OURS, REAL, SCHEDULERS, known_dataset, known_model
 
@@ -52,12 +52,12 @@ def _training(context: Context) -> Iterator[str]:
             hint = suggest_or_list(kind, known)
             if kind in optimizers():
                 hint = f" to this model; write Adam, or model_type: {OURS[0]}"
-            yield f"train:{name}:type: {kind!r} is not known{hint}"
+            yield f"train:{name}:type: {shown(kind)} is not known{hint}"
     scheduler, total = context.section(path), context.value("train:total_iter")
     kind = scheduler.get("type")
     if kind not in SCHEDULERS:
         if kind is not None:
-            yield f"{path}:type: {kind!r} is not known{suggest_or_list(kind, SCHEDULERS)}"
+            yield f"{path}:type: {shown(kind)} is not known{suggest_or_list(kind, SCHEDULERS)}"
         return
     name = "periods" if kind == SCHEDULERS[-1] else "restarts"
     starts = scheduler.get(name, [0] if name == "restarts" else None)
@@ -135,11 +135,11 @@ def _loggers(context: Context) -> Iterator[str]:
     dataset, _, metric = str(best).rpartition("/")
     if best is not None and metric not in metrics:
         hint = suggest_or_list(metric, metrics) if metrics else "; add it there"
-        yield f"logger:save_best: val:metrics has no {metric!r}{hint}"
+        yield f"logger:save_best: val:metrics has no {shown(metric)}{hint}"
     names = [each.get("name") for phase, each in context.datasets() if phase[:3] == "val"]
     if dataset and names and None not in names and dataset not in names:
         hint = suggest_or_list(dataset, names)
-        yield f"logger:save_best: no validation set is named {dataset!r}{hint}"
+        yield f"logger:save_best: no validation set is named {shown(dataset)}{hint}"
     if context.value("logger:wandb:project") and not context.value("logger:use_tb_logger"):
         yield "logger:use_tb_logger: must be true for wandb; write true, or ~ for wandb:project"
 

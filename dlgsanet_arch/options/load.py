@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dlgsanet_arch.hints import suggest
+from dlgsanet_arch.hints import shown, suggest
 from dlgsanet_arch.options.context import OptionsError
 
 # What PyYAML raises on text that is not YAML, and on tags that do not fit their values.
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    fault = f"the key {key.value!r} is written twice"
+                    fault = f"the key {shown(key.value)} is written twice"
                     raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -122,6 +122,7 @@ def override(options: dict[str, Any], entries: Sequence[str]) -> None:
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                raise OptionsError(f"{entry!r}: {section} is not a section of keys; it is {node!r}")
+                fault = f"{section} is not a section of keys; it is {shown(node)}"
+                raise OptionsError(f"{entry!r}: {fault}")
         node[key] = parse_value(text)
     options.update(changed)

@@ -8,19 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dlgsanet_arch.hints import suggest_or_list
+from dlgsanet_arch.hints import shown, suggest_or_list
 from dlgsanet_arch.options.context import is_number, is_whole
 
 Kind = Callable[[Any], str]
 
 _LONGEST_NAME = 200  # bytes; the earlier run of a name is renamed to a longer one
-
-
-def shown(value: Any) -> str:
-    """Return a value as YAML spells it, shortened."""
-    special = {"True": "true", "False": "false", "None": "~"}
-    text = special.get(repr(value), repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def number(interval: str = "[-3e38, 3e38]", kind: str = "number") -> Kind:

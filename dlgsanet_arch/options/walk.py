@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from dlgsanet_arch.hints import nearest, suggest
+from dlgsanet_arch.hints import nearest, shown, suggest
 from dlgsanet_arch.options import values
 from dlgsanet_arch.options.context import Context, comes_from, is_number, join
 from dlgsanet_arch.options.schema import KEYS, WHEN, Key, known_dataset, known_model
@@ -60,7 +60,7 @@ def _missing(
         of_others = known.open and row.by
         if there or of_others or row.name in missing or not WHEN[row.needed](context, at):
             continue
-        example = row.example.replace("$scale", values.shown(context.options.get("scale", 4)))
+        example = row.example.replace("$scale", shown(context.options.get("scale", 4)))
         fix = f"write `{row.name}: {example}`"
         fix = fix if example else f"{known.reader} has no default for it"
         missing[row.name] = f"{'empty' if row.name in content else 'missing'}; {fix}"
@@ -75,7 +75,7 @@ def _of_value(context: Context, row: Key, value: Any) -> str:
     if fault or names is None or value in names:
         return fault
     hint = suggest(value, names) or "; is the package that registers it imported?"
-    return f"no {row.registry} is registered as {values.shown(value)}{hint}"
+    return f"no {row.registry} is registered as {shown(value)}{hint}"
 
 
 def _unknown(path: str, key: str, known: _Known) -> str:

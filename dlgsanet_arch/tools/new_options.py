@@ -21,10 +21,11 @@ from dlgsanet_arch.checkpoint import bundled_weights, read_checkpoint
 from dlgsanet_arch.data import benchmark, training_sets
 from dlgsanet_arch.data.databases import META_INFO
 from dlgsanet_arch.data.discovery import set_name
+from dlgsanet_arch.data.finding import left_out_of
 from dlgsanet_arch.data.training_sets import Source, database_name
 from dlgsanet_arch.data.workers import usable_cores
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.files import disk_faults_named, write_atomically
+from dlgsanet_arch.files import check_target, disk_faults_named, write_atomically
 from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.options import shipped
 from dlgsanet_arch.tools import complexity
@@ -209,14 +210,19 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
     there = [str(file) for file in files if file.exists()]
     if there and not asked.overwrite:
         raise UserError(f"{' and '.join(there)} exist: give another --name, or --overwrite")
+    for file in files:
+        with disk_faults_named(f"{file} cannot be written"):
+            check_target(file)
 
     published = shipped.find(f"{asked.variant}_x{asked.scale}", train=True)
     network = options.load(published)["network_g"]
     start = "~"
     if weights is not None:
         config = {key: value for key, value in network.items() if key != "type"}
-        read_checkpoint(weights, config=config)
+        read_checkpoint(weights, asked.param_key, config)
         start = str(weights) if str(weights) in bundled_weights() else _quoted(weights, root)
+        if asked.param_key is not None:
+            start += f"\n  param_key_g: {json.dumps(asked.param_key)}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = int(asked.memory * _GIB) if asked.memory else memory.free_memory(device)
     patch = asked.patch or PATCH
@@ -244,4 +250,4 @@ def write_option_files(asked: argparse.Namespace) -> tuple[list[Path], list[str]
             f"an iteration takes about {seconds:.2g} s on this {device.type}, all of them "
             f"{plan['iterations'] * seconds / 3600:,.1f} hours; --iterations changes that"
         )
-    return files, notes
+    return files, [*notes, *left_out_of(asked.hr, asked.lr, asked.val)]
