@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import unicodedata
 import zlib
 from pathlib import Path, PurePath
@@ -15,6 +16,7 @@ from PIL import Image
 from dlgsanet_arch.data import finding, images
 from dlgsanet_arch.data.finding import find_images, image_key
 from dlgsanet_arch.data.images import ImageError, read_8_bits, read_header, read_stored
+from dlgsanet_arch.data.similarity import pixel_digest
 from dlgsanet_arch.errors import UserError
 
 SIZE = (20, 30)
@@ -533,14 +535,32 @@ def test_absurd_sizes_are_refused_by_the_header(tmp_path, monkeypatch):
 
 
 def test_small_files_do_not_fill_the_memory(tmp_path):
-    data = png((9000, 9000), 8, 2, RGB.reshape(SIZE[0], -1))
-    refused(written(tmp_path / "x.png", data), "9000 x 9000 pixels in .* more than images compress")
+    for side, colour in ((9000, 2), (6000, 3)):  # palettes become four channels
+        data = png((side, side), 8, colour, RGB.reshape(SIZE[0], -1), (b"PLTE", bytes(3)))
+        reason = f"{side} x {side} pixels in .* more than images compress"
+        refused(written(tmp_path / "x.png", data), reason)
     data = encoded(".jpg", RGB, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
     last = data[data.rindex(b"\xff\xda") : -2]
-    refused(written(tmp_path / "x.jpg", data[:-2] + 64 * last + data[-2:]), "more than 64 scans")
+    refused(written(tmp_path / "x.jpg", data[:-2] + 24 * last + data[-2:]), "more than 24 scans")
+    with pytest.raises(ImageError, match="more than 24 scans"):  # before it is decoded for its end
+        read_stored(written(tmp_path / "x.jpg", data[:-2] + 24 * last))
     path = written(tmp_path / "x.png", encoded(".png", RGB))
     os.truncate(path, images.MAX_BYTES + 1)  # a hole: nothing is written
     refused(path, "is a file of 1,280,000,001 bytes")
+
+
+def test_memory_is_a_few_times_that_of_the_pixels(tmp_path):
+    data = png((1000, 1000), 8, 0, np.zeros((1000, 1000), np.uint8), (b"tRNS", b"\0\1"))
+    path = written(tmp_path / "x.png", data)
+    tracemalloc.start()
+    try:
+        pixels = read_8_bits(path).pixels
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+        tracemalloc.reset_peak()
+        pixel_digest(pixels)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
 
 
 OTHER_SAMPLES = [

@@ -27,10 +27,10 @@ MAX_PIXELS = 160_000_000
 # What MAX_PIXELS of 16-bit colour with alpha need uncompressed: larger files are not even read.
 MAX_BYTES = 8 * MAX_PIXELS
 # A small file must not fill the memory: beyond so many bytes uncompressed, an image may be at most
-# so many times as large as its file.
-ANY_GROWTH, MAX_GROWTH = 2**27, 200
+# so many times as large as its file. Decoders hold several times as much: up to 0.9 GB for 1 MB.
+ANY_GROWTH, MAX_GROWTH = 2**27, 150
 # Progressive JPEG files have 10 scans or so; hundreds are made to keep a decoder busy.
-MAX_SCANS = 64
+MAX_SCANS = 24
 TOO_LARGE = (
     f"claims {{}} pixels; at most {MAX_PIXELS:,} are read: if the size is true, cut the image into "
     "parts"
@@ -122,7 +122,10 @@ def _check_size(image: ImageFile, bits: int, file_size: int, least: int) -> None
         raise Refusal(TOO_LARGE.format(f"{width} x {height}"))
     if min(width, height) < least:
         raise Refusal(f"is too small: {width} x {height} pixels, both sides must be {least}")
-    uncompressed = width * height * len(image.getbands()) * max(1, bits // 8)
+    # Palettes become colours with alpha, as WebP's pixels are from the start.
+    has_four = image.mode.startswith("P") or image.format == "WEBP"
+    channels = 4 if has_four else len(image.getbands())
+    uncompressed = width * height * channels * max(1, bits // 8)
     if uncompressed > max(ANY_GROWTH, MAX_GROWTH * file_size):
         raise Refusal(
             f"claims {width} x {height} pixels in {file_size:,} bytes, which is more than images "
@@ -153,13 +156,13 @@ def _open(data: bytes, least: int, converts: bool) -> ImageFile:
     if name == "JPEG":
         # Pillow stops behind the header of the first scan: images within EXIF lie before it.
         scans = stream.tell()
+        if data.count(JPEG_SCAN, scans) > MAX_SCANS:
+            raise Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
         if data.find(JPEG_END, scans) < 0:
             data = data.removesuffix(JPEG_END[:1])
             if not (converts and _has_all_pixels(data)):
                 raise Refusal("is cut short: the end of the JPEG file is missing")
             image = _opened(BytesIO(data + JPEG_END), name)
-        if data.count(JPEG_SCAN, scans) > MAX_SCANS:
-            raise Refusal(f"is made of more than {MAX_SCANS} scans: save it again")
     if image.mode in ("CMYK", "LAB") and not converts:
         raise Refusal(f"holds {image.mode} colours: convert it to RGB with its colour profile")
     return image

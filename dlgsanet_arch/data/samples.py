@@ -125,8 +125,9 @@ def samples(image: ImageFile, data: bytes, orientation: int) -> tuple[Pixels, Pi
     # PNG names one colour as the transparent one, in samples of the file's width.
     if image.mode == "L" and bits < 8:
         transparent = transparent * 255 // (2**bits - 1)
-    white = np.iinfo(array.dtype).max
-    return array, np.where((array == transparent).all(2), 0, white).astype(array.dtype)
+    alpha = np.full(array.shape[:2], np.iinfo(array.dtype).max, array.dtype)
+    alpha[(array == transparent).all(2)] = 0
+    return array, alpha
 
 
 def on_white(colour: Pixels, alpha: Pixels) -> Pixels:

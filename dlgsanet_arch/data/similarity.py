@@ -74,7 +74,9 @@ def find_copies(
 
 def pixel_digest(image: ImageArray) -> str:
     """SHA-256 of shape and pixels, equal for equal images whatever files they came from."""
-    return sha256(f"{image.shape} ".encode() + image.tobytes()).hexdigest()
+    digest = sha256(f"{image.shape} ".encode())
+    digest.update(np.ascontiguousarray(image))  # no copy, as `tobytes` makes one
+    return digest.hexdigest()
 
 
 def psnr_to_bicubic(lr: ImageArray, hr: ImageArray, scale: int) -> float:
