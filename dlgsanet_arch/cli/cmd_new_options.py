@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     variants = ("tiny", "light", "large")
     add("--variant", choices=variants, default="tiny", help="of the network (default: tiny)")
     add("--name", help="of the run and files (default: VARIANT_xSCALE_FOLDER)")
-    weights = "weights to fine-tune from: a file, or tiny_x4"
+    weights = "weights to fine-tune from: a file, or bundled ones by name, such as tiny_x4"
     add("-m", "--weights", type=Path, metavar="FILE", help=weights)
     add_common(parser, "param-key")
     add("--patch", type=int, metavar="N", help="side of patches in LR pixels (default: 48)")

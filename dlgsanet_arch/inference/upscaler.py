@@ -31,14 +31,14 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601, the Y that super-resolution is measured
 
 
 def default_weights(scale: float | None = None) -> Path:
-    """Return the bundled weights, those of `scale` if there are any; UpscaleError without any."""
-    paths = list(bundled_weights().values())
+    """Return the bundled weights of the next scale from `scale` (default 4) up, or the largest."""
+    paths = {int(path.stem.rpartition("x")[2]): path for path in bundled_weights().values()}
     if not paths:
         raise UpscaleError(
             "weights are needed, and this package has no bundled ones: name a file, "
             "`dlgsanet upscale -m net_g_latest.pth …` or Upscaler('net_g_latest.pth')"
         )
-    return next((path for path in paths if path.stem.endswith(f"x{scale or 4:g}")), paths[0])
+    return paths[min((each for each in paths if each >= (scale or 4)), default=max(paths))]
 
 
 def _find_device(name: str | torch.device | None) -> torch.device:
