@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlgsanet_arch.data import check
+from dlgsanet_arch.data import headers
 from dlgsanet_arch.data.check import batch_problems, scan
 from dlgsanet_arch.data.images import read_header
 from dlgsanet_arch.data.making import encode_png
@@ -131,6 +131,17 @@ def test_unequal_keys_are_named(root, options, scanned):
         (LQ, f"1 of 2 images in {hr} have no partner in {lr}: 'b'"),
         (LQ, f"1 of 2 images in {lr} have no partner in {hr}: 'c'"),
     )
+
+
+def test_a_database_that_crashes_its_reader_is_named(root, options, scanned):
+    """LMDB does not check sizes of values: what reads so many bytes gets a signal."""
+    use_databases(options, root, "a", "a")
+    path = root / "hr.lmdb/data.mdb"
+    put(path.parent, b"a", bytes(9000))  # in pages of its own, as says the 1 after the size
+    nodes = [struct.pack("<IHH", size, 1, 1) + b"a" for size in (9000, 2**32 - 9999)]
+    assert path.read_bytes().count(nodes[0]) == 1
+    path.write_bytes(path.read_bytes().replace(*nodes))
+    scanned(("train", f"{root / 'hr.lmdb'} and {root / 'lr.lmdb'}: a worker process died, SIG"))
 
 
 @pytest.mark.parametrize(
@@ -290,9 +301,9 @@ def test_what_basicsr_changes_in_images_is_a_warning(root, options, scanned, cha
 
 
 def test_of_many_images_headers_of_some_are_read(root, scanned, monkeypatch):
-    monkeypatch.setattr(check, "MOST_HEADERS", 2)
+    monkeypatch.setattr(headers, "MOST_HEADERS", 2)
     read = []
-    monkeypatch.setattr(check, "read_header", lambda file: read.append(file) or read_header(file))
+    monkeypatch.setattr(headers, "read_header", lambda file: read.append(file) or read_header(file))
     assert "datasets:val: 3 pairs; checked the headers of 2" in scanned().notes
     names = [name for name in ("image0.png", "image2.png") for _ in ("HR", "LR")]
     assert [Path(file.name).name for file in read] == names * 2

@@ -349,6 +349,43 @@ def test_a_value_beyond_the_file_s_pages_ends_in_a_message(tmp_path, verified):
     assert f"wrong: {path} cannot be read: a worker process died, SIG" in said
 
 
+def test_values_in_one_place_end_in_a_message(tmp_path, verified):
+    """A file of 0.4 MB whose 100 values are one and the same: more than it has."""
+    path, image = tmp_path / "train_HR_sub.lmdb", encode_png(photograph("chelsea.png")[:90, :99])
+    assert len(image) > 8192
+    root = database(path, {b"00": image, **{b"%02d" % n: b"x" * 2100 for n in range(1, 100)}})
+    first, *others = map(int, root[16:216].view("<u2"))
+    for node in others:
+        root[node : node + 4] = root[first : first + 4]  # the size
+        root[node + 10 : node + 18] = root[first + 10 : first + 18]  # the page
+    root.base.flush()
+    said = verified(1, path)
+    assert f"{path} cannot be read: its entries claim more bytes than it has" in said
+
+
+def test_a_database_of_holes_ends_in_a_message(tmp_path, verified):
+    path = tmp_path / "train_HR_sub.lmdb"
+    database(path, {b"a": encode_png(photograph("chelsea.png"))})
+    pages = np.memmap(path / "data.mdb", np.uint8, "r+").reshape(-1, 4096)
+    for meta in pages[:2]:
+        meta[32:40].view("<u8")[0] = 2**34  # the size of the map
+        meta[136:144].view("<u8")[0] = 2**18  # the last page
+    pages.base.flush()
+    os.truncate(path / "data.mdb", 2**31)
+    assert f"{path} is damaged: most of its bytes are not there" in verified(1, path)
+
+
+def test_links_in_circles_are_named_and_the_rest_is_read(tmp_path, verified):
+    save(tmp_path, *PHOTOGRAPHS)
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    said = verified(1, tmp_path)
+    assert f"{tmp_path}: 4 images" in said
+    assert "BasicSR fails when it reads them: 'loop'; move" in said
+    assert "loop.png: HR cannot be opened: Too many levels of symbolic links" in said
+    assert "1 of 4 images are bad" in said
+
+
 def test_too_little_memory_is_said(tmp_path, monkeypatch, verified):
     def no_memory(*_, **__):
         raise MemoryError

@@ -5,35 +5,21 @@ BasicSR would fail hours into a run on what is wrong, or read it otherwise witho
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlgsanet_arch.data.images import Header, read_header
-from dlgsanet_arch.data.listing import (
-    Checked,
-    PairSet,
-    list_images,
-    open_image,
-    read_sample,
-    size_faults,
-)
+from dlgsanet_arch.data.databases import is_database
+from dlgsanet_arch.data.headers import check_headers
+from dlgsanet_arch.data.listing import PairSet
+from dlgsanet_arch.data.workers import ordered
 from dlgsanet_arch.errors import UserError
-from dlgsanet_arch.hints import quoted
 from dlgsanet_arch.options import Context, Registered
 from dlgsanet_arch.options.context import is_number, is_whole
 from dlgsanet_arch.options.paths import data_faults, owner
 from dlgsanet_arch.options.schema import known_dataset
 
-MOST_HEADERS = 2000
-# What BasicSR changes silently in images: the field of `Header`, what they have, what is done.
-CHANGED = {
-    "gray": ("are gray", "BasicSR makes three equal channels of them"),
-    "alpha": ("have transparency", "BasicSR drops it"),
-    "deep": ("have more than 8 bits", "BasicSR reads 8 of them"),
-}
 FFHQ_IMAGES = 70_000  # that BasicSR's FFHQDataset has in folders, whatever is there
 
 
@@ -46,42 +32,6 @@ class Scan:
     notes: list[str] = field(default_factory=list)  # how much was checked
     samples: dict[str, int] = field(default_factory=dict)  # their number
     smallest: dict[str, tuple[int, int]] = field(default_factory=dict)  # HR's height and width
-
-
-def _header(path: Path, name: str) -> Header:
-    with open_image(path, name) as file:
-        return read_header(file)
-
-
-def _check_headers(checked: Checked) -> None:
-    """Check evenly spread samples of a set by the headers of their images."""
-    each, pairs = checked.set, checked.pairs
-    pairs = pairs[:: math.ceil(len(pairs) / MOST_HEADERS) or 1]
-    count = "all" if len(pairs) == len(checked.pairs) else f"{len(pairs):,}"
-    checked.notes.append(f"{len(checked.pairs):,} {checked.what}; checked the headers of {count}")
-    wrong: dict[str, dict[str, str]] = {"hr": {}, "lr": {}}
-    changed: dict[tuple[str, str], list[str]] = defaultdict(list)
-    sizes = []
-    for names in pairs:
-        headers, faults = read_sample(each, names, _header)
-        for part, name in zip(each.paths, names, strict=True):
-            for kind in (kind for kind in CHANGED if getattr(headers.get(part), kind, False)):
-                changed[part, kind].append(name)
-        if not faults and each.hr:
-            sizes.append(headers["hr"][:2])
-            faults = size_faults(each, each.scale, headers["hr"], headers.get("lr"))
-        for part, text in faults.items():
-            wrong[part][names[0]] = text
-    checked.smallest = min(sizes, key=sorted, default=None)
-    for part, texts in wrong.items():
-        if texts:
-            what = f"{len(texts)} of {len(pairs)} checked cannot be used: {quoted(texts, 3)}"
-            fix = "make them again or leave them out, or correct the path or the scale"
-            checked.add(part, f"{what}; the first: {next(iter(texts.values()))}; {fix}")
-    for (part, kind), names in changed.items():
-        text = f"{len(names)} of {len(pairs)} images checked in {each.paths[part]} "
-        text += f"{CHANGED[kind][0]}: {quoted(names, 3)}; {CHANGED[kind][1]}"
-        checked.warnings.append((part, text))
 
 
 def sets_of_options(options: Mapping[str, Any], root: Path) -> dict[str, PairSet]:
@@ -168,12 +118,14 @@ def scan(
 def _scan_set(phase: str, context: Context, listing: str | None, found: Scan) -> None:
     path, whose = f"datasets:{phase}", owner(phase, context.section(f"datasets:{phase}"))
     keys = {"hr": "dataroot_gt", "lr": "dataroot_lq", "list": listing, "template": "filename_tmpl"}
+    places: list[str] = []
     try:
-        checked = list_images(_pair_set(phase, context))
-        if not checked.faults:
-            _check_headers(checked)
+        each = _pair_set(phase, context)
+        places = [f"{place}" for place in each.paths.values() if is_database(place)]
+        [checked] = ordered(check_headers, [each], 1, isolated=bool(places))
     except (OSError, UserError) as error:
-        found.problems.append(f"{path}: {error}")
+        where = f"{' and '.join(places)}: " if places else ""
+        found.problems.append(f"{path}: {where}{error}")
         return
     found.problems += [f"{path}:{keys[part]}: {whose}: {text}" for part, text in checked.faults]
     found.warnings += [f"{path}:{keys[part]}: {text}" for part, text in checked.warnings]

@@ -18,6 +18,7 @@ from pathlib import Path
 import lmdb
 
 from dlgsanet_arch._basicsr import shared_environments
+from dlgsanet_arch.data.images import ANY_GROWTH, MAX_GROWTH, stored_size
 from dlgsanet_arch.data.making import PNG_COMPRESSION, Recipe, fits, made_before
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import (
@@ -70,6 +71,8 @@ def open_database(path: Path) -> Iterator[lmdb.Environment]:
             size = (path / DATA).stat().st_size
             if size < needed:
                 raise UserError(f"{path} is cut short, {size:,} of {needed:,} bytes: {AGAIN}")
+            if needed > max(ANY_GROWTH, MAX_GROWTH * stored_size(path / DATA)):
+                raise UserError(f"{path} is damaged: most of its bytes are not there; {AGAIN}")
             yield environment
     except lmdb.Error as error:
         raise UserError(f"{path} is damaged or cut short ({error}): {AGAIN}") from error

@@ -72,6 +72,12 @@ class StoredImage:
     exif: bytes | None = None  # those EXIF data that stay true if the image is resized
 
 
+def stored_size(path: Path) -> int:
+    """Return how many bytes of a file are on the disk: holes in it are not."""
+    found = path.stat()
+    return 512 * getattr(found, "st_blocks", 0) or found.st_size  # some systems do not say
+
+
 def read_bytes(path: Path) -> bytes:
     """Read an image's file; ImageError if it cannot be opened, or is larger than any image."""
     try:
@@ -80,6 +86,8 @@ def read_bytes(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ImageError(path, f"is a file of {size:,} bytes; at most {MAX_BYTES:,} are read")
+        if size > max(ANY_GROWTH, MAX_GROWTH * stored_size(path)):
+            raise ImageError(path, "is damaged: most of its bytes are not there")
         return path.read_bytes()
     except OSError as error:
         raise ImageError(path, f"cannot be opened: {error.strerror}") from error

@@ -94,13 +94,20 @@ class Checked:
         self.faults.append((part, text))
 
 
+def _asked(ask: Callable[[], bool], otherwise: bool) -> bool:
+    try:
+        return ask()
+    except OSError:  # a link that leads around in circles
+        return otherwise
+
+
 def _folder_images(checked: Checked, part: str, path: Path) -> list[str]:
     """The images among a folder's files, all of which BasicSR reads."""
     with os.scandir(path) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-    if inner := [each.name for each in entries if each.is_dir()]:
+    if inner := [each.name for each in entries if _asked(each.is_dir, False)]:
         checked.notes.append(f"BasicSR passes over folders in {path}: {quoted(inner)}")
-    files = [each.name for each in entries if each.is_file()]
+    files = [each.name for each in entries if _asked(each.is_file, True)]
     images = [name for name in files if Path(name).suffix.lower() in READ_BY_OPENCV]
     if others := sorted({*files}.difference(images)):
         text = f"{path} holds files that are not images, and BasicSR fails when it reads them: "

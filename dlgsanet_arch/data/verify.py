@@ -15,7 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from dlgsanet_arch.data.databases import DATA, DatabaseWriter, is_database, is_finished
+from dlgsanet_arch.data.databases import (
+    DATA,
+    DatabaseWriter,
+    is_database,
+    is_finished,
+    open_entry,
+)
 from dlgsanet_arch.data.discovery import known_name
 from dlgsanet_arch.data.finding import SUFFIXES, check_folder, walk_folders
 from dlgsanet_arch.data.images import decode_8_bits
@@ -109,6 +115,7 @@ class Sample(NamedTuple):
     psnr: float | None = None  # of LR to the bicubic of HR, in dB
     size: Size = WHOLE  # of HR
     corners: Mapping[Size, Levels] = {}  # of HR, see `corner_thumbnails`
+    stored: int = 0  # bytes of its entries in LMDBs
 
 
 def _pixels(path: Path, name: str) -> ImageArray:
@@ -159,16 +166,36 @@ def _judge(checked: Checked, samples: Mapping[str, Sample]) -> None:
             checked.bad[name] = faults
 
 
+def _stored(path: Path, name: str) -> int:
+    """Return how many bytes an LMDB's entry claims, 0 for an image of a folder."""
+    if not is_database(path):
+        return 0
+    with open_entry(path, name) as value:
+        return len(value)
+
+
+def _examine_counted(names: Sequence[str], each: PairSet, sizes: Sequence[Size]) -> Sample:
+    stored = sum(map(_stored, each.paths.values(), names))
+    return _examine(names, each, sizes)._replace(stored=stored)
+
+
 def _verify_set(
     each: PairSet, workers: int, sizes: Sequence[Size]
 ) -> tuple[Checked, dict[str, Sample]]:
     """Check every image of a set; `sizes` are those of the training images to compare with."""
     isolated = any(map(is_database, each.paths.values()))
+    samples: dict[str, Sample] = {}
     try:
         [checked] = ordered(list_images, [each], 1, isolated=isolated)
-        examine = partial(_examine, each=each, sizes=sizes)
+        examine = partial(_examine_counted, each=each, sizes=sizes)
         found = with_progress(examine, checked.pairs, workers, each.name, isolated=isolated)
-        samples = {name: one for (name, *_), one in found}
+        databases = [path / DATA for path in each.paths.values() if is_database(path)]
+        left = sum(path.stat().st_size for path in databases)
+        with closing(found):
+            for (name, *_), one in found:
+                samples[name], left = one, left - one.stored
+                if left < 0:
+                    raise UserError("its entries claim more bytes than it has: it is damaged")
     except UserError as error:
         checked, samples = Checked(each), {}
         paths = " and ".join(map(str, each.paths.values()))
