@@ -26,7 +26,7 @@ RESULTS = BENCHMARKS / "results"
 GPU_TESTS = (
     *("tests/test_triton_backend.py", "tests/test_golden.py", "tests/test_ops.py"),
     *("tests/test_network.py", "tests/test_published_kernels.py", "tests/test_inference.py"),
-    "tests/test_metrics.py",
+    *("tests/test_metrics.py", "tests/test_fused_triton.py"),
 )
 # What there is to measure, and with which arguments of which Python: the most valuable first.
 # A section's results are results/<section>_<device>.json.

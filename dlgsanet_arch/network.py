@@ -174,9 +174,7 @@ class MHDLSA(Mixer):
 
     @property
     def fused_form(self) -> Callable[[Tensor, LayerNorm, Mixer], Tensor] | None:
-        conv = self.conv
-        fits = type(conv) is FilterGenerator and conv.kernel <= fused.LARGEST_KERNEL
-        return fused.add_mhdlsa if fits else None
+        return fused.add_mhdlsa if type(self.conv) is FilterGenerator else None
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         return self.conv1(self.conv(normed(x, norm, self.conv0)))
@@ -214,7 +212,11 @@ class SparseGSA(Mixer):
     def has_settings(self) -> bool:
         """Return whether it has the layers that it was built with."""
         kinds = (Conv1x1, 1, False), (DepthwiseConv, 3, False), (Conv1x1, 1, False)
-        return has_layers(self, *kinds) and self.qkv.out_channels == 3 * self.qkv.in_channels
+        return (
+            has_layers(self, *kinds)
+            and self.qkv.out_channels == 3 * self.qkv.in_channels
+            and self.temperature.shape == (self.heads, 1, 1)
+        )
 
     def forward(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         qkv = self.qkv_dwconv(normed(x, norm, self.qkv))

@@ -31,6 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dlgsanet_arch.configs import published_configs
+from dlgsanet_arch.fused import triton_layers
+from dlgsanet_arch.network import DLGSANet
 from dlgsanet_arch.ops import triton_backend
 
 TARGETS = (80, 90, 120)
@@ -54,7 +56,18 @@ def dynamic_convolution(config: dict[str, Any], dtype: torch.dtype, side: int) -
     triton_backend.projected_backward(torch.empty_like(x), *inputs, kernel)
 
 
-CALLERS = (dynamic_convolution,)
+def fused_layers(config: dict[str, Any], dtype: torch.dtype, side: int) -> None:
+    """Call the halves of the layers of a network without gradients."""
+    with torch.device("meta"):
+        block = DLGSANet(**config).eval().to(dtype).deep_feature_extraction[0].body
+        x = torch.empty(1, config["dim"], side, side, dtype=dtype)
+    x, (local, attending, *_) = x.to(memory_format=torch.channels_last), block
+    triton_layers.add_mhdlsa(x, local.norm1, local.IDynamicDWConv)
+    triton_layers.add_gdfn(x, local.norm2, local.IDynamic_ffn)
+    triton_layers.add_attention(x, attending.norm3, attending.restormer_attn)
+
+
+CALLERS = (dynamic_convolution, fused_layers)
 
 
 class Driver:

@@ -1,10 +1,13 @@
 """Fixtures shared by every test module."""
 
 import gc
+import importlib.util
 import logging
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,26 @@ def group():
     # Networks freed after it would wait for gloo's threads with the lock that they wait for.
     gc.collect()
     torch.distributed.destroy_process_group()
+
+
+def _prepare_interpreter() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Return a function that runs another in a process where Triton interprets its kernels.
+
+    Triton decides that at import, from `TRITON_INTERPRET`. Other tests are not affected.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: requirements-test.txt names it for Linux")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")  # for the process, which starts here
+            process.submit(_prepare_interpreter).result()
+        yield lambda function, *args: process.submit(function, *args).result()
 
 
 @pytest.fixture

@@ -4,14 +4,17 @@ Counted without a GPU: on the meta device, which takes a GPU's path, and for aut
 to normalise in float32 as CUDA's autocast does. Views cost no kernel and are not counted.
 """
 
+import importlib
+import importlib.util
 from contextlib import nullcontext
 
 import pytest
 import torch
 from dispatch import Operators
 from helpers import SMALL_ARGUMENTS
+from test_fused_triton import Launches
 
-from dlgsanet_arch import DLGSANet, network
+from dlgsanet_arch import DLGSANet, fused, network
 
 TINY = {
     **SMALL_ARGUMENTS,
@@ -52,6 +55,23 @@ def test_forward_of_tiny():
         with Operators() as counted:
             net(x)
     assert sum(launches(counted).values()) <= 450, launches(counted)
+
+
+def test_forward_of_tiny_by_fused_layers(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: requirements-test.txt names it for Linux")
+    forms = importlib.import_module("dlgsanet_arch.fused.triton_layers")
+    monkeypatch.setattr(fused, "_forms", lambda _: forms)
+    monkeypatch.setattr(forms, "is_eager", lambda _: True)  # the meta device has no autocast
+    with torch.device("meta"):
+        net = DLGSANet(**TINY).eval().bfloat16()
+        x = torch.empty(1, 3, 180, 320, dtype=torch.bfloat16)
+    with torch.no_grad(), Operators() as counted, Launches(lambda *_, **__: None) as kernels:
+        net(x)
+    assert kernels.count == 9 * 10
+    made = "aten::empty", "aten::new_empty"  # memory alone
+    others = {name: calls for name, calls in launches(counted).items() if not name.startswith(made)}
+    assert sum(others.values()) <= 30, others
 
 
 def trained(net, x):

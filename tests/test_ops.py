@@ -1098,10 +1098,10 @@ def test_filters_are_never_in_memory(dtype, layout):
 @pytest.fixture
 def _nothing_said_yet():
     dynamic._warn_once.cache_clear()
-    dynamic._has_triton.cache_clear()
+    dynamic.has_triton.cache_clear()
     yield
     dynamic._warn_once.cache_clear()
-    dynamic._has_triton.cache_clear()
+    dynamic.has_triton.cache_clear()
 
 
 def on(device, dtype):

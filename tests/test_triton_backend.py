@@ -1,13 +1,10 @@
 """The Triton kernels against the reference: in the interpreter of Triton, and on a GPU.
 
-Triton decides at import whether it interprets. So the kernels are interpreted in a separate
-process, started with `TRITON_INTERPRET` set, and other tests are not affected.
+What is interpreted runs in a separate process, by the fixture `interpreted`.
 """
 
 import importlib.util
 import itertools
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import pytest
@@ -76,11 +73,6 @@ def check(names, actual, expected, inputs, tolerance):
 
 
 # The functions up to "The tests" run in the interpreting process.
-def _prepare():
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
-
-
 def _kernels():
     from dlgsanet_arch.ops import triton_backend
 
@@ -166,18 +158,6 @@ def check_index():
 
 
 # The tests.
-@pytest.fixture(scope="module")
-def interpreted():
-    """Return a function that runs another in a process where Triton interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: requirements-test.txt names it for Linux")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")  # for the process, which starts here
-            process.submit(_prepare).result()
-        yield lambda function, *args: process.submit(function, *args).result()
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_reference(interpreted, case):
     interpreted(check_case, *case)

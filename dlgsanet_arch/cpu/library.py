@@ -110,29 +110,39 @@ def is_transformed() -> bool:
     return forward_mode or torch._C._are_functorch_transforms_active()
 
 
+def is_eager(device_type: str) -> bool:
+    """Return whether kernels may be called: nothing compiles, exports, traces or transforms.
+
+    Compilers and exporters get PyTorch's own operators, which they know, and so do autocast and
+    torch.func.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(device_type)
+        or torch.jit.is_tracing()
+        or is_transformed()
+    )
+
+
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor is dense memory of this dtype, not empty and not of a subclass."""
+    return (
+        tensor.dtype == dtype
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.numel() > 0
+    )
+
+
 def can_run(*tensors: Tensor | None) -> bool:
     """Return whether kernels can compute with all of these: eager float32 on a CPU, not empty.
 
-    Compilers and exporters get PyTorch's own operators, which they know, and so do autocast,
-    torch.func and subclasses of tensors. Nothing of this is remembered: a tensor's data may be
-    replaced.
+    Nothing of this is remembered: a tensor's data may be replaced.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
-        or is_transformed()
-        or load() is None
-    ):
+    if not is_eager("cpu") or load() is None:
         return False
     for each in tensors:
-        if each is not None and not (
-            each.dtype == torch.float32
-            and each.device.type == "cpu"
-            and type(each) in (Tensor, nn.Parameter)
-            and each.layout == torch.strided
-            and each.numel() > 0
-        ):
+        if each is not None and not (each.device.type == "cpu" and is_plain(each, torch.float32)):
             return False
     _keep_freed_memory()
     return True

@@ -6,13 +6,14 @@ returns x + mixer(norm(x)). Names and formulas are those of `network.py`.
 
 import functools
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlgsanet_arch import cpu
+from dlgsanet_arch.cpu.library import LARGEST_KERNEL
+from dlgsanet_arch.fused.weights import read, read_mhdlsa
 from dlgsanet_arch.ops import attention_weights
 from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.tlc import Axis
@@ -27,21 +28,13 @@ LEAST_ROWS = 8  # of a tile
 # depend on the number of threads.
 _SUM_ROWS = 48
 
-# The weights of a mixer, by name, with their shapes.
-_NORM = "x: B C H W; norm.weight: C; norm.bias: C; "
-_PATTERNS = {
-    "add_gdfn": "project_in.weight: 2E C 1 1; dwconv.weight: 2E 1 3 3; project_out.weight: C E 1 1",
-    "add_mhdlsa": (
-        "conv0.weight: C C 1 1; conv.conv1.0.weight: D C 1 1; conv.conv1.0.bias: D; "
-        "conv.conv1.1.weight: D 1 K K; conv.conv1.1.bias: D; conv.conv2.0.weight: GKK D 1 1; "
-        "conv.conv2.0.bias: GKK; conv1.weight: C C 1 1"
-    ),
-    "add_attention": (
-        "qkv.weight: 3C C 1 1; qkv_dwconv.weight: 3C 1 3 3; project_out.weight: C hc 1 1"
-    ),
-}
-_PARSED = {operator: Pattern(_NORM + pattern) for operator, pattern in _PATTERNS.items()}
 _CONV3X3 = Pattern("x: B C H W; weight: O C 3 3; bias: O")
+
+
+def can_run(x: Tensor, *weights: Tensor) -> bool:
+    """Return whether these forms take such a map and the weights of a norm and a mixer."""
+    sides = (each.shape[-1] for each in weights if each.dim() == 4)
+    return cpu.can_run(x, *weights) and max(sides, default=1) <= LARGEST_KERNEL
 
 
 def _ring_columns(ring: int) -> int:
@@ -74,16 +67,6 @@ def _tile(x: Tensor, halo: int, ring: int) -> tuple[int, int]:
     return -(-height // down), -(-width // across)
 
 
-def _read(
-    operator: str, x: Tensor, norm: "LayerNorm", mixer: nn.Module, **known: int
-) -> tuple[list[Tensor], list[int]]:
-    """Return x and the weights that an operator takes, and the sizes of its pattern's letters."""
-    pattern, body = _PARSED[operator], norm.body
-    own = (attrgetter(name)(mixer) for name, _ in pattern.tensors[3:])
-    tensors = [x, body.weight, body.bias, *own]
-    return tensors, sizes(operator, pattern, *tensors, **known)
-
-
 def _run(
     kernel: str,
     tile: tuple[int, int],
@@ -97,18 +80,16 @@ def _run(
 
 def add_gdfn(x: Tensor, norm: "LayerNorm", gdfn: "GDFN") -> Tensor:
     """Return x + GDFN(LN(x))."""
-    tensors, (_, channels, _, _, hidden) = _read("add_gdfn", x, norm, gdfn)
+    tensors, (_, channels, _, _, hidden) = read("add_gdfn", x, norm, gdfn)
     out = x.new_empty(x.shape)
     _run("add_gdfn", _tile(x, 1, 3 * 2 * hidden), [*tensors, out], channels, hidden)
     return out
 
 
 def add_mhdlsa(x: Tensor, norm: "LayerNorm", mhdlsa: "MHDLSA") -> Tensor:
-    """Return x + MHDLSA(LN(x)), with filters of at most `cpu.library.LARGEST_KERNEL`."""
-    tensors, numbers = _read("add_mhdlsa", x, norm, mhdlsa)
+    """Return x + MHDLSA(LN(x)), with filters of at most LARGEST_KERNEL."""
+    tensors, numbers = read_mhdlsa(x, norm, mhdlsa)
     _, channels, _, _, hidden, kernel, groups = numbers
-    if groups < 1 or channels % groups:
-        raise ValueError(f"add_mhdlsa cannot share {groups} filters among {channels} channels")
     out = x.new_empty(x.shape)
     tile = _tile(x, kernel // 2, kernel * (channels + hidden))
     _run("add_mhdlsa", tile, [*tensors, out], channels, hidden, groups, kernel)
@@ -150,7 +131,7 @@ def add_attention(x: Tensor, norm: "LayerNorm", attention: "SparseGSA") -> Tenso
     mean of their matrices, so that no pixel is worked on twice.
     """
     heads, window = attention.heads, attention.eval_window()
-    tensors, numbers = _read("add_attention", x, norm, attention, h=heads)
+    tensors, numbers = read("add_attention", x, norm, attention, h=heads)
     *tensors, projection = tensors
     batch, channels, height, width, share = numbers
     # q, k and v. Of q and k there are only sums over cells: Σ q kᵀ of each head, Σ q² and Σ k².

@@ -24,13 +24,14 @@ from dlgsanet_arch.ops.shapes import Pattern, sizes
 from dlgsanet_arch.precision import full_precision, is_autocast
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_LARGEST_KERNEL = 11
+TRITON_LARGEST_KERNEL = 11
 _GIVEN = Pattern("weight: B G K K H W; x: B GS H W")
 _PROJECTED = Pattern("weight: GKK D; bias: GKK; hidden: B D H W; x: B GS H W")
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
     # Asked once: it searches the path, and operators are called hundreds of times a forward.
     return importlib.util.find_spec("triton") is not None
 
@@ -56,12 +57,12 @@ def choose_backend(kernel: int, *tensors: Tensor) -> ModuleType:
         return pytorch_backend
     if device.type != "cuda":
         reason = f"no kernel for {device.type}"
-    elif not _has_triton():
+    elif not has_triton():
         reason = "Triton is not installed"
     elif dtype not in _TRITON_DTYPES:
         reason = f"no kernel for {dtype}"
-    elif kernel > _TRITON_LARGEST_KERNEL:
-        reason = f"no kernel for filters over {_TRITON_LARGEST_KERNEL} wide, got {kernel}"
+    elif kernel > TRITON_LARGEST_KERNEL:
+        reason = f"no kernel for filters over {TRITON_LARGEST_KERNEL} wide, got {kernel}"
     else:
         return importlib.import_module("dlgsanet_arch.ops.triton_backend")
     _warn_once(reason)
