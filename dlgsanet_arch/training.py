@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlgsanet_arch.averaging import AveragesWeights, FollowsSchedule
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.graphs import Graphs
 from dlgsanet_arch.hints import suggest_or_list
 from dlgsanet_arch.options import schema
 from dlgsanet_arch.options.context import optimizers
@@ -24,6 +25,8 @@ class TrainingError(UserError):
 
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Modes of torch.compile that replay CUDA graphs.
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -41,21 +44,36 @@ def _check(options: Mapping[str, Any]) -> None:
             "train:amp and train:compile need a process for each GPU: start with `torchrun "
             "--nproc_per_node=N train.py ... --launcher pytorch`, or set num_gpu: 1"
         )
+    if (mode := train.get("compile")) in _GRAPH_MODES:
+        _check_graphs(mode, options)
 
 
-def _check_compiler(backend: str, device: torch.device) -> None:
+def _check_graphs(mode: str, options: Mapping[str, Any]) -> None:
+    """Raise a TrainingError where the step cannot be replayed from CUDA graphs."""
+    train, fix = options["train"], "; write `compile: true`, which uses no CUDA graphs"
+    if not options["num_gpu"] or not torch.cuda.is_available():
+        raise TrainingError(f"train:compile: {mode} replays CUDA graphs and needs a GPU{fix}")
+    if (train.get("accumulation") or 1) > 1:  # gradients of a part stay in the graph's memory
+        raise TrainingError(f"train:compile: {mode} does not work with train:accumulation{fix}")
+    if options.get("find_unused_parameters"):
+        raise TrainingError(f"train:compile: {mode} needs find_unused_parameters: false{fix}")
+
+
+def _check_compiler(arguments: Mapping[str, Any], device: torch.device) -> None:
     """Compile one addition: what is missing shows now, with its cause, not within the network."""
     if not hasattr(torch.compiler, "set_stance"):
         raise TrainingError(f"train:compile needs PyTorch 2.6, and this is {torch.__version__}")
     try:
-        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=device))
+        torch.compile(lambda x: x + 1, **arguments)(torch.ones(2, device=device))
     except Exception as error:  # compilers are many, and so are their errors
+        kind, name = next(iter(arguments.items()))
         cause = getattr(error, "inner_exception", error)  # what the backend itself raised
         raise TrainingError(
-            f"train:compile: torch.compile does not run here with the backend {backend!r} "
+            f"train:compile: torch.compile does not run here with the {kind} {name!r} "
             f"({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}). Its inductor "
             "needs a C++ compiler for a CPU and Triton for a GPU; backends: "
-            f"{', '.join(torch.compiler.list_backends())}; or leave train:compile out"
+            f"{', '.join(torch.compiler.list_backends())}; modes with CUDA graphs: "
+            f"{', '.join(_GRAPH_MODES)}; or leave train:compile out"
         ) from error
 
 
@@ -81,12 +99,15 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         _check(opt)
         train = opt.get("train") or {}
-        backend = train.get("compile") or None
+        chosen = train.get("compile") or None
         self._amp = _AMP.get(train.get("amp"))
         self._channels_last = bool(train.get("channels_last"))
-        self._backend = "inductor" if backend is True else backend  # of torch.compile
+        kind = "mode" if chosen in _GRAPH_MODES else "backend"
+        # What torch.compile is given; None does not compile.
+        self._compile = chosen and {kind: "inductor" if chosen is True else chosen}
         self._clip_grad_norm = train.get("clip_grad_norm") or None
         self._accumulation = train.get("accumulation") or 1
+        self._graphs = Graphs()
         self.log_dict: dict[str, Tensor] = {}
         # Gradients that overflow in float16 are the scaler's business: it passes the step over.
         self._may_overflow: dict[str, Tensor] = {}
@@ -97,9 +118,9 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
         net = net.to(self.device)
         if self._channels_last:
             _to_channels_last(net)
-        if self._backend and self.is_train:
-            _check_compiler(self._backend, self.device)
-            net.compile(backend=self._backend)  # in place: names in checkpoints stay
+        if self._compile and self.is_train:
+            _check_compiler(self._compile, self.device)
+            net.compile(**self._compile)  # in place: names in checkpoints stay
         return super().model_to_device(net)
 
     def init_training_settings(self) -> None:
@@ -147,6 +168,9 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         """Train one iteration on the batch of `feed_data`; `output` is the whole batch's."""
+        self._graphs.clear()  # of a validation
+        if self._compile and "mode" in self._compile:
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the last step may go
         self.optimizer_g.zero_grad()
         count = min(self._accumulation, len(self.lq))
         parts = zip(self.lq.tensor_split(count), self.gt.tensor_split(count), strict=True)
@@ -211,6 +235,10 @@ class DLGSANetModel(AveragesWeights, FollowsSchedule, SRModel):
 
     def test(self) -> None:
         """Compute `output` of `lq` as testing does: in full precision, and without compiling."""
-        compiled = self._backend is not None
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            super().test()
+        network = getattr(self, "net_g_ema", self.net_g)
+        mode, compiled = network.training, self._compile is not None
+        network.eval()
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with stance, torch.no_grad():
+            self.output = self._graphs(network, self.lq)
+        network.train(mode)

@@ -175,6 +175,44 @@ def test_tensors_stay_on_their_gpu(small):
     assert np.abs(cpu - gpu).max() <= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "atol"), [("fp32", 2e-3), ("bf16", 2e-2)])
+def test_replayed_tiles_are_those_of_the_network_on_cuda(small, dtype, atol, recwarn):
+    replayed, plain = (Upscaler(small, tile=24, batch=2, dtype=dtype) for _ in range(2))
+    plain._graphs = lambda network, x: network(x)
+    network, kept = replayed.network, replayed._graphs._kept
+    for size in ((60, 90), (60, 90), (40, 30), (24, 24)):  # tiles of one size, and other images
+        given = torch.rand(1, 3, *size, device="cuda")
+        torch.testing.assert_close(replayed(given), plain(given), rtol=0, atol=atol)
+    assert any(kept.values())
+    with torch.no_grad():
+        for parameters in zip(network.parameters(), plain.network.parameters(), strict=True):
+            for each in parameters:
+                each.mul_(0.9)
+    before = len(kept)
+    torch.testing.assert_close(replayed(given), plain(given), rtol=0, atol=atol)
+    network.upsample[0].weight = torch.nn.Parameter(network.upsample[0].weight.detach().clone())
+    torch.testing.assert_close(replayed(given), plain(given), rtol=0, atol=atol)
+    assert len(kept) == before + 1
+    assert not [each for each in recwarn.list if "CUDA graphs" in str(each.message)]
+
+
+@pytest.mark.gpu
+def test_the_memory_of_recordings_is_freed_on_cuda(small):
+    upscaler, given = Upscaler(small, tile=0), torch.rand(1, 3, 400, 400, device="cuda")
+    reserved = []
+    for _ in range(3):
+        for _ in range(3):
+            upscaler(given)
+        assert all(upscaler._graphs._kept.values())
+        for clear in (lambda: None, upscaler._graphs.clear):
+            clear()
+            torch.cuda.empty_cache()
+            reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] > reserved[1]
+    assert reserved[1] >= reserved[3] >= reserved[5]  # libraries keep some from their first call
+
+
 # Transparency
 
 

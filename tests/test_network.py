@@ -273,6 +273,31 @@ def test_compiles_with_inductor():
         torch.testing.assert_close(out, net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_compiled_with_graphs_it_trains_as_without_on_cuda():
+    torch.compiler.reset()
+    losses = []
+    for mode in (None, "reduce-overhead"):
+        torch.manual_seed(0)
+        net = build({}, torch.float32).train().cuda()
+        if mode:
+            net.compile(mode=mode)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+        x = images(net, 2, (16, 16)).cuda()
+        losses.append([])
+        for _ in range(5):  # the first ones are not replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                out = net(x)
+            loss = out.float().square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[0][-1] < 0.97 * losses[0][0]
+
+
 @pytest.mark.parametrize("windows", [False, True])
 def test_exports_to_plain_operators(windows):
     """With dynamic sizes, or with windows at a fixed size."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from dlgsanet_arch import training
 from dlgsanet_arch.averaging import FollowsSchedule, average
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import losses as loss_module
@@ -224,6 +225,28 @@ def test_compile_works_in_place_and_not_in_validation(tmp_path, backend):
     assert_equal(weights(model.net_g_ema), weights(plain.net_g_ema))
 
 
+def test_modes_of_compile_with_cuda_graphs(tmp_path, monkeypatch):
+    options = {"num_gpu": 1, "dist": False, "train": {"compile": "max-autotune"}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    training._check(options)
+    for changes, said in (
+        ({"train": {"compile": "max-autotune", "accumulation": 2}}, "with train:accumulation;"),
+        ({"find_unused_parameters": True}, "needs find_unused_parameters: false;"),
+        ({"num_gpu": 0}, "needs a GPU;"),
+    ):
+        with pytest.raises(UserError, match=f"^train:compile: max-autotune .*{said} write `com"):
+            training._check(options | changes)
+    given, begun = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: given.append(how))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    for name in ("_check", "_check_compiler"):
+        monkeypatch.setattr(training, name, lambda *_: None)
+    for chosen in ("reduce-overhead", "eager", True):
+        train(build(tmp_path, compile=chosen))
+    assert given == [{"mode": "reduce-overhead"}, {"backend": "eager"}, {"backend": "inductor"}]
+    assert len(begun) == 3  # iterations of the first
+
+
 def test_any_optimizer_of_torch_takes_its_own_arguments(tmp_path):
     optim = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.5, "fused": True}
     model = build(tmp_path, optim_g=optim)
@@ -263,6 +286,7 @@ REFUSED = [
     ({"num_gpu": 2, "amp": "bf16"}, "a process for each GPU"),
     ({"num_gpu": 2, "compile": True}, "a process for each GPU"),
     ({"compile": "broken"}, r"train:compile.*'broken' \(.*No working C\+\+ compiler"),
+    ({"compile": "reduce-overhead"}, "reduce-overhead replays CUDA graphs and needs a GPU; write"),
     ({"compile": "indutcor"}, r"'indutcor'.*backends: .*inductor"),
     ({"optim_g": {"type": "AdmaW"}}, "no optimizer 'AdmaW' for a loop; did you mean 'AdamW'"),
     ({"optim_g": {"type": "lr_scheduler"}}, "no optimizer 'lr_scheduler'"),

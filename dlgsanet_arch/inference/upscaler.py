@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlgsanet_arch import cpu, memory
 from dlgsanet_arch.checkpoint import Checkpoint, bundled_weights, read_checkpoint
+from dlgsanet_arch.graphs import Graphs
 from dlgsanet_arch.inference import arrays
 from dlgsanet_arch.inference.arrays import DEEP, Depth
 from dlgsanet_arch.memory import LEAST_TILE, UpscaleError
@@ -117,6 +118,7 @@ class Upscaler:
         self.tile, self.overlap, self.batch = tile, overlap, batch
         self._dtype, self._ensemble = dtype, ensemble
         self._notice = notice or partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
+        self._graphs = Graphs(self._notice)
         self._most: int | None = None  # pixels that memory sufficed for, once it did not
         self._channels = weights.config["in_chans"]
         if self._channels not in (1, 3):
@@ -264,7 +266,8 @@ class Upscaler:
             given = given.reshape(-1, 1, *given.shape[2:])
         given = given.contiguous()
         with torch.no_grad(), self._precision():
-            run = partial(self_ensemble, self.network) if self._ensemble else self.network
+            run = partial(self._graphs, self.network)
+            run = partial(self_ensemble, run) if self._ensemble else run
             result = run(given).float()
         if self._channels > channels:
             weights = torch.tensor(_LUMA, device=result.device).view(1, -1, 1, 1)
@@ -310,7 +313,10 @@ class Upscaler:
                     raise
                 reason = str(error).partition("\n")[0]
             # Out of the handler: the error held the frames that held the memory.
+            had_recordings = self._graphs.clear(for_good=True)
             memory.empty_cache(self.device)
+            if had_recordings:
+                continue
             tried = tile or side
             if tried <= LEAST_TILE:
                 raise UpscaleError(
