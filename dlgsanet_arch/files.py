@@ -19,6 +19,7 @@ except ImportError:  # not on Windows
 
 # Within a data set's folder: what it was made from.
 RECIPE = "recipe.json"
+OPEN_FILES = "too many files are open for the system's limit: raise it, as by `ulimit -n 1024`"
 # Suffixes of what is not complete yet, and of what is about to be removed.
 UNFINISHED = ".unfinished"
 OLD = ".old"
@@ -146,6 +147,8 @@ def disk_faults_named(fault: str) -> Iterator[None]:
                 f"{fault}: the disk is full; free some space and run the same command again, "
                 "finished work is kept"
             ) from error
+        if error.errno == errno.EMFILE:
+            raise UserError(f"{fault}: {OPEN_FILES}") from error
         place = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{fault}: {place}{error.strerror or error}") from error
 

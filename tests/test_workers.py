@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ from processes import started
 from dlgsanet_arch.data import workers as workers_module
 from dlgsanet_arch.data.workers import AHEAD, ITEMS_A_WORKER, ordered, with_progress
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import disk_faults_named
 
 
 def work_for_minutes(begun: Path) -> None:
@@ -105,3 +107,17 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+def _without_files(_: int) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_the_limit_of_open_files_is_named():
+    with pytest.raises(UserError, match="ulimit -n 1024`, or use --workers 1"):
+        list(ordered(_without_files, [1], 1))
+    with (
+        pytest.raises(UserError, match="x cannot be written: too many files are open"),
+        disk_faults_named("x cannot be written"),
+    ):
+        _without_files(1)

@@ -89,8 +89,9 @@ def read_bytes(path: Path) -> bytes:
         if size > max(ANY_GROWTH, MAX_GROWTH * stored_size(path)):
             raise ImageError(path, "is damaged: most of its bytes are not there")
         return path.read_bytes()
-    except OSError as error:
-        raise ImageError(path, f"cannot be opened: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the last: a zero byte in the name
+        reason = getattr(error, "strerror", error)
+        raise ImageError(path, f"cannot be opened: {reason}") from error
 
 
 def _format_of(start: bytes, formats: Sequence[str]) -> str:

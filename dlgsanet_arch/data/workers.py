@@ -1,5 +1,6 @@
 """One function over many items in several processes, results in order."""
 
+import errno
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -16,6 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from dlgsanet_arch.errors import UserError
+from dlgsanet_arch.files import OPEN_FILES
 from dlgsanet_arch.progress import progress_bar
 
 Item = TypeVar("Item")
@@ -125,6 +127,10 @@ def ordered(
             yield from map(function, remaining)
         else:
             yield from _by_processes(function, remaining, workers)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UserError(f"{OPEN_FILES}, or use --workers 1") from error
     except MemoryError as error:
         raise UserError(
             f"memory ran out with --workers {workers}: run again with fewer, or with more "

@@ -1,5 +1,6 @@
 """Arrays and Pillow images as the network takes them: channels, depth, transparency, size."""
 
+import math
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from dlgsanet_arch.memory import UpscaleError
 
 Depth = TypeVar("Depth", np.uint8, np.uint16)
 DEEP = np.iinfo(np.uint16).max
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def checked(image: Any) -> NDArray:
@@ -37,18 +39,20 @@ def check_tensor(images: Tensor) -> None:
 
     Resampling may have put values a little outside of the range.
     """
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or not images.is_floating_point():
+    kind = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
+    kind = "nested" if images.is_nested else kind
+    shape = () if images.is_nested else tuple(images.shape)
+    fits = len(shape) == 4 and shape[1] in (1, 3) and 0 not in shape
+    if not fits or kind != "strided" or images.dtype not in _FLOATS:
         raise UpscaleError(
-            "tensors are (B, 3, H, W) or (B, 1, H, W), floats in [0, 1]; got the shape "
-            f"{shape} and {images.dtype}"
+            "tensors are (B, 3, H, W) or (B, 1, H, W), floats in [0, 1] of 16 to 64 bits; got the "
+            f"shape {shape} and {images.dtype}" + f", {kind}" * (kind != "strided")
         )
     low, high = (float(each) for each in images.aminmax())
     if not -0.25 <= low <= high <= 1.25:  # False for NaN as well
-        raise UpscaleError(
-            f"tensors have values in [0, 1]; got {low:g} to {high:g}: "
-            + ("divide by 255" if 2 < high <= 255 and low >= 0 else "scale it to that range")
-        )
+        fix = "divide by 255" if 2 < high <= 255 and low >= 0 else "scale it to that range"
+        fix = fix if math.isfinite(high - low) else "replace what is no finite number"
+        raise UpscaleError(f"tensors have values in [0, 1]; got {low:g} to {high:g}: {fix}")
 
 
 def from_pillow(image: Any) -> NDArray:
@@ -58,7 +62,9 @@ def from_pillow(image: Any) -> NDArray:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("L", "LA", "RGB", "RGBA", "I", "F") or image.mode.startswith("I;16"):
         return np.asarray(image)
-    has_alpha = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
+    if image.mode == "La":
+        return np.asarray(image.convert("LA"))
+    has_alpha = image.mode in ("PA", "RGBa") or "transparency" in image.info
     return np.asarray(image.convert("RGBA" if has_alpha else "L" if image.mode == "1" else "RGB"))
 
 

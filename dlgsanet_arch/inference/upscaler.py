@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,14 +102,15 @@ class Upscaler:
         config: Mapping[str, Any] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
+        if dtype not in tuple(_DTYPES):
             raise UpscaleError(f"dtype must be fp32, bf16 or fp16; got {dtype!r}")
         if tile not in ("auto", 0) and not (isinstance(tile, int) and tile >= LEAST_TILE):
             raise UpscaleError(f"tile must be 'auto', 0 or {LEAST_TILE} or more; got {tile!r}")
-        if overlap < 0 or batch < 1:
+        counts = isinstance(overlap, Integral) and isinstance(batch, Integral)
+        if not counts or overlap < 0 or batch < 1:
             raise UpscaleError(f"overlap must be 0 or more, batch 1 or more; {overlap=}, {batch=}")
-        if scale is not None and not 0 < scale <= 64:
-            raise UpscaleError(f"scale must be more than 0 and at most 64; got {scale}")
+        if scale is not None and not (isinstance(scale, Real) and 0 < scale <= 64):
+            raise UpscaleError(f"scale must be more than 0 and at most 64; got {scale!r}")
         if not isinstance(weights, Checkpoint):
             path = default_weights(scale) if weights is None else weights
             weights = read_checkpoint(path, config=config)
