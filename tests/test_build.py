@@ -35,7 +35,8 @@ def checkout(repository, tmp_path) -> Path:
     """All that a build reads, where it may write."""
     folder = tmp_path / "a checkout"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(repository / "dlgsanet_arch", folder / "dlgsanet_arch", ignore=ignored)
+    for name in ("dlgsanet_arch", "options"):
+        shutil.copytree(repository / name, folder / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(repository / name, folder)
     return folder
@@ -158,7 +159,10 @@ def test_an_sdist_holds_all_that_a_build_needs(checkout):
     (archive,) = checkout.glob("dist/*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    sources = {str(path.relative_to(checkout)) for path in checkout.glob("dlgsanet_arch/**/*.py")}
+    parts = ("dlgsanet_arch/**/*.py", "dlgsanet_arch/*/*.safetensors", "dlgsanet_arch/*/*/*.yml")
+    found = (path for each in (*parts, "options/*/*.yml") for path in checkout.glob(each))
+    sources = {str(path.relative_to(checkout)) for path in found}
+    assert {Path(name).suffix for name in sources} == {".py", ".safetensors", ".yml"}
     needed = {"dlgsanet_arch/py.typed", "MANIFEST.in", "LICENSE"}
     needed |= {f"dlgsanet_arch/cpu/{name}" for name in library.SOURCES}
     assert sources | needed | {"setup.py", "pyproject.toml", "README.md"} <= names

@@ -143,6 +143,8 @@ def test_weights_are_found_under_every_key_and_prefix(tmp_path, weights):
         (weights, None, weights),
         ({"state_dict": weights, "epoch": 3}, None, weights),
         ({"model_state_dict": weights, "optimizer_state_dict": {}}, None, weights),
+        ({"model": weights, "step": 3}, None, weights),
+        ({"net_g": weights, "net_d": averaged}, None, weights),
         (prefixed("module."), None, weights),
         ({"params": prefixed("module.")}, None, weights),
         (prefixed("module.module."), None, weights),

@@ -1,6 +1,8 @@
-"""What each way in imports: looked up in sys.modules of fresh processes."""
+"""What each way in imports, seen in sys.modules of fresh processes; and what may import what."""
 
+import ast
 import json
+import re
 import sys
 
 import cv2
@@ -53,6 +55,34 @@ def test_every_verb_has_a_line_and_a_module(repository):
 
     files = (repository / "dlgsanet_arch" / "cli").glob("cmd_*.py")
     assert {path.stem.removeprefix("cmd_").replace("_", "-") for path in files} == {*VERBS}
+
+
+def imports_of(path):
+    """The parts of the package that a file imports, at its top or later, not for types alone."""
+    tree = ast.parse(path.read_text())
+    tree.body = [each for each in tree.body if not ast.unparse(each).startswith("if TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlgsanet_arch"):
+            _, *inside = node.module.split(".")
+            yield from inside[:1] or (each.name for each in node.names)
+
+
+def test_imports_go_downwards_as_contributing_says(repository):
+    text = (repository / "CONTRIBUTING.md").read_text()
+    order, lowest = re.search(
+        r"Downwards only: (.*?);\s(.*?) are at the bottom", text, re.DOTALL
+    ).groups()
+    names = [re.findall(r"`(\w+)`", each) for each in (*order.split("→"), lowest)]
+    level = {name: number for number, each in enumerate(names) for name in each}
+    found, package = set(), repository / "dlgsanet_arch"
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if not part.startswith("__"):
+            found |= {(part, each) for each in imports_of(path) if each != part}
+    assert {name for pair in found for name in pair} - level.keys() == set()
+    bottom = len(names) - 1
+    upwards = {(a, b) for a, b in found if level[a] >= level[b] and level[a] != bottom}
+    assert upwards == {("hub", "checkpoint")}
 
 
 def test_the_network_imports_torch_and_neither_basicsr_nor_torchvision(tmp_path):

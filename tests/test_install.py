@@ -142,8 +142,10 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel, repository):
     sources = {path.relative_to(repository) for path in repository.glob("dlgsanet_arch/**/*.py")}
     assert sources <= names
     assert Path("dlgsanet_arch/py.typed") in names
-    templates = {name.name for name in names if name.parent.name == "templates"}
-    assert templates == {"train.yml", "test.yml"}
+    patterns = ("weights/*.safetensors", "tools/*/*.yml", "tools/*/*.py")
+    found = {path for each in patterns for path in (repository / "dlgsanet_arch").glob(each)}
+    assert {path.name for path in found} >= {"tiny_x4.safetensors", "train.yml", "test.yml"}
+    assert {path.relative_to(repository) for path in found} <= names
     # Of the kernels what was compiled, if anything could be: tests/test_build.py.
     kernels = {name.name.partition(".")[0] for name in names if name.suffix in (".so", ".c")}
     assert kernels in ({"_avx2", "_avx512"}, {"_neon"}, set())

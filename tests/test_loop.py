@@ -91,6 +91,16 @@ def test_it_ends_at_total_iter_and_validates_there_whatever_the_epochs(root):
     assert state["iter"] == 10
 
 
+def test_gray_networks_train_on_y(root):
+    options = small_options("gray", total=4, num_worker_per_gpu=0, color="y")
+    options["datasets"]["val"]["color"] = "y"
+    options["network_g"]["in_chans"] = 1
+    train(root, options)
+    assert weights(root, "gray")["params/overlap_embed.0.proj.weight"].shape[1] == 1
+    (validation,) = events(root, "gray", "validation")
+    assert 5 < validation["metrics"]["psnr"] < 60
+
+
 def test_a_complete_run_is_left_as_it_is(root, undisturbed):
     undisturbed("SRModel")
     folder = root / "experiments/whole_SRModel"

@@ -1,4 +1,4 @@
-"""examples/dlgsanet.ipynb runs from its second cell to its last; its training is shortened."""
+"""examples/dlgsanet.ipynb finds what to install, and then runs; its training is shortened."""
 
 import json
 import os
@@ -11,14 +11,32 @@ import pytest
 from PIL import Image
 
 
+@pytest.fixture
+def cells(repository):
+    """The notebook's cells of code."""
+    notebook = json.loads((repository / "examples" / "dlgsanet.ipynb").read_text())
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("is_checkout", [True, False])
+def test_the_first_cell_installs_a_checkout_or_an_archive(
+    repository, tmp_path, monkeypatch, cells, is_checkout
+):
+    monkeypatch.chdir(repository / "examples" if is_checkout else tmp_path)
+    python, _, commands = cells[0].partition("\n%pip install ")
+    names = {}
+    exec(python, names)
+    source = repository if is_checkout else tmp_path / "dlgsanet.zip"
+    assert names["SOURCE"] == source.resolve().as_uri()
+    assert '"dlgsanet-arch[all] @ {SOURCE}"' in commands
+    assert commands.endswith("!dlgsanet doctor --fix --yes")
+
+
 @pytest.mark.faults  # it takes a minute
-def test_the_notebook_runs(repository, tmp_path, monkeypatch):
+def test_the_notebook_runs(repository, tmp_path, monkeypatch, cells):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(repository))
     matplotlib.use("Agg")
-    notebook = json.loads((repository / "examples" / "dlgsanet.ipynb").read_text())
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert "dlgsanet-arch[all]" in cells[0]
     names = {}
 
     def shell(command):
