@@ -19,7 +19,7 @@ from dlgsanet_arch.network import DLGSANet
 _DEVICE = "cuda"
 _MOST_KEPT = 4  # kinds of calls
 _MOST_PIXELS = 1 << 18  # of a batch; larger ones keep a GPU busy, and their memory would be kept
-_PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
+_PLAIN = frozenset((bool, int, float, str, tuple, torch.dtype, type(None)))
 
 
 def _state(network: nn.Module) -> tuple[Hashable, ...] | None:
