@@ -278,11 +278,15 @@ def _attend_project_kernel(
 
 
 @functools.cache
-def _heads(channels: int, count: int) -> Heads:
+def _heads(channels: int, count: int, bits: int) -> Heads:
     share = channels // count
-    blocks = _blocks(count, max(1, 32 // share))
-    together = _blocks(count, blocks)
-    return Heads(count, share, padded_to(share), together, blocks, padded_to(together * share))
+    choices = []
+    for most in (32, 16) if bits < 32 else (32,):  # channels at a time: others would spill
+        blocks = _blocks(count, max(1, most // share))
+        together = _blocks(count, blocks)
+        choices.append((together, blocks, padded_to(together * share)))
+    fullest = min(choices, key=lambda choice: choice[1] * choice[2])
+    return Heads(count, share, padded_to(share), *fullest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -315,7 +319,7 @@ def add_attention(x: Tensor, norm: "LayerNorm", attention: "SparseGSA") -> Tenso
     blocks, windows = batch, batch
     for *_, count, single, shared in axes:
         blocks, windows = blocks * (count * (single + shared) - shared), windows * count
-    own = _heads(channels, heads)
+    own = _heads(channels, heads, 8 * x.element_size())
     with torch.cuda.device_of(x):
         qkv, _, packed = norm_project(x, scale, shift, project, filters)
         v, out = torch.empty_like(x), torch.empty_like(x)
