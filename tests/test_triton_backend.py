@@ -22,17 +22,19 @@ LAYOUTS = {
     "sliced": lambda x: _slice_of_a_larger_map(x, torch.contiguous_format),
     "sliced channels last": lambda x: _slice_of_a_larger_map(x, torch.channels_last),
 }
-# Tiles are 4 x 16 pixels: below, at and above; smaller than the kernel; H != W.
+# Tiles are 8 pixels wide and 4 high, 2 in float32: below, at and above; smaller than the kernel;
+# H != W. Tiny's and Large's layers; groups of channels that vectors of 2 do not divide.
 # (B, C, H, W), G, K, D, dtype, layout of x, of the hidden features, of the arriving gradient.
 CASES = [
-    ((1, 12, 5, 17), 2, 3, 12, "float32", "channels last", "channels last", "channels last"),
-    ((2, 4, 2, 3), 2, 5, 5, "bfloat16", "channels last", "nchw", "sliced"),
-    ((1, 2, 1, 2), 1, 7, 3, "float16", "nchw", "channels last", "nchw"),
-    ((1, 2, 4, 2), 2, 11, 2, "float32", "nchw", "nchw", "transposed"),
-    ((2, 4, 3, 6), 2, 1, 4, "bfloat16", "sliced", "sliced", "nchw"),
+    ((1, 12, 3, 9), 2, 3, 12, "float32", "channels last", "channels last", "channels last"),
+    ((1, 4, 2, 3), 2, 5, 5, "float32", "channels last", "nchw", "sliced"),
+    ((1, 48, 1, 2), 8, 7, 12, "float16", "nchw", "channels last", "nchw"),
+    ((1, 90, 1, 2), 15, 7, 22, "bfloat16", "channels last", "channels last", "channels last"),
+    ((1, 2, 1, 2), 1, 11, 2, "float16", "nchw", "nchw", "transposed"),
+    ((2, 4, 5, 9), 2, 1, 4, "bfloat16", "sliced", "sliced", "nchw"),
     ((1, 30, 2, 4), 15, 3, 17, "float16", "transposed", "transposed", "channels last"),
     ((1, 9, 1, 3), 1, 3, 2, "float32", "sliced", "channels last", "nchw"),
-    ((1, 11, 3, 1), 1, 1, 1, "float16", "channels last", "sliced", "sliced"),
+    ((1, 10, 3, 1), 1, 1, 1, "float16", "channels last", "sliced", "sliced"),
     ((2, 4, 2, 3), 2, 3, 3, "float32", "sliced channels last", "transposed", "channels last"),
 ]
 TOLERANCES = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
@@ -107,9 +109,15 @@ def check_expanded_gradient():
 
 
 def check_shares_of_tiles():
-    # Three tiles in two shares, and taps that do not fill the last program.
+    # Three tiles in two shares.
     with mock.patch.object(_kernels(), "PROJECTION_SPLITS", 2):
-        check_case((1, 2, 9, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
+        check_case((1, 2, 5, 3), 1, 3, 2, "float32", "nchw", "nchw", "nchw")
+
+
+def check_full_precision():
+    # Two taps at a time: the second block of a column's three shares one with the first.
+    with mock.patch.object(_kernels(), "_precision", return_value="ieee"):
+        check_case((1, 6, 2, 3), 1, 3, 5, "float32", "nchw", "nchw", "nchw")
 
 
 def check_out_of_reach():
@@ -168,6 +176,7 @@ def test_kernels_equal_reference(interpreted, case):
     [
         check_expanded_gradient,
         check_shares_of_tiles,
+        check_full_precision,
         check_out_of_reach,
         check_same_bits,
         check_wide_offsets,
