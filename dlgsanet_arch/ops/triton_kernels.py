@@ -188,8 +188,7 @@ def _load_weights(
         column = SPEC.kernel - 1 - column
         taps = SPEC.kernel - 1 - taps
     outputs = _outputs(taps, first_group + row % GROUPS, column, SPEC)
-    with_last = first == SPEC.features // SPEC.run * SPEC.run
-    last = tl.load(bias + outputs, mask=exist & with_last, other=0.0)[:, None]
+    last = tl.load(bias + outputs, mask=exist & (first == SPEC.features), other=0.0)[:, None]
     return _load_operand(weight + outputs * SPEC.features, exist, first, last, ROWS, SPEC)
 
 
