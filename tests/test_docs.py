@@ -84,3 +84,10 @@ def test_files_are_there(repository, name):
     pattern = r"dlgsanet (train -opt|test -opt|options) (\w+)"
     for verb, given in re.findall(pattern, text):
         assert shipped.find(Path(given), train=verb != "test -opt").is_file()
+
+
+def test_the_network_alone_runs_as_printed(repository):
+    section = (repository / "README.md").read_text().partition("### The network alone")[2]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], names)
+    assert names["image"].shape == (1, 3, 192, 192)
