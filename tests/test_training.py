@@ -227,15 +227,16 @@ def test_compile_works_in_place_and_not_in_validation(tmp_path, backend):
 
 def test_modes_of_compile_with_cuda_graphs(tmp_path, monkeypatch):
     options = {"num_gpu": 1, "dist": False, "train": {"compile": "max-autotune"}}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    training._check(options)
-    for changes, said in (
-        ({"train": {"compile": "max-autotune", "accumulation": 2}}, "with train:accumulation;"),
-        ({"find_unused_parameters": True}, "needs find_unused_parameters: false;"),
-        ({"num_gpu": 0}, "needs a GPU;"),
-    ):
-        with pytest.raises(UserError, match=f"^train:compile: max-autotune .*{said} write `com"):
-            training._check(options | changes)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        training._check(options)
+        for changes, said in (
+            ({"train": {"compile": "max-autotune", "accumulation": 2}}, "with train:accumulation;"),
+            ({"find_unused_parameters": True}, "needs find_unused_parameters: false;"),
+            ({"num_gpu": 0}, "needs a GPU;"),
+        ):
+            with pytest.raises(UserError, match=f"^train:compile: max-autotune .*{said} write `c"):
+                training._check(options | changes)
     given, begun = [], []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: given.append(how))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
