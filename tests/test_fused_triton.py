@@ -144,6 +144,12 @@ def check_zeros():
         assert torch.equal(out, x)
 
 
+def check_small_values():
+    # Where the epsilon under the norm's variance counts.
+    x, norm, mixer = made(CASES[1], torch.float32)
+    assert error(_forms().add_gdfn, 1e-3 * x, norm, mixer) <= TOLERANCES["float32"]
+
+
 def check_network(name):
     config = {**published_configs()[name], "groups": 1, "blocks": 1}
     net = build(config, torch.float32).eval()
@@ -172,7 +178,8 @@ def test_layers_in_half_precision(interpreted, case, dtype):
 
 
 @pytest.mark.parametrize(
-    "check", [check_any_layout_of_map_and_weights, check_wide_offsets, check_zeros]
+    "check",
+    [check_any_layout_of_map_and_weights, check_wide_offsets, check_zeros, check_small_values],
 )
 def test_layers_hold_for(interpreted, check):
     interpreted(check)
@@ -192,6 +199,16 @@ def test_weights_that_do_not_fit_are_refused_before_a_launch(name, part, key, mi
     setattr(owner, own, torch.nn.Parameter(MISFITS[misfit](getattr(owner, own).detach())))
     with Launches(print) as launches, pytest.raises(ValueError, match=r"needs|share"):
         getattr(_forms(), add.__name__)(x, *parts)
+    assert not launches.count
+
+
+@needs_triton
+@pytest.mark.parametrize("misfit", ["longer", "shorter", "flat", "double", "meta"])
+def test_a_temperature_that_does_not_fit_is_refused_before_a_launch(misfit):
+    _, x, norm, mixer = forms()["attention"]
+    mixer.temperature = torch.nn.Parameter(MISFITS[misfit](mixer.temperature.detach()))
+    with Launches(print) as launches, pytest.raises(ValueError, match="temperature"):
+        _forms().add_attention(x, norm, mixer)
     assert not launches.count
 
 
