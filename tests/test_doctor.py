@@ -234,8 +234,13 @@ def main(argv=None):
         raise UserError("nobody is not there; name somebody")
     if argv == ["interrupt"]:
         raise KeyboardInterrupt
+    if argv == ["much"]:
+        import torch
+        torch.empty(10**13)
     if argv == ["fault"]:
         raise ZeroDivisionError
+    if argv == ["other fault"]:
+        raise RuntimeError("not of memory")
     print("hello", *argv)
     return 7
 """
@@ -258,8 +263,13 @@ def test_a_verb_is_a_line_and_a_module_and_its_user_errors_are_messages(capsys):
     assert cli.main(["greet", "nobody"]) == 1
     assert capsys.readouterr().err == "dlgsanet: nobody is not there; name somebody\n"
     assert cli.main(["greet", "interrupt"]) == 130
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["greet", "fault"])
+    assert cli.main(["greet", "much"]) == 1
+    assert re.match(
+        "dlgsanet: memory does not suffice .*; ask for smaller", capsys.readouterr().err
+    )
+    for fault, error in (("fault", ZeroDivisionError), ("other fault", RuntimeError)):
+        with pytest.raises(error):
+            cli.main(["greet", fault])
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"dlgsanet {__version__}\n"
 

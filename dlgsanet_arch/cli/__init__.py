@@ -82,6 +82,14 @@ def clean_up_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from dlgsanet_arch.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def exit_status(
     main: Callable[[Sequence[str] | None], int],
 ) -> Callable[[Sequence[str] | None], int]:
@@ -103,6 +111,15 @@ def exit_status(
             if error.filename is None:
                 raise
             print(printable(f"dlgsanet: {error.filename}: {error.strerror}"), file=sys.stderr)
+            return 1
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or "the system gave none"
+            fix = "ask for smaller images, patches, tiles or batches, or for fewer workers"
+            print(
+                printable(f"dlgsanet: memory does not suffice ({reason}); {fix}"), file=sys.stderr
+            )
             return 1
         except Interrupted as stop:
             print(f"dlgsanet: {stop}", file=sys.stderr)
