@@ -21,7 +21,8 @@ from dlgsanet_arch.files import disk_faults_named, write_atomically, written_ato
 _ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes is a zip file
 _GET_ANOTHER = "get it again, or use an earlier checkpoint"
 _PICKLES = 5  # of a file in PyTorch's old format
-_MOST_VALUES = 1_000_000  # of a tuple in a pickle
+# What a pickle may have at most.
+_MOST = {"values in a tuple": 1_000_000, "integers of over 64 bits": 1000}
 
 # Network file systems fail for a moment now and then.
 _ATTEMPTS = 3
@@ -70,29 +71,32 @@ def _read(path: Path) -> tuple[bytes, int]:
 def _check_pickle(path: Path, start: bytes) -> None:
     """Refuse what a small pickle makes large or slow, and no weights need.
 
-    These are bytes by their number, text by an encoding of quadratic time, and tuples of tuples,
-    which as keys take as long to hash as if they were written out.
+    These are bytes by their number, text by an encoding of quadratic time, tuples of tuples, which
+    as keys take as long to hash as if they were written out, and long integers, which as keys can
+    all have one hash.
     """
     if b"\nbytearray\n" in start:
         raise CheckpointError(f"{path} holds a bytearray, which no weights need; it is refused")
     if b"\nencode\n" in start and re.search(b"punycode|idna", start, re.IGNORECASE):
         raise CheckpointError(f"{path} holds encoded text, which no weights need; it is refused")
-    file, largest = io.BytesIO(start), [0]
+    file, found = io.BytesIO(start), dict.fromkeys(_MOST, 0)
     with suppress(ValueError, IndexError):  # damage, which torch.load names
         for _ in range(_PICKLES):
-            largest.append(_largest_tuple(file))
-    if max(largest) > _MOST_VALUES:
-        raise CheckpointError(
-            f"{path} holds tuples of more than {_MOST_VALUES:,} values, which no weights need; "
-            "it is refused"
-        )
+            _measure(file, found)
+    for what, most in _MOST.items():
+        if found[what] > most:
+            raise CheckpointError(
+                f"{path} holds more than {most:,} {what}, which no weights need; it is refused"
+            )
 
 
-def _largest_tuple(file: IO[bytes]) -> int:
-    """Return how many values the largest tuple of a pickle would have if it were written out."""
-    stack, largest = [], 0
+def _measure(file: IO[bytes], found: dict[str, int]) -> None:
+    """Count in a pickle what `_MOST` bounds: a tuple's values as if they were written out."""
+    stack = []
     memo: dict[Any, int] = {}
     for code, argument, _ in pickletools.genops(file):
+        if isinstance(argument, int) and argument.bit_length() > 64:
+            found["integers of over 64 bits"] += 1
         if "GET" in code.name:
             stack.append(memo.get(argument, 1))
         elif "PUT" in code.name:
@@ -108,8 +112,7 @@ def _largest_tuple(file: IO[bytes]) -> int:
                 at -= code.stack_before.index(pickletools.markobject)
             size = 1 + (sum(stack[at:]) if "TUPLE" in code.name else 0)
             stack[at:] = [size] * len(code.stack_after)
-            largest = max(largest, size)
-    return largest
+            found["values in a tuple"] = max(found["values in a tuple"], size)
 
 
 def check_complete(path: Path) -> int:

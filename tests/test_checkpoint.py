@@ -323,6 +323,12 @@ def _tuples(levels):
     return b"\x80\x02})q\0" + b"".join(doubled) + b"K\x01s."
 
 
+def _integers(count):
+    """A pickle of keys that all have one hash."""
+    keys = (((2**61 - 1) * i << 61).to_bytes(20, "little") for i in range(1, count))
+    return b"\x80\x02}(" + b"".join(b"\x8a\x14" + key + b"K\0" for key in keys) + b"u."
+
+
 def _encoded():
     """A pickle of text in an encoding that takes quadratic time."""
     text = "".join(map(chr, range(0x4E00, 0x9000))).encode() * 10
@@ -387,8 +393,9 @@ BAD_FILES = {
     "expanded": (lambda path: _with(path, lambda t: t[:1].expand(1 << 40)), "claims 4,398,"),
     "bytearray": (_bytearray, "holds a bytearray"),
     "compressed": (_compressed, "is compressed"),
-    "tuples": (lambda path: _pickled(path, _tuples(60)), "tuples of more than 1,000,000 values"),
-    "tuples, old format": (lambda path: path.write_bytes(_tuples(60)), "tuples of more than"),
+    "tuples": (lambda path: _pickled(path, _tuples(60)), "more than 1,000,000 values in"),
+    "tuples, old format": (lambda path: path.write_bytes(_tuples(60)), "values in a tuple"),
+    "integers": (lambda path: _pickled(path, _integers(5000)), "integers of over 64 bits"),
     "encoded": (lambda path: _pickled(path, _encoded()), "holds encoded text"),
     "two networks": (_two_networks, "holds several networks (a., b.)"),
     "int8": (lambda path: _with(path, lambda t: t.to(torch.int8)), "upsample.0.bias is of int8"),
