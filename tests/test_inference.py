@@ -122,7 +122,7 @@ def test_networks_for_other_channels():
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"),
         (torch.full((1, 3, 4, 4), 255.0), r"in \[0, 1\]; got 255 to 255: divide by 255"),
         (torch.tensor([-1.0, 1]).expand(1, 3, 4, 2), "got -1 to 1: scale it"),
-        (torch.full((1, 3, 4, 4), torch.nan), "got nan to nan: replace what is no finite"),
+        (torch.full((1, 3, 4, 4), torch.nan), "got nan to nan: replace values that are not finite"),
         (torch.zeros(1, 3, 4, 4, device="meta"), "torch.float32, meta"),
         (torch.zeros(1, 3, 4, 4).to_sparse(), "torch.float32, sparse_coo"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),

@@ -51,7 +51,7 @@ def check_tensor(images: Tensor) -> None:
     low, high = (float(each) for each in images.aminmax())
     if not -0.25 <= low <= high <= 1.25:  # False for NaN as well
         fix = "divide by 255" if 2 < high <= 255 and low >= 0 else "scale it to that range"
-        fix = fix if math.isfinite(high - low) else "replace what is no finite number"
+        fix = fix if math.isfinite(high - low) else "replace values that are not finite"
         raise UpscaleError(f"tensors have values in [0, 1]; got {low:g} to {high:g}: {fix}")
 
 
