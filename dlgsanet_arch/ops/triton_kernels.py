@@ -368,21 +368,22 @@ def hidden_gradient_kernel(grad, x, weight, out, height, width, SPEC: tl.constex
             columns, corner, grads = _gradient_block(
                 grad, x, tile, first_group, first_channel, size, SPEC
             )
-            for index in range(SPEC.blocks):
-                first_tap, first_new = _block(index, SPEC)
+            # One loop: of two, the assembler may unroll the inner one, and needs more registers.
+            for step in range(SPEC.blocks * SPEC.kernel):
+                first_tap, first_new = _block(step // SPEC.kernel, SPEC)
+                column = step % SPEC.kernel
                 taps = first_tap + row % TAPS
                 known = ((taps >= first_new) & (row % TAPS < SPEC.used))[:, None]
-                for column in range(SPEC.kernel):
-                    filters = _filter_gradients(
-                        grads, corner, tile, columns, column, first_tap, size, SPEC
-                    )
-                    filters = tl.reshape(filters, [2, GROUPS, 4, TAPS, ROWS])
-                    filters = tl.reshape(tl.permute(filters, [4, 0, 2, 1, 3]), [PIXELS, OUTPUTS])
-                    outputs = _outputs(taps, first_group + row // TAPS, column, SPEC)
-                    pointers = weight + outputs[:, None] * SPEC.features + depth
-                    mask = known & (depth < SPEC.features)
-                    weights = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                    total += _dot(filters, weights, SPEC)
+                filters = _filter_gradients(
+                    grads, corner, tile, columns, column, first_tap, size, SPEC
+                )
+                filters = tl.reshape(filters, [2, GROUPS, 4, TAPS, ROWS])
+                filters = tl.reshape(tl.permute(filters, [4, 0, 2, 1, 3]), [PIXELS, OUTPUTS])
+                outputs = _outputs(taps, first_group + row // TAPS, column, SPEC)
+                pointers = weight + outputs[:, None] * SPEC.features + depth
+                mask = known & (depth < SPEC.features)
+                weights = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                total += _dot(filters, weights, SPEC)
 
     pixel = tl.arange(0, PIXELS)
     rows = first_row + pixel // COLUMNS
