@@ -127,8 +127,8 @@ def check_wide_offsets():
     # 64-bit offsets, as for tensors of more than 2**31 elements, and products without TF32.
     parts = importlib.import_module("dlgsanet_arch.fused.triton_parts")
     with (
-        mock.patch.object(parts, "_index", return_value=parts.tl.int64),
-        mock.patch.object(parts, "_precision", return_value="tf32x3"),
+        mock.patch.object(parts, "offset_type", return_value=parts.tl.int64),
+        mock.patch.object(parts, "dot_precision", return_value="tf32x3"),
     ):
         for case in (CASES[1], CASES[4], CASES[8]):
             check_layer(case, "float32")

@@ -116,7 +116,7 @@ def check_shares_of_tiles():
 
 def check_full_precision():
     # Two taps at a time: the second block of a column's three shares one with the first.
-    with mock.patch.object(_kernels(), "_precision", return_value="ieee"):
+    with mock.patch.object(_kernels(), "dot_precision", return_value="ieee"):
         check_case((1, 6, 2, 3), 1, 3, 5, "float32", "nchw", "nchw", "nchw")
 
 
@@ -141,28 +141,28 @@ def check_same_bits():
 def check_wide_offsets():
     # 64-bit offsets, as for tensors of more than 2**31 elements.
     kernels = _kernels()
-    with mock.patch.object(kernels, "_index", return_value=kernels.tl.int64):
+    with mock.patch.object(kernels, "offset_type", return_value=kernels.tl.int64):
         check_case((2, 2, 3, 2), 1, 3, 2, "float32", "nchw", "channels last", "nchw")
 
 
 def check_precision():
     kernels, cudnn = _kernels(), torch.backends.cudnn
-    assert kernels._precision(torch.float16) == "tf32"
+    assert kernels.dot_precision(torch.float16) == "tf32"
     for allowed, precision in ((False, "ieee"), (True, "tf32")):
         cudnn.allow_tf32 = allowed
-        assert kernels._precision(torch.float32) == precision
+        assert kernels.dot_precision(torch.float32) == precision
     if hasattr(cudnn, "conv"):
         for precision in ("ieee", "tf32"):
             cudnn.conv.fp32_precision = precision
-            assert kernels._precision(torch.float32) == precision
+            assert kernels.dot_precision(torch.float32) == precision
 
 
 def check_index():
     kernels = _kernels()
     small = torch.empty(1, 2, 3, 4)
-    assert kernels._index(small, small) == kernels.tl.int32
+    assert kernels.offset_type(small, small) == kernels.tl.int32
     large = torch.empty(1, device="meta").as_strided((1, 48, 7000, 7000), (0, 7000**2, 7000, 1))
-    assert kernels._index(small, large) == kernels.tl.int64
+    assert kernels.offset_type(small, large) == kernels.tl.int64
 
 
 # The tests.

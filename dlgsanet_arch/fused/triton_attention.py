@@ -31,7 +31,7 @@ from dlgsanet_arch.fused.triton_parts import (
 )
 from dlgsanet_arch.fused.weights import read
 from dlgsanet_arch.ops.shapes import Pattern, sizes
-from dlgsanet_arch.ops.triton_backend import _blocks
+from dlgsanet_arch.ops.triton_backend import ceil_div
 from dlgsanet_arch.tlc import Axis
 
 if TYPE_CHECKING:
@@ -282,8 +282,8 @@ def _heads(channels: int, count: int, bits: int) -> Heads:
     share = channels // count
     choices = []
     for most in (32, 16) if bits < 32 else (32,):  # channels at a time: others would spill
-        blocks = _blocks(count, max(1, most // share))
-        together = _blocks(count, blocks)
+        blocks = ceil_div(count, max(1, most // share))
+        together = ceil_div(count, blocks)
         choices.append((together, blocks, padded_to(together * share)))
     fullest = min(choices, key=lambda choice: choice[1] * choice[2])
     return Heads(count, share, padded_to(share), *fullest)
@@ -303,7 +303,7 @@ def _segments(axis: Axis, most: int) -> tuple[int, ...]:
     shared = max(
         (stop - start for start, stop in zip(nexts[:-1], ends[1:], strict=False)), default=0
     )
-    return (*axis, _blocks(single, most), _blocks(shared, most))
+    return (*axis, ceil_div(single, most), ceil_div(shared, most))
 
 
 def add_attention(x: Tensor, norm: "LayerNorm", attention: "SparseGSA") -> Tensor:
@@ -333,5 +333,5 @@ def add_attention(x: Tensor, norm: "LayerNorm", attention: "SparseGSA") -> Tenso
         launch(_attention_kernel, (windows, heads), *tensors, *settings)
         outs = min(32 if spec.precision == "tf32x3" else 64, spec.padded)
         tensors, settings = (x, v, matrices, project_out, out), (*rows, *columns, outs, own, spec)
-        launch(_attend_project_kernel, (blocks, _blocks(channels, outs)), *tensors, *settings)
+        launch(_attend_project_kernel, (blocks, ceil_div(channels, outs)), *tensors, *settings)
     return out

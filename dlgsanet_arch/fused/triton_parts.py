@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlgsanet_arch.ops.convolutions import NORM_EPS
-from dlgsanet_arch.ops.triton_backend import _blocks, _index, _precision
+from dlgsanet_arch.ops.triton_backend import ceil_div, dot_precision, offset_type
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PIXELS = tl.constexpr(64)  # of a program, or at a time
@@ -185,12 +185,12 @@ def padded_to(channels: int) -> int:
 
 def make_spec(x: Tensor, *maps: Tensor) -> Spec:
     """Return what the kernels that take these are compiled for."""
-    operand, precision = DTYPES[x.dtype], _precision(x.dtype)
+    operand, precision = DTYPES[x.dtype], dot_precision(x.dtype)
     if triton.knobs.runtime.interpret and operand == tl.bfloat16:
         operand = tl.float32
     # Three products of TF32 are right to 21 bits; those of IEEE would spill.
     precision = "tf32x3" if precision == "ieee" else precision
-    return Spec(x.shape[1], padded_to(x.shape[1]), operand, precision, _index(x, *maps))
+    return Spec(x.shape[1], padded_to(x.shape[1]), operand, precision, offset_type(x, *maps))
 
 
 def block_size(spec: Spec, most: int) -> int:
@@ -209,7 +209,7 @@ def tiles(x: Tensor) -> int:
     """Return the number of tiles of `tile_pixels`."""
     batch, _, height, width = x.shape
     columns = _COLUMNS.value
-    return batch * _blocks(height, PIXELS.value // columns) * _blocks(width, columns)
+    return batch * ceil_div(height, PIXELS.value // columns) * ceil_div(width, columns)
 
 
 def norm_project(
@@ -224,7 +224,7 @@ def norm_project(
     spec, padded = make_spec(x, out), padded_to(seconds)
     launch(
         _norm_project_kernel,
-        (_blocks(pixels, PIXELS.value),),
+        (ceil_div(pixels, PIXELS.value),),
         *(x, scale, shift, weight, out, *(second or (None, None)), features),
         *(filters, packed, pixels),
         *(outs, block_size(spec, 64), seconds, padded, count, taps, spec),

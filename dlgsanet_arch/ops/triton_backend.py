@@ -53,10 +53,10 @@ class Spec(NamedTuple):
     index: tl.dtype  # of offsets
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Return how float32 is multiplied: as by the 1x1 convolution that the kernels replace.
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how float32 is multiplied: "tf32", or "ieee" where 1x1 convolutions keep all bits.
 
-    Half precision is multiplied as it is.
+    For half precision, which is multiplied as it is, "tf32".
     """
     cudnn = torch.backends.cudnn
     # From PyTorch 2.9 on, fp32_precision decides; once it is set, reading allow_tf32 raises.
@@ -65,13 +65,14 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed or dtype != torch.float32 else "ieee"
 
 
-def _index(*maps: Tensor) -> tl.dtype:
+def offset_type(*maps: Tensor) -> tl.dtype:
     """Return the type of offsets: wider than 32 bits only where a map needs it."""
     # Half the range is left for tiles and taps that reach outside the image.
     return tl.int64 if max(each.numel() for each in maps) > 1 << 30 else tl.int32
 
 
-def _blocks(size: int, block: int) -> int:
+def ceil_div(size: int, block: int) -> int:
+    """Return how many blocks cover a size."""
     return -(-size // block)  # triton.cdiv takes 5 µs
 
 
@@ -93,7 +94,7 @@ def _spec(
     padded = max(16, triton.next_power_of_2(features + 1))
     run = math.gcd(features, padded // 4, 128 // bits)
     sizes = (channels, groups, per_group, kernel)
-    tile = (taps, min(taps, kernel), _blocks(kernel, taps), rows)
+    tile = (taps, min(taps, kernel), ceil_div(kernel, taps), rows)
     loads = (features, padded, run, 32 // bits, vector, together // vector)
     return Spec(*sizes, *tile, *loads, "tf32" if precision == "tf32" else "tf32x3", index)
 
@@ -101,7 +102,8 @@ def _spec(
 def _prepare(weight: Tensor, kernel: int, x: Tensor, *maps: Tensor) -> tuple[Spec, list[Tensor]]:
     """Return what to compile for, and the maps in channels_last, copied where needed."""
     bits = 8 * x.element_size()
-    spec = _spec(x.shape[1], *weight.shape, kernel, bits, _precision(x.dtype), _index(x, *maps))
+    types = dot_precision(x.dtype), offset_type(x, *maps)
+    spec = _spec(x.shape[1], *weight.shape, kernel, bits, *types)
     return spec, [each.contiguous(memory_format=torch.channels_last) for each in (x, *maps)]
 
 
@@ -112,7 +114,7 @@ def _restore(values: Tensor, like: Tensor) -> Tensor:
 
 def _tiles(x: Tensor, spec: Spec) -> int:
     batch, _, height, width = x.shape
-    return batch * _blocks(height, spec.rows) * _blocks(width, COLUMNS.value)
+    return batch * ceil_div(height, spec.rows) * ceil_div(width, COLUMNS.value)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -128,7 +130,7 @@ def _convolve(
     """Return the convolution of `x`; if transposed, `x` is grad out and the result is grad x."""
     out = torch.empty_like(x)
     together = spec.vector * spec.vectors
-    blocks = _blocks(spec.groups, GROUPS.value), spec.per_group // together
+    blocks = ceil_div(spec.groups, GROUPS.value), spec.per_group // together
     tensors = (x, hidden, weight.contiguous(), bias.contiguous(), out)
     _launch(convolve_kernel, (_tiles(x, spec), *blocks), *tensors, *x.shape[2:], spec, transposed)
     return out
@@ -155,7 +157,7 @@ def projected_backward(
         _launch(hidden_gradient_kernel, (tiles,), *tensors, *size, spec)
 
         splits = min(PROJECTION_SPLITS, tiles)
-        grid = (splits, kernel * spec.blocks, _blocks(spec.groups, GROUPS.value))
+        grid = (splits, kernel * spec.blocks, ceil_div(spec.groups, GROUPS.value))
         partial = x.new_empty((splits, len(bias), spec.features + 1), dtype=torch.float32)
         tensors = (grad, dense_x, dense_hidden, partial)
         _launch(projection_gradient_kernel, grid, *tensors, *size, tiles, spec)
