@@ -35,7 +35,8 @@ NAMES |= {f"tiny_x4_{name}": ("tiny", 4, changes) for name, changes in ABLATIONS
 FILES = [("train", name) for name in NAMES if name != "tiny_x4_no_tlc"]
 FILES += [("test", name) for name in NAMES]
 # Beside the published recipe.
-LOCAL = [("train", "tiny_x4_bsds400"), ("train", "tiny_x4_mix"), ("train", "tiny_x4_gpu")]
+RECIPES = ("x4_bsds400", "x4_mix", "x3_mix", "x2_mix", "x4_gpu")
+LOCAL = [("train", f"tiny_{name}") for name in RECIPES]
 REAL = [("train", "tiny_x4_realesrnet"), ("train", "tiny_x4_realesrgan")]
 OTHERS = [("train", "demo"), ("test", "demo"), *LOCAL, *REAL]
 DATA_ROOTS = {"dataroot_gt", "dataroot_lq"}
@@ -142,8 +143,9 @@ def test_the_file_says_what_the_rule_says_and_builds_the_published_network(
 
 def test_others_train_tiny_and_real_esrgan_s_files_degrade_alike(read):
     one, other = (read(*each) for each in REAL)
-    for options in (one, other, *(read(*each) for each in LOCAL)):
-        assert options["network_g"] == read("train", "tiny_x4")["network_g"]
+    for kind, name in (*REAL, *LOCAL):
+        published = name[: len("tiny_x4")]
+        assert read(kind, name)["network_g"] == read("train", published)["network_g"]
     differing = {key for key in one if one[key] != other.get(key)}
     assert differing <= {"name", "model_type", "gt_usm", "path", "train"}
 

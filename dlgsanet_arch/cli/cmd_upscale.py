@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-existing", action="store_true", help="skip images whose results are there")
     text = ".pth or .safetensors, or the name of bundled weights (default: bundled weights)"
     add("-m", "--weights", metavar="WEIGHTS", help=text)
-    add("--scale", type=float, help="other than the network's: resized by bicubic at the end")
+    text = "2, 3 and 4 have bundled weights (default: 4); else the result is resized by bicubic"
+    add("--scale", type=float, help=text)
     add_common(parser, "param-key", "ensemble", "dtype", "device")
     text = "tiles, or images of one size, that are computed together (default: 1)"
     add("--batch", type=int, default=1, metavar="N", help=text)
