@@ -19,7 +19,7 @@ class Served:
         status: Sent instead of the file.
         ranges: Whether Range is understood, and whether If-Range is.
         cuts: After how many bytes each of the next connections breaks.
-        longer: How many bytes more are announced than the file has; None announces nothing.
+        longer: How many bytes more (or fewer) are announced than the file has; None: nothing is.
         gate: Waited for after the first half of each answer.
         others: What other addresses have, by path; all others have `content`.
         requests: The headers that came, with the address asked for under "target".

@@ -49,7 +49,7 @@ def run_out_of_memory(number: int) -> None:
     [
         (os._exit, 3, "a worker process died, it ended with exit status 3"),
         (die_by, signal.SIGKILL, "SIGKILL.*memory ran out: run again with fewer than --workers 2"),
-        (die_by, signal.SIGBUS, "SIGBUS: a library crashed on a file that is damaged"),
+        (die_by, signal.SIGBUS, "SIGBUS: a library crashed, most likely on a damaged file"),
         (run_out_of_memory, 0, "memory ran out with --workers 2: run again with fewer"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,13 +49,13 @@ def _begin(url: str, response: requests.Response, file: BinaryIO, record: Path) 
 
 
 def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, name: str) -> None:
-    """Request what a file lacks over one connection; raises RequestException if that breaks."""
+    """Request what a file lacks over one connection; NETWORK_ERRORS if it breaks."""
     size, known = file.seek(0, os.SEEK_END), read_json(record) or {}
     length, validator = known.get("length"), known.get("validator")
     resumes = size > 0 and known.get("url") == url and isinstance(length, int)
     if resumes and size == length:
         return
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity", "Connection": "close"}
     if resumes and isinstance(validator, str):
         headers |= {"Range": f"bytes={size}-", "If-Range": validator}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -71,12 +72,22 @@ def _fetch(session: requests.Session, url: str, file: BinaryIO, record: Path, na
         else:
             raise requests.HTTPError(f"the server answers {response.status_code} {response.reason}")
         check_space(record.parent, length - size, f"the rest of {url}")
+        raw, more = response.raw, b""
+        raw.enforce_content_length = False  # it is compared below
+        body = getattr(raw, "_fp", None)  # of http.client, which ends at Content-Length
+        if getattr(body, "will_close", False) and body.length:
+            body.length += 1  # then there must be the connection's end
         with progress_bar(name, length, "B", done=size) as bar:
-            for chunk in response.iter_content(CHUNK):
+            while chunk := raw.read(min(CHUNK, length - file.tell())):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if file.tell() != length:
+        with suppress(urllib3.exceptions.HTTPError):
+            more = raw.read(1)
+    if file.tell() < length:
         raise requests.ConnectionError(f"{file.tell():,} of {length:,} bytes were received")
+    if more:
+        file.truncate(file.seek(0))
+        raise requests.RequestException(f"the server sends more than its {length:,} bytes")
 
 
 def _reason(error: BaseException) -> str:

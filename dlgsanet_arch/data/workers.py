@@ -82,7 +82,7 @@ def _cause_of_death(exit_codes: Iterable[int | None], workers: int) -> str:
         how = "it was killed (SIGKILL), most likely because memory ran out"
         return f"{how}: run again with fewer than --workers {workers}"
     if codes and codes[0] < 0:
-        return f"{signal.Signals(-codes[0]).name}: a library crashed on a file that is damaged"
+        return f"{signal.Signals(-codes[0]).name}: a library crashed, most likely on a damaged file"
     return f"it ended with exit status {codes[0] if codes else 'unknown'}"
 
 
