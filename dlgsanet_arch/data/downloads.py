@@ -17,7 +17,7 @@ from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.files import check_space, disk_faults_named, lock_file, read_json, write_json
 from dlgsanet_arch.progress import progress_bar
 
-# urllib3 drops the chunk in which a connection breaks, so chunks are small.
+# urllib3 drops the chunk in which a connection is reset or too slow, so chunks are small.
 CHUNK = 2**13
 # Seconds until a connection must be made, and until the next bytes must arrive.
 TIMEOUT = (15, 60)
