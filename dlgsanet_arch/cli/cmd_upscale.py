@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-existing", action="store_true", help="skip images whose results are there")
     text = ".pth or .safetensors, or the name of bundled weights (default: bundled weights)"
     add("-m", "--weights", metavar="WEIGHTS", help=text)
-    text = "2, 3 and 4 have bundled weights (default: 4); else the result is resized by bicubic"
+    text = "2, 3 and 4 have bundled weights (default: 4, or the network's); else by bicubic"
     add("--scale", type=float, help=text)
     add_common(parser, "param-key", "ensemble", "dtype", "device")
     text = "tiles, or images of one size, that are computed together (default: 1)"
