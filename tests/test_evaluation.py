@@ -24,7 +24,7 @@ from training_runs import SWINIR, in_ranks
 
 from dlgsanet_arch.errors import UserError
 from dlgsanet_arch.pipeline import evaluation, reports
-from dlgsanet_arch.pipeline.adapter import adapt
+from dlgsanet_arch.pipeline.adapter import adapt, build
 from dlgsanet_arch.pipeline.evaluation import EvaluationError, Images
 from dlgsanet_arch.pipeline.processes import Processes, RemoteRankError
 from dlgsanet_arch.pipeline.reports import Evaluation, Row
@@ -440,6 +440,14 @@ def test_the_first_validation_has_bicubic_beside_it_and_a_note_on_young_averages
     again = model.validation(images_again, 8, None)
     assert (again.bicubic, again.means) == ({}, found.means)
     assert "bicubic" not in said(logged)
+
+
+@pytest.mark.parametrize("start", [None, "weights.pth"])
+def test_the_note_on_young_averages_is_for_random_starts_alone(opt, logged, start):
+    opt["path"]["pretrain_network_g"] = start
+    images = Images(opt["datasets"]["val"], Processes())
+    build(opt, Processes()).validation(images, 7, None)
+    assert any("random weights of the start" in line for line in logged) == (start is None)
 
 
 def test_tensorboard_shows_figures_and_the_first_images(opt, tmp_path, monkeypatch):

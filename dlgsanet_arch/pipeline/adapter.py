@@ -94,6 +94,7 @@ def build(opt: dict[str, Any], processes: Processes) -> Any:
             model = build_model(opt)
     finally:
         paths |= later
+    model.opt["path"] |= later  # build_model gave it a copy
     adapt(model, processes)
     return model
 
