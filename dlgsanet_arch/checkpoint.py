@@ -5,6 +5,7 @@ a file claims to hold is compared with its size before anything is built from it
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlgsanet_arch.configs import (  # noqa: F401 - a way to them
@@ -296,11 +298,12 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     return replace(first, weights=weights, iteration=max(known, default=None))
 
 
-def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
-    """Return a start for training another scale: the same weights with a new upsampler.
+def transfer(checkpoint: Checkpoint, scale: int) -> Checkpoint:
+    """Return a start for training another scale: the same weights, the upsampler's resized.
 
-    Its weights are drawn by `seed` as a new network's are. CheckpointError where the network has
-    no upsampler, or one that cannot make this scale.
+    The filters of a pixel shuffle are interpolated linearly between its sub-pixels. A second
+    shuffle that the weights lack ('pixelshuffle' at x4 from x2) repeats pixels. CheckpointError
+    where the network has no upsampler, or one that cannot make this scale.
     """
     if not checkpoint.config["upsampler"]:
         raise CheckpointError("these weights have no upsampler: they keep the size of an image")
@@ -308,11 +311,30 @@ def transfer(checkpoint: Checkpoint, scale: int, seed: int = 0) -> Checkpoint:
         raise CheckpointError(f"scale must be 1 to {LARGEST_SCALE}; got {scale}")
     kernel = TLC_KERNELS.get(scale, checkpoint.config["tlc_kernel"])  # as published for the scale
     config = {**checkpoint.config, "upscale": scale, "tlc_kernel": kernel}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            new = DLGSANet(**config).state_dict()
-        except ValueError as error:
-            raise CheckpointError(f"the network cannot make x{scale}: {error}") from error
-    new |= {name: t for name, t in checkpoint.weights.items() if not name.startswith("upsample.")}
-    return Checkpoint(new, config, checkpoint.is_stated)
+    try:
+        with torch.device("meta"):
+            empty = DLGSANet(**config).state_dict()
+    except ValueError as error:
+        raise CheckpointError(f"the network cannot make x{scale}: {error}") from error
+    last = checkpoint.weights.get("conv_last.weight")
+    channels = config["in_chans"] if last is None else last.shape[1]
+    weights = {
+        name: _resized(checkpoint.weights.get(name), new.shape, channels)
+        if name.startswith("upsample.")
+        else checkpoint.weights[name]
+        for name, new in empty.items()
+    }
+    return Checkpoint(weights, config, checkpoint.is_stated)
+
+
+def _resized(old: Tensor | None, shape: torch.Size, channels: int) -> Tensor:
+    """Return filters (C·s², D, 3, 3) or biases (C·s²) before a pixel shuffle of C channels."""
+    if old is None:
+        new = torch.zeros(shape)
+        if len(shape) > 1:  # the middle of each filter
+            new[..., 1, 1] = torch.eye(channels).repeat_interleave(shape[0] // channels, 0)
+        return new
+    side, wanted = (math.isqrt(rows // channels) for rows in (len(old), shape[0]))
+    grid = old.double().reshape(channels, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(wanted, wanted), mode="bilinear")
+    return grid.permute(0, 2, 3, 1).reshape(shape).to(old.dtype)

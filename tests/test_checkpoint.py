@@ -15,6 +15,7 @@ from helpers import small_checkpoint
 from safetensors.torch import save_file
 
 from dlgsanet_arch.checkpoint import (
+    TLC_KERNELS,
     CheckpointError,
     average,
     check_compatible,
@@ -451,19 +452,47 @@ def test_the_mean_of_checkpoints():
 
 
 @pytest.mark.parametrize("upsampler", ["pixelshuffledirect", "pixelshuffle"])
-@pytest.mark.parametrize("scale", [3, 4])
-def test_only_the_upsampler_is_new(upsampler, scale):
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_transfer_resizes_the_upsampler_alone(upsampler, scale):
     x2 = small_checkpoint(iteration=9, upsampler=upsampler, tlc_kernel=96)
+    before = torch.get_rng_state()
     start = transfer(x2, scale)
+    assert torch.equal(torch.get_rng_state(), before)
     assert (start.scale, start.iteration) == (scale, None)
-    assert start.config == {**x2.config, "upscale": scale, "tlc_kernel": {3: 72, 4: 48}[scale]}
+    assert start.config == {**x2.config, "upscale": scale, "tlc_kernel": TLC_KERNELS[scale]}
     assert start.network()(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5 * scale, 6 * scale)
-    again, other = transfer(x2, scale), transfer(x2, scale, seed=1)
     for name, tensor in start.weights.items():
-        is_new = name.startswith("upsample.")
-        assert is_new or torch.equal(tensor, x2.weights[name])
-        assert torch.equal(tensor, again.weights[name])
-        assert torch.equal(tensor, other.weights[name]) != is_new
+        if scale == 2 or not name.startswith("upsample."):
+            assert torch.equal(tensor, x2.weights[name])
+
+
+def upsampled(checkpoint, features):
+    return checkpoint.network().eval().double().upsample(features.double()).detach()
+
+
+@pytest.mark.parametrize(
+    ("source", "scale", "shares"),
+    [
+        (4, 2, [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]),
+        (2, 4, [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]),
+        (2, 3, [[1, 0], [0.5, 0.5], [0, 1]]),
+    ],
+)
+def test_a_transfer_interpolates_between_the_sub_pixels_of_a_pixel(source, scale, shares):
+    known = small_checkpoint(upscale=source)
+    features = torch.rand(1, known.config["dim"], 5, 6)
+    shares = torch.tensor(shares, dtype=torch.float64)
+    sub_pixels = upsampled(known, features).reshape(1, 3, 5, source, 6, source)
+    expected = torch.einsum("bchiwj,xi,yj->bchxwy", sub_pixels, shares, shares)
+    made = upsampled(transfer(known, scale), features)
+    torch.testing.assert_close(made, expected.reshape(made.shape), rtol=0, atol=1e-6)
+
+
+def test_a_second_shuffle_that_weights_lack_repeats_pixels():
+    x2 = small_checkpoint(upscale=2, upsampler="pixelshuffle")
+    features = torch.rand(1, 64, 5, 6)
+    repeated = upsampled(x2, features).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(upsampled(transfer(x2, 4), features), repeated)
 
 
 def test_transfers_that_make_no_sense_are_refused():

@@ -143,7 +143,7 @@ def test_average_and_transfer(weights, tmp_path, capsys):
     out = tmp_path / "start.pth"
     assert call("transfer", tmp_path / "a.pth", "--scale", "4", "-o", out) == 0
     assert read_checkpoint(out).scale == 4
-    assert "the upsampler is new" in capsys.readouterr().out
+    assert "the upsampler is resized" in capsys.readouterr().out
 
 
 def test_notes_move_no_terminal_and_bundled_weights_go_by_name(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The weights that come with the package: what they are, and what docs/results.md says of them."""
 
+import itertools
 import re
 
 import cv2
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from basicsr.metrics import calculate_psnr
 
-from dlgsanet_arch import Upscaler, upscale
-from dlgsanet_arch.checkpoint import bundled_weights, nearest_published, read_checkpoint
+from dlgsanet_arch import Upscaler
+from dlgsanet_arch.checkpoint import bundled_weights, nearest_published, read_checkpoint, transfer
 from dlgsanet_arch.data import demo
 from dlgsanet_arch.data.bicubic import bicubic
 from dlgsanet_arch.data.making import crop_to_multiple
@@ -18,11 +19,11 @@ BICUBIC = {2: 30.33, 3: 27.63, 4: 26.09}  # dB on Set14, Y, by BasicSR's metric
 BUNDLED = {int(name[-1]): name for name in bundled_weights()}
 
 
-def by_both(hr, scale):
-    """PSNR on Y of bicubic and of the bundled weights."""
+def by_both(hr, scale, weights=None):
+    """PSNR on Y of bicubic and of the bundled weights, or of others."""
     hr = crop_to_multiple(hr, scale)
     lr = bicubic(hr, 1 / scale)
-    made = upscale(np.ascontiguousarray(lr[..., ::-1]), scale=scale)[..., ::-1]
+    made = Upscaler(weights, scale=scale)(np.ascontiguousarray(lr[..., ::-1]))[..., ::-1]
     how = {"crop_border": scale, "test_y_channel": True}
     return [calculate_psnr(each, hr, **how) for each in (bicubic(lr, scale), made)]
 
@@ -50,6 +51,14 @@ def test_a_scale_takes_the_network_of_the_next_one_up(tmp_path, monkeypatch):
     assert {each: default_weights(each).stem for each in asked} == {
         each: f"tiny_x{scale}" for each, scale in asked.items()
     }
+
+
+@pytest.mark.parametrize(("source", "scale"), list(itertools.permutations(BUNDLED, 2)))
+def test_transferred_to_another_scale_they_beat_bicubic_before_any_training(source, scale):
+    image = cv2.imread(str(demo.images_folder() / demo.VALIDATION_IMAGES[0]))
+    start = transfer(read_checkpoint(BUNDLED[source]), scale)
+    base, ours = by_both(image[:240, :280], scale, start)
+    assert ours > base + 0.4
 
 
 @pytest.mark.parametrize("scale", BUNDLED)

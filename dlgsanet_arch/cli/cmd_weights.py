@@ -25,8 +25,8 @@ ACTIONS = {
     "average": "Average the weights of several checkpoints of one configuration.",
     "transfer": """Make weights of one scale a start for another, such as x4 out of x2.
 
-    All weights are kept but the upsampler's, which are initialised. Train with
-    path: pretrain_network_g: OUTPUT.""",
+    All weights are kept but the upsampler's, which are interpolated between its sub-pixels. Train
+    with path: pretrain_network_g: OUTPUT.""",
 }
 
 
@@ -74,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("average", _average, "+")
     transfer = add("transfer", _transfer, None)
     transfer("--scale", type=int, required=True, help="to train for, such as 4")
-    transfer("--seed", type=int, default=0, help="of the new weights (default: 0)")
     return parser
 
 
@@ -154,9 +153,9 @@ def _transfer(asked: argparse.Namespace) -> int:
     from dlgsanet_arch.checkpoint import read_checkpoint, save_checkpoint, transfer
 
     checkpoint = read_checkpoint(asked.weights, asked.param_key)
-    start = transfer(checkpoint, asked.scale, asked.seed)
+    start = transfer(checkpoint, asked.scale)
     save_checkpoint(start, asked.output)
-    said = f"{start.name}, a start from {checkpoint.name}; the upsampler is new"
+    said = f"{start.name}, a start from {checkpoint.name}; the upsampler is resized"
     print(printable(f"{asked.output}: {said}"))
     return 0
 
