@@ -316,7 +316,7 @@ def transfer(checkpoint: Checkpoint, scale: int) -> Checkpoint:
             empty = DLGSANet(**config).state_dict()
     except ValueError as error:
         raise CheckpointError(f"the network cannot make x{scale}: {error}") from error
-    last = checkpoint.weights.get("conv_last.weight")
+    last = checkpoint.weights.get("conv_last.weight")  # after the shuffles of 'pixelshuffle'
     channels = config["in_chans"] if last is None else last.shape[1]
     weights = {
         name: _resized(checkpoint.weights.get(name), new.shape, channels)
@@ -328,7 +328,10 @@ def transfer(checkpoint: Checkpoint, scale: int) -> Checkpoint:
 
 
 def _resized(old: Tensor | None, shape: torch.Size, channels: int) -> Tensor:
-    """Return filters (C·s², D, 3, 3) or biases (C·s²) before a pixel shuffle of C channels."""
+    """Return filters (C·s², D, 3, 3) or biases (C·s²) before a pixel shuffle of C channels.
+
+    They are interpolated from those of another s; None gives a shuffle that repeats pixels.
+    """
     if old is None:
         new = torch.zeros(shape)
         if len(shape) > 1:  # the middle of each filter

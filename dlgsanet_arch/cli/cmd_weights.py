@@ -23,7 +23,7 @@ ACTIONS = {
     Both hold the configuration; --set states what the weights do not show, and the suffix of the
     output decides on the format.""",
     "average": "Average the weights of several checkpoints of one configuration.",
-    "transfer": """Make weights of one scale a start for another, such as x4 out of x2.
+    "transfer": """Make weights of one scale a start for another, such as x2 out of x4.
 
     All weights are kept but the upsampler's, which are interpolated between its sub-pixels. Train
     with path: pretrain_network_g: OUTPUT.""",
